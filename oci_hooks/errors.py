@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hooks have to say: findings, and the exceptions that carry them."""
+
+from __future__ import annotations
+
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    E = TypeVar("E", bound="HookError")
+
+EXIT_DONE = 0
+EXIT_REFUSED = 1
+EXIT_BAD_INPUT = 2
+
+
+class Finding(Record):
+    """One thing to tell the user, on one line.
+
+    level: "error", "warning" or "info"; code: stable, for programs; subject: the object it is about
+    ("group 12", "/etc/...toml"); problem: what is wrong with it; hint: what the user can do.
+    """
+
+    level: str
+    code: str
+    subject: str
+    problem: str
+    hint: str = ""
+
+    def as_line(self) -> str:
+        """Return `level: [code] subject: problem; hint`, without a control character."""
+        text = f"{self.level}: [{self.code}] {self.subject}: {self.problem}"
+        return make_one_line(f"{text}; {self.hint}" if self.hint else text)
+
+
+class HookError(Exception):
+    """The hook can't go on. Carries the findings to report; `exit_code` is what the process returns."""
+
+    exit_code = EXIT_REFUSED
+
+    def __init__(self, code: str, subject: str, problem: str, hint: str = "") -> None:
+        self.findings: tuple[Finding, ...] = (Finding("error", code, subject, problem, hint),)
+        super().__init__(self.findings[0].as_line())
+
+    @classmethod
+    def from_findings(cls: type[E], findings: tuple[Finding, ...]) -> E:
+        """Return an error that carries several findings; the first one is its text."""
+        first = findings[0]
+        error = cls(first.code, first.subject, first.problem, first.hint)
+        error.findings = findings
+        return error
+
+
+class InputError(HookError):
+    """State, config.json, settings or arguments are unusable. Nothing was changed on the system."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class Refusal(HookError):
+    """What was asked for can't or must not be done. Decided before anything was changed."""
+
+
+class StepError(HookError):
+    """A step of the plan failed. Raised inside the part that puts everything back."""
+
+
+def make_one_line(text: str, limit: int = 2000) -> str:
+    """Return the text with every control character escaped, so that a tenant's string stays one harmless line.
+
+    limit: length in characters above which the text is cut.
+    """
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return safe if len(safe) <= limit else safe[: limit - 3] + "..."

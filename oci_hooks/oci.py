@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the runtime says: the OCI state on stdin, the bundle, and its config.json.
+
+Readers by hand, because every container pays for them. They know only the fields that the hooks use. When one refuses,
+jsonschema is loaded to list everything that is wrong; schemas/state.json and schemas/config.json say the same as the
+readers, and a property test holds them to it.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.errors import Finding, InputError
+from oci_hooks.jsontext import parse_json
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from oci_hooks.files import Root
+
+DEVICES_ANNOTATION = "io.katacontainers.x.vfio.devices"
+MAP_ANNOTATION = "io.katacontainers.x.vfio"
+LOG_ANNOTATION = "io.katacontainers.x.vfio.log"
+RECORD_ANNOTATION = "io.katacontainers.x.vfio.record"
+
+# A pod's pause container gets the pod's annotations too, and must not get its devices.
+SANDBOX_MARKS = {
+    "io.katacontainers.pkg.oci.container_type": "pod_sandbox",
+    "io.kubernetes.cri.container-type": "sandbox",
+    "io.kubernetes.cri-o.ContainerType": "sandbox",
+}
+
+CONTROL_NODE = "/dev/vfio/vfio"
+GROUP_PREFIX = "/dev/vfio/"
+CDEV_PREFIX = "/dev/vfio/devices/"
+
+HIGHEST_ID = 0xFFFFFFFF
+
+
+class State(Record):
+    """OCI state (runtime-spec, runtime.md).
+
+    pid: 0 where the runtime gives none (runc's poststop); status: "" from Kata's Go runtime; root: crun's extra key.
+    """
+
+    id: str
+    bundle: str
+    pid: int
+    status: str
+    annotations: dict[str, str]
+    root: str = ""
+
+
+class Device(Record):
+    """One entry of linux.devices (runtime-spec, config-linux.md). mode, uid, gid: -1 where not given."""
+
+    path: str
+    type: str
+    major: int
+    minor: int
+    mode: int
+    uid: int
+    gid: int
+
+    @property
+    def is_group(self) -> bool:
+        """Whether the path is that of a VFIO group's node, e.g. /dev/vfio/12 or /dev/vfio/noiommu-0."""
+        rest = self.path[len(GROUP_PREFIX) :]
+        return self.is_vfio and "/" not in rest and self.path != CONTROL_NODE
+
+    @property
+    def is_cdev(self) -> bool:
+        """Whether the path is that of a VFIO device's own node (iommufd), e.g. /dev/vfio/devices/vfio0."""
+        return self.is_vfio and self.path.startswith(CDEV_PREFIX)
+
+    @property
+    def is_vfio(self) -> bool:
+        """Whether the entry is a VFIO character device of any kind."""
+        return self.path.startswith(GROUP_PREFIX) and self.type in ("c", "u")
+
+
+class IdMapping(Record):
+    """One entry of linux.uidMappings or gidMappings."""
+
+    container_id: int
+    host_id: int
+    size: int
+
+
+class Spec(Record):
+    """The part of config.json that the hooks read. path: where it was read from; raw: all of it."""
+
+    path: str
+    annotations: dict[str, str]
+    root_path: str
+    devices: tuple[Device, ...]
+    uid: int
+    gid: int
+    environment: tuple[str, ...]
+    namespaces: tuple[str, ...]
+    uid_mappings: tuple[IdMapping, ...]
+    gid_mappings: tuple[IdMapping, ...]
+    raw: dict[str, Any]
+
+    @property
+    def vfio_devices(self) -> tuple[Device, ...]:
+        """The entries that stand for a VFIO group or device; the control node alone asks for nothing."""
+        return tuple(device for device in self.devices if device.is_group or device.is_cdev)
+
+
+class Mismatch(Exception):
+    """A hand-written reader met something else than it expected."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path = path
+        self.problem = problem
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def read_state(data: bytes) -> State:
+    """Return the state that the runtime wrote on stdin. Raises InputError [bad-json] or [bad-state]."""
+    document = parse_json(data, "state on stdin")
+    try:
+        return make_state(document)
+    except Mismatch as mismatch:
+        raise explain(document, mismatch, "state", "state on stdin", "bad-state") from None
+
+
+def read_spec(root: Root, state: State) -> Spec:
+    """Return the container's config.json. Raises InputError [bundle-unreadable], [bad-json] or [bad-config].
+
+    Kata 1.x keeps it in /run/libcontainer/<id> instead of the bundle (dgibson/kata-vfio-tools).
+    """
+    places = [f"{state.bundle.rstrip('/')}/config.json"]
+    if "/" not in state.id and state.id not in (".", ".."):
+        places.append(f"/run/libcontainer/{state.id}/config.json")
+    path = next((place for place in places if root.exists(place)), places[0])
+    try:
+        data = root.read_bytes(path)
+    except OSError as error:
+        raise InputError(
+            "bundle-unreadable", path, error.strerror or str(error), "the state's bundle must hold a config.json"
+        ) from None
+    document = parse_json(data, path)
+    try:
+        return make_spec(document, path)
+    except Mismatch as mismatch:
+        raise explain(document, mismatch, "config", path, "bad-config") from None
+
+
+def find_annotation(state: State, spec: Spec, name: str) -> str | None:
+    """Return an annotation's value, from the state or else from config.json; None without one."""
+    value = state.annotations.get(name)
+    return value if value is not None else spec.annotations.get(name)
+
+
+def is_sandbox(state: State, spec: Spec) -> bool:
+    """Tell whether this is a pod's pause container."""
+    return any(find_annotation(state, spec, name) == value for name, value in SANDBOX_MARKS.items())
+
+
+def is_on(value: str | None) -> bool:
+    """Tell whether an annotation says yes."""
+    return value is not None and value.strip().lower() in ("1", "true", "yes", "on", "debug")
+
+
+def map_id(container_id: int, mappings: tuple[IdMapping, ...]) -> int:
+    """Return the id outside the user namespace for one inside; -1 where it is not mapped. No mappings: the same id."""
+    if not mappings:
+        return container_id
+    for mapping in mappings:
+        if 0 <= container_id - mapping.container_id < mapping.size:
+            return mapping.host_id + container_id - mapping.container_id
+    return -1
+
+
+# From a JSON document to a record ------------------------------------------------------------------------------------
+
+
+def make_state(document: object) -> State:
+    """Return the state that a JSON document holds. Raises Mismatch."""
+    if not isinstance(document, dict):
+        raise Mismatch("(the whole)", f"expected object, found {name_kind(document)}")
+    take(document, "ociVersion", "string", "", "")
+    identity = take(document, "id", "string", "")
+    bundle = take(document, "bundle", "string", "")
+    pid = take_number(document, "pid", "", 0, low=0)
+    if not identity:
+        raise Mismatch("id", "expected a name, found an empty string")
+    if not bundle.startswith("/"):
+        raise Mismatch("bundle", f"expected an absolute path, found {bundle!r}")
+    status = take(document, "status", "string", "", "")
+    annotations = take_strings(document, "annotations", "")
+    return State(identity, bundle, pid, status, annotations, take(document, "root", "string", "", ""))
+
+
+def make_spec(document: object, path: str) -> Spec:
+    """Return what the hooks use of a config.json document. Raises Mismatch."""
+    if not isinstance(document, dict):
+        raise Mismatch("(the whole)", f"expected object, found {name_kind(document)}")
+    root = take(document, "root", "object", "", None)
+    root_path = take(root, "path", "string", "root.") if root is not None else ""
+    if root is not None and not root_path:
+        raise Mismatch("root.path", "expected a path, found an empty string")
+    process = take(document, "process", "object", "", {})
+    user = take(process, "user", "object", "process.", {})
+    linux = take(document, "linux", "object", "", {})
+    devices = take(linux, "devices", "array", "linux.", [])
+    namespaces = take(linux, "namespaces", "array", "linux.", [])
+    environment = take(process, "env", "array", "process.", [])
+    for index, text in enumerate(environment):
+        check_kind(text, "string", f"process.env[{index}]")
+    return Spec(
+        path,
+        take_strings(document, "annotations", ""),
+        root_path,
+        tuple(make_device(entry, f"linux.devices[{index}]") for index, entry in enumerate(devices)),
+        take_number(user, "uid", "process.user.", 0, low=0, high=HIGHEST_ID),
+        take_number(user, "gid", "process.user.", 0, low=0, high=HIGHEST_ID),
+        tuple(environment),
+        tuple(make_namespace(entry, f"linux.namespaces[{index}]") for index, entry in enumerate(namespaces)),
+        make_mappings(linux, "uidMappings"),
+        make_mappings(linux, "gidMappings"),
+        document,
+    )
+
+
+def make_device(entry: object, where: str) -> Device:
+    """Return one entry of linux.devices. Raises Mismatch."""
+    import os.path
+
+    values = check_kind(entry, "object", where)
+    path = take(values, "path", "string", f"{where}.")
+    kind = take(values, "type", "string", f"{where}.")
+    if not path.startswith("/"):
+        raise Mismatch(f"{where}.path", f"expected an absolute path, found {path!r}")
+    if kind not in ("c", "b", "u", "p"):
+        raise Mismatch(f"{where}.type", f"expected one of c, b, u, p, found {kind!r}")
+    return Device(
+        # Two leading slashes are kept by normpath and mean nothing here.
+        "/" + os.path.normpath(path).lstrip("/"),
+        kind,
+        take_number(values, "major", f"{where}.", -1),
+        take_number(values, "minor", f"{where}.", -1),
+        take_number(values, "fileMode", f"{where}.", -1, low=0),
+        take_number(values, "uid", f"{where}.", -1, low=0, high=HIGHEST_ID),
+        take_number(values, "gid", f"{where}.", -1, low=0, high=HIGHEST_ID),
+    )
+
+
+def make_namespace(entry: object, where: str) -> str:
+    """Return the type of one entry of linux.namespaces. Raises Mismatch."""
+    kind: str = take(check_kind(entry, "object", where), "type", "string", f"{where}.")
+    return kind
+
+
+def make_mappings(linux: dict[str, Any], key: str) -> tuple[IdMapping, ...]:
+    """Return linux.uidMappings or gidMappings. Raises Mismatch."""
+    mappings = []
+    for index, entry in enumerate(take(linux, key, "array", "linux.", [])):
+        where = f"linux.{key}[{index}]"
+        values = check_kind(entry, "object", where)
+        container_id, host_id, size = (
+            take_number(values, name, f"{where}.", None, low=0, high=HIGHEST_ID)
+            for name in ("containerID", "hostID", "size")
+        )
+        mappings.append(IdMapping(container_id, host_id, size))
+    return tuple(mappings)
+
+
+def take(owner: dict[str, Any], key: str, kind: str, where: str, *default: Any) -> Any:
+    """Return a member of a JSON object; null counts as absent.
+
+    kind: "string", "object", "array"; where: the owner's path with its dot; default: for an absent member, which is a
+    Mismatch without one.
+    """
+    value = owner.get(key)
+    if value is not None:
+        return check_kind(value, kind, where + key)
+    if default:
+        return default[0]
+    if key in owner:
+        raise Mismatch(where + key, f"expected {kind}, found null")
+    raise Mismatch(where.rstrip(".") or "(the whole)", f"lacks {key}")
+
+
+def take_number(
+    owner: dict[str, Any], key: str, where: str, default: int | None, *, low: int | None = None, high: int | None = None
+) -> int:
+    """Return a member that is a whole number within bounds; null counts as absent. Raises Mismatch."""
+    value: int = take(owner, key, "integer", where, *(() if default is None else (default,)))
+    if value == default:
+        return value
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise Mismatch(where + key, f"expected a number {describe_bounds(low, high)}, found {value}")
+    return value
+
+
+def describe_bounds(low: int | None, high: int | None) -> str:
+    """Return bounds in words."""
+    return f"from {low} to {high}" if high is not None else f"not below {low}"
+
+
+def take_strings(owner: dict[str, Any], key: str, where: str) -> dict[str, str]:
+    """Return a member that maps names to strings; empty where absent. Raises Mismatch."""
+    values: dict[str, str] = take(owner, key, "object", where, {})
+    for name, value in values.items():
+        check_kind(value, "string", f"{where}{key}.{name}")
+    return values
+
+
+def check_kind(value: Any, kind: str, where: str) -> Any:
+    """Return the value if it is of this JSON kind. Raises Mismatch."""
+    found = name_kind(value)
+    # JSON has one kind of number: 5.0 is a whole one.
+    if kind == "integer" and found == "number" and value == value // 1:
+        return int(value)
+    if found != kind:
+        raise Mismatch(where, f"expected {kind}, found {found}")
+    return value
+
+
+def name_kind(value: object) -> str:
+    """Return the JSON name of a value's kind."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, float):
+        return "number"
+    names = {str: "string", int: "integer", dict: "object", list: "array", type(None): "null"}
+    return names[type(value)]
+
+
+def explain(document: object, mismatch: Mismatch, schema_name: str, subject: str, code: str) -> InputError:
+    """Return the error for a document that a reader refused: jsonschema's whole list, or the reader's own word."""
+    first = Finding("error", code, f"{subject}: {mismatch.path}", mismatch.problem)
+    try:
+        from oci_hooks.schema import find_mistakes
+
+        findings = find_mistakes(document, schema_name, subject, code)
+    except ImportError:
+        findings = ()
+    return InputError.from_findings(findings or (first,))

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Immutable records.
+
+`dataclasses` costs twice the start of a bare interpreter (it imports inspect), and every container on the
+machine would pay for it. This base class is what the hooks need of it: fields in the order of their
+annotations, defaults from the class body, equality, no assignment.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    from typing_extensions import dataclass_transform
+
+    R = TypeVar("R", bound="Record")
+else:
+
+    def dataclass_transform(**_options):
+        """Stand in for the type checker's decorator, which does nothing at run time."""
+        return lambda cls: cls
+
+
+@dataclass_transform(frozen_default=True)
+class Record:
+    """Base of all records. A subclass lists its fields as annotations."""
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        fields = type(self).field_names()
+        if len(values) > len(fields):
+            raise TypeError(f"{type(self).__name__} takes {len(fields)} fields, not {len(values)}")
+        named.update(zip(fields, values))
+        for name in fields:
+            # A default stays where it is, in the class.
+            if name not in named and not hasattr(type(self), name):
+                raise TypeError(f"{type(self).__name__} lacks {name}")
+        unknown = named.keys() - set(fields)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
+        self.__dict__.update(named)
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Return the names of the fields, in the order in which they were declared."""
+        return [name for base in reversed(cls.__mro__) for name in base.__dict__.get("__annotations__", ())]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as a plain dictionary; records inside stay records."""
+        return {name: getattr(self, name) for name in self.field_names()}
+
+    def replace(self: R, **changes: Any) -> R:
+        """Return a copy with some fields changed."""
+        return type(self)(**{**self.as_dict(), **changes})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable: {name}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Record) and type(self) is type(other) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash((type(self), tuple(self.as_dict().values())))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.as_dict().items())})"

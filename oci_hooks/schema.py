@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say exactly what is wrong with a document, with jsonschema.
+
+Loaded only when a hand-written reader has refused a document: jsonschema costs ten bare interpreters.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.errors import Finding
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+# More than a screen of mistakes in one document helps nobody.
+MOST_FINDINGS = 10
+
+
+def load_site_packages() -> None:
+    """Make the distribution's Python libraries importable: the hooks start without them (python3 -S)."""
+    import sys
+
+    if sys.flags.no_site and "site" not in sys.modules:
+        import site
+
+        site.main()
+
+
+def load_schema(name: str) -> dict[str, Any]:
+    """Return one of the package's schemas, e.g. "state"."""
+    import json
+    import os
+
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "schemas", f"{name}.json")
+    with open(path, encoding="utf-8") as file:
+        schema: dict[str, Any] = json.load(file)
+    return schema
+
+
+def find_mistakes(document: Any, schema_name: str, subject: str, code: str) -> tuple[Finding, ...]:
+    """Return a finding for each thing in the document that breaks the schema.
+
+    subject: the document's name for the findings; code: their code. Raises ImportError without jsonschema.
+    """
+    load_site_packages()
+    import jsonschema
+
+    validator = jsonschema.Draft7Validator(load_schema(schema_name))
+    errors = sorted(validator.iter_errors(document), key=lambda error: [str(step) for step in error.path])
+    return tuple(
+        Finding("error", code, f"{subject}: {format_path(error.absolute_path)}", describe(error))
+        for error in errors[:MOST_FINDINGS]
+    )
+
+
+def format_path(steps: Iterable[object]) -> str:
+    """Return a JSON path as `linux.devices[0].major`; "(the whole)" for the document itself."""
+    text = ""
+    for step in steps:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else f"{step}"
+    return text or "(the whole)"
+
+
+def describe(error: Any) -> str:
+    """Return what one jsonschema ValidationError means, in the words of the hooks."""
+    found = describe_value(error.instance)
+    rule, wanted = error.validator, error.validator_value
+    if rule == "type":
+        names = [wanted] if isinstance(wanted, str) else [name for name in wanted if name != "null"]
+        return f"expected {' or '.join(names)}, found {found}"
+    if rule == "required":
+        missing = [name for name in wanted if name not in error.instance]
+        return f"lacks {', '.join(missing)}"
+    if rule == "pattern" and wanted == "^/":
+        return f"expected an absolute path, found {found}"
+    if rule == "additionalProperties":
+        known = ", ".join(sorted(error.schema.get("properties", {})))
+        unknown = sorted(set(error.instance) - set(error.schema.get("properties", {})))
+        return f"unknown key {', '.join(unknown)}; known are {known}"
+    return f"expected {rule} {wanted}, found {found}"
+
+
+def describe_value(value: object) -> str:
+    """Return a short account of a JSON value, for an error message."""
+    import json
+
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PCI devices and IOMMU groups as sysfs shows them. Reading only.
+
+Sources: Documentation/ABI/testing/sysfs-bus-pci, sysfs-kernel-iommu_groups, sysfs-devices-vfio-dev of the kernel.
+A BDF is written `dddd:bb:ss.f`, in lower case hexadecimal, as sysfs names it.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.files import Root
+
+PCI_DEVICES = "/sys/bus/pci/devices"
+PCI_DRIVERS = "/sys/bus/pci/drivers"
+IOMMU_GROUPS = "/sys/kernel/iommu_groups"
+VFIO_CLASS = "/sys/class/vfio"
+
+# Header type 1 and 2 (PCI Local Bus Specification, 6.1): PCI-to-PCI, CardBus and semi-transparent bridges.
+BRIDGE_CLASSES = ("0604", "0607", "0609")
+# Drivers whose devices vfio calls viable although they are not vfio drivers (kernel: driver_managed_dma).
+HARMLESS_DRIVERS = ("pci-stub", "pcieport")
+
+
+class PciDevice(Record):
+    """One PCI function.
+
+    address: BDF; vendor, device: four hexadecimal digits; class_code: six hexadecimal digits (class, subclass,
+    interface); driver: "" without one; group: IOMMU group, "" without an IOMMU; path: below /sys, links resolved;
+    owned_by_vfio: bound to vfio-pci or a variant of it.
+    """
+
+    address: str
+    vendor: str
+    device: str
+    class_code: str
+    driver: str
+    group: str
+    path: str
+    owned_by_vfio: bool
+
+    @property
+    def is_bridge(self) -> bool:
+        """Whether it forwards to another bus: never bound to vfio, and no obstacle to its group's viability."""
+        return self.class_code[:4] in BRIDGE_CLASSES
+
+    @property
+    def on_root_bus(self) -> bool:
+        """Whether it sits on a root bus, where a machine's chipset is."""
+        return self.path.rpartition("/")[0].rpartition("/")[2].startswith("pci")
+
+    @property
+    def id(self) -> str:
+        """Vendor and device, as lspci writes them: 8086:10d3."""
+        return f"{self.vendor}:{self.device}"
+
+
+class IommuGroup(Record):
+    """An IOMMU group and the PCI functions in it, in the order of their addresses."""
+
+    name: str
+    members: tuple[PciDevice, ...]
+
+    @property
+    def endpoints(self) -> tuple[PciDevice, ...]:
+        """The members that are not bridges."""
+        return tuple(member for member in self.members if not member.is_bridge)
+
+
+class Picture(Record):
+    """Every PCI function and every IOMMU group with one, at one moment."""
+
+    devices: dict[str, PciDevice]
+    groups: dict[str, IommuGroup]
+
+
+def look(root: Root) -> Picture:
+    """Return the picture of a machine: one pass over its PCI devices. Raises OSError where sysfs can't be read."""
+    devices = {}
+    for address in root.list_names(PCI_DEVICES):
+        device = read_device(root, address)
+        # A device may be unplugged between the listing and the reading.
+        if device is not None:
+            devices[address] = device
+    members: dict[str, list[PciDevice]] = {}
+    for device in devices.values():
+        if device.group:
+            members.setdefault(device.group, []).append(device)
+    return Picture(devices, {name: IommuGroup(name, tuple(group)) for name, group in members.items()})
+
+
+def read_device(root: Root, address: str) -> PciDevice | None:
+    """Return one PCI function, or None where there is none at this address (any more)."""
+    path = f"{PCI_DEVICES}/{address}"
+    try:
+        # One read gives driver, class and ids; each attribute by itself would be four.
+        uevent = parse_uevent(root.read_text(f"{path}/uevent"))
+        target = root.read_link(path)
+    except OSError:
+        return None
+    vendor, _, device = uevent.get("PCI_ID", "").lower().partition(":")
+    driver = uevent.get("DRIVER", "")
+    return PciDevice(
+        address,
+        vendor,
+        device,
+        uevent.get("PCI_CLASS", "").lower().zfill(6),
+        driver,
+        root.link_name(f"{path}/iommu_group"),
+        "/sys/" + target.lstrip("./") if target else path,
+        driver == "vfio-pci" or (driver != "" and root.exists(f"{path}/vfio-dev")),
+    )
+
+
+def parse_uevent(text: str) -> dict[str, str]:
+    """Return the pairs of a sysfs uevent file."""
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def read_driver(root: Root, address: str) -> str:
+    """Return the name of the driver a PCI function is bound to now, "" without one."""
+    return root.link_name(f"{PCI_DEVICES}/{address}/driver")
+
+
+def read_override(root: Root, address: str) -> str:
+    """Return a function's driver_override, "" when unset (the kernel says "(null)"). Raises OSError."""
+    text = root.read_text(f"{PCI_DEVICES}/{address}/driver_override")
+    return "" if text == "(null)" else text
+
+
+def read_group_number(root: Root, group: str) -> tuple[int, int] | None:
+    """Return major and minor of a live VFIO group's node, None where vfio has no such group.
+
+    From sysfs, because a guest without devtmpfs has no node to look at.
+    """
+    major, _, minor = root.read_text_or(f"{VFIO_CLASS}/{group}/dev", "").partition(":")
+    return (int(major), int(minor)) if minor else None
+
+
+def list_live_groups(root: Root) -> dict[tuple[int, int], str]:
+    """Return the VFIO groups that have a node now, by major and minor."""
+    numbers = ((read_group_number(root, name), name) for name in root.list_names(VFIO_CLASS))
+    return {number: name for number, name in numbers if number is not None}
+
+
+def is_viable_member(device: PciDevice) -> bool:
+    """Tell whether a member leaves its group viable: no driver, a vfio driver, a harmless one, or a bridge."""
+    return not device.driver or device.owned_by_vfio or device.driver in HARMLESS_DRIVERS or device.is_bridge
