@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests and the demo need on this machine, and how it gets there.
+
+Everything that is not a Debian package lies in one cache directory outside the repository. Each piece is made under
+another name and renamed when it is whole, so that a run that was broken off leaves nothing that looks finished.
+Standard library only: this runs before anything else is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# The interpreter the hooks run under on Debian; another `python` may come first on PATH.
+PYTHON = "/usr/bin/python3"
+DEBIAN_MIRROR = "http://deb.debian.org/debian"
+DEBIAN_SECURITY_MIRROR = "http://deb.debian.org/debian-security"
+DEBIAN_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+# Each package beside what it is for, because that is what a user asks when it is missing.
+RIG_PACKAGES = {
+    "qemu-system-x86": "the virtual machine",
+    "busybox-static": "virtme-ng's initramfs",
+    "file": "virtme-ng asks it for the kernel's version",
+    "kmod": "kernel modules",
+    "udev": "device events in the virtual machine",
+    "iproute2": "network interfaces in the virtual machine",
+    "python3-venv": "virtme-ng comes from PyPI",
+    "runc": "a container runtime",
+    "crun": "another container runtime",
+    "debootstrap": "the containers' root file system",
+}
+TEST_PACKAGES = {
+    **RIG_PACKAGES,
+    "driverctl": "what people rebind devices with today",
+    "bpftool": "device cgroup programs, seen from outside",
+    "e2fsprogs": "a file system on a disk that must not be taken",
+    "procps": "processes",
+    "python3-jsonschema": "the hooks' own dependency",
+    "python3-pyudev": "the hooks' own dependency",
+    "python3-tenacity": "the hooks' own dependency",
+}
+
+RIG_REQUIREMENTS = ("virtme-ng>=1.42",)
+TEST_REQUIREMENTS = (
+    "pytest>=7.4",
+    "pyfakefs>=5.3",
+    "hypothesis>=6.80",
+    "ruff>=0.12",
+    "mypy>=1.11",
+    "types-jsonschema>=4.20",
+    "jsonschema>=3.2",
+    "pyudev>=0.22",
+    "tenacity>=6.2",
+    "tomli>=1.1",
+)
+
+# The root file system that containers get: Debian's smallest with a Python that can run a probe.
+ROOTFS_PACKAGES = {"probe": ("python3-minimal",)}
+
+# Kernels the virtual machine can boot, and the Debian release each comes from.
+KERNEL_SUITES = {"6.1": "bookworm", "6.12": "trixie"}
+DEFAULT_KERNEL = "6.1"
+
+
+class MissingError(Exception):
+    """Something that is needed is not there and could not be had. The text says what a user can do."""
+
+
+def say(text: str) -> None:
+    """Tell the user what is going on, at once."""
+    print(text, flush=True)
+
+
+def find_cache() -> Path:
+    """Return the cache directory, made if it is not there."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    cache = Path(base) / "oci-vfio-hooks"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+def run(command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    """Run a command to its end and return its standard output. Raises MissingError with what it said when it fails."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive", **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise MissingError(f"{command[0]}: command not found") from error
+    if done.returncode != 0:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise MissingError(f"`{shlex.join(command)}` ended with {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def find_missing_packages(names: Iterable[str]) -> list[str]:
+    """Return those of the packages that are not installed."""
+    wanted = list(names)
+    listing = subprocess.run(
+        ["/usr/bin/dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", *wanted],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    installed = {line.split()[0] for line in listing.stdout.splitlines() if line.endswith(" installed")}
+    return [name for name in wanted if name not in installed]
+
+
+def ensure_packages(packages: dict[str, str]) -> None:
+    """Install the Debian packages that are missing. packages: name → what it is for."""
+    missing = find_missing_packages(packages)
+    if not missing:
+        return
+    command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
+    if os.geteuid() != 0:
+        reasons = "\n".join(f"  {name}: {packages[name]}" for name in missing)
+        raise MissingError(f"missing Debian packages:\n{reasons}\ninstall them as root: {shlex.join(command)}")
+    say(f"installing {len(missing)} Debian packages: {' '.join(missing)}")
+    started = time.monotonic()
+    run(["apt-get", "update", "-q"])
+    run(command)
+    say(f"  done in {time.monotonic() - started:.0f} s")
+
+
+def make_stamp(*parts: str) -> str:
+    """Return a short name for what something is made of: another recipe, another directory."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:10]
+
+
+def ensure_venv(name: str, requirements: Sequence[str]) -> Path:
+    """Return a virtual environment of the system's Python that has the requirements."""
+    version = run([PYTHON, "-c", "import sys; print(sys.version)"])
+    place = find_cache() / f"venv-{name}-{make_stamp(version, *requirements)}"
+    # A virtual environment knows its own path, so it is made in place and marked when it is whole.
+    mark = place / "complete"
+    if not mark.exists():
+        say(f"making a virtual environment with {', '.join(requirements)}")
+        started = time.monotonic()
+        shutil.rmtree(place, ignore_errors=True)
+        run([PYTHON, "-m", "venv", str(place)])
+        run([str(place / "bin/pip"), "install", "--disable-pip-version-check", "-q", *requirements])
+        mark.touch()
+        say(f"  done in {time.monotonic() - started:.0f} s")
+    return place
+
+
+def ensure_rootfs(name: str = "probe") -> Path:
+    """Return the root file system for containers of this name, made once with debootstrap."""
+    packages = ROOTFS_PACKAGES[name]
+    place = find_cache() / f"rootfs-{name}-{make_stamp(*packages)}"
+    if not place.exists():
+        say(f"making the containers' root file system with debootstrap: minbase, {', '.join(packages)}")
+        started = time.monotonic()
+        partial = place.with_name(f"{place.name}.partial-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        include = f"--include={','.join(packages)}"
+        run(["debootstrap", "--variant=minbase", include, "bookworm", str(partial), find_mirror()])
+        for useless in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"):
+            shutil.rmtree(partial / useless, ignore_errors=True)
+        partial.rename(place)
+        say(f"  done in {time.monotonic() - started:.0f} s")
+    return place
+
+
+def find_mirror() -> str:
+    """Return the mirror this machine gets Debian's packages from, so that only one has to be reachable."""
+    targets = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Codename: bookworm", "Created-By: Packages"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    uris = targets.stdout.split()
+    return uris[0].rstrip("/") if uris else DEBIAN_MIRROR
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to boot. version: as in KERNEL_SUITES; release: what uname -r says; image: its bzImage."""
+
+    version: str
+    release: str
+    image: Path
+
+
+def ensure_kernel(version: str = DEFAULT_KERNEL) -> Kernel:
+    """Return Debian's kernel of that version, unpacked in the cache.
+
+    Not installed: that would run update-initramfs and touch /boot of a machine that only wants to run tests, and a
+    kernel of another Debian release could not be installed at all.
+    """
+    kernels = find_cache() / "kernels"
+    place = kernels / version
+    if not place.exists():
+        suite = KERNEL_SUITES[version]
+        say(f"getting Debian's kernel {version} from {suite}")
+        started = time.monotonic()
+        partial = kernels / f"{version}.partial-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        options = read_apt_options(suite)
+        package = find_kernel_package(options)
+        run(["apt-get", *options, "-q", "download", package], cwd=partial)
+        (archive,) = partial.glob("*.deb")
+        run(["dpkg-deb", "-x", str(archive), str(partial)])
+        archive.unlink()
+        if not (partial / "lib").exists():
+            # Since Debian 13 the modules are packed under /usr/lib, and depmod looks under /lib.
+            (partial / "lib").symlink_to("usr/lib")
+        release = package.split("-", 2)[2]
+        run(["depmod", "-b", str(partial), release])
+        partial.rename(place)
+        say(f"  {release}, done in {time.monotonic() - started:.0f} s")
+    (image,) = place.glob("boot/vmlinuz-*")
+    return Kernel(version, image.name.split("-", 1)[1], image)
+
+
+def find_kernel_package(apt_options: Sequence[str]) -> str:
+    """Return the name of the package that linux-image-amd64 stands for today."""
+    for line in run(["apt-cache", *apt_options, "depends", "linux-image-amd64"]).splitlines():
+        name = line.rpartition(" ")[2]
+        if "Depends:" in line and name.startswith("linux-image-"):
+            return name
+    raise MissingError("apt-cache does not know what linux-image-amd64 depends on; try `apt-get update`")
+
+
+def read_apt_options(suite: str) -> list[str]:
+    """Return the options by which apt sees this Debian release and nothing else, its lists fresh.
+
+    The machine's own apt is left as it is: sources, lists and state of their own, in the cache.
+    """
+    apt = find_cache() / "apt" / suite
+    (apt / "lists/partial").mkdir(parents=True, exist_ok=True)
+    (apt / "archives/partial").mkdir(parents=True, exist_ok=True)
+    sources = apt / "sources.list"
+    signed = f"[signed-by={DEBIAN_KEYRING} arch=amd64]"
+    sources.write_text(
+        f"deb {signed} {find_mirror()} {suite} main\ndeb {signed} {DEBIAN_SECURITY_MIRROR} {suite}-security main\n"
+    )
+    settings = {
+        "Dir::Etc::sourcelist": str(sources),
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State::lists": str(apt / "lists"),
+        "Dir::State::status": "/dev/null",
+        "Dir::Cache": str(apt),
+        # Nothing but the package lists: translations are half of what apt-get update loads.
+        "Acquire::Languages": "none",
+        # root's cache directory is not readable for the user _apt.
+        "APT::Sandbox::User": "root",
+    }
+    options = [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
+    run(["apt-get", *options, "-q", "update"])
+    return options
+
+
+def compile_hooks() -> None:
+    """Byte-compile the package for the interpreter the hooks run under; the virtual machine sees it read-only."""
+    run([PYTHON, "-m", "compileall", "-q", str(REPOSITORY / "oci_hooks")])
+
+
+def die(error: MissingError) -> int:
+    """Report what is missing and return the exit code for it."""
+    print(f"tests: {error}", file=sys.stderr, flush=True)
+    return 3

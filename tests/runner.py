@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests/run does: sets up, runs the kinds of tests asked for, counts.
+
+    tests/run                                          everything: lint, unit, runtime, vm
+    tests/run lint unit                                these kinds
+    tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
+    tests/run --in MACHINE [--kernel 6.12] COMMAND...  any command in a machine
+
+Exits with 0 when all passed, 1 when something failed or a test of the machine was skipped, 3 when something is missing.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from tests import provision
+from tests.provision import REPOSITORY, MissingError, say
+from tests.vm import rig
+from tests.vm.machines import MACHINES
+
+KINDS = ("lint", "unit", "runtime", "vm")
+# One boot serves many files; all of them together must end in this time.
+VM_LIMIT = 1200.0
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many tests passed, failed and were skipped."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        """Return the sums."""
+        return Count(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+    def __str__(self) -> str:
+        """Return the line that programs read."""
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+
+def main(arguments: list[str]) -> int:
+    """Run what the command line asks for and return the exit code."""
+    # A program that reads our output through a pipe sees each line when it is printed.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        if arguments[:1] == ["--vm"]:
+            return run_selected(arguments[1:])
+        if arguments[:1] == ["--in"]:
+            return run_command(arguments[1:])
+        if any(argument not in KINDS for argument in arguments):
+            print(__doc__)
+            return 0 if arguments in (["-h"], ["--help"]) else 2
+        return run_kinds(arguments or list(KINDS))
+    except MissingError as error:
+        return provision.die(error)
+
+
+def run_kinds(kinds: list[str]) -> int:
+    """Run these kinds of tests and print how many there were of each."""
+    started = time.monotonic()
+    provision.ensure_packages(provision.TEST_PACKAGES)
+    provision.compile_hooks()
+    counts: dict[str, Count] = {}
+    for kind in kinds:
+        say(f"== {kind}")
+        counts[kind] = run_kind(kind)
+    print()
+    for kind, count in counts.items():
+        print(f"{kind + ':':9} {count}")
+    print(f"{'time:':9} {time.monotonic() - started:.0f} s")
+    total = sum(counts.values(), Count())
+    code = judge(total, counts.get("vm"))
+    print(total)
+    return code
+
+
+def judge(total: Count, vm: Count | None) -> int:
+    """Return the exit code: a test of the machine that did not run is as bad as one that failed."""
+    if total.failed:
+        return 1
+    if vm is not None and (vm.skipped or not vm.passed):
+        print(f"tests/run: {vm.skipped} tests of vm were skipped and {vm.passed} ran: that is a failure")
+        return 1
+    return 0
+
+
+def run_kind(kind: str) -> Count:
+    """Run one kind of tests."""
+    if kind == "lint":
+        return run_lint()
+    if kind == "vm":
+        return run_in_machines(sorted((REPOSITORY / "tests/vm").glob("test_*.py")), [])
+    return run_here(REPOSITORY / "tests" / kind)
+
+
+def find_tool(name: str) -> str:
+    """Return the path of a program in the tests' virtual environment."""
+    return str(provision.ensure_venv("tests", provision.TEST_REQUIREMENTS) / "bin" / name)
+
+
+def run_lint() -> Count:
+    """Run the linters: each counts as one test."""
+    count = Count()
+    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
+        say(f"$ {' '.join(command)}")
+        done = subprocess.run([find_tool(command[0]), *command[1:]], cwd=REPOSITORY, check=False)
+        count += Count(passed=1) if done.returncode == 0 else Count(failed=1)
+    return count
+
+
+def run_here(directory: Path) -> Count:
+    """Run a directory of tests on this machine."""
+    if not list(directory.glob("test_*.py")):
+        say(f"no tests in {directory.relative_to(REPOSITORY)}")
+        return Count()
+    with tempfile.TemporaryDirectory(prefix="tests-") as scratch:
+        report = Path(scratch) / "junit.xml"
+        command = [find_tool("python"), "-m", "pytest", "-q", f"--junitxml={report}", str(directory)]
+        done = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, check=False)
+        return read_report(report, done.returncode)
+
+
+def run_in_machines(files: list[Path], options: list[str]) -> Count:
+    """Run files of tests in the machines they ask for, one boot for all that ask for the same."""
+    boots: dict[tuple[str, str], list[Path]] = {}
+    for file in files:
+        machine, kernels = read_wishes(file)
+        for kernel in kernels:
+            boots.setdefault((machine, kernel), []).append(file)
+    count = Count()
+    for (machine, kernel), together in sorted(boots.items()):
+        say(f"-- machine {machine}, kernel {kernel}: {' '.join(file.name for file in together)}")
+        count += run_boot(machine, kernel, together, options)
+    return count
+
+
+def read_wishes(file: Path) -> tuple[str, tuple[str, ...]]:
+    """Return the machine and the kernels that a file of tests asks for at its top: MACHINE and, if it will, KERNELS."""
+    values: dict[str, object] = {}
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name in ("MACHINE", "KERNELS"):
+                values[name] = ast.literal_eval(node.value)
+    machine, kernels = values.get("MACHINE"), values.get("KERNELS", (provision.DEFAULT_KERNEL,))
+    if machine not in MACHINES:
+        raise MissingError(f"{file}: MACHINE is {machine!r}; there are {', '.join(MACHINES)}")
+    if not isinstance(kernels, tuple) or not set(kernels) <= set(provision.KERNEL_SUITES):
+        raise MissingError(f"{file}: KERNELS is {kernels!r}; a tuple of {', '.join(provision.KERNEL_SUITES)} is wanted")
+    return str(machine), kernels
+
+
+def run_boot(machine: str, kernel: str, files: list[Path], options: list[str]) -> Count:
+    """Boot once and run these files' tests inside."""
+    with tempfile.TemporaryDirectory(prefix="share-", dir=provision.find_cache()) as directory:
+        share = Path(directory)
+        report = share / "junit.xml"
+        command = [find_tool("python"), "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command += ["-o", "faulthandler_timeout=240", *options, *(str(file) for file in files)]
+        job = rig.Job(tuple(command), share, VM_LIMIT, make_environment())
+        try:
+            outcome = rig.run_in_vm(MACHINES[machine], provision.ensure_kernel(kernel), job, write_output)
+        except rig.BootError as error:
+            print(f"rig: {machine}: {error}", flush=True)
+            return Count(failed=1)
+        say(f"-- {machine}: up after {outcome.boot_seconds:.0f} s, off after {outcome.seconds:.0f} s")
+        return read_report(report, outcome.exit_code)
+
+
+def make_environment() -> dict[str, str]:
+    """Return what tests inside the machine find in their environment."""
+    return {
+        "OCI_VFIO_ROOTFS": str(provision.ensure_rootfs()),
+        # Each import is dear in there, and nothing can be written beside the sources.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",
+        **{name: value for name, value in os.environ.items() if name == "OCI_VFIO_HOOKS_DIR"},
+    }
+
+
+def write_output(data: bytes) -> None:
+    """Pass the machine's output on as it is."""
+    sys.stdout.flush()
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def read_report(report: Path, code: int) -> Count:
+    """Count a junit report. A pytest that ended badly without a failed test counts as one failure."""
+    if not report.exists():
+        print(f"tests/run: no report was written (exit code {code})", flush=True)
+        return Count(failed=1)
+    count = Count()
+    for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - we wrote it ourselves
+        if case.find("failure") is not None or case.find("error") is not None:
+            count += Count(failed=1)
+        elif case.find("skipped") is not None:
+            count += Count(skipped=1)
+        else:
+            count += Count(passed=1)
+    # 5: no test was collected, which is the caller's to judge.
+    return count + Count(failed=1) if code not in (0, 1, 5) or (code == 1 and not count.failed) else count
+
+
+def run_selected(arguments: list[str]) -> int:
+    """Run some files of tests in their machines: what a developer does all day."""
+    files = [Path(word).resolve() for word in arguments if word.partition("::")[0].endswith(".py")]
+    options = [word for word in arguments if not word.partition("::")[0].endswith(".py")]
+    provision.ensure_packages(provision.TEST_PACKAGES)
+    provision.compile_hooks()
+    count = run_in_machines(files or sorted((REPOSITORY / "tests/vm").glob("test_*.py")), options)
+    code = judge(count, count)
+    print(count)
+    return code
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run any command in a machine and return its exit code."""
+    name, *command = arguments or [""]
+    if name not in MACHINES:
+        raise MissingError(f"no machine {name!r}; there are {', '.join(MACHINES)}")
+    kernel = provision.DEFAULT_KERNEL
+    if command[:1] == ["--kernel"]:
+        kernel, command = command[1], command[2:]
+    provision.ensure_packages(provision.TEST_PACKAGES)
+    with tempfile.TemporaryDirectory(prefix="share-", dir=provision.find_cache()) as share:
+        job = rig.Job(tuple(command), Path(share), VM_LIMIT, make_environment())
+        try:
+            return rig.run_in_vm(MACHINES[name], provision.ensure_kernel(kernel), job, write_output).exit_code
+        except rig.BootError as error:
+            print(f"rig: {name}: {error}", flush=True)
+            return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

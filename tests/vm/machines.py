@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machines tests can ask for by name (`MACHINE = "standard"` at the top of a test file)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable
+
+from tests.vm import devices
+from tests.vm.devices import Board
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A virtual machine. plug: puts the devices in; iommu: whether it has a virtual IOMMU that the kernel uses."""
+
+    name: str
+    about: str
+    plug: Callable[[Board], None]
+    iommu: bool = True
+    cpus: int = 2
+    memory: str = "2G"
+    kernel_arguments: tuple[str, ...] = ()
+
+
+def plug_standard(board: Board) -> None:
+    """Plug in one of everything, two NICs, two empty ports."""
+    devices.add_nic(board)
+    devices.add_nic(board)
+    devices.add_nic_pair_behind_bridge(board)
+    devices.add_edu(board)
+    devices.add_nvme(board, serial="disk")
+    devices.add_sriov_nvme(board, serial="sriov")
+    devices.add_hotplug_port(board)
+    devices.add_hotplug_port(board)
+
+
+def plug_single(board: Board) -> None:
+    """Plug in exactly one group that the guest hook takes by itself, and one that it never does."""
+    devices.add_nic(board)
+    devices.add_usb_behind_bridge(board)
+
+
+def plug_many(board: Board) -> None:
+    """Plug in sixteen NICs, each in a group of its own."""
+    for _ in range(16):
+        devices.add_nic(board)
+
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        Machine("standard", "one of everything", plug_standard),
+        Machine("single", "one NIC: the plain case, and the demo's", plug_single),
+        Machine("no-iommu", "as standard, without a virtual IOMMU", plug_standard, iommu=False),
+        Machine("many", "sixteen NICs in sixteen groups", plug_many),
+        Machine("wired", "two NICs wired to each other", devices.add_wired_nics),
+        Machine(
+            "cgroup-v1",
+            "as single, with the device controller of cgroup v1",
+            plug_single,
+            kernel_arguments=("SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1",),
+        ),
+    )
+}

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boot a machine, run one command in it, come back with its exit code.
+
+Debian's kernel in QEMU by virtme-ng: the machine's root is this machine's root, read-only, so what lies in the
+repository and in the cache is there under the same path. Emulated unless RIG_ACCEL=kvm: /dev/kvm may be there and
+still hang a guest for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Callable
+
+from tests import provision
+from tests.provision import MissingError
+from tests.vm.control import PORT_NAME, Relay, Wire
+from tests.vm.devices import Board
+from tests.vm.machines import Machine
+
+# A boot takes 25 s on two idle processors; others may be at work beside it.
+BOOT_LIMIT = 150.0
+# virtme-ng lays an empty tmpfs over these: what lies there has to be mounted again.
+HIDDEN_IN_VM = ("/run", "/var/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/dev/shm")  # noqa: S108
+INSIDE = Path(__file__).resolve().parent / "inside.sh"
+LEASH = Path(__file__).resolve().parent / "leash.py"
+
+
+class BootError(Exception):
+    """The machine did not do what it was booted for: never reached its command, died, or ran over its limit."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run, and how. command: an argument vector; limit: seconds from power-on; share: writable for inside."""
+
+    command: tuple[str, ...]
+    share: Path
+    limit: float = 900.0
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it. boot_seconds: until the command started; seconds: until power-off."""
+
+    exit_code: int
+    boot_seconds: float
+    seconds: float
+
+
+def run_in_vm(machine: Machine, kernel: provision.Kernel, job: Job, write: Callable[[bytes], None]) -> Outcome:
+    """Boot the machine and run the job's command; its output goes to `write` as it comes.
+
+    A boot that never reached its command is tried once more: about one in fifteen was seen to stall.
+    """
+    check_requirements()
+    try:
+        return boot(machine, kernel, job, write)
+    except StalledError as error:
+        print(f"rig: {machine.name}: {error}; one more try", file=sys.stderr, flush=True)
+        return boot(machine, kernel, job, write)
+
+
+class StalledError(BootError):
+    """The machine never reached its command."""
+
+
+def check_requirements() -> None:
+    """Say plainly what is missing on this machine."""
+    for command, package in (("qemu-system-x86_64", "qemu-system-x86"), ("file", "file"), ("depmod", "kmod")):
+        if shutil.which(command, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
+            raise MissingError(f"{command} is not there: apt-get install --no-install-recommends {package}")
+    if shutil.which("busybox") is None:
+        raise MissingError("no busybox for the initramfs: apt-get install --no-install-recommends busybox-static")
+
+
+def boot(machine: Machine, kernel: provision.Kernel, job: Job, write: Callable[[bytes], None]) -> Outcome:
+    """Boot once. Raises StalledError when the command was not reached, BootError for all else that is not an exit."""
+    scratch = Path(tempfile.mkdtemp(prefix="rig-"))
+    control, qmp = Wire(scratch / "control"), Wire(scratch / "qmp")
+    try:
+        board = Board(scratch)
+        machine.plug(board)
+        write_script(job, board, machine, kernel)
+        command = make_vng_command(machine, kernel, job, board)
+        return Run(command, Relay(control, qmp), write).watch(job.limit)
+    finally:
+        control.close()
+        qmp.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_script(job: Job, board: Board, machine: Machine, kernel: provision.Kernel) -> None:
+    """Write the job as a script into the shared directory, because a kernel's command line is short."""
+    environment = {
+        **job.environment,
+        "OCI_VFIO_RIG_MACHINE": machine.name,
+        "OCI_VFIO_RIG_KERNEL": kernel.version,
+        "OCI_VFIO_RIG_SHARE": str(job.share),
+        "OCI_VFIO_RIG_HOTPLUG_PORTS": " ".join(board.hotplug_ports),
+    }
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+    script = job.share / "job.sh"
+    script.write_text("\n".join([*lines, f"cd {shlex.quote(str(provision.REPOSITORY))}", shlex.join(job.command), ""]))
+
+
+def make_vng_command(machine: Machine, kernel: provision.Kernel, job: Job, board: Board) -> list[str]:
+    """Return virtme-ng's command line."""
+    qemu = ["-machine", "q35,kernel-irqchip=split"]
+    if machine.iommu:
+        qemu += ["-device", "intel-iommu,intremap=on,caching-mode=on"]
+    qemu += board.arguments
+    qemu += ["-chardev", f"socket,id=rigcontrol,path={board.scratch / 'control'}"]
+    qemu += ["-device", "virtio-serial", "-device", f"virtserialport,chardev=rigcontrol,name={PORT_NAME}"]
+    qemu += ["-qmp", f"unix:{board.scratch / 'qmp'}"]
+    appended = [*(["intel_iommu=on"] if machine.iommu else []), *machine.kernel_arguments]
+    command = ["vng", "--run", str(kernel.image), "--disable-microvm", "--force-9p"]
+    command += [] if os.environ.get("RIG_ACCEL") == "kvm" else ["--disable-kvm"]
+    command += ["--verbose"] if os.environ.get("RIG_VERBOSE") else []
+    command += ["--cpus", str(machine.cpus), "--memory", machine.memory, "--user", "root"]
+    command += [f"--append={argument}" for argument in appended]
+    command += [f"--rwdir={job.share}={job.share}"]
+    command += [f"--rodir={path}={path}" for path in find_hidden_directories()]
+    command += [f"--qemu-opts={shlex.join(qemu)}", "--exec", shlex.join(["sh", str(INSIDE), str(job.share / "job.sh")])]
+    return command
+
+
+def find_hidden_directories() -> list[Path]:
+    """Return the directories that are needed inside and would not be seen there."""
+    needed = (provision.REPOSITORY, provision.find_cache())
+    return [path for path in needed if str(path).startswith(tuple(f"{hidden}/" for hidden in HIDDEN_IN_VM))]
+
+
+class Run:
+    """A machine that is running: its output, its two wires and its process, watched by one loop."""
+
+    def __init__(self, command: list[str], relay: Relay, write: Callable[[bytes], None]) -> None:
+        self.relay = relay
+        self.write = write
+        self.started = time.monotonic()
+        self.up_at: float | None = None
+        self.tail = b""
+        self.selector = selectors.DefaultSelector()
+        venv = provision.ensure_venv("rig", provision.RIG_REQUIREMENTS)
+        # vng calls virtme-run by name.
+        path = f"{venv / 'bin'}:{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
+        self.process = subprocess.Popen(
+            [provision.PYTHON, "-I", str(LEASH), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PATH": path, "LC_ALL": "C.UTF-8"},
+        )
+
+    def watch(self, limit: float) -> Outcome:
+        """Serve the machine until it powers off or runs over its limit. No process of it is left after that."""
+        assert self.process.stdout is not None
+        self.selector.register(self.process.stdout, selectors.EVENT_READ, self.read_output)
+        for wire, handle in ((self.relay.control, self.relay.handle_control), (self.relay.qmp, self.relay.handle_qmp)):
+            self.selector.register(wire.listener, selectors.EVENT_READ, self.make_acceptor(wire, handle))
+        try:
+            while self.is_watching():
+                self.check_limits(limit)
+                for key, _ in self.selector.select(timeout=1.0):
+                    key.data(key.fileobj)
+        finally:
+            # The leash lets go: the whole process group is killed, if it is still there.
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            self.process.wait()
+            self.process.stdout.close()
+            self.selector.close()
+        return self.judge()
+
+    def is_watching(self) -> bool:
+        """Return whether the output or a wire is still open: the last message may come in after the last output."""
+        listeners = (self.relay.control.listener, self.relay.qmp.listener)
+        return any(key.fileobj not in listeners for key in self.selector.get_map().values())
+
+    def make_acceptor(self, wire: Wire, handle: Callable[[dict[str, object]], None]) -> Callable[[object], None]:
+        """Return what to do when QEMU connects to the wire."""
+
+        def receive(connection: object) -> None:
+            messages = wire.receive()
+            if messages is None:
+                self.selector.unregister(connection)  # type: ignore[arg-type]
+                return
+            for message in messages:
+                handle(message)
+            if self.relay.up and self.up_at is None:
+                self.up_at = time.monotonic()
+
+        def accept(_listener: object) -> None:
+            self.selector.register(wire.accept(), selectors.EVENT_READ, receive)
+
+        return accept
+
+    def read_output(self, stream: IO[bytes]) -> None:
+        """Pass on what the command printed."""
+        data = os.read(stream.fileno(), 65536)
+        if not data:
+            self.selector.unregister(stream)
+            return
+        self.tail = (self.tail + data)[-4096:]
+        self.write(data)
+
+    def check_limits(self, limit: float) -> None:
+        """Raise when the boot or the command takes too long."""
+        spent = time.monotonic() - self.started
+        if self.up_at is None and spent > BOOT_LIMIT:
+            raise StalledError(f"the command was not reached in {BOOT_LIMIT:.0f} s")
+        if spent > limit + (0.0 if self.up_at is None else self.up_at - self.started):
+            raise BootError(f"the hard limit of {limit:.0f} s was reached")
+
+    def judge(self) -> Outcome:
+        """Return what came of the run, which has ended by itself."""
+        now = time.monotonic()
+        if self.up_at is None:
+            said = self.tail.decode(errors="replace").strip() or "nothing"
+            raise StalledError(f"ended with {self.process.returncode} before the command was reached; it said: {said}")
+        if self.relay.exit_code is None:
+            raise BootError("the machine went down before its command had ended (RIG_VERBOSE=1 shows its console)")
+        return Outcome(self.relay.exit_code, self.up_at - self.started, now - self.started)
