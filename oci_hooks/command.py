@@ -53,13 +53,17 @@ class Deadline:
 
 
 class Call(Record):
-    """One run of a hook. findings: what it has to say besides an error; container: its id, once known."""
+    """One run of a hook.
+
+    findings: what it has to say besides an error; container: its id, once known; plan: what --dry-run --json prints.
+    """
 
     program: str
     arguments: Arguments
     deadline: Deadline
     findings: list[Finding]
     container: list[str]
+    plan: list[dict[str, str]]
 
     def tell(self, finding: Finding) -> None:
         """Keep a finding for the report at the end."""
@@ -83,7 +87,7 @@ def run_hook(
     guard_descriptors()
     call = None
     try:
-        call = Call(program, parse_arguments(program, argv, add_options), Deadline(seconds), [], [])
+        call = Call(program, parse_arguments(program, argv, add_options), Deadline(seconds), [], [], [])
         code = work(call)
         findings = call.findings
     except HookError as error:
@@ -95,7 +99,7 @@ def run_hook(
         code = EXIT_REFUSED
         findings = (call.findings if call else []) + [make_internal(error)]
     if call and call.arguments.json:
-        print_json(program, code, findings)
+        print_json(call, code, findings)
     if findings:
         report(program, call.container[-1] if call and call.container else "", findings, kmsg)
     return code
@@ -184,11 +188,14 @@ def read_input(deadline: Deadline) -> bytes:
     return b"".join(chunks)
 
 
-def print_json(program: str, code: int, findings: list[Finding]) -> None:
+def print_json(call: Call, code: int, findings: list[Finding]) -> None:
     """Print findings for a program that reads them. Schema: schemas/findings.json."""
     import json
 
-    answer = {"version": 1, "program": program, "exit": code, "findings": [finding.as_dict() for finding in findings]}
+    told = [finding.as_dict() for finding in findings]
+    answer: dict[str, object] = {"version": 1, "program": call.program, "exit": code, "findings": told}
+    if call.arguments.dry_run:
+        answer["plan"] = call.plan
     write_stdout(json.dumps(answer, indent=2) + "\n")
 
 

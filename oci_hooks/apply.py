@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carry a plan out and put it back: the only module that changes the system.
+
+Before each change, what undoes it goes to the journal. Undoing reads nothing but the journal, so that it is the same
+after a failure, at poststop, and in the next hook after a kill. Every undo may be done twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from oci_hooks import cgroup, container, sysfs
+from oci_hooks.errors import Finding, StepError
+from oci_hooks.oci import GROUP_PREFIX
+from oci_hooks.plan import CONTROL_NUMBERS, DRIVER, Rebind
+from oci_hooks.records import Record
+from oci_hooks.workers import Job, Result, Write, run_jobs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from oci_hooks.command import Deadline
+    from oci_hooks.files import Root
+    from oci_hooks.journal import Entry, Journal
+    from oci_hooks.oci import Device
+    from oci_hooks.plan import Node, Plan
+
+# A device that is gone needs no unbinding: unplugged, or its driver went first.
+GONE = (errno.ENOENT, errno.ENODEV)
+
+
+class Target(Record):
+    """The container that nodes are made for. pid: its init; rootfs: real path of its root file system."""
+
+    pid: int
+    rootfs: str
+
+
+# Drivers -------------------------------------------------------------------------------------------------------------
+
+
+def bind_devices(root: Root, rebinds: Iterable[Rebind], journal: Journal, deadline: Deadline) -> None:
+    """Bind PCI functions to vfio-pci, side by side, and read back that they are. Raises StepError."""
+    rebinds = tuple(rebinds)
+    for rebind in rebinds:
+        journal.note("device", rebind.address, rebind.driver, rebind.override)
+    jobs = [Job(rebind.address, make_bind_writes(rebind)) for rebind in rebinds]
+    for rebind, result in zip(rebinds, run_jobs(jobs, deadline)):
+        check_bound(root, rebind, result, deadline)
+
+
+def make_bind_writes(rebind: Rebind) -> tuple[Write, ...]:
+    """Return the writes that bind a function to vfio-pci (Documentation/ABI/testing/sysfs-bus-pci)."""
+    path = f"{sysfs.PCI_DEVICES}/{rebind.address}"
+    writes = [Write(f"{path}/driver_override", f"{DRIVER}\n")]
+    if rebind.driver:
+        writes.append(Write(f"{path}/driver/unbind", rebind.address, GONE))
+    return (*writes, make_probe_write(rebind.address))
+
+
+def make_probe_write(address: str) -> Write:
+    """Return the write that has the kernel look for a driver for a function."""
+    # Its errno is of no use: the kernel also succeeds when nothing binds, so the driver link is read back.
+    return Write("/sys/bus/pci/drivers_probe", address, (errno.EBUSY, errno.EINVAL, errno.EPERM, errno.EAGAIN, 517))
+
+
+def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) -> None:
+    """Raise StepError where a function is not bound to vfio-pci now, after trying again what may pass."""
+    address = rebind.address
+    if result.blocked:
+        problem = (
+            f"the kernel did not finish unbinding it from {rebind.driver or 'nothing'} within {deadline.seconds:g} s"
+        )
+        raise StepError("unbind-blocked", address, problem, "see dmesg; end what uses the device and try again")
+    if not root.exists(f"{sysfs.PCI_DEVICES}/{address}"):
+        raise StepError("device-gone", address, "was unplugged while it was being bound", "start the container again")
+    if result.code:
+        raise StepError("bind-failed", address, f"{result.path}: {os.strerror(result.code)}", "see dmesg")
+    driver = sysfs.read_driver(root, address)
+    if driver != DRIVER:
+        driver = probe_again(root, address, deadline)
+    if driver != DRIVER:
+        problem = f"{DRIVER} did not take it; it is bound to {driver or 'no driver'}"
+        raise StepError("bind-failed", address, problem, f"see dmesg for {DRIVER} {address}")
+
+
+def probe_again(root: Root, address: str, deadline: Deadline) -> str:
+    """Have the kernel probe a function again while that may help, and return the driver that it has then."""
+    from oci_hooks.schema import load_site_packages
+
+    load_site_packages()
+    import tenacity
+
+    def probe() -> str:
+        run_jobs([Job(address, (make_probe_write(address),))], deadline)
+        return sysfs.read_driver(root, address)
+
+    # A device that is still busy with its old driver's teardown is free after some tens of milliseconds or not at all.
+    seconds = min(1.0, deadline.remaining() / 2)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_result(lambda driver: driver == ""),
+        wait=tenacity.wait_exponential(multiplier=0.02, max=0.3),
+        stop=tenacity.stop_after_delay(seconds),
+        retry_error_callback=lambda state: state.outcome.result() if state.outcome else "",
+    )
+    driver: str = retrying(probe)
+    return driver
+
+
+# Nodes ---------------------------------------------------------------------------------------------------------------
+
+
+def expose_nodes(root: Root, plan: Plan, target: Target, journal: Journal) -> tuple[cgroup.Node, ...]:
+    """Make the plan's nodes in the container and return them as the proof wants them. Raises StepError."""
+    try:
+        dev = container.open_dev(target.pid, target.rootfs)
+    except OSError as error:
+        raise container.explain_tree_error(error, target.rootfs) from None
+    try:
+        directory = open_or_make(dev, target, journal)
+    except OSError as error:
+        raise container.explain_tree_error(error, target.rootfs) from None
+    finally:
+        os.close(dev)
+    try:
+        own = container.is_guests_own(directory)
+        for entry in () if own else plan.stale:
+            remove_stale(directory, entry, target, journal)
+        return tuple(expose_node(root, directory, node, target, journal, own) for node in plan.nodes)
+    finally:
+        os.close(directory)
+
+
+def open_or_make(dev: int, target: Target, journal: Journal) -> int:
+    """Return a descriptor of /dev/vfio in the container, made if it is not there. Raises OSError."""
+    try:
+        return container.open_below(dev, "vfio")
+    except FileNotFoundError:
+        journal.note("directory", target.rootfs, "vfio")
+        container.make_directory(dev, "vfio")
+        return container.open_below(dev, "vfio")
+
+
+def remove_stale(directory: int, entry: Device, target: Target, journal: Journal) -> None:
+    """Take away a node that the runtime made with the host's numbers, which mean something else here, or nothing."""
+    name = entry.path[len(GROUP_PREFIX) :]
+    found = container.look_at_node(directory, name)
+    if found and found.kind == "char" and (found.major, found.minor) == (entry.major, entry.minor):
+        note_stale(journal, target, name, found)
+        container.remove_node(directory, name, (found.major, found.minor))
+
+
+def note_stale(journal: Journal, target: Target, name: str, found: container.FoundNode) -> None:
+    """Write down a node that is about to be removed."""
+    journal.note("stale", target.rootfs, name, found.major, found.minor, found.mode, found.uid, found.gid)
+
+
+def expose_node(root: Root, directory: int, node: Node, target: Target, journal: Journal, own: bool) -> cgroup.Node:
+    """Make one node unless it is there as it should be. Raises StepError.
+
+    own: the directory is the guest's own /dev, where the kernel keeps the nodes.
+    """
+    numbers = find_numbers(root, node)
+    path = GROUP_PREFIX + node.name
+    found = container.look_at_node(directory, node.name)
+    if found and found.kind != "char":
+        raise StepError("node-in-the-way", path, f"a {found.kind} of the container's image lies there", "remove it")
+    if found is None or (found.major, found.minor) != numbers:
+        if own:
+            raise StepError(
+                "node-missing", path, "is not in the guest's /dev, which the container shares", "is udev up?"
+            )
+        if found:
+            note_stale(journal, target, node.name, found)
+            container.remove_node(directory, node.name, (found.major, found.minor))
+        journal.note("node", target.rootfs, node.name, *numbers)
+        try:
+            container.make_node(directory, node.name, numbers, node.mode, node.uid, node.gid)
+        except OSError as error:
+            raise StepError("node-failed", path, f"mknod: {error.strerror}", "the hook needs CAP_MKNOD") from None
+    return cgroup.Node(node.name, *numbers, is_group=bool(node.group))
+
+
+def find_numbers(root: Root, node: Node) -> tuple[int, int]:
+    """Return major and minor for a node. Raises StepError where vfio has no such group."""
+    if not node.group:
+        return CONTROL_NUMBERS
+    numbers = sysfs.read_group_number(root, node.group)
+    if numbers is None:
+        hint = "see dmesg; is vfio built with CONFIG_VFIO_GROUP?"
+        raise StepError("no-group-node", f"group {node.group}", "vfio gave it no device", hint)
+    return numbers
+
+
+# Permission ----------------------------------------------------------------------------------------------------------
+
+
+def grant_nodes(
+    root: Root, nodes: tuple[cgroup.Node, ...], target: Target, journal: Journal, deadline: Deadline
+) -> None:
+    """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
+    place = cgroup.find_cgroup(root, target.pid)
+    dev = container.open_dev(target.pid, target.rootfs)
+    directory = container.open_below(dev, "vfio")
+    os.close(dev)
+    try:
+        proofs = cgroup.prove(root, place, directory, nodes, deadline)
+        denied = [proof.node for proof in proofs if proof.is_denied]
+        if denied:
+            grant = cgroup.plan_grant(root, place, denied)
+            journal.note("permit", *format_grant(grant))
+            cgroup.permit(root, grant)
+            proofs = cgroup.prove(root, place, directory, nodes, deadline)
+    finally:
+        os.close(directory)
+    check_proofs(root, place, proofs)
+
+
+def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProof, ...]) -> None:
+    """Raise StepError where a node did not open, or its group is not viable."""
+    if any(proof.is_denied for proof in proofs):
+        raise cgroup.explain_denial(root, place, proofs)
+    for proof in proofs:
+        path = GROUP_PREFIX + proof.node.name
+        if proof.error == errno.EBUSY:
+            raise StepError("group-busy", path, "another process has it open", f"find it with: fuser -v {path}")
+        if proof.error:
+            hint = "a node on a file system that is mounted nodev can't be opened"
+            raise StepError("not-openable", path, f"does not open: {os.strerror(proof.error)}", hint)
+        if not proof.is_viable:
+            problem = "is not viable: a device of the group is bound to another driver"
+            raise StepError("group-not-viable", path, problem, "see the group's devices in /sys/kernel/iommu_groups")
+
+
+def format_grant(grant: cgroup.Grant) -> tuple[str, str, str]:
+    """Return a grant as the words of a journal entry."""
+    nodes = ",".join(f"{major}:{minor}" for major, minor in grant.nodes)
+    return nodes, grant.unified, "\n".join(grant.devices)
+
+
+def parse_grant(entry: Entry) -> cgroup.Grant:
+    """Return the grant that a journal entry notes."""
+    pairs = (pair.split(":") for pair in entry.words[0].split(","))
+    nodes = tuple((int(major), int(minor)) for major, minor in pairs)
+    return cgroup.Grant(nodes, entry.words[1], tuple(path for path in entry.words[2].split("\n") if path))
+
+
+# Undoing -------------------------------------------------------------------------------------------------------------
+
+
+def undo(
+    root: Root, entries: Iterable[Entry], pid: int, deadline: Deadline, private: tuple[int, ...] = ()
+) -> list[Finding]:
+    """Put back what a journal notes, last change first, and return what could not be put back.
+
+    pid: the container's init, 0 when it is gone and with it its mount namespace and its cgroup; private: descriptors
+    that a child which hangs must not keep. An [unbind-blocked] finding means that the journal has to stay.
+    """
+    findings: list[Finding] = []
+    entries = tuple(entries)
+    for entry in reversed(entries):
+        try:
+            undo_entry(root, entry, pid)
+        except StepError as error:
+            findings += error.findings
+        except OSError as error:
+            findings.append(Finding("error", "undo-failed", " ".join(entry.words), error.strerror or str(error)))
+    return findings + restore_drivers(root, [entry for entry in entries if entry.kind == "device"], deadline, private)
+
+
+def undo_entry(root: Root, entry: Entry, pid: int) -> None:
+    """Put back one change in the container. Raises OSError, StepError."""
+    if entry.kind == "permit" and pid:
+        cgroup.forbid(root, parse_grant(entry))
+    if entry.kind not in ("node", "stale", "directory"):
+        return
+    # Without the container's namespace, nodes are still where its image itself holds /dev.
+    try:
+        dev = container.open_dev(pid, entry.words[0])
+    except OSError:
+        return
+    try:
+        if entry.kind == "directory":
+            remove_directory(dev, entry.words[1])
+            return
+        directory = container.open_below(dev, "vfio")
+        try:
+            undo_node(directory, entry)
+        finally:
+            os.close(directory)
+    except FileNotFoundError:
+        return
+    finally:
+        os.close(dev)
+
+
+def remove_directory(dev: int, name: str) -> None:
+    """Remove a directory unless something else is in it by now. Raises OSError."""
+    try:
+        os.rmdir(name, dir_fd=dev)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise
+
+
+def undo_node(directory: int, entry: Entry) -> None:
+    """Remove a node that was made, or make one again that was removed. Raises OSError."""
+    name, numbers = entry.words[1], (entry.number(2), entry.number(3))
+    if entry.kind == "node":
+        container.remove_node(directory, name, numbers)
+    elif container.look_at_node(directory, name) is None:
+        container.make_node(directory, name, numbers, entry.number(4), entry.number(5), entry.number(6))
+
+
+def restore_drivers(
+    root: Root, entries: list[Entry], deadline: Deadline, private: tuple[int, ...] = ()
+) -> list[Finding]:
+    """Bind functions to the drivers that they had, side by side, and return what went wrong."""
+    # A function that was bound again by a later run has the state of its first entry to go back to.
+    before = {entry.words[0]: entry for entry in reversed(entries)}
+    jobs, wanted = [], {}
+    for address, entry in before.items():
+        driver, override = entry.words[1], entry.words[2]
+        path = f"{sysfs.PCI_DEVICES}/{address}"
+        if not root.exists(path):
+            continue  # unplugged: nothing is left to put back
+        current = sysfs.read_driver(root, address)
+        writes = []
+        if current != driver:
+            # Overridden by name, so that the driver comes back that was there, not the first that matches.
+            writes = [Write(f"{path}/driver_override", f"{driver}\n")] if driver else []
+            writes += [Write(f"{path}/driver/unbind", address, GONE)] if current else []
+            writes += [make_probe_write(address)] if driver else []
+        writes.append(Write(f"{path}/driver_override", f"{override}\n"))
+        jobs.append(Job(address, tuple(writes)))
+        wanted[address] = driver
+    findings = []
+    for result in run_jobs(jobs, deadline, private):
+        findings += check_restored(root, result, wanted[result.address])
+    return findings
+
+
+def check_restored(root: Root, result: Result, driver: str) -> list[Finding]:
+    """Return a finding where a function does not have the driver again that it had."""
+    address = result.address
+    if result.blocked:
+        hint = "see dmesg; the next hook on this machine tries again"
+        return [Finding("error", "unbind-blocked", address, f"the kernel does not let go of it from {DRIVER}", hint)]
+    current = sysfs.read_driver(root, address)
+    if current == driver or not root.exists(f"{sysfs.PCI_DEVICES}/{address}"):
+        return []
+    problem = f"was bound to {driver or 'no driver'} and now is to {current or 'no driver'}"
+    problem += f" ({os.strerror(result.code)})" if result.code else ""
+    return [
+        Finding("error", "restore-failed", address, problem, f"bind it with: driverctl set-override {address} {driver}")
+    ]

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bind and release: the steps that need the claims, in their order.
+
+The machine-wide lock is held while it is decided who gets what, and while stale claims are put back; not while devices
+are bound. From then on the container's own journal is locked, until the hook ends in whatever way.
+"""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks import apply, plan, selection, sysfs
+from oci_hooks.claims import Claim, ClaimDirectory, list_owners, read_start_time, take_lock
+from oci_hooks.command import Deadline
+from oci_hooks.container import check_process, find_rootfs
+from oci_hooks.errors import Finding, HookError, Refusal
+from oci_hooks.guards import Uses
+from oci_hooks.modules import load_drivers
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.command import Call
+    from oci_hooks.files import Root
+    from oci_hooks.guest_settings import GuestSettings
+    from oci_hooks.journal import Journal
+    from oci_hooks.oci import Spec, State
+    from oci_hooks.request import Request
+    from oci_hooks.selection import Choice
+
+# Putting back has to be possible when all of the deadline was used up on the way there.
+UNDO_SECONDS = 2.0
+# What binding takes once the device is there; waiting for it must leave so much.
+BIND_SECONDS = 1.0
+
+
+class Work(Record):
+    """What one run of the hook works with. start: when the container's init started, in clock ticks since boot."""
+
+    call: Call
+    root: Root
+    state: State
+    spec: Spec
+    request: Request
+    settings: GuestSettings
+    directory: ClaimDirectory
+    start: int
+
+
+def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
+    """Give a container the groups that it asks for. Raises HookError with everything put back."""
+    start = read_start_time(root, state.pid) if state.pid else 0
+    check_process(state.pid, start)
+    directory = ClaimDirectory()
+    directory.prepare()
+    work = Work(call, root, state, spec, request, settings, directory, start)
+    journal, wanted = wait_for_claim(work)
+    try:
+        carry_out(work, wanted, journal)
+    except BaseException as error:
+        findings = take_back(work, journal)
+        if isinstance(error, HookError):
+            error.findings += tuple(findings)
+        raise
+    finally:
+        journal.close()
+
+
+def carry_out(work: Work, wanted: plan.Plan, journal: Journal) -> None:
+    """Do what the plan says, each step noted in the journal before it is done. Raises HookError."""
+    root, deadline = work.root, work.call.deadline
+    target = apply.Target(work.state.pid, find_rootfs(work.state, work.spec))
+    load_drivers(root, deadline)
+    apply.bind_devices(root, wanted.rebinds, journal, deadline)
+    nodes = apply.expose_nodes(root, wanted, target, journal)
+    apply.grant_nodes(root, nodes, target, journal, deadline)
+    journal.note("done")
+
+
+def release(root: Root, state: State, deadline: Deadline) -> list[Finding]:
+    """Put back what a container's claim notes and return what went wrong; nothing to do without a claim."""
+    directory = ClaimDirectory()
+    path = directory.journal_path(state.id)
+    if not os.path.exists(path):
+        return []
+    directory.prepare()
+    while True:
+        lock = directory.lock(deadline)
+        try:
+            claim = directory.read_claim(path)
+            if claim is None:
+                return []
+            if not claim.at_work:
+                return put_back(root, claim, deadline, lock)
+        finally:
+            os.close(lock)
+        wait_for_hook(claim, deadline)
+
+
+# Deciding ------------------------------------------------------------------------------------------------------------
+
+
+def wait_for_claim(work: Work) -> tuple[Journal, plan.Plan]:
+    """Decide what the container gets, waiting for devices that are not there yet. Raises Refusal."""
+    listener = None
+    deadline = work.call.deadline
+    while True:
+        try:
+            claimed = claim_groups(work)
+        except selection.NotYet as missing:
+            if listener is None:
+                from oci_hooks.events import Listener
+
+                # Nothing is missed: it listens now, and the next look comes after.
+                listener = Listener()
+            elif not listener.wait(deadline.remaining() - BIND_SECONDS):
+                raise missing.after(deadline.seconds - deadline.remaining()) from None
+        else:
+            if claimed:
+                return claimed
+
+
+def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
+    """Decide once, and write the claim; None where another hook of the same container had to be waited for."""
+    deadline = work.call.deadline
+    lock = work.directory.lock(deadline)
+    try:
+        claims = repair(work, work.directory.read_claims(), lock)
+        own = next((claim for claim in claims if claim.container == work.state.id), None)
+        if not own or not own.at_work:
+            check_own(work, own)
+            choices = choose(work, claims)
+            wanted = plan.make_plan(work.root, choices, work.state, work.spec, work.settings.owner)
+            return open_claim(work, own, wanted.groups), wanted
+    finally:
+        os.close(lock)
+    wait_for_hook(own, deadline)
+    return None
+
+
+def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
+    """Return the groups for the container, from what the machine has now. Raises NotYet, Refusal."""
+    picture = sysfs.look(work.root)
+    settings = work.settings
+    pool = selection.Pool(
+        picture,
+        dict(list_owners(claims, but=work.state.id)),
+        sysfs.list_live_groups(work.root),
+        Uses(work.root).find,
+        settings.never,
+        settings.auto_ids,
+        settings.auto_classes,
+        settings.force,
+    )
+    return selection.choose_groups(work.request, pool)
+
+
+def check_own(work: Work, own: Claim | None) -> None:
+    """Raise Refusal where a claim under this container's id is another, living container's."""
+    if own and (own.pid, own.start) != (work.state.pid, work.start):
+        problem = f"a container of the same id, with process {own.pid}, has {', '.join(own.groups)} already"
+        raise Refusal("claimed", f"container {own.container}", problem, "give the container another id")
+
+
+def open_claim(work: Work, own: Claim | None, groups: tuple[str, ...]) -> Journal:
+    """Return the container's journal with its groups noted: a new one, or that of an earlier run of the hook."""
+    journal = work.directory.reopen_journal(own) if own else None
+    if journal is None or own is None:
+        return work.directory.open_journal(work.state.id, work.state.pid, work.start, groups)
+    for name in groups:
+        if name not in own.groups:
+            journal.note("group", name)
+    return journal
+
+
+def wait_for_hook(claim: Claim, deadline: Deadline) -> None:
+    """Wait until the hook that is at work on a claim has ended. Raises Refusal [lock-timeout]."""
+    try:
+        fd = os.open(claim.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        take_lock(fd, deadline, claim.path)
+    finally:
+        os.close(fd)
+
+
+# Putting back --------------------------------------------------------------------------------------------------------
+
+
+def repair(work: Work, claims: list[Claim], lock: int) -> list[Claim]:
+    """Put back what killed hooks and ended containers left, and return the claims that hold."""
+    stale = [claim for claim in claims if claim.is_stale(work.root)]
+    for claim in stale:
+        for finding in put_back(work.root, claim, work.call.deadline, lock):
+            # It is not this container's fault, and may not be in its way.
+            work.call.tell(finding.replace(level="warning"))
+    return [claim for claim in claims if claim not in stale]
+
+
+def put_back(root: Root, claim: Claim, deadline: Deadline, lock: int) -> list[Finding]:
+    """Undo a claim that no hook is at work on, and remove it. Call it with the machine-wide lock held."""
+    alive = claim.pid if read_start_time(root, claim.pid) == claim.start else 0
+    journal = ClaimDirectory().reopen_journal(claim)
+    if journal is None:
+        return []
+    try:
+        # A child that hangs must keep the journal's lock, and let go of the machine's.
+        findings = apply.undo(root, claim.entries, alive, Deadline(max(deadline.remaining(), UNDO_SECONDS)), (lock,))
+        return end_claim(claim.path, findings)
+    finally:
+        journal.close()
+
+
+def take_back(work: Work, journal: Journal) -> list[Finding]:
+    """Undo what this run of the hook has done, and remove the claim."""
+    claim = work.directory.read_entries(journal.path)
+    deadline = Deadline(max(work.call.deadline.remaining(), UNDO_SECONDS))
+    return end_claim(journal.path, apply.undo(work.root, claim, work.state.pid, deadline))
+
+
+def end_claim(path: str, findings: list[Finding]) -> list[Finding]:
+    """Remove a claim that was undone. One with a device that the kernel still holds stays, for the next hook."""
+    if not any(finding.code == "unbind-blocked" for finding in findings):
+        os.unlink(path)
+    return findings
+
+
+def end_container(root: Root, state: State) -> None:
+    """Kill a container's init, so that nothing runs without the devices it was promised (on_failure = "kill")."""
+    # Never this machine's init, nor a process group.
+    if state.pid > 1 and read_start_time(root, state.pid):
+        os.kill(state.pid, 9)
+
+
+# Showing -------------------------------------------------------------------------------------------------------------
+
+
+def print_plan(call: Call, root: Root, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
+    """Print what would be done, and do nothing. Raises HookError as the real run would, without waiting."""
+    from oci_hooks.log import write_stdout
+
+    directory = ClaimDirectory()
+    work = Work(call, root, state, spec, request, settings, directory, 0)
+    claims = [claim for claim in directory.read_claims() if not claim.is_stale(root)]
+    wanted = plan.make_plan(root, choose(work, claims), state, spec, settings.owner)
+    actions = plan.list_actions(wanted)
+    if call.arguments.json:
+        call.plan.extend({"action": what, "subject": subject, "detail": how} for what, subject, how in actions)
+        return
+    write_stdout("".join(f"{what} {subject}: {how}\n" for what, subject, how in actions))

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who has which group: one journal a container below /run/oci-vfio-hooks, locked across processes.
+
+A claim names the container and its init process by pid and start time, so that one whose process is gone can be told:
+not every runtime calls poststop. The lock on a journal says that a hook is at work on it; a journal that is neither
+locked nor done is what a killed hook left behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+
+from oci_hooks.errors import Refusal
+from oci_hooks.files import Root, read_chunks
+from oci_hooks.journal import FORMAT, Entry, Journal, format_entry, parse_journal, quote
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from oci_hooks.command import Deadline
+
+STATE_DIRECTORY = "/run/oci-vfio-hooks"
+# A journal has a line a device and a node; this is a thousand devices.
+JOURNAL_LIMIT = 1 << 20
+
+
+class Claim(Record):
+    """A container's journal as it stands. container: its id; pid, start: its init process (start in clock ticks since
+    boot); groups: what it has; entries: all of the journal; done: its hook succeeded; at_work: its hook still runs."""
+
+    path: str
+    container: str
+    pid: int
+    start: int
+    groups: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    done: bool
+    at_work: bool
+
+    def is_stale(self, root: Root) -> bool:
+        """Tell whether it has to be undone: its hook was killed, or its container has ended."""
+        return not self.at_work and not (self.done and read_start_time(root, self.pid) == self.start)
+
+
+def read_start_time(root: Root, pid: int) -> int:
+    """Return when a process started, in clock ticks since boot; 0 where it is gone or a zombie (proc(5), stat)."""
+    # The name in parentheses may hold anything.
+    fields = root.read_text_or(f"/proc/{pid}/stat", "").rpartition(")")[2].split()
+    return int(fields[19]) if len(fields) > 19 and fields[0] not in ("Z", "X", "x") else 0
+
+
+class ClaimDirectory:
+    """The claims of this machine. path: where they lie, on the live system."""
+
+    def __init__(self, path: str = STATE_DIRECTORY) -> None:
+        self.path = path
+
+    def prepare(self) -> None:
+        """Make the directory, for root only. Raises Refusal [state-directory] where it is not what it must be."""
+        for path in (self.path, f"{self.path}/claims"):
+            try:
+                os.mkdir(path, 0o700)
+            except FileExistsError:
+                found = os.lstat(path)
+                if (
+                    not os.path.isdir(path)
+                    or os.path.islink(path)
+                    or found.st_uid != os.geteuid()
+                    or found.st_mode & 0o22
+                ):
+                    hint = "remove it; the hook makes it anew"
+                    raise Refusal("state-directory", path, "is not a directory of root's alone", hint) from None
+
+    def lock(self, deadline: Deadline) -> int:
+        """Return a descriptor that holds the machine-wide lock. Raises Refusal [lock-timeout]."""
+        fd = os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            take_lock(fd, deadline, f"{self.path}/lock")
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def journal_path(self, container: str) -> str:
+        """Return where a container's journal lies, whatever its id is made of."""
+        name = quote(container).replace(".", "%2e", 1) if container.startswith(".") else quote(container)
+        if len(name) > 200:
+            import hashlib
+
+            name = "sha256-" + hashlib.sha256(container.encode("utf-8", "surrogateescape")).hexdigest()
+        return f"{self.path}/claims/{name}"
+
+    def read_claims(self) -> list[Claim]:
+        """Return every claim. Call it with the lock held."""
+        try:
+            names = sorted(os.listdir(f"{self.path}/claims"))
+        except FileNotFoundError:
+            return []
+        for name in names:
+            # Drafts are made with the lock held, so one that is seen with it held is a killed hook's.
+            if name.startswith("."):
+                os.unlink(f"{self.path}/claims/{name}")
+        paths = (f"{self.path}/claims/{name}" for name in names if not name.startswith("."))
+        return [claim for claim in map(self.read_claim, paths) if claim is not None]
+
+    def read_claim(self, path: str) -> Claim | None:
+        """Return one claim, or None where there is none at this path."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        try:
+            at_work = not try_lock(fd)
+            return make_claim(path, parse_journal(b"".join(read_chunks(fd, JOURNAL_LIMIT, path))), at_work)
+        finally:
+            os.close(fd)
+
+    def read_entries(self, path: str) -> tuple[Entry, ...]:
+        """Return the entries of a journal that this process has locked."""
+        return tuple(parse_journal(Root().read_bytes(path)))
+
+    def open_journal(self, container: str, pid: int, start: int, groups: tuple[str, ...]) -> Journal:
+        """Write a new claim and return its journal, locked. Call it with the machine-wide lock held.
+
+        An older journal of the same container is replaced: it must have been undone, or taken over, before.
+        """
+        path = self.journal_path(container)
+        draft = f"{self.path}/claims/.{os.getpid()}"
+        fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lines = [f"{FORMAT}\n".encode(), format_entry("container", container), format_entry("init", pid, start)]
+            os.write(fd, b"".join(lines + [format_entry("group", name) for name in groups]))
+            # Nobody ever sees a claim that is not whole, or not locked.
+            os.rename(draft, path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return Journal(fd, path)
+
+    def reopen_journal(self, claim: Claim) -> Journal | None:
+        """Return the journal of an existing claim, locked; None where a hook, or a blocked step of one, has it."""
+        fd = os.open(claim.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if try_lock(fd):
+            return Journal(fd, claim.path)
+        os.close(fd)
+        return None
+
+
+def make_claim(path: str, entries: list[Entry], at_work: bool) -> Claim:
+    """Return what a journal's entries say."""
+    first: dict[str, Entry] = {}
+    for entry in entries:
+        first.setdefault(entry.kind, entry)
+    container = first["container"].words[0] if "container" in first else path.rpartition("/")[2]
+    pid, start = (first["init"].number(0), first["init"].number(1)) if "init" in first else (0, 0)
+    groups = tuple(entry.words[0] for entry in entries if entry.kind == "group")
+    return Claim(path, container, pid, start, groups, tuple(entries), "done" in first, at_work)
+
+
+def try_lock(fd: int) -> bool:
+    """Take a file's lock if it is free, and tell whether it was."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def take_lock(fd: int, deadline: Deadline, path: str) -> None:
+    """Take a file's lock, waiting for it until the deadline. path: its name. Raises Refusal [lock-timeout]."""
+    if try_lock(fd):
+        return
+    with alarm(deadline):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except TimeoutError:
+            hint = f"see which process holds it: fuser -v {path}"
+            raise Refusal("lock-timeout", path, "is held by another hook", hint) from None
+
+
+class alarm:  # noqa: N801 - reads as a statement
+    """Raise TimeoutError out of a blocking system call at the deadline."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline = deadline
+
+    def __enter__(self) -> None:
+        import signal
+
+        signal.signal(signal.SIGALRM, self.ring)
+        signal.setitimer(signal.ITIMER_REAL, max(self.deadline.remaining(), 0.001))
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @staticmethod
+    def ring(*_: object) -> None:
+        """Handle SIGALRM."""
+        raise TimeoutError
+
+
+def list_owners(claims: list[Claim], but: str) -> Iterator[tuple[str, str]]:
+    """Yield (group, container) for every claim but that of one container."""
+    for claim in claims:
+        if claim.container != but:
+            for group in claim.groups:
+                yield group, claim.container

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The container's /dev, reached without trusting a name in it.
+
+The tree below the root file system is the image's. It is descended component by component with descriptors that follow
+no link, and nodes are made relative to them (CVE-2025-23267 and CVE-2024-0132 are what becomes of hooks that do not).
+
+At createRuntime the container's /dev is a mount in the mount namespace of its init process, before pivot_root:
+/proc/PID/root still is the runtime's root there, and the same path leads to the mount (facts: vm-rig.md).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from oci_hooks.errors import Refusal, StepError
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.oci import Spec, State
+
+FOLLOW_NOTHING = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class FoundNode(Record):
+    """What lies in the container's /dev/vfio under a name. kind: "char", "directory", "link" or "other"."""
+
+    kind: str
+    major: int
+    minor: int
+    mode: int
+    uid: int
+    gid: int
+
+
+def find_rootfs(state: State, spec: Spec) -> str:
+    """Return the real path of the container's root file system, as the runtime sees it. Raises Refusal [no-rootfs].
+
+    The path to it is the runtime's, so its links are followed here, once; none may be left when it is descended.
+    """
+    path = spec.root_path or state.root or "rootfs"
+    return os.path.realpath(os.path.join(state.bundle, path))
+
+
+def open_rootfs(pid: int, rootfs: str) -> int:
+    """Return a descriptor of the root file system in the mount namespace of a process. Raises OSError.
+
+    pid: the container's init, 0 for this process's own namespace; rootfs: its real path. After pivot_root (a hook that
+    is run by hand on a running container) the process's root is the root file system.
+    """
+    top = f"/proc/{pid}/root" if pid else "/"
+    fd = os.open(top, os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if pid and not is_same_directory(os.fstat(fd), os.stat("/")):
+            return fd
+        for name in rootfs.strip("/").split("/"):
+            inner = os.open(name, FOLLOW_NOTHING, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def is_same_directory(one: os.stat_result, other: os.stat_result) -> bool:
+    """Tell whether two stats are of one directory."""
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+
+
+def open_dev(pid: int, rootfs: str) -> int:
+    """Return a descriptor of the container's /dev. Raises OSError."""
+    root = open_rootfs(pid, rootfs)
+    try:
+        return os.open("dev", FOLLOW_NOTHING, dir_fd=root)
+    finally:
+        os.close(root)
+
+
+def open_below(directory: int, name: str) -> int:
+    """Return a descriptor of a directory in a directory, no link followed. Raises OSError: ENOENT without one."""
+    return os.open(name, FOLLOW_NOTHING, dir_fd=directory)
+
+
+def make_directory(directory: int, name: str) -> None:
+    """Make a directory that everybody may search. Raises OSError."""
+    old = os.umask(0)
+    try:
+        os.mkdir(name, 0o755, dir_fd=directory)
+    finally:
+        os.umask(old)
+
+
+def explain_tree_error(error: OSError, rootfs: str) -> StepError:
+    """Return what an error on the way down the container's tree means to its user."""
+    # O_NOFOLLOW with O_DIRECTORY says ENOTDIR of a link too.
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+        problem = "has a link or a file where /dev or /dev/vfio must be a directory"
+        return StepError("hostile-tree", rootfs, problem, "mount a tmpfs on /dev, as every runtime does by default")
+    if error.errno == errno.ENOENT:
+        return StepError("no-rootfs", rootfs, "has no /dev in the container's namespace", "is root.path right?")
+    return StepError("container-dev", rootfs, f"{error.filename or '/dev/vfio'}: {error.strerror}", "")
+
+
+def look_at_node(directory: int, name: str) -> FoundNode | None:
+    """Return what lies under a name in a directory, None for nothing. Raises other OSErrors."""
+    try:
+        found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    kinds = {stat.S_IFCHR: "char", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
+    kind = kinds.get(stat.S_IFMT(found.st_mode), "other")
+    numbers = (os.major(found.st_rdev), os.minor(found.st_rdev))
+    return FoundNode(kind, *numbers, stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+
+
+def is_guests_own(directory: int) -> bool:
+    """Tell whether a directory lies on the guest's own /dev (a bind mount of it), whose nodes are not ours to make."""
+    return os.fstat(directory).st_dev == os.stat("/dev").st_dev
+
+
+def make_node(directory: int, name: str, numbers: tuple[int, int], mode: int, uid: int, gid: int) -> None:
+    """Make a character device node. Raises OSError.
+
+    The mode comes with mknod and the owner by lchown: nothing here follows a link that somebody may put in its place.
+    """
+    old = os.umask(0)
+    try:
+        os.mknod(name, stat.S_IFCHR | mode, os.makedev(*numbers), dir_fd=directory)
+    finally:
+        os.umask(old)
+    os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
+
+
+def remove_node(directory: int, name: str, numbers: tuple[int, int]) -> bool:
+    """Remove a node if it is a character device with these numbers, and tell whether it was. Raises OSError."""
+    found = look_at_node(directory, name)
+    if found is None or found.kind != "char" or (found.major, found.minor) != numbers:
+        return False
+    os.unlink(name, dir_fd=directory)
+    return True
+
+
+def check_process(pid: int, start: int) -> None:
+    """Raise Refusal [no-process] where the container's init is not there."""
+    if not start:
+        hint = "the hook belongs under createRuntime (or prestart), while the container is being created"
+        raise Refusal("no-process", f"process {pid}", "the container's init is not running", hint)

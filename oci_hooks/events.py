@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wait for a PCI device or a VFIO group to appear, by the kernel's uevents.
+
+The only module that uses pyudev, loaded only when there is something to wait for. The events are the kernel's own
+(source "kernel"): a Kata guest whose init is the agent has no udevd, and a container never sees udevd's.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.errors import StepError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+SUBSYSTEMS = ("pci", "vfio")
+
+
+class Listener:
+    """Hears of devices from the moment it is made: make it first, then look, then wait. Raises StepError."""
+
+    def __init__(self) -> None:
+        from oci_hooks.schema import load_site_packages
+
+        load_site_packages()
+        try:
+            import pyudev
+        except ImportError:
+            hint = "install it (python3-pyudev), or have the device there before the container starts"
+            raise StepError(
+                "no-pyudev", "pyudev", "is needed to wait for a device and is not installed", hint
+            ) from None
+        self.monitor: Any = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
+        for subsystem in SUBSYSTEMS:
+            self.monitor.filter_by(subsystem)
+        self.monitor.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Return True when something happened to a PCI device or VFIO group, False when the seconds are over."""
+        return self.monitor.poll(timeout=max(seconds, 0.0)) is not None

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest hook: from an OCI state to VFIO groups that are open to one container, and back.
+
+The way of the data: state, spec, request, picture, plan, apply, proof. Only apply.py writes.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.command import Call, run_hook
+from oci_hooks.errors import EXIT_DONE, EXIT_REFUSED, InputError
+from oci_hooks.files import Root
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
+    from oci_hooks.oci import Spec, State
+    from oci_hooks.request import Request
+
+PROGRAM = "vfio-guest-bind"
+# Kata's agent kills a guest hook after 10 s, and nothing of what it knew is left then.
+SECONDS = 8.0
+
+
+def main(argv: list[str]) -> int:
+    """Run the guest hook and return its exit code. argv: the arguments without the program's name."""
+    return run_hook(PROGRAM, argv, SECONDS, work, add_options, kmsg=True)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Give the parser the options that only this hook has."""
+    parser.description = "Bind a container's PCI devices to vfio-pci and make their VFIO groups open in it."
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, change nothing")
+    parser.add_argument("--pid", type=int, default=0, metavar="PID", help="with --bundle: the container's init process")
+
+
+def work(call: Call) -> int:
+    """Do what the state asks for: bind, release, or nothing. Returns the exit code."""
+    from oci_hooks.oci import read_spec
+
+    root = Root()
+    state = read_call_state(call)
+    call.container.append(state.id)
+    if call.arguments.phase == "poststop" or state.status == "stopped":
+        return release_groups(call, root, state)
+    spec = read_spec(root, state)
+    from oci_hooks.request import read_request
+
+    request = read_request(state, spec)
+    if request is not None:
+        bind_groups(call, root, state, spec, request)
+    return EXIT_DONE
+
+
+def read_call_state(call: Call) -> State:
+    """Return the state from stdin, or one made of --bundle and --pid. Raises InputError."""
+    from oci_hooks import oci
+    from oci_hooks.command import read_input
+
+    arguments = call.arguments
+    if not arguments.bundle:
+        return oci.read_state(read_input(call.deadline))
+    import os
+
+    bundle = os.path.abspath(arguments.bundle)
+    if not arguments.pid and not arguments.dry_run and arguments.phase != "poststop":
+        raise InputError("bad-arguments", "--bundle", "needs the container's init process", "add --pid PID")
+    return oci.State(os.path.basename(bundle), bundle, arguments.pid, "", {})
+
+
+def bind_groups(call: Call, root: Root, state: State, spec: Spec, request: Request) -> None:
+    """Give the container what it asks for. Raises HookError with everything put back."""
+    from oci_hooks.binding import bind, end_container, print_plan
+    from oci_hooks.guest_settings import read_guest_settings
+
+    settings = read_guest_settings(root, call.arguments.settings)
+    call.deadline.extend(settings.deadline)
+    if call.arguments.dry_run:
+        print_plan(call, root, state, spec, request, settings)
+        return
+    try:
+        bind(call, root, state, spec, request, settings)
+    except Exception:
+        # Kata's agent ignores a hook's exit code and would start the container without its devices.
+        if settings.on_failure == "kill":
+            end_container(root, state)
+        raise
+
+
+def release_groups(call: Call, root: Root, state: State) -> int:
+    """Put back what this container's claim notes, if it has one."""
+    from oci_hooks.binding import release
+
+    findings = release(root, state, call.deadline)
+    call.findings.extend(findings)
+    return EXIT_REFUSED if findings else EXIT_DONE

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal: what has to be put back, written before it is changed.
+
+One file a container, one line an entry, words parted by tabs and percent-escaped: it can be read with cat, costs no
+import, and a line torn by a kill is a step that was never begun. `done` ends the journal of a hook that succeeded.
+"""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks.records import Record
+
+FORMAT = "oci-vfio-hooks 1"
+
+# Kinds of entry with the words that follow.
+KINDS = {
+    "container": ("id",),
+    "init": ("pid", "start"),
+    "group": ("name",),
+    "device": ("address", "driver", "override"),
+    "directory": ("rootfs", "name"),
+    "node": ("rootfs", "name", "major", "minor"),
+    "stale": ("rootfs", "name", "major", "minor", "mode", "uid", "gid"),
+    "permit": ("nodes", "unified", "devices"),
+    "done": (),
+}
+
+
+class Entry(Record):
+    """One line of a journal. kind: a key of KINDS; words: as many as it says there."""
+
+    kind: str
+    words: tuple[str, ...]
+
+    def number(self, index: int) -> int:
+        """Return a word that is a number."""
+        return int(self.words[index])
+
+
+class Journal:
+    """A journal open for appending. fd: its descriptor, whose lock says that the hook is still at work."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path
+
+    def note(self, kind: str, *words: object) -> None:
+        """Append one entry, in a single write. Raises OSError."""
+        os.write(self.fd, format_entry(kind, *words))
+
+    def close(self) -> None:
+        """Close the file, which lets go of its lock."""
+        os.close(self.fd)
+
+
+def format_entry(kind: str, *words: object) -> bytes:
+    """Return an entry's line."""
+    if len(words) != len(KINDS[kind]):
+        raise ValueError(f"{kind} takes {', '.join(KINDS[kind]) or 'nothing'}")
+    return ("\t".join([kind, *(quote(str(word)) for word in words)]) + "\n").encode("utf-8", "surrogateescape")
+
+
+def parse_journal(data: bytes) -> list[Entry]:
+    """Return a journal's entries, without a line that a kill has torn and without kinds of a later version."""
+    entries = []
+    # What stands behind the last newline is torn, or empty.
+    for line in data.decode("utf-8", "surrogateescape").split("\n")[:-1]:
+        kind, *words = line.split("\t")
+        if kind in KINDS and len(words) == len(KINDS[kind]):
+            entries.append(Entry(kind, tuple(unquote(word) for word in words)))
+    return entries
+
+
+def quote(text: str) -> str:
+    """Return the text without the characters that a journal or a file name gives a meaning to."""
+    return "".join(c if c.isprintable() and c not in "%/\t" else "".join(f"%{b:02x}" for b in encode(c)) for c in text)
+
+
+def unquote(text: str) -> str:
+    """Return what quote() was given."""
+    first, *rest = text.split("%")
+    data = encode(first) + b"".join(bytes([int(part[:2], 16)]) + encode(part[2:]) for part in rest)
+    return data.decode("utf-8", "surrogateescape")
+
+
+def encode(text: str) -> bytes:
+    """Return the bytes of a file name or of text from outside."""
+    return text.encode("utf-8", "surrogateescape")

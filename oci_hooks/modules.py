@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Have the kernel's VFIO drivers there: built in, loaded, or loaded now; else say what the kernel lacks."""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks import sysfs
+from oci_hooks.errors import StepError, make_one_line
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.command import Deadline
+    from oci_hooks.files import Root
+
+# No PATH: it is the runtime's, or nobody's.
+MODPROBE = ("/sbin/modprobe", "/usr/sbin/modprobe", "/bin/modprobe", "/usr/bin/modprobe")
+OPTIONS = (
+    "CONFIG_VFIO, CONFIG_VFIO_PCI, CONFIG_VFIO_IOMMU_TYPE1 (before Linux 6.2 CONFIG_VFIO_VIRQFD too) and the driver of "
+    "the virtual IOMMU (CONFIG_INTEL_IOMMU or CONFIG_VIRTIO_IOMMU)"
+)
+
+
+def load_drivers(root: Root, deadline: Deadline) -> None:
+    """Load vfio-pci and vfio_iommu_type1 unless they are there. Raises StepError [no-vfio-driver]."""
+    missing = list_missing(root)
+    if not missing:
+        return
+    said = ""
+    path = next((path for path in MODPROBE if root.exists(path)), "")
+    if path:
+        said = run_modprobe(root.host_path(path), missing, deadline)
+    if "vfio-pci" in list_missing(root):
+        problem = f"is not in this kernel and can't be loaded: {said or 'no modprobe here'}"
+        raise StepError("no-vfio-driver", "vfio-pci", problem, f"build the kernel with {OPTIONS}")
+
+
+def list_missing(root: Root) -> list[str]:
+    """Return which of the two modules are not there."""
+    missing = [] if root.exists(f"{sysfs.PCI_DRIVERS}/vfio-pci") else ["vfio-pci"]
+    # It has parameters, so that sysfs shows it when it is built in, too.
+    return missing + ([] if root.exists("/sys/module/vfio_iommu_type1") else ["vfio_iommu_type1"])
+
+
+def run_modprobe(path: str, modules: list[str], deadline: Deadline) -> str:
+    """Run modprobe on modules, with an empty environment, and return what it said. Raises StepError at the deadline."""
+    import select
+    import signal
+
+    reader, writer = os.pipe()
+    actions = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)]
+    actions += [(os.POSIX_SPAWN_DUP2, writer, fd) for fd in (1, 2)]  # type: ignore[misc]
+    try:
+        pid = os.posix_spawn(path, [path, "-a", *modules], {}, file_actions=actions)
+    finally:
+        os.close(writer)
+    try:
+        poller = select.poll()
+        poller.register(reader, select.POLLIN)
+        said = b""
+        while poller.poll(deadline.remaining() * 1000):
+            chunk = os.read(reader, 65536)
+            if not chunk:
+                os.waitpid(pid, 0)
+                return make_one_line(said.decode("utf-8", "replace").strip())
+            said += chunk
+    finally:
+        os.close(reader)
+    os.kill(pid, signal.SIGKILL)
+    raise StepError("no-vfio-driver", "vfio-pci", "modprobe did not end in time", "load vfio-pci when the guest starts")

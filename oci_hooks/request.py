@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What VFIO a container asks its guest for: the annotation, the predecessor's map, linux.devices. Pure."""
+
+from __future__ import annotations
+
+from oci_hooks import oci
+from oci_hooks.errors import InputError
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+SYNTAX = "expected a comma list of 0000:02:00.0, id:8086:10d3, class:0200, path:02/00, auto, cdev"
+HEX = frozenset("0123456789abcdef")
+
+
+class Selector(Record):
+    """One way to name devices.
+
+    kind: "address", "id", "class", "path" or "auto"; value: the address (BDF), `vvvv:dddd`, the class code's first
+    digits, the guest PCI path `[dddd:[bb/]]ss.f/ss.f`; host_address: the device's BDF on the host where known.
+    """
+
+    kind: str
+    value: str
+    host_address: str = ""
+
+    def __str__(self) -> str:
+        """Return the selector as a user writes it."""
+        return self.value if self.kind in ("address", "auto") else f"{self.kind}:{self.value}"
+
+
+class Request(Record):
+    """What one container asks for.
+
+    source: where it says so, for errors; selectors: from an annotation; entries: from linux.devices, when there is no
+    annotation; hints: BDFs that PCIDEVICE_* variables name; wants_cdev: device nodes of iommufd are asked for.
+    """
+
+    source: str
+    selectors: tuple[Selector, ...] = ()
+    entries: tuple[oci.Device, ...] = ()
+    hints: tuple[str, ...] = ()
+    wants_cdev: bool = False
+
+
+def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
+    """Return what the container asks for, or None where it asks for nothing.
+
+    The annotation decides where there is one, then the predecessor's map, then linux.devices (design.md, 4.1).
+    Raises InputError [bad-annotation].
+    """
+    if oci.is_sandbox(state, spec):
+        return None
+    entries = spec.vfio_devices
+    text = oci.find_annotation(state, spec, oci.DEVICES_ANNOTATION)
+    old_map = oci.find_annotation(state, spec, oci.MAP_ANNOTATION)
+    if text is not None:
+        source = f"annotation {oci.DEVICES_ANNOTATION}"
+        words = [word.strip() for word in text.split(",")]
+        selectors = tuple(parse_selector(word, source) for word in words if word != "cdev")
+        if not selectors:
+            raise InputError("bad-annotation", source, f"{text!r} names no device", SYNTAX)
+        known = parse_map(old_map) if old_map is not None else ()
+        return Request(source, add_host_addresses(selectors, known), entries, wants_cdev="cdev" in words)
+    if old_map is not None:
+        return Request(f"annotation {oci.MAP_ANNOTATION}", parse_map(old_map), entries)
+    if entries:
+        return Request("linux.devices", (), entries, read_hints(spec))
+    return None
+
+
+def parse_selector(word: str, source: str) -> Selector:
+    """Return the selector that one word of the annotation writes. Raises InputError [bad-annotation]."""
+    kind, separator, value = word.partition(":")
+    value = value.strip().lower()
+    if word == "auto":
+        return Selector("auto", "auto")
+    if separator and kind == "id" and is_hex_list(value.split(":"), (4, 4)):
+        return Selector("id", value)
+    # Class, class and subclass, or with the interface too.
+    if separator and kind == "class" and len(value) in (2, 4, 6) and HEX.issuperset(value):
+        return Selector("class", value)
+    if separator and kind == "path":
+        path = normalize_path(value)
+        if path:
+            return Selector("path", path)
+    address = normalize_address(word)
+    if address:
+        return Selector("address", address)
+    raise InputError("bad-annotation", source, f"can't read {word!r}", SYNTAX)
+
+
+def normalize_address(text: str) -> str:
+    """Return a BDF as sysfs writes it, domain 0000 where it is left out; "" where the text is none."""
+    text = text.strip().lower()
+    bus_and_slot, dot, function = text.partition(".")
+    parts = bus_and_slot.split(":")
+    if len(parts) == 2:
+        parts.insert(0, "0000")
+    # A domain has four digits, or more behind Intel's VMD.
+    if not dot or len(parts) != 3 or not is_hex_list(parts[1:], (2, 2)) or not 4 <= len(parts[0]) <= 8:
+        return ""
+    valid = HEX.issuperset(parts[0]) and int(parts[2], 16) < 32 and function in set("01234567")
+    return f"{':'.join(parts)}.{function}" if valid else ""
+
+
+def normalize_path(text: str) -> str:
+    """Return a guest PCI path as `[dddd:[bb:]]ss.f/ss.f`, or "" where the text is none.
+
+    Kata writes slots with two digits (src/agent/src/pci.rs); a function behind a dot and a root complex before a colon
+    (`0001:02/00`, `0001:80:02/00`) are taken too.
+    """
+    root, colon, steps = text.rpartition(":")
+    roots = root.split(":") if colon else []
+    if len(roots) > 2 or not is_hex_list(roots, (4, 2)[: len(roots)]):
+        return ""
+    result = []
+    for step in steps.split("/"):
+        slot, dot, function = step.partition(".")
+        if not dot:
+            function = "0"
+        if not 1 <= len(slot) <= 2 or not HEX.issuperset(slot) or int(slot, 16) > 31 or function not in set("01234567"):
+            return ""
+        result.append(f"{int(slot, 16):02x}.{function}")
+    return ":".join([*roots, "/".join(result)])
+
+
+def is_hex_list(words: list[str], lengths: tuple[int, ...]) -> bool:
+    """Tell whether the words are hexadecimal numbers of exactly these lengths."""
+    return len(words) == len(lengths) and all(
+        len(word) == length and HEX.issuperset(word) for word, length in zip(words, lengths)
+    )
+
+
+def parse_map(text: str) -> tuple[Selector, ...]:
+    """Return the selectors in the map that dgibson/kata-vfio-tools put into io.katacontainers.x.vfio.
+
+    A list of host groups, each `{"host-group": ..., "devices": [{"host-address": BDF, "guest-path": {"Path":
+    ["02.0", "00.0"]}}]}`; a bare list or a string `02/00` is taken for the path too.
+    Raises InputError [bad-annotation].
+    """
+    from oci_hooks.jsontext import parse_json
+
+    source = f"annotation {oci.MAP_ANNOTATION}"
+    groups = parse_json(text.encode("utf-8", "surrogatepass"), source)
+    selectors = []
+    for index, group in enumerate(expect(groups, list, source, "(the whole)")):
+        devices = expect(group, dict, source, f"[{index}]").get("devices")
+        for number, device in enumerate(expect(devices, list, source, f"[{index}].devices")):
+            where = f"[{index}].devices[{number}]"
+            path = read_map_path(expect(device, dict, source, where).get("guest-path"), source, f"{where}.guest-path")
+            host = expect(device.get("host-address", ""), str, source, f"{where}.host-address")
+            selectors.append(Selector("path", path, normalize_address(host)))
+    if not selectors:
+        raise InputError("bad-annotation", source, "names no device", "list devices with a guest-path")
+    return tuple(selectors)
+
+
+def read_map_path(value: Any, source: str, where: str) -> str:
+    """Return the guest path of one entry of the map. Raises InputError [bad-annotation]."""
+    if isinstance(value, dict):
+        # Go reads a field by its name in any case.
+        value = next((steps for key, steps in value.items() if key.lower() == "path"), None)
+    text = "/".join(map(str, value)) if isinstance(value, list) else value
+    path = normalize_path(text.lower()) if isinstance(text, str) else ""
+    if not path:
+        raise InputError("bad-annotation", f"{source}: {where}", "expected a path such as 02/00", "see the README")
+    return path
+
+
+def expect(value: Any, kind: Any, source: str, where: str) -> Any:
+    """Return the value if it is of this kind. Raises InputError [bad-annotation] with its place in the map."""
+    if not isinstance(value, kind):
+        names = {list: "array", dict: "object", str: "string"}
+        raise InputError(
+            "bad-annotation", f"{source}: {where}", f"expected {names[kind]}, found {oci.name_kind(value)}"
+        )
+    return value
+
+
+def add_host_addresses(selectors: tuple[Selector, ...], known: tuple[Selector, ...]) -> tuple[Selector, ...]:
+    """Return the selectors with the host addresses that the map knows for the same guest paths."""
+    hosts = {(selector.kind, selector.value): selector.host_address for selector in known}
+    return tuple(s.replace(host_address=hosts.get((s.kind, s.value), "")) for s in selectors)
+
+
+def read_hints(spec: oci.Spec) -> tuple[str, ...]:
+    """Return the addresses that PCIDEVICE_* variables name (SR-IOV device plugin).
+
+    Kata 2.4 to 3.7 translates them to guest addresses, other versions leave the host's (facts: kata.md, 0.8). So they
+    are hints: an address that is no candidate here says nothing.
+    """
+    hints = []
+    for text in spec.environment:
+        name, _, value = text.partition("=")
+        if name.startswith("PCIDEVICE_") and not name.endswith("_INFO"):
+            hints += [address for address in map(normalize_address, value.split(",")) if address]
+    return tuple(dict.fromkeys(hints))

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a request and a picture of the machine to the IOMMU groups that the container gets, or why not. Pure.
+
+The rules are those of design.md, 4.1: what the annotation names outright; else linux.devices by their numbers, and the
+rest by counting. A group is taken whole or not at all.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.errors import Refusal
+from oci_hooks.oci import DEVICES_ANNOTATION
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from oci_hooks.oci import Device
+    from oci_hooks.request import Request, Selector
+    from oci_hooks.sysfs import IommuGroup, PciDevice, Picture
+
+VIOMMU_HINT = (
+    "set enable_iommu = true in [hypervisor.qemu] of Kata's configuration.toml, or start QEMU with -device intel-iommu"
+)
+
+
+class NotYet(Refusal):
+    """Nothing is there to choose, or too little: a hot-plugged device may still arrive."""
+
+    def after(self, seconds: float) -> Refusal:
+        """Return the refusal that this becomes when nothing arrived. seconds: how long it was waited for."""
+        finding = self.findings[0]
+        return Refusal(finding.code, finding.subject, f"{finding.problem}; waited {seconds:.1f} s for it", finding.hint)
+
+
+class Pool(Record):
+    """What this container may choose from.
+
+    auto_ids, auto_classes: prefixes of `vvvv:dddd` and of the class code that `auto` and counting are confined to, all
+    when empty; never: selectors (`id` or `class` prefixes) that they leave out; claims: group -> container that has it;
+    live: (major, minor) -> VFIO group that has a node with these numbers; uses: gives the reasons why a device must not
+    be touched; forced: BDFs for which guest.toml overrules them.
+    """
+
+    picture: Picture
+    claims: Mapping[str, str]
+    live: Mapping[tuple[int, int], str]
+    uses: Callable[[PciDevice], list[str]]
+    never: tuple[str, ...] = ()
+    auto_ids: tuple[str, ...] = ()
+    auto_classes: tuple[str, ...] = ()
+    forced: tuple[str, ...] = ()
+
+
+class Choice(Record):
+    """A group for the container. entry: the linux.devices entry it stands for, where one is known; host_addresses:
+    guest BDF -> BDF on the host."""
+
+    group: IommuGroup
+    entry: Device | None = None
+    host_addresses: dict[str, str] = {}  # noqa: RUF012 - never changed
+
+
+def choose_groups(request: Request, pool: Pool) -> tuple[Choice, ...]:
+    """Return the groups that the container gets, in the order of their names.
+
+    Raises NotYet where something is missing that may still come, Refusal where it is there and can't be had.
+    """
+    choices = choose_named(request, pool) if request.selectors else choose_listed(request, pool)
+    for choice in choices.values():
+        check_group(choice.group, pool)
+    return tuple(choices[name] for name in sorted(choices, key=order_group))
+
+
+def order_group(name: str) -> tuple[int, str]:
+    """Return a key that sorts group names as numbers."""
+    return (int(name) if name.isdigit() else 1 << 62, name)
+
+
+# By the annotation ---------------------------------------------------------------------------------------------------
+
+
+def choose_named(request: Request, pool: Pool) -> dict[str, Choice]:
+    """Return the groups of the devices that the annotation names, by name of the group."""
+    choices: dict[str, Choice] = {}
+    entries = iter(request.entries)
+    for selector in request.selectors:
+        if selector.kind == "auto":
+            groups = find_candidates(pool)
+            if not groups:
+                raise NotYet("nothing-to-take", request.source, f"auto finds no free device{list_rejected(pool)}", "")
+            devices = [group.endpoints[0] for group in groups]
+        else:
+            devices = find_selected(selector, request, pool)
+        for device in devices:
+            if not device.group:
+                raise Refusal("viommu-off", device.address, "has no IOMMU group: no IOMMU above it", VIOMMU_HINT)
+            known = choices.get(device.group)
+            entry = known.entry if known else next(entries, None)
+            hosts = dict(known.host_addresses) if known else {}
+            if selector.host_address:
+                hosts[device.address] = selector.host_address
+            choices[device.group] = Choice(pool.picture.groups[device.group], entry, hosts)
+    return choices
+
+
+def find_selected(selector: Selector, request: Request, pool: Pool) -> list[PciDevice]:
+    """Return the devices that one selector of the annotation means. Raises NotYet or Refusal."""
+    found = [device for device in pool.picture.devices.values() if matches(selector, device)]
+    if not found:
+        raise NotYet("no-such-device", request.source, f"{selector} matches no PCI device here{list_free(pool)}")
+    if selector.kind in ("address", "path"):
+        for bridge in (device for device in found if device.is_bridge):
+            raise Refusal("bridge", describe(bridge), "is a bridge, never taken", "name the device behind it")
+        return found
+    # A kind of device is asked for, so its bridges and what other containers have are passed over.
+    endpoints = [d for d in found if not d.is_bridge]
+    if selector.kind == "class":
+        endpoints = [d for d in endpoints if not is_never(d, pool)]
+    if not endpoints:
+        problem = f"{selector} matches only {', '.join(describe(device) for device in found)}, never taken by kind"
+        raise Refusal("never-taken", request.source, problem, "name it by its address if you mean it")
+    free = [d for d in endpoints if d.group not in pool.claims]
+    if not free:
+        owner = pool.claims[endpoints[0].group]
+        raise Refusal("claimed", describe(endpoints[0]), f"belongs to container {owner}", "give each container its own")
+    return free
+
+
+def matches(selector: Selector, device: PciDevice) -> bool:
+    """Tell whether a selector means this device."""
+    if selector.kind == "address":
+        return device.address == selector.value
+    if selector.kind == "id":
+        return device.id == selector.value
+    if selector.kind == "class":
+        return device.class_code.startswith(selector.value)
+    return matches_path(selector.value, device.path)
+
+
+def matches_path(wanted: str, path: str) -> bool:
+    """Tell whether a device's path in sysfs is the guest PCI path: the slots from the root bus to it.
+
+    wanted: `[dddd:[bb:]]ss.f/ss.f`. Without a root complex any will do, as Kata's paths of one root complex leave it
+    out; path: e.g. /sys/devices/pci0000:00/0000:00:02.0/0000:01:00.0.
+    """
+    root, _, steps = wanted.rpartition(":")
+    top, _, below = path.partition("/pci")[2].partition("/")
+    slots = "/".join(step.rpartition(":")[2] for step in below.split("/"))
+    return slots == steps and (not root or top == root or (":" not in root and top.startswith(f"{root}:")))
+
+
+# By linux.devices ----------------------------------------------------------------------------------------------------
+
+
+def choose_listed(request: Request, pool: Pool) -> dict[str, Choice]:
+    """Return the groups that linux.devices stands for, by name of the group."""
+    choices: dict[str, Choice] = {}
+    rest: list[Device] = []
+    for entry in request.entries:
+        name = pool.live.get((entry.major, entry.minor), "")
+        # Numbers of another container's group are the host's by accident, unless the path says that group too.
+        if name in pool.picture.groups and (name not in pool.claims or entry.path.rpartition("/")[2] == name):
+            choices.setdefault(name, Choice(pool.picture.groups[name], entry))
+        else:
+            rest.append(entry)
+    if rest:
+        choices.update(choose_counted(request, rest, set(choices), pool))
+    return choices
+
+
+def choose_counted(request: Request, entries: list[Device], taken: set[str], pool: Pool) -> dict[str, Choice]:
+    """Return as many candidate groups as there are entries with the host's numbers, if that is all there are."""
+    candidates = [group for group in find_candidates(pool) if group.name not in taken]
+    hinted = [g for g in candidates if any(device.address in request.hints for device in g.members)]
+    known = {device.address for group in hinted for device in group.members}
+    # One address that is no candidate here shows that the variables still hold the host's addresses.
+    if len(candidates) > len(entries) == len(hinted) and known.issuperset(request.hints):
+        candidates = hinted
+    if len(candidates) == len(entries):
+        return {group.name: Choice(group, entry) for group, entry in zip(candidates, entries)}
+    paths = ", ".join(entry.path for entry in entries)
+    if len(candidates) > len(entries):
+        problem = f"{paths} may be any of {'; '.join(describe_group(group) for group in candidates)}"
+        example = ",".join(group.endpoints[0].address for group in candidates[: len(entries)])
+        raise Refusal("ambiguous", request.source, problem, f'say which: "{DEVICES_ANNOTATION}": "{example}"')
+    check_iommu(pool)
+    found = "; ".join(describe_group(group) for group in candidates) or "none"
+    raise NotYet(
+        "no-candidate",
+        request.source,
+        f"{paths}: {count(len(entries), 'group')} asked for, free here: {found}{list_rejected(pool)}",
+        f'name the devices if they are here: "{DEVICES_ANNOTATION}": "0000:02:00.0"',
+    )
+
+
+def check_iommu(pool: Pool) -> None:
+    """Raise Refusal [viommu-off] where there are endpoints that could be meant, but no IOMMU group at all."""
+    bare = [d for d in pool.picture.devices.values() if not d.is_bridge and not is_never(d, pool)]
+    if bare and not pool.picture.groups:
+        subject = ", ".join(describe(device) for device in bare)
+        raise Refusal("viommu-off", subject, "this machine has no IOMMU group at all", VIOMMU_HINT)
+
+
+def find_candidates(pool: Pool) -> list[IommuGroup]:
+    """Return the unclaimed groups that may be taken without being named, in the order of their numbers."""
+    groups = [g for g in pool.picture.groups.values() if g.name not in pool.claims and is_candidate(g, pool)]
+    return sorted(groups, key=lambda group: order_group(group.name))
+
+
+def is_candidate(group: IommuGroup, pool: Pool) -> bool:
+    """Tell whether a group has an endpoint, and none that is on the never-list or in use."""
+    return bool(group.endpoints) and not any(
+        is_never(device, pool) or not is_wanted(device, pool) or pool.uses(device) for device in group.endpoints
+    )
+
+
+def is_wanted(device: PciDevice, pool: Pool) -> bool:
+    """Tell whether guest.toml lets `auto` and counting take this kind of device."""
+    if not pool.auto_ids and not pool.auto_classes:
+        return True
+    return device.id.startswith(pool.auto_ids or ("-",)) or device.class_code.startswith(pool.auto_classes or ("-",))
+
+
+def is_never(device: PciDevice, pool: Pool) -> bool:
+    """Tell whether a device is on the never-list: `id:vvvv[:dddd]`, `class:cc[cccc]`, `root:cccc` for a root bus."""
+    for rule in pool.never:
+        kind, _, prefix = rule.partition(":")
+        if kind == "id" and device.id.startswith(prefix):
+            return True
+        if (
+            kind in ("class", "root")
+            and device.class_code.startswith(prefix)
+            and (kind == "class" or device.on_root_bus)
+        ):
+            return True
+    return False
+
+
+# Guards --------------------------------------------------------------------------------------------------------------
+
+
+def check_group(group: IommuGroup, pool: Pool) -> None:
+    """Raise Refusal where a group is another container's, or one of its devices must not be touched."""
+    if group.name in pool.claims:
+        problem = f"belongs to container {pool.claims[group.name]}"
+        raise Refusal("claimed", f"group {group.name}", problem, "it is free when that container has ended")
+    if not group.endpoints:
+        bridges = ", ".join(describe(device) for device in group.members)
+        raise Refusal("bridge", f"group {group.name}", f"holds only bridges: {bridges}", "name a device behind it")
+    for device in group.endpoints:
+        uses = [] if device.address in pool.forced else pool.uses(device)
+        if uses:
+            beside = "" if len(group.endpoints) == 1 else f" (group {group.name} can only be taken whole)"
+            raise Refusal("in-use", describe(device), "; ".join(uses) + beside, "stop using it first")
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def describe(device: PciDevice) -> str:
+    """Return a device in a few words: address, ids, driver."""
+    return f"{device.address} ({device.id}, {device.driver or 'no driver'})"
+
+
+def describe_group(group: IommuGroup) -> str:
+    """Return a group in a few words."""
+    return f"group {group.name}: {' + '.join(describe(device) for device in group.endpoints)}"
+
+
+def list_free(pool: Pool) -> str:
+    """Return the candidates as an addition to a message."""
+    free = "; ".join(describe_group(group) for group in find_candidates(pool))
+    return f"; free are {free}" if free else "; nothing is free"
+
+
+def list_rejected(pool: Pool) -> str:
+    """Return why endpoints that are not on the never-list can't be had, as an addition to a message."""
+    reasons = []
+    for group in sorted(pool.picture.groups.values(), key=lambda group: order_group(group.name)):
+        claim = [f"belongs to container {pool.claims[group.name]}"] if group.name in pool.claims else []
+        for device in group.endpoints:
+            if not is_never(device, pool):
+                reasons += [f"{describe(device)} {reason}" for reason in (claim or pool.uses(device))]
+    return f" ({'; '.join(reasons)})" if reasons else ""
+
+
+def count(number: int, noun: str) -> str:
+    """Return "1 group", "2 groups"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
