@@ -16,6 +16,7 @@ import errno
 import os
 
 from oci_hooks.errors import StepError
+from oci_hooks.mounts import read_mounts
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -105,7 +106,7 @@ def find_cgroup(root: Root, pid: int) -> Cgroup:
     Sources: /proc/self/mountinfo (proc(5)), /proc/<pid>/cgroup (cgroups(7)).
     """
     try:
-        mounts = read_mounts(root)
+        mounts = find_hierarchies(root)
         paths = read_paths(root, str(pid))
         own_paths = read_paths(root, "self")
     except OSError as error:
@@ -117,20 +118,18 @@ def find_cgroup(root: Root, pid: int) -> Cgroup:
     return Cgroup(pid, unified, devices, unified_mount, devices_mount, shared)
 
 
-def read_mounts(root: Root) -> dict[str, list[tuple[str, str]]]:
-    """Return (root inside the hierarchy, mount point) of the mounts of "cgroup2" and of version 1 "devices"."""
-    mounts: dict[str, list[tuple[str, str]]] = {"cgroup2": [], "devices": []}
-    for line in root.read_text("/proc/self/mountinfo").splitlines():
-        place, _, rest = line.partition(" - ")
-        fields, types = place.split(" "), rest.split(" ")
-        if len(fields) < 5 or len(types) < 3:
-            continue
-        where = (unescape(fields[3]), unescape(fields[4]))
-        if types[0] == "cgroup2":
-            mounts["cgroup2"].append(where)
-        elif types[0] == "cgroup" and "devices" in types[2].split(","):
-            mounts["devices"].append(where)
-    return mounts
+def find_hierarchies(root: Root) -> dict[str, list[tuple[str, str]]]:
+    """Return (root inside the hierarchy, mount point) of the mounts of "cgroup2" and of version 1 "devices".
+
+    Raises OSError.
+    """
+    found: dict[str, list[tuple[str, str]]] = {"cgroup2": [], "devices": []}
+    for mount in read_mounts(root):
+        if mount.kind == "cgroup2":
+            found["cgroup2"].append((mount.top, mount.point))
+        elif mount.kind == "cgroup" and "devices" in mount.options:
+            found["devices"].append((mount.top, mount.point))
+    return found
 
 
 def read_paths(root: Root, process: str) -> dict[str, str]:
@@ -160,14 +159,6 @@ def place_path(mounts: dict[str, list[tuple[str, str]]], kind: str, paths: dict[
         if (path + "/").startswith(top.rstrip("/") + "/") and "/../" not in inside:
             return (point + inside).rstrip("/"), point
     raise fail(f"process {pid}", f"its {kind} cgroup {path} is below no mount of that hierarchy")
-
-
-def unescape(field: str) -> str:
-    r"""Return a field of mountinfo with its \040 and the like as characters."""
-    if "\\" not in field:
-        return field
-    first, *rest = field.split("\\")
-    return first + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)
 
 
 # Proving --------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ them when a run is recorded or replayed. Plain system calls: most files here are
 from __future__ import annotations
 
 import os
+from errno import EBUSY, EFBIG
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 # A sysfs attribute is a page at most; config.json of a tenant may be anything.
 DEFAULT_LIMIT = 16 << 20
+# include/uapi/linux/sockios.h
+SIOCGIFADDR = 0x8915
 
 
 class Root:
@@ -84,11 +87,41 @@ class Root:
         real = os.path.realpath(self.host_path(path))
         return real[len(self.top) :] if self.top and real.startswith(self.top + "/") else real
 
+    def read_ipv4(self, interface: str) -> str:
+        """Return the first IPv4 address of a network interface, "" without one. A made tree has none.
+
+        Source: netdevice(7), SIOCGIFADDR. The files in /proc/net tell addresses without their interfaces.
+        """
+        if self.top:
+            return ""
+        # The socket module proper imports enum and selectors.
+        import _socket
+        import fcntl
+
+        sock = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
+        try:
+            # struct ifreq: 16 bytes of name, then a sockaddr_in: family, port, address.
+            answer = fcntl.ioctl(sock.fileno(), SIOCGIFADDR, os.fsencode(interface)[:15].ljust(40, b"\0"))
+        except OSError:
+            return ""
+        finally:
+            sock.close()
+        return _socket.inet_ntoa(answer[20:24])
+
+    def is_held(self, path: str) -> bool:
+        """Tell whether a block device's node can't be opened because it is in exclusive use. Nothing else is asked.
+
+        Source: open(2), O_EXCL without O_CREAT: EBUSY when the device is mounted or otherwise used by the system.
+        """
+        try:
+            os.close(os.open(self.host_path(path), os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
+        except OSError as error:
+            return error.errno == EBUSY
+        return False
+
 
 def read_chunks(fd: int, limit: int, name: str) -> Iterator[bytes]:
     """Yield what a descriptor holds, to its end. Raises OSError; EFBIG past `limit` bytes."""
-    import errno
-
     total = 0
     while True:
         chunk = os.read(fd, 65536)
@@ -96,5 +129,5 @@ def read_chunks(fd: int, limit: int, name: str) -> Iterator[bytes]:
             return
         total += len(chunk)
         if total > limit:
-            raise OSError(errno.EFBIG, f"more than {limit} bytes", name)
+            raise OSError(EFBIG, f"more than {limit} bytes", name)
         yield chunk

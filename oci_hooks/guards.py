@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes a PCI function off-limits: it is in use, or the machine stands on it. Reading only.
+
+Sources: Documentation/ABI (sysfs-block, sysfs-block-dm, sysfs-class-net, sysfs-bus-pci), proc(5), the kernel's
+net/ipv4/fib_trie.c and net/ipv6/route.c for /proc/net.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.mounts import read_mounts, unescape
+from oci_hooks.records import Record
+from oci_hooks.sysfs import PCI_DEVICES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.files import Root
+    from oci_hooks.sysfs import PciDevice
+
+BLOCK_CLASS = "/sys/class/block"
+NET_CLASS = "/sys/class/net"
+NVME_SUBSYSTEMS = "/sys/class/nvme-subsystem"
+
+# Drivers of virtio devices that a Kata guest, or any guest, stands on: its agent, its root file system, its memory.
+VIRTIO_USES = {
+    "virtio_console": "is a virtio console",
+    "vmw_vsock_virtio_transport": "is the virtio vsock, by which the host reaches an agent",
+    "9pnet_virtio": "is a virtio 9p share of the host's files",
+    "virtiofs": "is a virtiofs share of the host's files",
+    "virtio_balloon": "is the virtio memory balloon",
+    "virtio_mem": "is virtio memory",
+    "virtio_pmem": "is virtio persistent memory",
+    "virtio_iommu": "is the virtio IOMMU",
+}
+
+# The beginning of a device-mapper volume's uuid says who made it (sysfs-block-dm; lvm2, cryptsetup, multipath-tools).
+MAPPER_KINDS = {"LVM": "LVM volume", "CRYPT": "dm-crypt volume", "mpath": "multipath device", "part": "partition"}
+
+IFF_UP = 1
+# include/uapi/linux/route.h and ipv6_route.h: a route that refuses, one for the machine's own address, an anycast one.
+RTF_REJECT, RTF_ANYCAST, RTF_LOCAL = 0x0200, 0x00100000, 0x80000000
+# The scope of an address in /proc/net/if_inet6 (include/net/ipv6.h): IPV6_ADDR_LINKLOCAL.
+LINK_SCOPE = "20"
+
+
+class Usage(Record):
+    """What this machine uses, at one moment.
+
+    blocks, interfaces: name -> path below /sys, links resolved; subsystems: NVMe subsystem -> where its controllers'
+    links point; mounts: "major:minor" or name of a block device -> a mount point; swaps: names of block devices;
+    addressed: interface -> an IPv6 address that is no link-local one; routed: interfaces with a route.
+    """
+
+    blocks: dict[str, str]
+    interfaces: dict[str, str]
+    subsystems: dict[str, tuple[str, ...]]
+    mounts: dict[str, str]
+    swaps: frozenset[str]
+    addressed: dict[str, str]
+    routed: frozenset[str]
+
+
+class Uses:
+    """The uses of one machine's devices. Looked at once, when first asked: most runs ask for one or two devices."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.usage: Usage | None = None
+
+    def find(self, device: PciDevice) -> list[str]:
+        """Return why a PCI function must not be touched, in words; empty where it is free. Raises OSError."""
+        if self.usage is None:
+            self.usage = look_at_usage(self.root)
+        return find_uses(self.root, device, self.usage)
+
+
+def look_at_usage(root: Root) -> Usage:
+    """Return what the machine uses: one pass over its block devices, interfaces, mounts and routes. Raises OSError."""
+    blocks = list_places(root, BLOCK_CLASS)
+    return Usage(
+        blocks,
+        list_places(root, NET_CLASS),
+        {name: read_controllers(root, name) for name in root.list_names(NVME_SUBSYSTEMS)},
+        read_mounted(root, blocks),
+        read_swaps(root, blocks),
+        read_ipv6_addresses(root),
+        read_routed(root),
+    )
+
+
+def find_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
+    """Return why a PCI function must not be touched, in words that follow its address; empty where it is free."""
+    if device.is_bridge:
+        # Everything behind a bridge is below it in sysfs, and none of it is the bridge's own.
+        return ["is a PCI-to-PCI bridge"]
+    return [
+        *find_machine_uses(root, device),
+        *find_virtio_uses(root, device),
+        *find_block_uses(root, device, usage),
+        *find_network_uses(root, device, usage),
+    ]
+
+
+def list_places(root: Root, directory: str) -> dict[str, str]:
+    """Return the names in a class's directory and where in /sys their links point."""
+    links = ((name, root.read_link(f"{directory}/{name}")) for name in root.list_names(directory))
+    # A class's directory may hold a file too (bonding_masters).
+    return {name: "/sys/" + target.lstrip("./") for name, target in links if target}
+
+
+# The machine itself ---------------------------------------------------------------------------------------------------
+
+
+def find_machine_uses(root: Root, device: PciDevice) -> list[str]:
+    """Return what the function is to the machine as a whole: chipset, console screen, parent of virtual functions."""
+    path = f"{PCI_DEVICES}/{device.address}"
+    reasons = []
+    if device.class_code.startswith("06"):
+        reasons.append(f"is a chipset function (class {device.class_code[:4]})")
+    if device.class_code.startswith("0806"):
+        reasons.append("is an IOMMU")
+    if device.class_code.startswith("03") and root.read_text_or(f"{path}/boot_vga", "") == "1":
+        reasons.append("is the boot VGA")
+    functions = root.read_text_or(f"{path}/sriov_numvfs", "0")
+    if functions != "0":
+        reasons.append(f"has {functions} virtual function{'s' if functions != '1' else ''}")
+    return reasons
+
+
+def find_virtio_uses(root: Root, device: PciDevice) -> list[str]:
+    """Return what a virtio device carries for the guest. A network card or a disk follows the rules for these."""
+    if device.vendor != "1af4":
+        return []
+    path = f"{PCI_DEVICES}/{device.address}"
+    names = (name for name in root.list_names(path) if name.startswith("virtio"))
+    drivers = (root.link_name(f"{path}/{name}/driver") for name in names)
+    return [VIRTIO_USES[driver] for driver in drivers if driver in VIRTIO_USES]
+
+
+# Disks ----------------------------------------------------------------------------------------------------------------
+
+
+def read_controllers(root: Root, subsystem: str) -> tuple[str, ...]:
+    """Return where the links to the controllers of an NVMe subsystem point."""
+    path = f"{NVME_SUBSYSTEMS}/{subsystem}"
+    return tuple(root.read_link(f"{path}/{name}") for name in root.list_names(path) if name.startswith("nvme"))
+
+
+def read_mounted(root: Root, blocks: dict[str, str]) -> dict[str, str]:
+    """Return "major:minor" and names of what is mounted, for this process or for init, and one place of each.
+
+    Both, because btrfs and others mount under an anonymous number. Raises OSError.
+    """
+    try:
+        of_init = read_mounts(root, "1")
+    except OSError:
+        # Hidden by an option of /proc's mount; what init alone has mounted is then found by its disk being held.
+        of_init = []
+    mounted: dict[str, str] = {}
+    for mount in of_init + read_mounts(root):
+        mounted.setdefault(mount.number, mount.point)
+        if mount.source.startswith("/dev/"):
+            mounted.setdefault(name_block(root, mount.source, blocks), mount.point)
+    return mounted
+
+
+def read_swaps(root: Root, blocks: dict[str, str]) -> frozenset[str]:
+    """Return the names of the block devices that are swap. A swap file's disk is mounted."""
+    lines = root.read_text_or("/proc/swaps", "").splitlines()[1:]
+    paths = (unescape(line.split()[0]) for line in lines if line)
+    return frozenset(name_block(root, path, blocks) for path in paths if path.startswith("/dev/"))
+
+
+def name_block(root: Root, path: str, blocks: dict[str, str]) -> str:
+    """Return the kernel's name for a path in /dev, or "major:minor" of a node that bears another name."""
+    import os
+
+    name = root.real_path(path)[len("/dev/") :].replace("/", "!")
+    if name in blocks:
+        return name
+    try:
+        number = root.stat(path).st_rdev
+    except OSError:
+        return name
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def find_block_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
+    """Return how the disks of a PCI function are in use: mounted, swap, or below something that is active.
+
+    What only the kernel knows (a further disk of a btrfs, ZFS, bcache, a mount in another namespace) it says when the
+    disk can't be had exclusively; that is asked where nothing else is found.
+    """
+    names = list_blocks(device, usage)
+    reasons = [
+        f"holds /dev/{name.replace('!', '/')}, {use}" for name in names for use in find_name_uses(root, name, usage)
+    ]
+    if not reasons:
+        nodes = [f"/dev/{name.replace('!', '/')}" for name in names]
+        reasons = [
+            f"holds {node}, which the kernel or a program uses exclusively" for node in nodes if root.is_held(node)
+        ]
+    return reasons
+
+
+def list_blocks(device: PciDevice, usage: Usage) -> list[str]:
+    """Return the names of the disks and partitions that a PCI function holds."""
+    above = [f"{device.path}/"]
+    # With multipath, namespaces hang below the subsystem, and only a link tells of the controller.
+    for subsystem, targets in usage.subsystems.items():
+        if any(f"/{device.address}/" in target for target in targets):
+            above.append(f"/sys/devices/virtual/nvme-subsystem/{subsystem}/")
+    return [name for name, path in usage.blocks.items() if path.startswith(tuple(above))]
+
+
+def find_name_uses(root: Root, name: str, usage: Usage) -> list[str]:
+    """Return how one block device is in use, as "mounted on /" or "under LVM volume vg-root (dm-0), mounted on /"."""
+    path = f"{BLOCK_CLASS}/{name}"
+    number = root.read_text_or(f"{path}/dev", "none")
+    point = usage.mounts.get(number) or usage.mounts.get(name)
+    uses = [f"mounted on {point}"] if point else []
+    if name in usage.swaps or number in usage.swaps:
+        uses.append("which is swap")
+    for holder in root.list_names(f"{path}/holders"):
+        # An active volume is in use even when nothing of it is mounted: it would lose its disk.
+        what = describe_holder(root, holder)
+        above = find_name_uses(root, holder, usage)
+        uses += [f"under {what}, {use}" for use in above] or [f"part of {what}"]
+    return uses
+
+
+def describe_holder(root: Root, name: str) -> str:
+    """Return what a block device is that is made of others."""
+    volume = root.read_text_or(f"{BLOCK_CLASS}/{name}/dm/name", "")
+    if volume:
+        maker = root.read_text_or(f"{BLOCK_CLASS}/{name}/dm/uuid", "").partition("-")[0].rstrip("0123456789")
+        return f"{MAPPER_KINDS.get(maker, 'device-mapper volume')} {volume} ({name})"
+    return f"RAID array {name}" if name.startswith("md") else name
+
+
+# Network --------------------------------------------------------------------------------------------------------------
+
+
+def read_ipv6_addresses(root: Root) -> dict[str, str]:
+    """Return an IPv6 address of each interface that has one besides its automatic link-local address."""
+    addresses = {}
+    for line in root.read_text_or("/proc/net/if_inet6", "").splitlines():
+        # Address, interface's number, length of the prefix, scope, flags, interface.
+        fields = line.split()
+        if len(fields) == 6 and fields[3] != LINK_SCOPE:
+            digits = fields[0]
+            addresses[fields[5]] = ":".join(digits[start : start + 4] for start in range(0, 32, 4))
+    return addresses
+
+
+def read_routed(root: Root) -> frozenset[str]:
+    """Return the interfaces with a route, other than those every interface gets that is up."""
+    # Interface, destination, gateway, ...
+    lines = root.read_text_or("/proc/net/route", "").splitlines()[1:]
+    routed = {line.split()[0] for line in lines if line}
+    for line in root.read_text_or("/proc/net/ipv6_route", "").splitlines():
+        # Destination, its length, source, its length, next hop, metric, references, uses, flags, interface.
+        fields = line.split()
+        if len(fields) == 10 and is_real_route(fields[0], int(fields[8], 16)):
+            routed.add(fields[9])
+    return frozenset(routed)
+
+
+def is_real_route(destination: str, flags: int) -> bool:
+    """Tell whether a line of /proc/net/ipv6_route is more than link-local (fe80::/10), multicast or the own address."""
+    automatic = destination.startswith(("fe8", "fe9", "fea", "feb", "ff"))
+    return not automatic and not flags & (RTF_REJECT | RTF_ANYCAST | RTF_LOCAL)
+
+
+def find_network_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
+    """Return how the network interfaces of a PCI function are in use.
+
+    One that is up with nothing but its automatic link-local address is free: udev and NetworkManager bring links up by
+    themselves, and with them come fe80::/64 and multicast.
+    """
+    below = f"{device.path}/"
+    names = [name for name, path in usage.interfaces.items() if path.startswith(below)]
+    reasons = [
+        f"is network interface {name}, up {use}" for name in names for use in find_interface_uses(root, name, usage)
+    ]
+    return reasons or find_moved_interfaces(root, device, names)
+
+
+def find_interface_uses(root: Root, name: str, usage: Usage) -> list[str]:
+    """Return how one interface is in use, at most one way: the first that a reader would look for."""
+    path = f"{NET_CLASS}/{name}"
+    if not int(root.read_text_or(f"{path}/flags", "0"), 16) & IFF_UP:
+        return []
+    address = root.read_ipv4(name) or usage.addressed.get(name, "")
+    if address:
+        return [f"with address {address}"]
+    if name in usage.routed:
+        return ["with a route"]
+    master = root.link_name(f"{path}/master")
+    if master:
+        return [f"as a part of {master}"]
+    uppers = [entry[len("upper_") :] for entry in root.list_names(path) if entry.startswith("upper_")]
+    return [f"below {', '.join(uppers)}"] if uppers else []
+
+
+def find_moved_interfaces(root: Root, device: PciDevice, names: list[str]) -> list[str]:
+    """Return a reason where an interface was given to another network namespace: sysfs keeps its empty directory."""
+    if names:
+        return []
+    path = f"{PCI_DEVICES}/{device.address}"
+    places = [path, *(f"{path}/{name}" for name in root.list_names(path) if name.startswith("virtio"))]
+    if any(root.exists(f"{place}/net") for place in places):
+        return ["is a network interface in another network namespace"]
+    return []

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mounts that a process sees. Source: proc(5), /proc/<pid>/mountinfo."""
+
+from __future__ import annotations
+
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.files import Root
+
+
+class Mount(Record):
+    """One line of mountinfo.
+
+    number: "major:minor" of the file system, an anonymous one for btrfs, overlay and the like; top: the directory of
+    the file system that is mounted; point: where; kind: of file system; source: as its mounter named it; options: of
+    the file system itself.
+    """
+
+    number: str
+    top: str
+    point: str
+    kind: str
+    source: str
+    options: tuple[str, ...]
+
+
+def read_mounts(root: Root, process: str = "self") -> list[Mount]:
+    """Return the mounts in the namespace of a process, in the order in which they were made. Raises OSError."""
+    mounts = []
+    for line in root.read_text(f"/proc/{process}/mountinfo").splitlines():
+        # A number of optional fields ends with a lone dash.
+        place, _, rest = line.partition(" - ")
+        fields, types = place.split(" "), rest.split(" ")
+        if len(fields) >= 5 and len(types) >= 3:
+            top, point = unescape(fields[3]), unescape(fields[4])
+            mounts.append(Mount(fields[2], top, point, types[0], unescape(types[1]), tuple(types[2].split(","))))
+    return mounts
+
+
+def unescape(field: str) -> str:
+    r"""Return a field of mountinfo or of /proc/swaps with its \040 and the like as characters."""
+    first, *rest = field.split("\\")
+    return first + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)
