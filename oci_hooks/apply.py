@@ -10,11 +10,9 @@ from __future__ import annotations
 import errno
 import os
 
-from oci_hooks import cgroup, container, sysfs
+from oci_hooks import cgroup, container, nodes, sysfs
 from oci_hooks.errors import Finding, StepError
-from oci_hooks.oci import GROUP_PREFIX
-from oci_hooks.plan import CONTROL_NUMBERS, DRIVER, Rebind
-from oci_hooks.records import Record
+from oci_hooks.plan import DRIVER, Rebind
 from oci_hooks.workers import Job, Result, Write, run_jobs
 
 TYPE_CHECKING = False
@@ -24,18 +22,10 @@ if TYPE_CHECKING:
     from oci_hooks.command import Deadline
     from oci_hooks.files import Root
     from oci_hooks.journal import Entry, Journal
-    from oci_hooks.oci import Device
-    from oci_hooks.plan import Node, Plan
+    from oci_hooks.nodes import Target
 
 # A device that is gone needs no unbinding: unplugged, or its driver went first.
 GONE = (errno.ENOENT, errno.ENODEV)
-
-
-class Target(Record):
-    """The container that nodes are made for. pid: its init; rootfs: real path of its root file system."""
-
-    pid: int
-    rootfs: str
 
 
 # Drivers -------------------------------------------------------------------------------------------------------------
@@ -109,110 +99,23 @@ def probe_again(root: Root, address: str, deadline: Deadline) -> str:
     return driver
 
 
-# Nodes ---------------------------------------------------------------------------------------------------------------
-
-
-def expose_nodes(root: Root, plan: Plan, target: Target, journal: Journal) -> tuple[cgroup.Node, ...]:
-    """Make the plan's nodes in the container and return them as the proof wants them. Raises StepError."""
-    try:
-        dev = container.open_dev(target.pid, target.rootfs)
-    except OSError as error:
-        raise container.explain_tree_error(error, target.rootfs) from None
-    try:
-        directory = open_or_make(dev, target, journal)
-    except OSError as error:
-        raise container.explain_tree_error(error, target.rootfs) from None
-    finally:
-        os.close(dev)
-    try:
-        own = container.is_guests_own(directory)
-        for entry in () if own else plan.stale:
-            remove_stale(directory, entry, target, journal)
-        return tuple(expose_node(root, directory, node, target, journal, own) for node in plan.nodes)
-    finally:
-        os.close(directory)
-
-
-def open_or_make(dev: int, target: Target, journal: Journal) -> int:
-    """Return a descriptor of /dev/vfio in the container, made if it is not there. Raises OSError."""
-    try:
-        return container.open_below(dev, "vfio")
-    except FileNotFoundError:
-        journal.note("directory", target.rootfs, "vfio")
-        container.make_directory(dev, "vfio")
-        return container.open_below(dev, "vfio")
-
-
-def remove_stale(directory: int, entry: Device, target: Target, journal: Journal) -> None:
-    """Take away a node that the runtime made with the host's numbers, which mean something else here, or nothing."""
-    name = entry.path[len(GROUP_PREFIX) :]
-    found = container.look_at_node(directory, name)
-    if found and found.kind == "char" and (found.major, found.minor) == (entry.major, entry.minor):
-        note_stale(journal, target, name, found)
-        container.remove_node(directory, name, (found.major, found.minor))
-
-
-def note_stale(journal: Journal, target: Target, name: str, found: container.FoundNode) -> None:
-    """Write down a node that is about to be removed."""
-    journal.note("stale", target.rootfs, name, found.major, found.minor, found.mode, found.uid, found.gid)
-
-
-def expose_node(root: Root, directory: int, node: Node, target: Target, journal: Journal, own: bool) -> cgroup.Node:
-    """Make one node unless it is there as it should be. Raises StepError.
-
-    own: the directory is the guest's own /dev, where the kernel keeps the nodes.
-    """
-    numbers = find_numbers(root, node)
-    path = GROUP_PREFIX + node.name
-    found = container.look_at_node(directory, node.name)
-    if found and found.kind != "char":
-        raise StepError("node-in-the-way", path, f"a {found.kind} of the container's image lies there", "remove it")
-    if found is None or (found.major, found.minor) != numbers:
-        if own:
-            raise StepError(
-                "node-missing", path, "is not in the guest's /dev, which the container shares", "is udev up?"
-            )
-        if found:
-            note_stale(journal, target, node.name, found)
-            container.remove_node(directory, node.name, (found.major, found.minor))
-        journal.note("node", target.rootfs, node.name, *numbers)
-        try:
-            container.make_node(directory, node.name, numbers, node.mode, node.uid, node.gid)
-        except OSError as error:
-            raise StepError("node-failed", path, f"mknod: {error.strerror}", "the hook needs CAP_MKNOD") from None
-    return cgroup.Node(node.name, *numbers, is_group=bool(node.group))
-
-
-def find_numbers(root: Root, node: Node) -> tuple[int, int]:
-    """Return major and minor for a node. Raises StepError where vfio has no such group."""
-    if not node.group:
-        return CONTROL_NUMBERS
-    numbers = sysfs.read_group_number(root, node.group)
-    if numbers is None:
-        hint = "see dmesg; is vfio built with CONFIG_VFIO_GROUP?"
-        raise StepError("no-group-node", f"group {node.group}", "vfio gave it no device", hint)
-    return numbers
-
-
 # Permission ----------------------------------------------------------------------------------------------------------
 
 
 def grant_nodes(
-    root: Root, nodes: tuple[cgroup.Node, ...], target: Target, journal: Journal, deadline: Deadline
+    root: Root, made: tuple[cgroup.Node, ...], target: Target, journal: Journal, deadline: Deadline
 ) -> None:
     """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
     place = cgroup.find_cgroup(root, target.pid)
-    dev = container.open_dev(target.pid, target.rootfs)
-    directory = container.open_below(dev, "vfio")
-    os.close(dev)
+    directory = container.open_dev(target.pid, target.rootfs)
     try:
-        proofs = cgroup.prove(root, place, directory, nodes, deadline)
+        proofs = cgroup.prove(root, place, directory, made, deadline)
         denied = [proof.node for proof in proofs if proof.is_denied]
         if denied:
             grant = cgroup.plan_grant(root, place, denied)
             journal.note("permit", *format_grant(grant))
             cgroup.permit(root, grant)
-            proofs = cgroup.prove(root, place, directory, nodes, deadline)
+            proofs = cgroup.prove(root, place, directory, made, deadline)
     finally:
         os.close(directory)
     check_proofs(root, place, proofs)
@@ -223,7 +126,7 @@ def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProo
     if any(proof.is_denied for proof in proofs):
         raise cgroup.explain_denial(root, place, proofs)
     for proof in proofs:
-        path = GROUP_PREFIX + proof.node.name
+        path = f"/dev/{proof.node.name}"
         if proof.error == errno.EBUSY:
             raise StepError("group-busy", path, "another process has it open", f"find it with: fuser -v {path}")
         if proof.error:
@@ -274,44 +177,8 @@ def undo_entry(root: Root, entry: Entry, pid: int) -> None:
     """Put back one change in the container. Raises OSError, StepError."""
     if entry.kind == "permit" and pid:
         cgroup.forbid(root, parse_grant(entry))
-    if entry.kind not in ("node", "stale", "directory"):
-        return
-    # Without the container's namespace, nodes are still where its image itself holds /dev.
-    try:
-        dev = container.open_dev(pid, entry.words[0])
-    except OSError:
-        return
-    try:
-        if entry.kind == "directory":
-            remove_directory(dev, entry.words[1])
-            return
-        directory = container.open_below(dev, "vfio")
-        try:
-            undo_node(directory, entry)
-        finally:
-            os.close(directory)
-    except FileNotFoundError:
-        return
-    finally:
-        os.close(dev)
-
-
-def remove_directory(dev: int, name: str) -> None:
-    """Remove a directory unless something else is in it by now. Raises OSError."""
-    try:
-        os.rmdir(name, dir_fd=dev)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
-            raise
-
-
-def undo_node(directory: int, entry: Entry) -> None:
-    """Remove a node that was made, or make one again that was removed. Raises OSError."""
-    name, numbers = entry.words[1], (entry.number(2), entry.number(3))
-    if entry.kind == "node":
-        container.remove_node(directory, name, numbers)
-    elif container.look_at_node(directory, name) is None:
-        container.make_node(directory, name, numbers, entry.number(4), entry.number(5), entry.number(6))
+    if entry.kind in nodes.UNDOABLE:
+        nodes.undo(entry, pid)
 
 
 def restore_drivers(

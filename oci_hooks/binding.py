@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import apply, plan, selection, sysfs
+from oci_hooks import apply, nodes, plan, selection, sysfs
 from oci_hooks.claims import Claim, ClaimDirectory, list_owners, read_start_time, take_lock
 from oci_hooks.command import Deadline
 from oci_hooks.container import check_process, find_rootfs
@@ -69,11 +69,11 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
 def carry_out(work: Work, wanted: plan.Plan, journal: Journal) -> None:
     """Do what the plan says, each step noted in the journal before it is done. Raises HookError."""
     root, deadline = work.root, work.call.deadline
-    target = apply.Target(work.state.pid, find_rootfs(work.state, work.spec))
+    target = nodes.Target(work.state.pid, find_rootfs(work.state, work.spec))
     load_drivers(root, deadline)
     apply.bind_devices(root, wanted.rebinds, journal, deadline)
-    nodes = apply.expose_nodes(root, wanted, target, journal)
-    apply.grant_nodes(root, nodes, target, journal, deadline)
+    made = nodes.expose_nodes(root, wanted, target, journal)
+    apply.grant_nodes(root, made, target, journal, deadline)
     journal.note("done")
 
 
@@ -129,8 +129,7 @@ def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
         own = next((claim for claim in claims if claim.container == work.state.id), None)
         if not own or not own.at_work:
             check_own(work, own)
-            choices = choose(work, claims)
-            wanted = plan.make_plan(work.root, choices, work.state, work.spec, work.settings.owner)
+            wanted = plan.make_plan(work.root, choose(work, claims), work.spec, make_options(work))
             return open_claim(work, own, wanted.groups), wanted
     finally:
         os.close(lock)
@@ -138,10 +137,17 @@ def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
     return None
 
 
+def make_options(work: Work) -> plan.PlanOptions:
+    """Return what settings and request say about nodes."""
+    return plan.PlanOptions(work.settings.owner, work.request.wants_cdev, work.settings.map)
+
+
 def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
     """Return the groups for the container, from what the machine has now. Raises NotYet, Refusal."""
-    picture = sysfs.look(work.root)
     settings = work.settings
+    # Both have to say so: guest.toml for this hook, the kernel's switch for the whole guest.
+    noiommu = settings.allow_noiommu and work.root.read_text_or(sysfs.NOIOMMU_SWITCH, "N") == "Y"
+    picture = sysfs.look(work.root, noiommu)
     pool = selection.Pool(
         picture,
         dict(list_owners(claims, but=work.state.id)),
@@ -152,7 +158,10 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
         settings.auto_classes,
         settings.force,
     )
-    return selection.choose_groups(work.request, pool)
+    choices = selection.choose_groups(work.request, pool)
+    own = [entry for claim in claims if claim.container == work.state.id for entry in claim.entries]
+    before = {entry.words[0]: entry.words[1] for entry in reversed(own) if entry.kind == "device"}
+    return tuple(choice.replace(drivers_before=before) for choice in choices)
 
 
 def check_own(work: Work, own: Claim | None) -> None:
@@ -243,7 +252,7 @@ def print_plan(call: Call, root: Root, state: State, spec: Spec, request: Reques
     directory = ClaimDirectory()
     work = Work(call, root, state, spec, request, settings, directory, 0)
     claims = [claim for claim in directory.read_claims() if not claim.is_stale(root)]
-    wanted = plan.make_plan(root, choose(work, claims), state, spec, settings.owner)
+    wanted = plan.make_plan(root, choose(work, claims), spec, make_options(work))
     actions = plan.list_actions(wanted)
     if call.arguments.json:
         call.plan.extend({"action": what, "subject": subject, "detail": how} for what, subject, how in actions)

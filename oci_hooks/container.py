@@ -54,15 +54,10 @@ def open_rootfs(pid: int, rootfs: str) -> int:
     fd = os.open(top, os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if pid and not is_same_directory(os.fstat(fd), os.stat("/")):
-            return fd
-        for name in rootfs.strip("/").split("/"):
-            inner = os.open(name, FOLLOW_NOTHING, dir_fd=fd)
-            os.close(fd)
-            fd = inner
-    except OSError:
+            return os.dup(fd)
+        return open_path(fd, rootfs.strip("/"))
+    finally:
         os.close(fd)
-        raise
-    return fd
 
 
 def is_same_directory(one: os.stat_result, other: os.stat_result) -> bool:
@@ -82,6 +77,18 @@ def open_dev(pid: int, rootfs: str) -> int:
 def open_below(directory: int, name: str) -> int:
     """Return a descriptor of a directory in a directory, no link followed. Raises OSError: ENOENT without one."""
     return os.open(name, FOLLOW_NOTHING, dir_fd=directory)
+
+
+def open_path(directory: int, path: str) -> int:
+    """Return a descriptor of a directory some levels below one, no link followed. Raises OSError."""
+    fd = os.dup(directory)
+    for name in path.split("/") if path else ():
+        try:
+            inner = open_below(fd, name)
+        finally:
+            os.close(fd)
+        fd = inner
+    return fd
 
 
 def make_directory(directory: int, name: str) -> None:
@@ -148,3 +155,30 @@ def check_process(pid: int, start: int) -> None:
     if not start:
         hint = "the hook belongs under createRuntime (or prestart), while the container is being created"
         raise Refusal("no-process", f"process {pid}", "the container's init is not running", hint)
+
+
+def remove_directory(directory: int, name: str) -> None:
+    """Remove a directory unless something is in it, or it is gone. Raises OSError."""
+    try:
+        os.rmdir(name, dir_fd=directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY):
+            raise
+
+
+def write_file(directory: int, name: str, data: bytes) -> None:
+    """Write a new file that everybody may read. Raises OSError: EEXIST where anything lies there."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, 0o600, dir_fd=directory)
+    try:
+        os.write(fd, data)
+        os.fchmod(fd, 0o644)
+    finally:
+        os.close(fd)
+
+
+def remove_file(directory: int, name: str) -> None:
+    """Remove a regular file; anything else under that name is not the hook's. Raises OSError."""
+    found = look_at_node(directory, name)
+    if found and found.kind == "other":
+        os.unlink(name, dir_fd=directory)

@@ -21,6 +21,8 @@ KINDS = {
     "device": ("address", "driver", "override"),
     "directory": ("rootfs", "name"),
     "node": ("rootfs", "name", "major", "minor"),
+    "file": ("rootfs", "name"),
+    "mount": ("rootfs", "name"),
     "stale": ("rootfs", "name", "major", "minor", "mode", "uid", "gid"),
     "permit": ("nodes", "unified", "devices"),
     "done": (),

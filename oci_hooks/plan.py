@@ -3,20 +3,22 @@
 
 from __future__ import annotations
 
-from oci_hooks.oci import CONTROL_NODE, GROUP_PREFIX, map_id
+from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX, map_id
 from oci_hooks.records import Record
-from oci_hooks.sysfs import read_override
+from oci_hooks.sysfs import NOIOMMU_GROUP, read_override
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from oci_hooks.files import Root
-    from oci_hooks.oci import Device, Spec, State
+    from oci_hooks.oci import Device, Spec
     from oci_hooks.selection import Choice
 
 DRIVER = "vfio-pci"
 DEFAULT_MODE = 0o600
-# vfio registers its control device with this fixed minor (kernel: include/linux/miscdevice.h, VFIO_MINOR).
-CONTROL_NUMBERS = (10, 196)
+IOMMU_NODE = "/dev/iommu"
+MAP_PATH = "/dev/vfio/devices.json"
 
 
 class Rebind(Record):
@@ -28,21 +30,44 @@ class Rebind(Record):
 
 
 class Node(Record):
-    """A device node to make in the container's /dev/vfio. group: the VFIO group it is for, "" for the control node;
-    mode: permission bits; uid, gid: outside the container's user namespace."""
+    """A device node to make in the container's /dev.
 
-    name: str
-    group: str
+    kind: "control", "group", "iommu" or "cdev"; subject: the VFIO group of a group's node, the BDF of a cdev's, else
+    ""; mode: permission bits; uid, gid: outside the container's user namespace.
+    """
+
+    kind: str
+    subject: str
     mode: int
     uid: int
     gid: int
+
+    @property
+    def path(self) -> str:
+        """Its path in the container, as far as it is known before the device is bound."""
+        if self.kind == "group" and self.subject.startswith(NOIOMMU_GROUP):
+            return f"{GROUP_PREFIX}noiommu-? of {self.subject[len(NOIOMMU_GROUP) :]}"
+        names = {"control": CONTROL_NODE, "iommu": IOMMU_NODE, "group": GROUP_PREFIX + self.subject}
+        return names.get(self.kind, f"{CDEV_PREFIX}vfio? of {self.subject}")
+
+
+class MapEntry(Record):
+    """What /dev/vfio/devices.json says of a device: the driver that it had, its BDF on the host ("" if not known)."""
+
+    address: str
+    vendor: str
+    device: str
+    group: str
+    driver_before: str
+    host_address: str
 
 
 class Plan(Record):
     """What has to be done for one container.
 
     groups: names, in order; rebinds, nodes: in order; stale: nodes with the host's numbers that the runtime made from
-    linux.devices; user_namespace: the container has one, so that nodes must be bind mounts.
+    linux.devices; user_namespace: the container has one, so that nodes must be mounted, not made; map: for
+    /dev/vfio/devices.json, empty where that is switched off.
     """
 
     groups: tuple[str, ...]
@@ -50,6 +75,7 @@ class Plan(Record):
     nodes: tuple[Node, ...]
     stale: tuple[Device, ...]
     user_namespace: bool
+    map: tuple[MapEntry, ...]
 
 
 class NodeOwner(Record):
@@ -60,7 +86,15 @@ class NodeOwner(Record):
     gid: int = -1
 
 
-def make_plan(root: Root, choices: tuple[Choice, ...], state: State, spec: Spec, owner: NodeOwner) -> Plan:
+class PlanOptions(Record):
+    """What settings and annotation say about nodes."""
+
+    owner: NodeOwner = NodeOwner()
+    wants_cdev: bool = False
+    writes_map: bool = True
+
+
+def make_plan(root: Root, choices: tuple[Choice, ...], spec: Spec, options: PlanOptions) -> Plan:
     """Return the plan for the groups that a container gets. Raises OSError where a device goes away meanwhile."""
     devices = [device for choice in choices for device in choice.group.endpoints]
     rebinds = [
@@ -68,21 +102,35 @@ def make_plan(root: Root, choices: tuple[Choice, ...], state: State, spec: Spec,
         for device in devices
         if not device.owned_by_vfio
     ]
-    control = next((entry for entry in spec.devices if entry.path == CONTROL_NODE), None)
-    nodes = [make_node("vfio", "", control, spec, owner)]
-    nodes += [make_node(choice.group.name, choice.group.name, choice.entry, spec, owner) for choice in choices]
-    names = {GROUP_PREFIX + choice.group.name for choice in choices}
-    stale = tuple(entry for entry in spec.vfio_devices if entry.is_group and entry.path not in names)
+    entries = {entry.path: entry for entry in spec.devices}
+    nodes = [make_node("control", "", entries.get(CONTROL_NODE), spec, options)]
+    nodes += [make_node("group", choice.group.name, choice.entry, spec, options) for choice in choices]
+    if options.wants_cdev:
+        nodes.append(make_node("iommu", "", entries.get(IOMMU_NODE), spec, options))
+        nodes += [make_node("cdev", device.address, None, spec, options) for device in devices]
+    paths = {node.path for node in nodes}
+    stale = tuple(entry for entry in spec.vfio_devices if entry.path not in paths)
     groups = tuple(choice.group.name for choice in choices)
-    return Plan(groups, tuple(rebinds), tuple(nodes), stale, "user" in spec.namespaces)
+    known = tuple(make_map(choices)) if options.writes_map else ()
+    return Plan(groups, tuple(rebinds), tuple(nodes), stale, "user" in spec.namespaces, known)
 
 
-def make_node(name: str, group: str, entry: Device | None, spec: Spec, owner: NodeOwner) -> Node:
+def make_map(choices: tuple[Choice, ...]) -> Iterator[MapEntry]:
+    """Yield what the map says of each device."""
+    for choice in choices:
+        for device in choice.group.endpoints:
+            driver = choice.drivers_before.get(device.address, device.driver)
+            host = choice.host_addresses.get(device.address, "")
+            yield MapEntry(device.address, device.vendor, device.device, choice.group.name, driver, host)
+
+
+def make_node(kind: str, subject: str, entry: Device | None, spec: Spec, options: PlanOptions) -> Node:
     """Return a node with owner and mode of its linux.devices entry, else guest.toml's, else the container's user."""
+    owner = options.owner
     mode = pick(entry.mode if entry else -1, owner.mode, DEFAULT_MODE) & 0o777
     uid = pick(entry.uid if entry else -1, owner.uid, spec.uid)
     gid = pick(entry.gid if entry else -1, owner.gid, spec.gid)
-    return Node(name, group, mode, map_id(uid, spec.uid_mappings), map_id(gid, spec.gid_mappings))
+    return Node(kind, subject, mode, map_id(uid, spec.uid_mappings), map_id(gid, spec.gid_mappings))
 
 
 def pick(*values: int) -> int:
@@ -100,8 +148,10 @@ def list_actions(plan: Plan) -> list[tuple[str, str, str]]:
         actions.append(("probe", rebind.address, DRIVER))
     for entry in plan.stale:
         actions.append(("remove", entry.path, f"the host's, {entry.major}:{entry.minor}"))
-    how = "bind mount" if plan.user_namespace else "make"
+    how = "mount" if plan.user_namespace else "make"
     for node in plan.nodes:
-        actions.append((how, GROUP_PREFIX + node.name, f"{node.mode:04o} {node.uid}:{node.gid}"))
-    actions += [("permit", GROUP_PREFIX + node.name, "rw") for node in plan.nodes]
+        actions.append((how, node.path, f"{node.mode:04o} {node.uid}:{node.gid}"))
+    if plan.map:
+        actions.append(("write", MAP_PATH, f"{len(plan.map)} devices"))
+    actions += [("permit", node.path, "rw, where it is denied") for node in plan.nodes]
     return actions

@@ -53,12 +53,16 @@ class Pool(Record):
 
 
 class Choice(Record):
-    """A group for the container. entry: the linux.devices entry it stands for, where one is known; host_addresses:
-    guest BDF -> BDF on the host."""
+    """A group for the container.
+
+    entry: the linux.devices entry it stands for, where one is known; host_addresses: guest BDF -> BDF on the host;
+    drivers_before: guest BDF -> driver it had before an earlier run of the hook bound it.
+    """
 
     group: IommuGroup
     entry: Device | None = None
     host_addresses: dict[str, str] = {}  # noqa: RUF012 - never changed
+    drivers_before: dict[str, str] = {}  # noqa: RUF012 - never changed
 
 
 def choose_groups(request: Request, pool: Pool) -> tuple[Choice, ...]:

@@ -18,6 +18,10 @@ PCI_DRIVERS = "/sys/bus/pci/drivers"
 IOMMU_GROUPS = "/sys/kernel/iommu_groups"
 VFIO_CLASS = "/sys/class/vfio"
 
+# Stands before the BDF of a device without an IOMMU, which vfio gives a group of its own only when it is bound.
+NOIOMMU_GROUP = "noiommu:"
+NOIOMMU_SWITCH = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+
 # Header type 1 and 2 (PCI Local Bus Specification, 6.1): PCI-to-PCI, CardBus and semi-transparent bridges.
 BRIDGE_CLASSES = ("0604", "0607", "0609")
 # Drivers whose devices vfio calls viable although they are not vfio drivers (kernel: driver_managed_dma).
@@ -76,13 +80,18 @@ class Picture(Record):
     groups: dict[str, IommuGroup]
 
 
-def look(root: Root) -> Picture:
-    """Return the picture of a machine: one pass over its PCI devices. Raises OSError where sysfs can't be read."""
+def look(root: Root, noiommu: bool = False) -> Picture:
+    """Return the picture of a machine: one pass over its PCI devices. Raises OSError where sysfs can't be read.
+
+    noiommu: give each endpoint without a group a group of its own, `noiommu:BDF`, as vfio's no-IOMMU mode does.
+    """
     devices = {}
     for address in root.list_names(PCI_DEVICES):
         device = read_device(root, address)
         # A device may be unplugged between the listing and the reading.
         if device is not None:
+            if noiommu and not device.group and not device.is_bridge:
+                device = device.replace(group=NOIOMMU_GROUP + address)
             devices[address] = device
     members: dict[str, list[PciDevice]] = {}
     for device in devices.values():

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mounts in another mount namespace. Loaded only for containers with a user namespace.
+
+A file system is made detached (fsopen(2), fsmount(2), Linux 5.2) and attached by a child that enters the namespace
+(setns(2)): Python has setns only from 3.12 and the others not at all, hence ctypes. The numbers of the new mount calls
+are the same on every architecture but alpha.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from oci_hooks.errors import StepError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SYS_MOVE_MOUNT = 429
+SYS_FSOPEN = 430
+SYS_FSCONFIG = 431
+SYS_FSMOUNT = 432
+
+FSOPEN_CLOEXEC = 1
+FSMOUNT_CLOEXEC = 1
+FSCONFIG_SET_STRING = 1
+FSCONFIG_CMD_CREATE = 6
+MOUNT_ATTR_NOSUID = 2
+MOUNT_ATTR_NOEXEC = 8
+MOVE_MOUNT_F_EMPTY_PATH = 0x04
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+CLONE_NEWNS = 0x20000
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+
+def call(name: str, *arguments: object) -> int:
+    """Call a function of the C library and return its result. Raises OSError, named after the function."""
+    library = ctypes.CDLL(None, use_errno=True)
+    result: int = getattr(library, name)(*arguments)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), name)
+    return result
+
+
+def make_tmpfs() -> int:
+    """Return a descriptor of a new, detached tmpfs that belongs to this user namespace. Raises StepError."""
+    try:
+        context = call("syscall", SYS_FSOPEN, b"tmpfs", FSOPEN_CLOEXEC)
+        try:
+            call("syscall", SYS_FSCONFIG, context, FSCONFIG_SET_STRING, b"mode", b"0755", 0)
+            call("syscall", SYS_FSCONFIG, context, FSCONFIG_SET_STRING, b"size", b"64k", 0)
+            call("syscall", SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+            attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC
+            return call("syscall", SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
+        finally:
+            os.close(context)
+    except OSError as error:
+        hint = "a container with a user namespace needs Linux 5.2 and a hook with CAP_SYS_ADMIN"
+        raise StepError("mount-failed", "/dev/vfio", f"can't make a tmpfs: {error.strerror}", hint) from None
+
+
+def attach(pid: int, tree: int, directory: int) -> None:
+    """Mount a detached tree over a directory of another process's mount namespace. Raises StepError.
+
+    pid: a process in that namespace; tree, directory: descriptors.
+    """
+
+    def move() -> None:
+        flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+        call("syscall", SYS_MOVE_MOUNT, tree, b"", directory, b"", flags)
+
+    code = run_inside(pid, move)
+    if code:
+        hint = "see dmesg; the hook needs CAP_SYS_ADMIN in the guest"
+        raise StepError("mount-failed", "/dev/vfio", f"can't be mounted in the container: {os.strerror(code)}", hint)
+
+
+def detach(pid: int, directory: int, name: str) -> None:
+    """Take away what attach() mounted on a directory's entry. Raises OSError."""
+
+    def unmount() -> None:
+        os.fchdir(directory)
+        call("umount2", name.encode(), MNT_DETACH | UMOUNT_NOFOLLOW)
+
+    code = run_inside(pid, unmount)
+    # EINVAL: nothing is mounted there.
+    if code not in (0, 22):
+        raise OSError(code, os.strerror(code), name)
+
+
+def run_inside(pid: int, work: Callable[[], None]) -> int:
+    """Do something in another process's mount namespace, in a child, and return its errno, 0 for success."""
+    namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        code = 5
+        try:
+            call("setns", namespace, CLONE_NEWNS)
+            work()
+            code = 0
+        except OSError as error:
+            code = error.errno or code
+        finally:
+            os._exit(code)
+    os.close(namespace)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nodes in the container's /dev: made, mounted where a user namespace wants that, and taken away again."""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks import cgroup, container, sysfs
+from oci_hooks.errors import StepError
+from oci_hooks.plan import MAP_PATH
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.container import FoundNode
+    from oci_hooks.files import Root
+    from oci_hooks.journal import Entry, Journal
+    from oci_hooks.oci import Device
+    from oci_hooks.plan import MapEntry, Node, Plan
+
+# vfio registers its control device with this fixed minor (kernel: include/linux/miscdevice.h, VFIO_MINOR).
+CONTROL_NUMBERS = (10, 196)
+# Entries of a journal that this module writes and undoes.
+UNDOABLE = ("directory", "node", "stale", "file", "mount")
+
+
+class Target(Record):
+    """The container that nodes are made for. pid: its init; rootfs: real path of its root file system."""
+
+    pid: int
+    rootfs: str
+
+
+class Place(Record):
+    """Where a node belongs. directory: below /dev, "" for /dev itself; numbers: major and minor."""
+
+    directory: str
+    name: str
+    numbers: tuple[int, int]
+
+    @property
+    def path(self) -> str:
+        """The path below /dev."""
+        return f"{self.directory}/{self.name}".lstrip("/")
+
+
+# Where they belong ---------------------------------------------------------------------------------------------------
+
+
+def find_place(root: Root, node: Node) -> Place:
+    """Return where a node belongs, once its device is bound. Raises StepError where the kernel has no such device."""
+    if node.kind == "control":
+        return Place("vfio", "vfio", CONTROL_NUMBERS)
+    if node.kind == "group":
+        return find_group_place(root, node.subject)
+    if node.kind == "iommu":
+        return Place("", "iommu", read_numbers(root, "/sys/class/misc/iommu", "/dev/iommu"))
+    names = root.list_names(f"{sysfs.PCI_DEVICES}/{node.subject}/vfio-dev")
+    name = names[0] if names else "vfio?"
+    return Place("vfio/devices", name, read_numbers(root, f"/sys/class/vfio-dev/{name}", f"cdev of {node.subject}"))
+
+
+def find_group_place(root: Root, group: str) -> Place:
+    """Return where a group's node belongs. Raises StepError where vfio has no such group.
+
+    vfio's no-IOMMU mode gives a device a group, named vfio-noiommu, when it is bound, and calls the node noiommu-N.
+    """
+    name = group
+    if group.startswith(sysfs.NOIOMMU_GROUP):
+        address = group[len(sysfs.NOIOMMU_GROUP) :]
+        name = root.link_name(f"{sysfs.PCI_DEVICES}/{address}/iommu_group") or group
+    if root.read_text_or(f"{sysfs.IOMMU_GROUPS}/{name}/name", "") == "vfio-noiommu":
+        name = f"noiommu-{name}"
+    numbers = sysfs.read_group_number(root, name)
+    if numbers is None:
+        hint = "see dmesg; is vfio built with CONFIG_VFIO_GROUP?"
+        raise StepError("no-group-node", f"group {group}", "vfio gave it no device", hint)
+    return Place("vfio", name, numbers)
+
+
+def read_numbers(root: Root, path: str, subject: str) -> tuple[int, int]:
+    """Return major and minor of a device in sysfs. Raises StepError [no-cdev]."""
+    major, _, minor = root.read_text_or(f"{path}/dev", "").partition(":")
+    if not minor:
+        problem = "this kernel has no VFIO device nodes of iommufd"
+        hint = "Linux 6.6 with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV has; or take cdev out of the annotation"
+        raise StepError("no-cdev", subject, problem, hint)
+    return int(major), int(minor)
+
+
+# Making them ---------------------------------------------------------------------------------------------------------
+
+
+def expose_nodes(root: Root, plan: Plan, target: Target, journal: Journal) -> tuple[cgroup.Node, ...]:
+    """Make the plan's nodes in the container and return them as the proof wants them. Raises StepError."""
+    places = [(node, find_place(root, node)) for node in plan.nodes]
+    try:
+        dev = container.open_dev(target.pid, target.rootfs)
+        try:
+            if plan.user_namespace:
+                mount_nodes(dev, places, plan.map, target, journal)
+            else:
+                make_nodes(dev, places, plan, target, journal)
+        finally:
+            os.close(dev)
+    except OSError as error:
+        raise container.explain_tree_error(error, target.rootfs) from None
+    return tuple(cgroup.Node(place.path, *place.numbers, is_group=node.kind == "group") for node, place in places)
+
+
+def make_nodes(dev: int, places: list[tuple[Node, Place]], plan: Plan, target: Target, journal: Journal) -> None:
+    """Make every node that is not there as it should be. dev: descriptor of /dev. Raises StepError, OSError."""
+    for node, place in places:
+        directory = open_or_make(dev, place.directory, target, journal)
+        try:
+            if place.directory == "vfio" and node.kind == "control" and not container.is_guests_own(directory):
+                for entry in plan.stale:
+                    remove_stale(dev, entry, target, journal)
+                if plan.map:
+                    write_map(directory, plan.map, target, journal)
+            make_node(directory, node, place, target, journal)
+        finally:
+            os.close(directory)
+
+
+def open_or_make(dev: int, path: str, target: Target, journal: Journal) -> int:
+    """Return a descriptor of a directory below /dev, made if it is not there. Raises OSError."""
+    fd = os.dup(dev)
+    done = ""
+    for name in path.split("/") if path else ():
+        done = f"{done}/{name}".lstrip("/")
+        try:
+            inner = open_or_make_one(fd, name, done, target, journal)
+        finally:
+            os.close(fd)
+        fd = inner
+    return fd
+
+
+def open_or_make_one(parent: int, name: str, path: str, target: Target, journal: Journal) -> int:
+    """Return a descriptor of a directory in a directory, made if it is not there. path: below /dev. Raises OSError."""
+    try:
+        return container.open_below(parent, name)
+    except FileNotFoundError:
+        journal.note("directory", target.rootfs, path)
+        container.make_directory(parent, name)
+        return container.open_below(parent, name)
+
+
+def make_node(directory: int, node: Node, place: Place, target: Target, journal: Journal) -> None:
+    """Make one node unless it is there as it should be. Raises StepError."""
+    path = f"/dev/{place.path}"
+    found = container.look_at_node(directory, place.name)
+    if found and found.kind != "char":
+        raise StepError(
+            "node-in-the-way", path, f"a {found.kind} lies there in the container", "take it out of the image"
+        )
+    if found and (found.major, found.minor) == place.numbers:
+        return
+    if container.is_guests_own(directory):
+        # The kernel keeps the nodes there; one of the hook's making would outlive the device, for everybody.
+        raise StepError(
+            "node-missing", path, "is not in the guest's /dev, which the container shares", "mount devtmpfs"
+        )
+    if found:
+        note_stale(journal, target, place.path, found)
+        container.remove_node(directory, place.name, (found.major, found.minor))
+    journal.note("node", target.rootfs, place.path, *place.numbers)
+    try:
+        container.make_node(directory, place.name, place.numbers, node.mode, node.uid, node.gid)
+    except OSError as error:
+        raise StepError("node-failed", path, f"mknod: {error.strerror}", "the hook needs CAP_MKNOD") from None
+
+
+def remove_stale(dev: int, entry: Device, target: Target, journal: Journal) -> None:
+    """Take away a node that the runtime made with the host's numbers, which mean something else here, or nothing."""
+    path, _, name = entry.path[len("/dev/") :].rpartition("/")
+    try:
+        directory = container.open_path(dev, path)
+    except FileNotFoundError:
+        return
+    try:
+        found = container.look_at_node(directory, name)
+        if found and found.kind == "char" and (found.major, found.minor) == (entry.major, entry.minor):
+            note_stale(journal, target, f"{path}/{name}", found)
+            container.remove_node(directory, name, (found.major, found.minor))
+    finally:
+        os.close(directory)
+
+
+def note_stale(journal: Journal, target: Target, path: str, found: FoundNode) -> None:
+    """Write down a node that is about to be removed."""
+    journal.note("stale", target.rootfs, path, found.major, found.minor, found.mode, found.uid, found.gid)
+
+
+def mount_nodes(
+    dev: int, places: list[tuple[Node, Place]], entries: tuple[MapEntry, ...], target: Target, journal: Journal
+) -> None:
+    """Give a container with a user namespace its nodes, on a file system of the guest. Raises StepError, OSError.
+
+    The container's own /dev belongs to its user namespace, where the kernel opens no device node. A tmpfs made here
+    belongs to the guest, so its nodes open; mounted over /dev/vfio it also covers the host's stale nodes.
+    """
+    from oci_hooks import namespaces
+
+    if any(place.directory != "vfio" for _, place in places):
+        hint = "take cdev out of the annotation: the group's node is there without it"
+        raise StepError(
+            "cdev-user-namespace", "/dev/iommu", "can't be given to a container with a user namespace", hint
+        )
+    directory = open_or_make(dev, "vfio", target, journal)
+    try:
+        if all(is_there(directory, place) for _, place in places):
+            return
+        tree = namespaces.make_tmpfs()
+        try:
+            for node, place in places:
+                container.make_node(tree, place.name, place.numbers, node.mode, max(node.uid, 0), max(node.gid, 0))
+            if entries:
+                container.write_file(tree, MAP_PATH.rpartition("/")[2], format_map(entries))
+            journal.note("mount", target.rootfs, "vfio")
+            namespaces.attach(target.pid, tree, directory)
+        finally:
+            os.close(tree)
+    finally:
+        os.close(directory)
+
+
+def is_there(directory: int, place: Place) -> bool:
+    """Tell whether a node is in a directory, with the right numbers."""
+    found = container.look_at_node(directory, place.name)
+    return found is not None and found.kind == "char" and (found.major, found.minor) == place.numbers
+
+
+# The map -------------------------------------------------------------------------------------------------------------
+
+
+def write_map(directory: int, entries: tuple[MapEntry, ...], target: Target, journal: Journal) -> None:
+    """Write the map of the container's devices. Raises StepError, OSError.
+
+    PCIDEVICE_* variables hold the host's addresses, and a hook can't change a container's environment.
+    """
+    name = MAP_PATH.rpartition("/")[2]
+    found = container.look_at_node(directory, name)
+    if found and found.kind != "other":
+        raise StepError("node-in-the-way", MAP_PATH, f"a {found.kind} lies there in the container", "take it away")
+    if found:
+        os.unlink(name, dir_fd=directory)
+    journal.note("file", target.rootfs, f"vfio/{name}")
+    container.write_file(directory, name, format_map(entries))
+
+
+def format_map(entries: tuple[MapEntry, ...]) -> bytes:
+    """Return the map as JSON. Its words are the kernel's, or checked before: none needs escaping."""
+    lines = []
+    for entry in entries:
+        pairs = ", ".join(f'"{key}": "{value}"' for key, value in entry.as_dict().items())
+        lines.append(f"    {{{pairs}}}")
+    return ('{\n  "version": 1,\n  "devices": [\n' + ",\n".join(lines) + "\n  ]\n}\n").encode()
+
+
+# Undoing -------------------------------------------------------------------------------------------------------------
+
+
+def undo(entry: Entry, pid: int) -> None:
+    """Put back one change. pid: the container's init, 0 when it is gone with its mount namespace. Raises OSError."""
+    rootfs, path = entry.words[:2]
+    parent, _, name = path.rpartition("/")
+    try:
+        # Without the container's namespace, nodes are still where its image itself holds /dev.
+        dev = container.open_dev(pid, rootfs)
+    except OSError:
+        return
+    try:
+        directory = container.open_path(dev, parent)
+        try:
+            undo_in(directory, name, entry, pid)
+        finally:
+            os.close(directory)
+    except FileNotFoundError:
+        return
+    finally:
+        os.close(dev)
+
+
+def undo_in(directory: int, name: str, entry: Entry, pid: int) -> None:
+    """Put back one change in the directory it was made in. Raises OSError."""
+    if entry.kind == "directory":
+        container.remove_directory(directory, name)
+    elif entry.kind == "file":
+        container.remove_file(directory, name)
+    elif entry.kind == "mount":
+        if pid:
+            from oci_hooks import namespaces
+
+            namespaces.detach(pid, directory, name)
+    elif entry.kind == "node":
+        container.remove_node(directory, name, (entry.number(2), entry.number(3)))
+    elif container.look_at_node(directory, name) is None:
+        numbers = (entry.number(2), entry.number(3))
+        container.make_node(directory, name, numbers, entry.number(4), entry.number(5), entry.number(6))
