@@ -164,7 +164,7 @@ def run_boot(machine: str, kernel: str, files: list[Path], options: list[str]) -
     """Boot once and run these files' tests inside."""
     with tempfile.TemporaryDirectory(prefix="share-", dir=provision.find_cache()) as directory:
         share = Path(directory)
-        report = share / "junit.xml"
+        report = rig.SHARE / "junit.xml"
         command = [find_tool("python"), "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command += ["-o", "faulthandler_timeout=240", *options, *(str(file) for file in files)]
         job = rig.Job(tuple(command), share, VM_LIMIT, make_environment())
@@ -174,7 +174,7 @@ def run_boot(machine: str, kernel: str, files: list[Path], options: list[str]) -
             print(f"rig: {machine}: {error}", flush=True)
             return Count(failed=1)
         say(f"-- {machine}: up after {outcome.boot_seconds:.0f} s, off after {outcome.seconds:.0f} s")
-        return read_report(report, outcome.exit_code)
+        return read_report(share / report.name, outcome.exit_code)
 
 
 def make_environment() -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm import guest
+from tests.vm.bundles import Containers
 
 HERE = Path(__file__).resolve().parent
 
@@ -38,3 +39,11 @@ def native_drivers() -> Iterator[None]:
             continue
         if guest.override_of(address) or guest.driver_of(address) != driver:
             guest.bind_native(address)
+
+
+@pytest.fixture(params=["runc", "crun"])
+def containers(request: pytest.FixtureRequest, native_drivers: None) -> Iterator[Containers]:
+    """Make and run containers, under each of the two runtimes; afterwards nothing of them is left."""
+    made = Containers(str(request.param))
+    yield made
+    made.destroy_all()

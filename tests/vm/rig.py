@@ -28,8 +28,8 @@ from tests.vm.machines import Machine
 
 # A boot takes 25 s on two idle processors; others may be at work beside it.
 BOOT_LIMIT = 150.0
-# virtme-ng lays an empty tmpfs over these: what lies there has to be mounted again.
-HIDDEN_IN_VM = ("/run", "/var/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/dev/shm")  # noqa: S108
+# Where the job's shared directory is inside.
+SHARE = Path("/run/rig")
 INSIDE = Path(__file__).resolve().parent / "inside.sh"
 LEASH = Path(__file__).resolve().parent / "leash.py"
 
@@ -40,7 +40,10 @@ class BootError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What to run, and how. command: an argument vector; limit: seconds from power-on; share: writable for inside."""
+    """What to run, and how.
+
+    command: an argument vector; share: a directory that is SHARE inside, and writable; limit: seconds for the command.
+    """
 
     command: tuple[str, ...]
     share: Path
@@ -105,7 +108,6 @@ def write_script(job: Job, board: Board, machine: Machine, kernel: provision.Ker
         **job.environment,
         "OCI_VFIO_RIG_MACHINE": machine.name,
         "OCI_VFIO_RIG_KERNEL": kernel.version,
-        "OCI_VFIO_RIG_SHARE": str(job.share),
         "OCI_VFIO_RIG_HOTPLUG_PORTS": " ".join(board.hotplug_ports),
     }
     lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
@@ -121,6 +123,9 @@ def make_vng_command(machine: Machine, kernel: provision.Kernel, job: Job, board
     qemu += board.arguments
     qemu += ["-chardev", f"socket,id=rigcontrol,path={board.scratch / 'control'}"]
     qemu += ["-device", "virtio-serial", "-device", f"virtserialport,chardev=rigcontrol,name={PORT_NAME}"]
+    # The root once more, for inside.sh: virtme-ng's own is without a cache.
+    qemu += ["-fsdev", "local,id=rigroot,path=/,security_model=none,readonly=on,multidevs=remap"]
+    qemu += ["-device", "virtio-9p-pci,fsdev=rigroot,mount_tag=rig.root"]
     qemu += ["-qmp", f"unix:{board.scratch / 'qmp'}"]
     appended = [*(["intel_iommu=on"] if machine.iommu else []), *machine.kernel_arguments]
     command = ["vng", "--run", str(kernel.image), "--disable-microvm", "--force-9p"]
@@ -128,16 +133,10 @@ def make_vng_command(machine: Machine, kernel: provision.Kernel, job: Job, board
     command += ["--verbose"] if os.environ.get("RIG_VERBOSE") else []
     command += ["--cpus", str(machine.cpus), "--memory", machine.memory, "--user", "root"]
     command += [f"--append={argument}" for argument in appended]
-    command += [f"--rwdir={job.share}={job.share}"]
-    command += [f"--rodir={path}={path}" for path in find_hidden_directories()]
-    command += [f"--qemu-opts={shlex.join(qemu)}", "--exec", shlex.join(["sh", str(INSIDE), str(job.share / "job.sh")])]
+    command += [f"--rwdir={SHARE}={job.share}"]
+    inside = ["sh", str(INSIDE), str(SHARE / "job.sh"), str(provision.REPOSITORY), str(provision.find_cache())]
+    command += [f"--qemu-opts={shlex.join(qemu)}", "--exec", shlex.join(inside)]
     return command
-
-
-def find_hidden_directories() -> list[Path]:
-    """Return the directories that are needed inside and would not be seen there."""
-    needed = (provision.REPOSITORY, provision.find_cache())
-    return [path for path in needed if str(path).startswith(tuple(f"{hidden}/" for hidden in HIDDEN_IN_VM))]
 
 
 class Run:

@@ -1,0 +1,154 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+"""What a program that drives a device through VFIO does first, step by step, each with its result.
+
+    vfio_probe.py [PATH...]
+
+Runs inside a container: opens /dev/vfio/vfio and every group node beside it, asks whether the group is viable, sets the
+IOMMU type, gets each device and reads its vendor and device id through VFIO. PATHs are opened too, to see that they
+can't be. Prints one line of JSON; a step that failed has the error's name instead of "ok", and nothing follows it.
+Python's minimal package is enough for it: no json, no ctypes.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+import sys
+
+# <linux/vfio.h>: _IO(';', 100 + n)
+VFIO_SET_IOMMU = 0x3B66
+VFIO_GROUP_GET_STATUS = 0x3B67
+VFIO_GROUP_SET_CONTAINER = 0x3B68
+VFIO_GROUP_GET_DEVICE_FD = 0x3B6A
+VFIO_DEVICE_GET_REGION_INFO = 0x3B6C
+VFIO_GROUP_FLAGS_VIABLE = 1
+VFIO_TYPE1_IOMMU = 1
+VFIO_PCI_CONFIG_REGION_INDEX = 7
+
+DIRECTORY = "/dev/vfio"
+
+
+def name_error(error):
+    """Return an error's name, as in EPERM."""
+    return errno.errorcode.get(error.errno, str(error.errno))
+
+
+def attempt(report, step, action):
+    """Do one step and note "ok" or the error's name; return its value, or None."""
+    try:
+        value = action()
+    except OSError as error:
+        report[step] = name_error(error)
+        return None
+    report[step] = "ok"
+    return value
+
+
+def open_node(path):
+    """Open a device node for reading and writing."""
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+def read_status(group):
+    """Return the flags of a group."""
+    answer = fcntl.ioctl(group, VFIO_GROUP_GET_STATUS, struct.pack("=II", 8, 0))
+    return struct.unpack("=II", answer)[1]
+
+
+def read_id(device):
+    """Return vendor:device out of the configuration space, read through the device's region."""
+    # struct vfio_region_info: argsz, flags, index, cap_offset, size, offset
+    layout = "=IIIIQQ"
+    question = struct.pack(layout, struct.calcsize(layout), 0, VFIO_PCI_CONFIG_REGION_INDEX, 0, 0, 0)
+    offset = struct.unpack(layout, fcntl.ioctl(device, VFIO_DEVICE_GET_REGION_INFO, question))[5]
+    vendor, number = struct.unpack("<HH", os.pread(device, 4, offset))
+    return f"{vendor:04x}:{number:04x}"
+
+
+def list_members(name):
+    """Return the addresses of a group's devices, from sysfs; bridges too."""
+    try:
+        return sorted(os.listdir(f"/sys/kernel/iommu_groups/{name}/devices"))
+    except FileNotFoundError:
+        return []
+
+
+def get_device(group, address):
+    """Return the file descriptor of a group's device. A bridge is a member too, but VFIO does not hand it out."""
+    # A mutable buffer, because only then does fcntl return what the kernel returned: the descriptor.
+    return fcntl.ioctl(group, VFIO_GROUP_GET_DEVICE_FD, bytearray(address.encode() + b"\0"))
+
+
+def probe_device(group, address):
+    """Return what became of getting one device of a group and reading its id."""
+    report = {"address": address}
+    device = attempt(report, "get_device", lambda: get_device(group, address))
+    if device is not None:
+        report["id"] = attempt(report, "read_id", lambda: read_id(device))
+        os.close(device)
+    return report
+
+
+def probe_group(name):
+    """Return what became of opening a group and all that follows, in a VFIO container of its own."""
+    report = {"group": name}
+    group = attempt(report, "open", lambda: open_node(f"{DIRECTORY}/{name}"))
+    if group is None:
+        return report
+    status = attempt(report, "get_status", lambda: read_status(group))
+    if status is None:
+        return report
+    report["viable"] = bool(status & VFIO_GROUP_FLAGS_VIABLE)
+    control = attempt(report, "open_control", lambda: open_node(f"{DIRECTORY}/vfio"))
+    if control is None:
+        return report
+    attempt(report, "set_container", lambda: fcntl.ioctl(group, VFIO_GROUP_SET_CONTAINER, struct.pack("=i", control)))
+    if report["set_container"] != "ok":
+        return report
+    attempt(report, "set_iommu", lambda: fcntl.ioctl(control, VFIO_SET_IOMMU, VFIO_TYPE1_IOMMU))
+    if report["set_iommu"] == "ok":
+        report["devices"] = [probe_device(group, address) for address in list_members(name)]
+    return report
+
+
+def probe_path(path):
+    """Return "ok" or the name of the error that opening a path ends in."""
+    report = {}
+    attempt(report, "open", lambda: open_node(path))
+    return report["open"]
+
+
+def list_nodes():
+    """Return the names in /dev/vfio."""
+    try:
+        return sorted(os.listdir(DIRECTORY))
+    except FileNotFoundError:
+        return []
+
+
+def write_json(value):
+    """Return JSON for the few kinds of values there are here; no string of ours needs escaping but for quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{write_json(key)}: {write_json(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(write_json(item) for item in value) + "]"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return {True: "true", False: "false", None: "null"}[value]
+
+
+def main(paths):
+    """Print the report."""
+    nodes = list_nodes()
+    report = {
+        "nodes": nodes,
+        "control": probe_path(f"{DIRECTORY}/vfio"),
+        "groups": [probe_group(name) for name in nodes if name.isdigit()],
+        "paths": {path: probe_path(path) for path in paths},
+    }
+    print(write_json(report), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
