@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
     from collections.abc import Callable
+    from typing import Any
 
 # Kata's agent passes the kind of hook as the only argument (src/agent/src/sandbox.rs, find_hooks).
 PHASES = ("prestart", "createRuntime", "poststop")
@@ -55,7 +56,8 @@ class Deadline:
 class Call(Record):
     """One run of a hook.
 
-    findings: what it has to say besides an error; container: its id, once known; plan: what --dry-run --json prints.
+    findings: what it has to say besides an error; container: its id, once known; plan: what --dry-run --json prints;
+    details: more for --json, by key.
     """
 
     program: str
@@ -64,6 +66,7 @@ class Call(Record):
     findings: list[Finding]
     container: list[str]
     plan: list[dict[str, str]]
+    details: dict[str, Any]
 
     def tell(self, finding: Finding) -> None:
         """Keep a finding for the report at the end."""
@@ -87,7 +90,7 @@ def run_hook(
     guard_descriptors()
     call = None
     try:
-        call = Call(program, parse_arguments(program, argv, add_options), Deadline(seconds), [], [], [])
+        call = Call(program, parse_arguments(program, argv, add_options), Deadline(seconds), [], [], [], {})
         code = work(call)
         findings = call.findings
     except HookError as error:
@@ -194,6 +197,7 @@ def print_json(call: Call, code: int, findings: list[Finding]) -> None:
 
     told = [finding.as_dict() for finding in findings]
     answer: dict[str, object] = {"version": 1, "program": call.program, "exit": code, "findings": told}
+    answer.update(call.details)
     if call.arguments.dry_run:
         answer["plan"] = call.plan
     write_stdout(json.dumps(answer, indent=2) + "\n")
