@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Permission: which cgroup, what is proved from inside it, what is written where, and how it is told when it fails."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from oci_hooks import bpf, cgroup
+from oci_hooks.cgroup import Cgroup, Grant, Node, NodeProof
+from oci_hooks.command import Deadline
+from oci_hooks.errors import StepError
+from oci_hooks.files import Root
+
+pytestmark = pytest.mark.unit
+
+V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
+V2_HYBRID = "31 23 0:27 / /sys/fs/cgroup/unified rw shared:5 - cgroup2 cgroup2 rw"
+V1 = "32 23 0:28 / /sys/fs/cgroup/devices rw,nosuid shared:6 - cgroup cgroup rw,devices"
+V1_JOINED = "32 23 0:28 / /sys/fs/cgroup/devices,pids rw - cgroup cgroup rw,pids,devices"
+V1_OTHER = "33 23 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct"
+V2_BOUND = "34 23 0:26 /kubepods /mnt/pods rw - cgroup2 cgroup2 rw"
+V2_SPACE = r"35 23 0:26 / /sys/fs/c\040group rw - cgroup2 cgroup2 rw"
+
+
+def make_proc(tmp_path: Path, mounts: list[str], own: str, container: str, pid: int = 42) -> Root:
+    """Return a root with the files of /proc that tell of cgroups."""
+    for process, text in (("self", own), (str(pid), container)):
+        directory = tmp_path / "proc" / process
+        directory.mkdir(parents=True)
+        (directory / "cgroup").write_text(text.replace(" ", "\n") + "\n")
+    (tmp_path / "proc/self/mountinfo").write_text("\n".join(mounts) + "\n")
+    return Root(str(tmp_path))
+
+
+# Finding --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mounts", "own", "container", "unified", "devices", "shared"),
+    [
+        ([V2], "0::/", "0::/c1", "/sys/fs/cgroup/c1", "", ()),
+        ([V2], "0::/a", "0::/pod/c1:2", "/sys/fs/cgroup/pod/c1:2", "", ()),
+        # No cgroup of its own: the root's, or the hook's.
+        ([V2], "0::/a", "0::/", "/sys/fs/cgroup", "", ("/sys/fs/cgroup",)),
+        ([V2], "0::/a", "0::/a", "/sys/fs/cgroup/a", "", ("/sys/fs/cgroup/a",)),
+        # A hierarchy of version 1, alone, in company, and beside one of version 2.
+        ([V1_OTHER, V1], "4:devices:/", "4:devices:/c1", "", "/sys/fs/cgroup/devices/c1", ()),
+        ([V1_JOINED], "4:pids,devices:/", "4:pids,devices:/c1", "", "/sys/fs/cgroup/devices,pids/c1", ()),
+        (
+            [V1, V2_HYBRID],
+            "4:devices:/ 0::/d",
+            "4:devices:/c1 0::/c1",
+            "/sys/fs/cgroup/unified/c1",
+            "/sys/fs/cgroup/devices/c1",
+            (),
+        ),
+        (
+            [V1, V2_HYBRID],
+            "4:devices:/ 0::/d",
+            "4:devices:/c1 0::/d",
+            "/sys/fs/cgroup/unified/d",
+            "/sys/fs/cgroup/devices/c1",
+            ("/sys/fs/cgroup/unified/d",),
+        ),
+        # Controllers other than devices decide nothing here.
+        ([V1_OTHER], "4:cpu,cpuacct:/ 1:name=systemd:/", "4:cpu,cpuacct:/c1 1:name=systemd:/c1", "", "", ()),
+        # Nothing at all, and a line of version 2 that every kernel prints.
+        ([], "0::/", "0::/", "", "", ()),
+        ([], "", "", "", "", ()),
+        # Only a part of the hierarchy is mounted, and mounts with odd names.
+        ([V2_BOUND], "0::/", "0::/kubepods/c1", "/mnt/pods/c1", "", ()),
+        ([V2_BOUND, V2], "0::/", "0::/other/c1", "/sys/fs/cgroup/other/c1", "", ()),
+        ([V2_BOUND, V2], "0::/", "0::/kubepods2/c1", "/sys/fs/cgroup/kubepods2/c1", "", ()),
+        ([V2_SPACE], "0::/", "0::/c1", "/sys/fs/c group/c1", "", ()),
+    ],
+)
+def test_cgroup_is_found(
+    tmp_path: Path, mounts: list[str], own: str, container: str, unified: str, devices: str, shared: tuple[str, ...]
+) -> None:
+    found = cgroup.find_cgroup(make_proc(tmp_path, mounts, own, container), 42)
+    assert (found.unified, found.devices, found.shared) == (unified, devices, shared)
+
+
+@pytest.mark.parametrize(
+    ("mounts", "container", "words"),
+    [
+        ([V2_BOUND], "0::/other/c1", "/other/c1 is below no mount"),
+        ([V2_BOUND], "0::/kubepods2/c1", "/kubepods2/c1 is below no mount"),
+        ([V2], "0::/../c1", "/../c1 is below no mount"),
+        ([V2], "0::/..", "/.. is below no mount"),
+        ([], "0::/c1", "/c1 is below no mount"),
+        ([], "4:devices:/c1", "/c1 is below no mount"),
+    ],
+)
+def test_cgroup_out_of_reach_is_an_error(tmp_path: Path, mounts: list[str], container: str, words: str) -> None:
+    with pytest.raises(StepError, match=words):
+        cgroup.find_cgroup(make_proc(tmp_path, mounts, "0::/", container), 42)
+
+
+def test_process_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    root = make_proc(tmp_path, [V2], "0::/", "0::/c1")
+    with pytest.raises(StepError, match=r"\[permit-failed\] process 43"):
+        cgroup.find_cgroup(root, 43)
+
+
+# Proving --------------------------------------------------------------------------------------------------------------
+
+NOWHERE = Cgroup(42, "", "")
+
+
+@pytest.fixture
+def dev() -> Iterator[int]:
+    """Give a descriptor of this machine's /dev."""
+    fd = os.open("/dev", os.O_PATH | os.O_DIRECTORY)
+    yield fd
+    os.close(fd)
+
+
+def test_nodes_are_opened(dev: int, tmp_path: Path) -> None:
+    nodes = (
+        Node("null", 1, 3),
+        Node("null", 1, 5),
+        Node("there-is-none", 1, 3),
+        Node("fd", 1, 3),
+        Node("null", 1, 3, is_group=True),
+    )
+    proofs = cgroup.prove(Root(str(tmp_path)), NOWHERE, dev, nodes, Deadline(5))
+    assert [proof.node for proof in proofs] == list(nodes)
+    # Another device than it should be, none, a directory, and one that is no VFIO group.
+    assert [proof.error for proof in proofs] == [0, errno.ENODEV, errno.ENOENT, errno.ENODEV, errno.ENOTTY]
+    assert [proof.is_viable for proof in proofs] == [True, False, False, False, False]
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "12").symlink_to("/dev/null")
+    directory = os.open(tmp_path, os.O_PATH)
+    (proof,) = cgroup.prove(Root(), NOWHERE, directory, [Node("12", 1, 3)], Deadline(5))
+    assert proof.error == errno.ENODEV
+
+
+@pytest.mark.parametrize(("flags", "viable"), [(1, True), (3, True), (0, False), (2, False)])
+def test_a_group_is_asked_whether_it_is_viable(
+    dev: int, monkeypatch: pytest.MonkeyPatch, flags: int, viable: bool
+) -> None:
+    def ioctl(_fd: int, request: int, argument: bytes) -> bytes:
+        assert (request, argument) == (0x3B67, struct.pack("=II", 8, 0))
+        return struct.pack("=II", 8, flags)
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    assert cgroup.try_node(dev, Node("null", 1, 3, is_group=True)) == (0, viable)
+
+
+def test_the_child_enters_every_hierarchy_first(dev: int, tmp_path: Path) -> None:
+    for name in ("v1", "v2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cgroup.procs").write_text("")
+    place = Cgroup(42, "/v2", "/v1")
+    cgroup.prove(Root(str(tmp_path)), place, dev, [Node("null", 1, 3)], Deadline(5))
+    assert [(tmp_path / name / "cgroup.procs").read_text() for name in ("v1", "v2")] == ["0", "0"]
+
+
+def test_a_cgroup_that_cannot_be_entered_is_an_error(dev: int, tmp_path: Path) -> None:
+    with pytest.raises(StepError, match=r"\[permit-failed\] /v2: can't be entered.*No such file"):
+        cgroup.prove(Root(str(tmp_path)), Cgroup(42, "/v2", ""), dev, [Node("null", 1, 3)], Deadline(5))
+
+
+def has_children() -> bool:
+    """Tell whether this process has a child, running or not waited for."""
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def test_a_child_that_hangs_is_killed_at_the_deadline() -> None:
+    start = time.monotonic()
+
+    def hang() -> str:
+        time.sleep(60)
+        return ""
+
+    with pytest.raises(StepError, match="not done in time"):
+        cgroup.ask_child(hang, Deadline(0.2))
+    assert 0.2 <= time.monotonic() - start < 5
+    assert not has_children()
+
+
+@pytest.mark.parametrize("what", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(0), OSError(5, "x")])
+def test_the_child_never_cleans_up_for_the_parent(tmp_path: Path, what: BaseException) -> None:
+    """Whatever happens in the child, what the caller does on the way out happens once, in the caller."""
+    trace = tmp_path / "trace"
+
+    def explode() -> str:
+        raise what
+
+    try:
+        answer = cgroup.ask_child(explode, Deadline(5))
+    finally:
+        with trace.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+    assert answer == ""
+    assert not has_children()
+    assert trace.read_text() == f"{os.getpid()}\n"
+
+
+def test_a_child_that_dies_is_an_error(dev: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_arguments: object) -> str:
+        os.kill(os.getpid(), 9)
+        return ""
+
+    monkeypatch.setattr(cgroup, "answer_for", die)
+    with pytest.raises(StepError, match="died without an answer"):
+        cgroup.prove(Root(), NOWHERE, dev, [Node("null", 1, 3)], Deadline(5))
+    assert not has_children()
+
+
+def test_the_child_holds_nothing_of_the_runtimes() -> None:
+    """Descriptors 0 to 2 may be pipes that the runtime reads to their end."""
+    answer = cgroup.ask_child(lambda: " ".join(os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)), Deadline(5))
+    assert answer == "/dev/null /dev/null /dev/null"
+
+
+def test_no_descriptor_is_left(dev: int) -> None:
+    before = os.listdir("/proc/self/fd")
+    cgroup.prove(Root(), NOWHERE, dev, [Node("null", 1, 3)], Deadline(5))
+    assert os.listdir("/proc/self/fd") == before
+
+
+# Permitting: what is to be done ---------------------------------------------------------------------------------------
+
+GROUP = Node("12", 243, 0, is_group=True)
+CONTROL = Node("vfio", 10, 196)
+NUMBERS = ((243, 0), (10, 196))
+
+
+@pytest.mark.parametrize(
+    ("place", "grant"),
+    [
+        (Cgroup(1, "/u/c", "", "/u"), Grant(NUMBERS, "/u/c", ())),
+        (Cgroup(1, "", "/d/p/c", "", "/d"), Grant(NUMBERS, "", ("/d/p/c",))),
+        (Cgroup(1, "/u/c", "/d/c", "/u", "/d"), Grant(NUMBERS, "/u/c", ("/d/c",))),
+        # Of two, the one that others are in too is left alone.
+        (Cgroup(1, "/u/c", "/d/c", "/u", "/d", ("/u/c",)), Grant(NUMBERS, "", ("/d/c",))),
+        (Cgroup(1, "", ""), Grant(NUMBERS, "", ())),
+    ],
+)
+def test_grant_is_for_the_containers_own_cgroup(tmp_path: Path, place: Cgroup, grant: Grant) -> None:
+    assert cgroup.plan_grant(Root(str(tmp_path)), place, [GROUP, CONTROL]) == grant
+
+
+def test_a_shared_cgroup_is_never_widened(tmp_path: Path) -> None:
+    place = Cgroup(1, "/u", "", "/u", "", ("/u",))
+    with pytest.raises(StepError, match="for others too"):
+        cgroup.plan_grant(Root(str(tmp_path)), place, [GROUP])
+
+
+@pytest.mark.parametrize(
+    ("lists", "widened"),
+    [
+        ({"pods": "a *:* rwm", "pods/p1": "a *:* rwm"}, []),
+        ({"pods": "a *:* rwm", "pods/p1": "c 1:3 rwm"}, ["pods/p1"]),
+        ({"pods": "c 10:* rw", "pods/p1": ""}, ["pods", "pods/p1"]),
+        ({"pods": "c *:* rwm", "pods/p1": "c 243:0 rw\nc 10:196 rwm"}, []),
+        ({"pods": "c *:* rwm", "pods/p1": "c 243:0 r\nc 10:196 rw"}, ["pods/p1"]),
+        ({"pods": "c *:* rwm", "pods/p1": "b *:* rwm\nc *:* m"}, ["pods/p1"]),
+    ],
+)
+def test_ancestors_are_widened_only_when_asked(tmp_path: Path, lists: dict[str, str], widened: list[str]) -> None:
+    for name, text in lists.items():
+        (tmp_path / "d" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name / "devices.list").write_text(text + "\n")
+    place = Cgroup(1, "", "/d/pods/p1/c1", "", "/d")
+    root = Root(str(tmp_path))
+    assert cgroup.plan_grant(root, place, [GROUP, CONTROL]).devices == ("/d/pods/p1/c1",)
+    grant = cgroup.plan_grant(root, place, [GROUP, CONTROL], widen_parents=True)
+    assert grant.devices == (*(f"/d/{name}" for name in widened), "/d/pods/p1/c1")
+
+
+# Permitting, version 1 ------------------------------------------------------------------------------------------------
+
+Written = list[tuple[str, str]]
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Written:
+    """Return what is written to the kernel's files from now on, instead of writing it."""
+    calls: Written = []
+    monkeypatch.setattr(cgroup, "write_file", lambda path, text: calls.append((path, text)))
+    return calls
+
+
+def test_version_1_is_permitted_from_the_top_and_forbidden_from_below(written: Written) -> None:
+    grant = Grant(NUMBERS, "", ("/d/p", "/d/p/c"))
+    cgroup.permit(Root("/top"), grant)
+    assert written == [
+        ("/top/d/p/devices.allow", "c 243:0 rw"),
+        ("/top/d/p/devices.allow", "c 10:196 rw"),
+        ("/top/d/p/c/devices.allow", "c 243:0 rw"),
+        ("/top/d/p/c/devices.allow", "c 10:196 rw"),
+    ]
+    del written[:]
+    cgroup.forbid(Root("/top"), grant)
+    assert [path for path, _ in written] == ["/top/d/p/c/devices.deny"] * 2 + ["/top/d/p/devices.deny"] * 2
+    assert {text for _, text in written} == {"c 243:0 rw", "c 10:196 rw"}
+
+
+def refuse_with(code: int) -> Callable[[str, str], None]:
+    """Return a kernel file that can't be written."""
+
+    def write(path: str, _text: str) -> None:
+        raise OSError(code, os.strerror(code), path)
+
+    return write
+
+
+def test_version_1_names_the_parent_that_lacks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d/p/c").mkdir(parents=True)
+    (tmp_path / "d/p/devices.list").write_text("")
+    monkeypatch.setattr(cgroup, "write_file", refuse_with(errno.EPERM))
+    with pytest.raises(StepError) as caught:
+        cgroup.permit(Root(str(tmp_path)), Grant(((243, 0),), "", ("/d/p/c",)))
+    (finding,) = caught.value.findings
+    assert (finding.code, finding.subject) == ("permit-failed", "/d/p/c")
+    assert "the parent cgroup /d/p lacks it" in finding.problem
+    rule = '{"allow": true, "type": "c", "major": 243, "minor": 0, "access": "rw"}'
+    assert finding.hint == f"add to linux.resources.devices: {rule}"
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENODEV])
+def test_a_cgroup_that_is_gone_needs_no_forbidding(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(cgroup, "write_file", refuse_with(code))
+    cgroup.forbid(Root("/top"), Grant(NUMBERS, "/gone", ("/d/c",)))
+
+
+def test_forbidding_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "write_file", refuse_with(errno.EIO))
+    with pytest.raises(StepError, match="can't be taken back"):
+        cgroup.forbid(Root("/top"), Grant(NUMBERS, "", ("/d/c",)))
+
+
+# Permitting, version 2, with the kernel's programs played -------------------------------------------------------------
+
+DENY = struct.pack("=BBhi", 0xB7, 0, 0, 0) + struct.pack("=BBhi", 0x95, 0, 0, 0)
+ALLOW = struct.pack("=BBhi", 0xB7, 0, 0, 1) + struct.pack("=BBhi", 0x95, 0, 0, 0)
+
+
+class Kernel:
+    """The device programs of cgroups, by the directory's name. A program's descriptor is a real one, of /dev/null."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, programs: dict[str, list[bytes]]) -> None:
+        self.programs = programs
+        self.open: dict[int, bytes] = {}
+        self.loads = 0
+        for name in ("query_programs", "open_program", "dump_program", "load_program", "replace_program"):
+            monkeypatch.setattr(bpf, name, getattr(self, name))
+
+    def find(self, fd: int) -> list[bytes]:
+        """Return the programs of the cgroup that a descriptor is of."""
+        return self.programs.get(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")), [])
+
+    def query_programs(self, fd: int) -> tuple[int, list[int]]:
+        """Play the system call; a program's id is its place among all."""
+        everyone = [code for codes in self.programs.values() for code in codes]
+        return bpf.BPF_F_ALLOW_MULTI, [everyone.index(code) for code in self.find(fd)]
+
+    def open_program(self, program: int) -> int:
+        """Play the system call."""
+        everyone = [code for codes in self.programs.values() for code in codes]
+        return self.hold(everyone[program])
+
+    def hold(self, code: bytes) -> int:
+        """Return a descriptor that stands for these instructions."""
+        fd = os.open("/dev/null", os.O_RDONLY)
+        self.open[fd] = code
+        return fd
+
+    def dump_program(self, fd: int) -> bytes:
+        """Play the system call."""
+        return self.open[fd]
+
+    def load_program(self, code: bytes) -> int:
+        """Play the system call."""
+        self.loads += 1
+        return self.hold(code)
+
+    def replace_program(self, fd: int, new: int, old: int, _flags: int) -> None:
+        """Play the system call."""
+        codes = self.find(fd)
+        codes[codes.index(self.open[old])] = self.open[new]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Root:
+    """Return a root with a cgroup /u/pod/ctr."""
+    (tmp_path / "u/pod/ctr").mkdir(parents=True)
+    return Root(str(tmp_path))
+
+
+GRANT = Grant(NUMBERS, "/u/pod/ctr", ())
+
+
+def test_every_program_of_the_own_cgroup_is_changed_and_no_other(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch, {"pod": [DENY + DENY], "ctr": [DENY, ALLOW]})
+    before = os.listdir("/proc/self/fd")
+    cgroup.permit(tree, GRANT)
+    prefix = bpf.make_prefix(NUMBERS)
+    assert kernel.programs == {"pod": [DENY + DENY], "ctr": [prefix + DENY, prefix + ALLOW]}
+    cgroup.forbid(tree, GRANT)
+    assert kernel.programs == {"pod": [DENY + DENY], "ctr": [DENY, ALLOW]}
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_permitting_twice_is_permitting_once(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch, {"ctr": [DENY]})
+    cgroup.permit(tree, GRANT)
+    cgroup.permit(tree, GRANT)
+    assert kernel.programs == {"ctr": [bpf.make_prefix(NUMBERS) + DENY]}
+    assert kernel.loads == 1
+
+
+def test_permissions_add_up_and_go_one_by_one(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch, {"ctr": [DENY]})
+    other = Grant(((243, 1),), "/u/pod/ctr", ())
+    cgroup.permit(tree, GRANT)
+    cgroup.permit(tree, other)
+    assert bpf.read_prefix(kernel.programs["ctr"][0]) == [(10, 196), (243, 0), (243, 1)]
+    cgroup.forbid(tree, GRANT)
+    assert kernel.programs["ctr"] == [bpf.make_prefix([(243, 1)]) + DENY]
+    cgroup.forbid(tree, other)
+    assert kernel.programs["ctr"] == [DENY]
+
+
+def test_half_a_permission_is_taken_back(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the first of two programs: whoever finds the journal takes back what there is."""
+    kernel = Kernel(monkeypatch, {"ctr": [bpf.make_prefix(NUMBERS) + DENY, ALLOW]})
+    cgroup.forbid(tree, GRANT)
+    assert kernel.programs["ctr"] == [DENY, ALLOW]
+
+
+def test_a_cgroup_without_programs_needs_nothing(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch, {})
+    cgroup.permit(tree, GRANT)
+    assert kernel.loads == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "words"),
+    [
+        ("query_programs", OSError(errno.EPERM, "played"), "can't be read or replaced: played"),
+        ("dump_program", bpf.ProgramError("it uses maps"), "can't be changed: it uses maps"),
+        ("load_program", bpf.ProgramError("no"), "can't be changed: no"),
+        ("replace_program", bpf.ProgramError("a link"), "can't be changed: a link"),
+    ],
+)
+def test_a_program_that_cannot_be_changed_is_an_error_with_the_rule(
+    tree: Root, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception, words: str
+) -> None:
+    kernel = Kernel(monkeypatch, {"ctr": [DENY]})
+
+    def refuse(*_arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr(bpf, step, refuse)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(StepError) as caught:
+        cgroup.permit(tree, GRANT)
+    (finding,) = caught.value.findings
+    assert (finding.code, finding.subject) == ("permit-failed", "/u/pod/ctr")
+    assert words in finding.problem
+    assert '"major": 243, "minor": 0, "access": "rw"}' in finding.hint
+    assert '"major": 10, "minor": 196, "access": "rw"}' in finding.hint
+    assert kernel.programs == {"ctr": [DENY]}
+    assert os.listdir("/proc/self/fd") == before
+
+
+# Explaining -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("proof", "denied"),
+    [
+        (NodeProof(GROUP, 0), False),
+        (NodeProof(GROUP, errno.EPERM, False), True),
+        (NodeProof(GROUP, errno.EACCES, False), False),
+        (NodeProof(GROUP, errno.EBUSY, False), False),
+    ],
+)
+def test_only_the_device_cgroup_denies(proof: NodeProof, denied: bool) -> None:
+    """A nodev mount is nothing that permission could help."""
+    assert proof.is_denied is denied
+
+
+def test_the_ancestor_that_denies_is_named(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    Kernel(monkeypatch, {"pod": [DENY], "ctr": [ALLOW]})
+    place = Cgroup(1, "/u/pod/ctr", "", "/u")
+    proofs = [NodeProof(GROUP, errno.EPERM, False), NodeProof(CONTROL, 0)]
+    (finding,) = cgroup.explain_denial(tree, place, proofs).findings
+    assert "12: not permitted by the device cgroup" in finding.problem
+    assert "/u/pod above has a device program" in finding.problem
+    assert "vfio" not in finding.problem.replace("vfio-", "")
+    assert '"major": 243' in finding.hint
+    assert '"minor": 196' not in finding.hint
+
+
+@pytest.mark.parametrize(
+    ("proof", "words"),
+    [
+        (NodeProof(GROUP, errno.EBUSY, False), "another process holds it"),
+        (NodeProof(GROUP, 0, False), "not viable"),
+        (NodeProof(GROUP, errno.EACCES, False), "nodev"),
+        (NodeProof(GROUP, errno.ENOENT, False), "no such node"),
+        (NodeProof(GROUP, errno.EIO, False), os.strerror(errno.EIO)),
+    ],
+)
+def test_what_a_rule_cannot_help_has_no_rule(tree: Root, proof: NodeProof, words: str) -> None:
+    (finding,) = cgroup.explain_denial(tree, Cgroup(1, "/u/pod/ctr", "", "/u"), [proof]).findings
+    assert words in finding.problem
+    assert finding.hint == ""

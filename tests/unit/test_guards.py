@@ -1,0 +1,482 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guards: what is in use, in which words it is refused, and what is free although it looks busy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from oci_hooks import sysfs
+from oci_hooks.files import Root
+from oci_hooks.guards import Uses
+from oci_hooks.mounts import Mount, read_mounts
+
+pytestmark = pytest.mark.unit
+
+NVME = "0000:01:00.0"
+NIC = "0000:02:00.0"
+BUS = "/sys/devices/pci0000:00"
+ROOT_MOUNT = "22 1 0:21 / / rw - 9p root rw"
+
+
+class FakeRoot(Root):
+    """A made tree that also answers what only a kernel can."""
+
+    def __init__(self, top: Path) -> None:
+        super().__init__(str(top))
+        self.ipv4: dict[str, str] = {}
+        self.held: set[str] = set()
+
+    def read_ipv4(self, interface: str) -> str:
+        """Return what the test says."""
+        return self.ipv4.get(interface, "")
+
+    def is_held(self, path: str) -> bool:
+        """Return what the test says."""
+        return path in self.held
+
+
+class Tree:
+    """A system that grows: PCI functions, disks, interfaces, and what uses them."""
+
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        self.root = FakeRoot(top)
+        self.mounts = [ROOT_MOUNT]
+        self.minor = 0
+        self.mount()
+
+    def write(self, path: str, text: str = "") -> None:
+        """Make a file and the directories above it."""
+        place = self.top / path.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text + "\n")
+
+    def link(self, path: str, target: str) -> None:
+        """Make a link as sysfs makes them: relative."""
+        place = self.top / path.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(os.path.relpath(target, os.path.dirname(path)))
+
+    def add_device(
+        self, address: str, class_code: str, driver: str = "", ids: str = "8086:10D3", above: str = "0000:00:01.0"
+    ) -> str:
+        """Add a PCI function behind a root port, or on the root bus with above="", and return its path."""
+        path = f"{BUS}/{above}/{address}" if above else f"{BUS}/{address}"
+        self.write(f"{path}/uevent", f"DRIVER={driver}\nPCI_CLASS={class_code}\nPCI_ID={ids}")
+        self.link(f"/sys/bus/pci/devices/{address}", path)
+        return path
+
+    def add_block(self, path: str) -> str:
+        """Add a block device at this path and return its number."""
+        self.minor += 1
+        name = os.path.basename(path)
+        self.write(f"{path}/dev", f"259:{self.minor}")
+        (self.top / path.lstrip("/") / "holders").mkdir()
+        self.link(f"/sys/class/block/{name}", path)
+        self.write(f"/dev/{name.replace('!', '/')}")
+        return f"259:{self.minor}"
+
+    def add_volume(self, name: str, volume: str, uuid: str, *below: str) -> str:
+        """Add a device-mapper volume over these block devices and return its number."""
+        number = self.add_block(f"/sys/devices/virtual/block/{name}")
+        if volume:
+            self.write(f"/sys/devices/virtual/block/{name}/dm/name", volume)
+            self.write(f"/sys/devices/virtual/block/{name}/dm/uuid", uuid)
+        for path in below:
+            self.link(f"{path}/holders/{name}", f"/sys/devices/virtual/block/{name}")
+        return number
+
+    def add_interface(self, path: str, flags: int = 0x1003) -> None:
+        """Add a network interface at this path; its flags say that it is up."""
+        self.write(f"{path}/flags", hex(flags))
+        self.link(f"/sys/class/net/{os.path.basename(path)}", path)
+
+    def mount(self, *lines: str, process: str = "self") -> None:
+        """Add lines to a process's mountinfo."""
+        self.write(f"/proc/{process}/mountinfo", "\n".join([ROOT_MOUNT, *lines]))
+
+    def find(self, address: str) -> list[str]:
+        """Return the uses of one function."""
+        device = sysfs.read_device(self.root, address)
+        assert device is not None
+        return Uses(self.root).find(device)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    """Return a system with nothing in it."""
+    return Tree(tmp_path)
+
+
+@pytest.fixture
+def disk(tree: Tree) -> str:
+    """Return the path of a disk nvme0n1 with partitions p1 and p2, of the function NVME."""
+    path = f"{tree.add_device(NVME, '10802', 'nvme')}/nvme/nvme0/nvme0n1"
+    tree.add_block(path)
+    tree.add_block(f"{path}/nvme0n1p1")
+    tree.add_block(f"{path}/nvme0n1p2")
+    return path
+
+
+# The machine ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("class_code", "files", "uses"),
+    [
+        ("20000", {}, []),
+        ("60400", {}, ["is a PCI-to-PCI bridge"]),
+        ("60000", {}, ["is a chipset function (class 0600)"]),
+        ("60100", {}, ["is a chipset function (class 0601)"]),
+        ("68000", {}, ["is a chipset function (class 0680)"]),
+        ("80600", {}, ["is an IOMMU"]),
+        ("80000", {}, []),
+        ("30000", {"boot_vga": "1"}, ["is the boot VGA"]),
+        ("30200", {"boot_vga": "1"}, ["is the boot VGA"]),
+        ("30000", {"boot_vga": "0"}, []),
+        ("30000", {}, []),
+        ("20000", {"boot_vga": "1"}, []),
+        ("20000", {"sriov_numvfs": "0", "sriov_totalvfs": "8"}, []),
+        ("20000", {"sriov_numvfs": "1"}, ["has 1 virtual function"]),
+        ("20000", {"sriov_numvfs": "4"}, ["has 4 virtual functions"]),
+    ],
+)
+def test_what_the_machine_stands_on(tree: Tree, class_code: str, files: dict[str, str], uses: list[str]) -> None:
+    path = tree.add_device(NIC, class_code)
+    for name, text in files.items():
+        tree.write(f"{path}/{name}", text)
+    assert tree.find(NIC) == uses
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [
+        ("virtio_console", "console"),
+        ("vmw_vsock_virtio_transport", "vsock"),
+        ("9pnet_virtio", "9p"),
+        ("virtiofs", "virtiofs"),
+        ("virtio_balloon", "balloon"),
+        ("virtio_mem", "memory"),
+        ("virtio_pmem", "persistent memory"),
+        ("virtio_iommu", "IOMMU"),
+        ("virtio_net", ""),
+        ("virtio_blk", ""),
+        ("virtio_scsi", ""),
+        ("virtio_rng", ""),
+        ("", ""),
+    ],
+)
+def test_what_a_guest_stands_on(tree: Tree, driver: str, words: str) -> None:
+    path = tree.add_device(NIC, "ff00", "virtio-pci", "1AF4:1043")
+    tree.write(f"{path}/virtio3/modalias")
+    if driver:
+        tree.link(f"{path}/virtio3/driver", f"/sys/bus/virtio/drivers/{driver}")
+    uses = tree.find(NIC)
+    assert (words in uses[0] and len(uses) == 1) if words else uses == []
+
+
+# Disks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("disk")
+def test_a_disk_that_nobody_uses_is_free(tree: Tree) -> None:
+    assert tree.find(NVME) == []
+
+
+@pytest.mark.parametrize("process", ["self", "1"])
+@pytest.mark.parametrize(
+    ("line", "use"),
+    [
+        ("40 22 259:1 / /mnt rw - ext4 /dev/nvme0n1 rw", "holds /dev/nvme0n1, mounted on /mnt"),
+        ("40 22 259:3 /sub /mnt rw - ext4 /dev/nvme0n1p2 rw", "holds /dev/nvme0n1p2, mounted on /mnt"),
+        ("40 22 259:2 / /a\\040b rw shared:1 master:2 - xfs /dev/root rw", "holds /dev/nvme0n1p1, mounted on /a b"),
+        # btrfs has a number of its own; only the source tells.
+        ("40 22 0:44 /@ /mnt rw - btrfs /dev/nvme0n1p1 rw", "holds /dev/nvme0n1p1, mounted on /mnt"),
+        ("40 22 0:44 /@ /mnt rw - btrfs /dev/disk/by-label/data rw", "holds /dev/nvme0n1p2, mounted on /mnt"),
+        ("40 22 0:44 / /mnt rw - overlay overlay rw,lowerdir=/dev/nvme0n1", ""),
+        ("40 22 259:11 / /mnt rw - ext4 /dev/sda rw", ""),
+        ("40 22 0:44 / /mnt rw - btrfs /dev/nvme0n10 rw", ""),
+        ("40 22 0:44 / /mnt rw - tmpfs nvme0n1 rw", ""),
+    ],
+)
+@pytest.mark.usefixtures("disk")
+def test_a_mounted_disk(tree: Tree, process: str, line: str, use: str) -> None:
+    tree.link("/dev/disk/by-label/data", "/dev/nvme0n1p2")
+    tree.mount(line, process=process)
+    assert tree.find(NVME) == ([use] if use else [])
+
+
+@pytest.mark.parametrize(
+    ("swap", "use"),
+    [
+        ("/dev/nvme0n1p2", "holds /dev/nvme0n1p2, which is swap"),
+        ("/dev/disk/by-label/swap", "holds /dev/nvme0n1p1, which is swap"),
+        ("/swapfile", ""),
+        ("/dev/sda2", ""),
+    ],
+)
+@pytest.mark.usefixtures("disk")
+def test_swap(tree: Tree, swap: str, use: str) -> None:
+    tree.link("/dev/disk/by-label/swap", "/dev/nvme0n1p1")
+    tree.write("/proc/swaps", f"Filename\tType\tSize\tUsed\tPriority\n{swap}   partition\t65532\t0\t-2")
+    assert tree.find(NVME) == ([use] if use else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "volume", "uuid", "what"),
+    [
+        ("dm-0", "vg-root", "LVM-oGWwHcXBEFkz", "LVM volume vg-root (dm-0)"),
+        ("dm-0", "secret", "CRYPT-LUKS2-0815-secret", "dm-crypt volume secret (dm-0)"),
+        ("dm-0", "mpatha", "mpath-3600140", "multipath device mpatha (dm-0)"),
+        ("dm-0", "mpatha1", "part1-mpath-3600140", "partition mpatha1 (dm-0)"),
+        ("dm-0", "linear", "", "device-mapper volume linear (dm-0)"),
+        ("md127", "", "", "RAID array md127"),
+        ("bcache0", "", "", "bcache0"),
+    ],
+)
+def test_what_lies_on_a_disk(tree: Tree, disk: str, name: str, volume: str, uuid: str, what: str) -> None:
+    """An active volume is refused, mounted or not."""
+    number = tree.add_volume(name, volume, uuid, f"{disk}/nvme0n1p2")
+    assert tree.find(NVME) == [f"holds /dev/nvme0n1p2, part of {what}"]
+    tree.mount(f"40 22 {number} / / rw - ext4 /dev/mapper/x rw")
+    assert tree.find(NVME) == [f"holds /dev/nvme0n1p2, under {what}, mounted on /"]
+
+
+def test_volumes_over_volumes(tree: Tree, disk: str) -> None:
+    tree.add_volume("md0", "", "", f"{disk}/nvme0n1p1", f"{disk}/nvme0n1p2")
+    swap = tree.add_volume("dm-1", "vg-swap", "LVM-x", "/sys/devices/virtual/block/md0")
+    tree.add_volume("dm-2", "vg-data", "LVM-y", "/sys/devices/virtual/block/md0")
+    tree.write("/proc/swaps", "Filename\tType\n/dev/dm-1 partition")
+    assert swap
+    assert tree.find(NVME) == [
+        f"holds /dev/nvme0n1{part}, {use}"
+        for part in ("p1", "p2")
+        for use in (
+            "under RAID array md0, under LVM volume vg-swap (dm-1), which is swap",
+            "under RAID array md0, part of LVM volume vg-data (dm-2)",
+        )
+    ]
+
+
+@pytest.mark.usefixtures("disk")
+def test_what_only_the_kernel_knows(tree: Tree) -> None:
+    tree.root.held.add("/dev/nvme0n1p1")
+    assert tree.find(NVME) == ["holds /dev/nvme0n1p1, which the kernel or a program uses exclusively"]
+
+
+def test_a_disk_with_a_slash_in_its_name(tree: Tree) -> None:
+    path = tree.add_device(NVME, "10400", "cciss")
+    number = tree.add_block(f"{path}/block/cciss!c0d0")
+    tree.mount(f"40 22 {number} / /mnt rw - ext4 /dev/cciss/c0d0 rw")
+    assert tree.find(NVME) == ["holds /dev/cciss/c0d0, mounted on /mnt"]
+
+
+def test_disks_of_other_functions_are_not_its_own(tree: Tree, disk: str) -> None:
+    """Also not those of a function whose address begins like this one's, or whose bus lies above."""
+    assert disk
+    longer = f"{BUS}/0000:00:01.0/{NVME}0"
+    tree.add_block(f"{longer}/nvme/nvme1/nvme1n1")
+    tree.add_device("0000:03:00.0", "10802", "nvme")
+    tree.mount(
+        "40 22 259:4 / /mnt rw - ext4 /dev/nvme1n1 rw",
+        "41 22 259:9 / /srv rw - ext4 /dev/nvme9n1 rw",
+    )
+    assert tree.find(NVME) == []
+    assert tree.find("0000:03:00.0") == []
+
+
+def test_nvme_with_multipath(tree: Tree) -> None:
+    """Namespaces hang below the subsystem; its controllers, one a function, are only linked."""
+    for index, address in enumerate((NVME, NIC)):
+        path = tree.add_device(address, "10802", "nvme")
+        tree.link(f"/sys/devices/virtual/nvme-subsystem/nvme-subsys0/nvme{index}", f"{path}/nvme/nvme{index}")
+    tree.link("/sys/class/nvme-subsystem/nvme-subsys0", "/sys/devices/virtual/nvme-subsystem/nvme-subsys0")
+    tree.add_device("0000:03:00.0", "10802", "nvme")
+    tree.add_block("/sys/devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1")
+    tree.add_block("/sys/devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1/nvme0n1p1")
+    assert tree.find(NVME) == []
+    tree.mount("40 22 259:2 / /mnt rw - ext4 /dev/nvme0n1p1 rw")
+    assert tree.find(NVME) == tree.find(NIC) == ["holds /dev/nvme0n1p1, mounted on /mnt"]
+    assert tree.find("0000:03:00.0") == []
+
+
+def test_a_virtio_disk(tree: Tree) -> None:
+    path = tree.add_device(NVME, "10000", "virtio-pci", "1AF4:1042")
+    tree.add_block(f"{path}/virtio1/block/vda")
+    assert tree.find(NVME) == []
+    tree.mount("40 22 259:1 / /mnt rw - ext4 /dev/vda rw")
+    assert tree.find(NVME) == ["holds /dev/vda, mounted on /mnt"]
+
+
+def test_a_stick_on_a_usb_controller(tree: Tree) -> None:
+    path = tree.add_device(NVME, "c0330", "xhci_hcd")
+    tree.add_block(f"{path}/usb1/1-1/1-1:1.0/host2/target2:0:0/2:0:0:0/block/sda/sda1")
+    tree.mount("40 22 259:1 / /mnt rw - vfat /dev/sda1 rw")
+    assert tree.find(NVME) == ["holds /dev/sda1, mounted on /mnt"]
+
+
+def test_without_a_table_of_mounts_nothing_is_called_free(tree: Tree) -> None:
+    tree.add_device(NVME, "10802", "nvme")
+    (tree.top / "proc/self/mountinfo").unlink()
+    with pytest.raises(FileNotFoundError):
+        tree.find(NVME)
+
+
+# Network --------------------------------------------------------------------------------------------------------------
+
+UP, DOWN = 0x1003, 0x1002
+ZEROS = "0" * 32
+LINK = "fe80000000000000505400fffe123456"
+GLOBAL = "20010db8000000000000000000000001"
+ROUTE_HEAD = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT"
+
+
+def route6(destination: str, length: str, flags: str, interface: str = "eth1") -> str:
+    """Return a line of /proc/net/ipv6_route."""
+    return f"{destination} {length} {ZEROS} 00 {ZEROS} 00000100 00000001 00000000 {flags}   {interface}"
+
+
+@pytest.fixture
+def nic(tree: Tree) -> str:
+    """Return the path of a NIC whose interface eth1 is up."""
+    path = tree.add_device(NIC, "20000", "e1000e")
+    tree.add_interface(f"{path}/net/eth1")
+    return path
+
+
+# What the kernel gives every link that comes up, as seen on 6.1.
+AUTOMATIC = {
+    "/proc/net/if_inet6": f"{LINK} 02 40 20 80   eth1\n{ZEROS[:-1]}1 01 80 10 80       lo",
+    "/proc/net/ipv6_route": "\n".join(
+        [
+            route6("fe80" + "0" * 28, "40", "00000001"),
+            route6(LINK, "80", "80200001"),
+            route6("ff" + "0" * 30, "08", "00000001"),
+            route6(ZEROS, "00", "00200200", "lo"),
+        ]
+    ),
+    "/proc/net/route": ROUTE_HEAD,
+}
+
+
+@pytest.mark.usefixtures("nic")
+def test_a_link_that_is_only_up_is_free(tree: Tree) -> None:
+    for path, text in AUTOMATIC.items():
+        tree.write(path, text)
+    assert tree.find(NIC) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "use"),
+    [
+        (
+            "/proc/net/if_inet6",
+            f"{GLOBAL} 02 40 00 00   eth1",
+            "with address 2001:0db8:0000:0000:0000:0000:0000:0001",
+        ),
+        ("/proc/net/if_inet6", f"{GLOBAL} 02 40 00 00   eth10", ""),
+        ("/proc/net/route", "eth1\t00000000\t0202000A\t0003\t0\t0\t0\t00000000\t0\t0\t0", "with a route"),
+        ("/proc/net/route", "eth10\t00000000\t0202000A\t0003\t0\t0\t0\t00000000\t0\t0\t0", ""),
+        ("/proc/net/ipv6_route", route6(ZEROS, "00", "00450003"), "with a route"),
+        ("/proc/net/ipv6_route", route6(GLOBAL, "40", "00000001"), "with a route"),
+        ("/proc/net/ipv6_route", route6(GLOBAL, "40", "00000001", "eth10"), ""),
+        ("/proc/net/ipv6_route", route6(GLOBAL, "80", "80200001"), ""),
+        ("/proc/net/ipv6_route", route6(GLOBAL, "80", "00100001"), ""),
+        ("/proc/net/ipv6_route", route6("febf" + "0" * 28, "40", "00000001"), ""),
+        ("/proc/net/ipv6_route", route6("fec0" + "0" * 28, "40", "00000001"), "with a route"),
+    ],
+)
+def test_a_link_with_more(tree: Tree, nic: str, path: str, line: str, use: str) -> None:
+    for automatic, text in AUTOMATIC.items():
+        tree.write(automatic, f"{text}\n{line}" if automatic == path else text)
+    assert tree.find(NIC) == ([f"is network interface eth1, up {use}"] if use else [])
+    # The same, and down: nobody is using it.
+    tree.write(f"{nic}/net/eth1/flags", hex(DOWN))
+    assert tree.find(NIC) == []
+
+
+def test_an_ipv4_address(tree: Tree, nic: str) -> None:
+    tree.root.ipv4["eth1"] = "10.0.2.15"
+    assert tree.find(NIC) == ["is network interface eth1, up with address 10.0.2.15"]
+    tree.write(f"{nic}/net/eth1/flags", hex(DOWN))
+    assert tree.find(NIC) == []
+
+
+def test_a_part_of_a_bond(tree: Tree, nic: str) -> None:
+    tree.link(f"{nic}/net/eth1/master", "/sys/devices/virtual/net/bond0")
+    tree.link(f"{nic}/net/eth1/upper_bond0", "/sys/devices/virtual/net/bond0")
+    tree.write("/sys/class/net/bonding_masters", "bond0")
+    assert tree.find(NIC) == ["is network interface eth1, up as a part of bond0"]
+    tree.write(f"{nic}/net/eth1/flags", hex(DOWN))
+    assert tree.find(NIC) == []
+
+
+def test_below_a_vlan(tree: Tree, nic: str) -> None:
+    tree.link(f"{nic}/net/eth1/upper_eth1.7", "/sys/devices/virtual/net/eth1.7")
+    assert tree.find(NIC) == ["is network interface eth1, up below eth1.7"]
+
+
+def test_a_virtio_card(tree: Tree) -> None:
+    path = tree.add_device(NIC, "20000", "virtio-pci", "1AF4:1041")
+    tree.add_interface(f"{path}/virtio0/net/eth0")
+    assert tree.find(NIC) == []
+    tree.root.ipv4["eth0"] = "10.0.2.15"
+    assert tree.find(NIC) == ["is network interface eth0, up with address 10.0.2.15"]
+
+
+@pytest.mark.parametrize("below", ["net", "virtio0/net"])
+def test_an_interface_that_is_in_another_namespace(tree: Tree, below: str) -> None:
+    path = tree.add_device(NIC, "20000", "virtio-pci", "1AF4:1041")
+    (tree.top / path.lstrip("/") / below).mkdir(parents=True)
+    assert tree.find(NIC) == ["is a network interface in another network namespace"]
+
+
+def test_another_cards_address_is_not_its_own(tree: Tree, nic: str) -> None:
+    assert nic
+    path = tree.add_device("0000:03:00.0", "20000", "e1000e")
+    tree.add_interface(f"{path}/net/eth2")
+    tree.root.ipv4["eth2"] = "10.0.2.16"
+    assert tree.find(NIC) == []
+
+
+def test_a_card_without_a_driver_is_free(tree: Tree) -> None:
+    tree.add_device(NIC, "20000")
+    assert tree.find(NIC) == []
+
+
+# Asking ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_machine_is_looked_at_once(tree: Tree, disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert disk
+    tree.add_device(NIC, "20000", "e1000e")
+    listed: list[str] = []
+    real = Root.list_names
+
+    def list_names(root: Root, path: str) -> list[str]:
+        listed.append(path)
+        return real(root, path)
+
+    monkeypatch.setattr(Root, "list_names", list_names)
+    picture = sysfs.look(tree.root)
+    uses = Uses(tree.root)
+    assert "/sys/class/block" not in listed
+    for device in picture.devices.values():
+        uses.find(device)
+    assert [listed.count(path) for path in ("/sys/class/block", "/sys/class/net")] == [1, 1]
+
+
+def test_mountinfo_is_read_by_its_manual(tree: Tree) -> None:
+    tree.mount(
+        r"36 35 98:0 /mnt1 /mnt\0402 rw,noatime master:1 shared:2 - ext3 /dev/a\134b rw,errors=continue",
+        "37 35 0:5 / /x rw - tmpfs none rw",
+        "cut off",
+        "38 35 0:6 / /y rw",
+    )
+    assert read_mounts(tree.root)[1:] == [
+        Mount("98:0", "/mnt1", "/mnt 2", "ext3", "/dev/a\\b", ("rw", "errors=continue")),
+        Mount("0:5", "/", "/x", "tmpfs", "none", ("rw",)),
+    ]
