@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who runs the hook: a Kata runtime (which one), or a plain runc or crun.
+
+Told by what each of them does: Kata's shim is the parent process; Kata Go writes a state without a status, runtime-rs
+writes one; Kata up to 2.3 sends no annotations (facts: katautils/hook.go, kata-sys-util/src/hooks.rs).
+"""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks import hypervisor as vmm
+from oci_hooks.holders import Process, list_ancestors, read_process
+from oci_hooks.oci import find_annotation
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.files import Root
+    from oci_hooks.hypervisor import Hypervisor
+    from oci_hooks.oci import Spec, State
+
+SHIM_NAMES = ("containerd-shim-kata", "kata-runtime", "shim-kata", "kata-shim")
+# A sandbox is known by its own id to shim and hypervisor.
+SANDBOX_ID_ANNOTATIONS = (
+    "io.kubernetes.cri.sandbox-id",
+    "io.kubernetes.cri-o.SandboxID",
+    "io.podman.annotations.sandbox-id",
+)
+CONTAINER_TYPE_ANNOTATION = "io.katacontainers.pkg.oci.container_type"
+HANDLER_ANNOTATIONS = ("io.containerd.cri.runtime-handler", "io.kubernetes.cri-o.RuntimeHandler")
+CRI_PREFIXES = ("io.kubernetes.cri.", "io.kubernetes.cri-o.")
+
+
+class Asker(Record):
+    """Who runs the hook.
+
+    kind: "kata-go", "kata-rs", "kata-1" (1.x to 2.3, no annotations), "kata" (not known which) or "plain";
+    shim: Kata's shim, None where it is not the parent; hypervisor: the one with the state's pid, None where that is
+    none; sandbox: id of the sandbox, "" not known; handler: name of the runtime handler in Kubernetes, "" not known;
+    is_cri: whether Kubernetes' container runtime interface started it; by_hand: whether a person did.
+    """
+
+    kind: str
+    shim: Process | None
+    hypervisor: Hypervisor | None
+    sandbox: str
+    handler: str
+    is_cri: bool
+    by_hand: bool
+
+    @property
+    def is_kata(self) -> bool:
+        """Whether a Kata runtime asks."""
+        return self.kind != "plain"
+
+    @property
+    def flavour(self) -> str:
+        """Which configuration it reads: "go", "rs", or "" where not known."""
+        return {"kata-go": "go", "kata-1": "go", "kata-rs": "rs"}.get(self.kind, "")
+
+
+def find_asker(root: Root, state: State, spec: Spec, mode: str, by_hand: bool) -> Asker:
+    """Return who runs the hook. mode: "auto", "always" or "never" from host.toml; by_hand: a person does."""
+    hypervisor = vmm.find_hypervisor(root, state.pid)
+    parent = None if by_hand else find_shim(root, os.getppid())
+    handler = next((value for name in HANDLER_ANNOTATIONS if (value := find_annotation(state, spec, name))), "")
+    names = list(state.annotations) + list(spec.annotations)
+    return Asker(
+        name_kind(state, parent, hypervisor, mode, by_hand, names, handler),
+        parent,
+        hypervisor,
+        next((value for name in SANDBOX_ID_ANNOTATIONS if (value := find_annotation(state, spec, name))), state.id),
+        handler,
+        any(name.startswith(CRI_PREFIXES) for name in names),
+        by_hand,
+    )
+
+
+def name_kind(
+    state: State,
+    shim: Process | None,
+    hypervisor: Hypervisor | None,
+    mode: str,
+    by_hand: bool,
+    annotations: list[str],
+    handler: str,
+) -> str:
+    """Return Asker.kind."""
+    if mode == "never":
+        return "plain"
+    marked = any(name.startswith("io.katacontainers.pkg.oci.") for name in annotations)
+    if by_hand:
+        return "kata" if mode == "always" or hypervisor or marked or handler.startswith("kata") else "plain"
+    # No other runtime leaves the status empty: the specification forbids it.
+    if not state.status:
+        return "kata-go" if state.annotations else "kata-1"
+    if shim or hypervisor or marked:
+        return "kata-rs"
+    return "kata" if mode == "always" else "plain"
+
+
+def find_shim(root: Root, parent: int) -> Process | None:
+    """Return Kata's shim among a process and its ancestors, None where there is none.
+
+    parent: the process that started the hook; another program may stand between the two, as oci-add-hooks does.
+    """
+    for pid in list_ancestors(root, parent)[:4]:
+        process = read_process(root, pid)
+        first = process.arguments[0].rpartition("/")[2] if process.arguments else ""
+        if process.name.startswith(SHIM_NAMES) or first.startswith(SHIM_NAMES):
+            return process
+    return None
+
+
+def is_own(root: Root, asker: Asker, state: State, holder: Process) -> bool:
+    """Tell whether a process that holds a group belongs to the container's own sandbox.
+
+    It is the state's process or a child of it, a child of the shim, or a hypervisor that was started for this sandbox:
+    Kata's QEMU has its id in -name, Cloud Hypervisor in the path of its socket.
+    """
+    chain = list_ancestors(root, holder.pid)
+    if state.pid > 0 and set(chain) & set(list_ancestors(root, state.pid)[:1]):
+        return True
+    if asker.shim and asker.shim.pid in chain:
+        return True
+    return bool(vmm.name_kind(holder.name)) and any(
+        f"sandbox-{identity}" in argument.split(",") or f"/{identity}/" in argument
+        for argument in holder.arguments[1:]
+        for identity in {asker.sandbox, state.id}
+    )

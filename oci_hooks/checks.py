@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the host: its IOMMU, the groups that a container asks for, the container's own permission to use them.
+
+A function a check; each returns findings and changes nothing. An error is only what can't work: whatever another hook,
+another kernel or another runtime could still make right is a warning.
+"""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks.asker import is_own
+from oci_hooks.errors import Finding
+from oci_hooks.groups import CDEV_CLASS
+from oci_hooks.holders import ask_kernel, find_holders, list_open_paths
+from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX
+from oci_hooks.sysfs import IOMMU_GROUPS, VFIO_CLASS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from oci_hooks.asker import Asker
+    from oci_hooks.command import Deadline
+    from oci_hooks.files import Root
+    from oci_hooks.groups import Member, Target, VfioGroup
+    from oci_hooks.oci import Spec, State
+    from oci_hooks.sysfs import Picture
+
+IOMMUFD_NODE = "/dev/iommu"
+# ACPI tables by which the firmware tells of an IOMMU, and the kernel's argument that switches it on.
+IOMMU_TABLES = {"DMAR": "intel_iommu=on", "IVRS": "amd_iommu=on", "IORT": "iommu.passthrough=0", "VIOT": ""}
+# Below this a program can't even map one buffer of DPDK's usual size.
+SMALL_MEMLOCK = 64 << 20
+
+
+# The host ------------------------------------------------------------------------------------------------------------
+
+
+def check_iommu(root: Root, picture: Picture) -> tuple[Finding, ...]:
+    """iommu-off: the kernel made no IOMMU group at all, so there is nothing that vfio could pass."""
+    if root.list_names(IOMMU_GROUPS):
+        return ()
+    tables = root.list_names("/sys/firmware/acpi/tables")
+    table = next((name for name in IOMMU_TABLES if name in tables), "")
+    argument = IOMMU_TABLES.get(table, "")
+    words = root.read_text_or("/proc/cmdline", "").split()
+    off = [word for word in words if word in ("iommu=off", "intel_iommu=off", "amd_iommu=off")]
+    if off:
+        hint = f"take {' '.join(off)} out of the kernel's command line and reboot"
+    elif table and argument not in words:
+        hint = (
+            f"the firmware has one ({table}): boot with {argument}, e.g. grubby --update-kernel=ALL --args={argument}"
+        )
+    elif picture.devices and "acpi" in root.list_names("/sys/firmware"):
+        hint = "switch on VT-d, AMD-Vi or SMMU in the firmware's set-up; in a virtual machine give it a virtual IOMMU"
+    else:
+        hint = "switch on the IOMMU in the firmware's set-up and in the kernel's command line"
+    return (Finding("error", "iommu-off", "host", "the kernel has no IOMMU in use (no group in sysfs)", hint),)
+
+
+def check_host_nodes(root: Root, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+    """control-node-missing, on the host: without it no hypervisor and no program can set up the group."""
+    findings = []
+    legacy = any(target.group and target.group.number and not target.cdev for target in targets)
+    if legacy and not (root.exists(CONTROL_NODE) or root.exists("/sys/class/misc/vfio")):
+        findings.append(
+            Finding("error", "control-node-missing", CONTROL_NODE, "is not on the host", "load it: modprobe vfio")
+        )
+    if any(target.cdev for target in targets) and not (
+        root.exists(IOMMUFD_NODE) or root.exists("/sys/class/misc/iommu")
+    ):
+        problem = f"is not on the host, and {CDEV_PREFIX}* can't be used without it"
+        findings.append(Finding("error", "control-node-missing", IOMMUFD_NODE, problem, "load it: modprobe iommufd"))
+    return tuple(findings)
+
+
+# One entry of linux.devices ------------------------------------------------------------------------------------------
+
+
+def check_numbers(target: Target, asker: Asker) -> tuple[Finding, ...]:
+    """node-mismatch: the entry's numbers are not those of the group that its path names.
+
+    The numbers decide. Where they are no device's at all, Kata's Go runtime goes by the path (config.GetHostPath).
+    """
+    entry, group = target.entry, target.group
+    if group is None or (group.number is None and not target.cdev):
+        return ()
+    numbers = f"{entry.major}:{entry.minor}"
+    if target.found_by == "numbers":
+        meant = target.cdev or group.name
+        if target.name == meant or not target.name.isdigit():
+            return ()
+        problem = f"has the numbers {numbers}, which are those of {'device' if target.cdev else 'group'} {meant}"
+        hint = f"that one is passed; to pass group {target.name} take the numbers of ls -l {GROUP_PREFIX}{target.name}"
+        return (Finding("warning", "node-mismatch", entry.path, problem, hint),)
+    right = f"{group.number[0]}:{group.number[1]}" if group.number and not target.cdev else "other ones"
+    node = group.node if not target.cdev else CDEV_PREFIX + target.cdev
+    hint = f"put the numbers of ls -l {node} into linux.devices"
+    if target.taken_by:
+        problem = f"config.json gives it {numbers}, which is the device {target.taken_by}; on this host it has {right}"
+        return (Finding("error", "node-mismatch", entry.path, problem, hint),)
+    level = "warning" if asker.kind in ("kata-go", "kata-1", "kata") else "error"
+    problem = f"config.json gives it {numbers}, which is no device of this host; here it has {right}"
+    return (Finding(level, "node-mismatch", entry.path, problem, hint),)
+
+
+def check_presence(root: Root, target: Target) -> tuple[Finding, ...]:
+    """group-missing: nothing on this host is what the entry means."""
+    entry = target.entry
+    if target.found_by or not root.list_names(IOMMU_GROUPS):
+        # Without any IOMMU group the host's own finding says it better.
+        return ()
+    kind = "device" if entry.is_cdev else "group"
+    where = CDEV_CLASS if entry.is_cdev else VFIO_CLASS
+    numbers = f", and its numbers {entry.major}:{entry.minor} are no VFIO device's" if entry.major >= 0 else ""
+    problem = f"the host has no such VFIO {kind} (nothing in {where} or {IOMMU_GROUPS}){numbers}"
+    hint = "list what there is: vfio-host-check --all"
+    return (Finding("error", "group-missing", f"{kind} {target.name}", problem, hint),)
+
+
+def check_noiommu(target: Target, asker: Asker) -> tuple[Finding, ...]:
+    """noiommu-group: no hypervisor takes one; a program in a plain container may, with CAP_SYS_RAWIO."""
+    if target.group is None or not target.group.noiommu:
+        return ()
+    if asker.is_kata:
+        problem = "has no IOMMU behind it, and no hypervisor can pass such a group"
+        hint = "switch on the host's IOMMU and clear /sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+        return (Finding("error", "noiommu-group", target.subject, problem, hint),)
+    problem = "has no IOMMU behind it: its device can write to all of the host's memory"
+    hint = "switch on the IOMMU; as it is, the program needs CAP_SYS_RAWIO"
+    return (Finding("warning", "noiommu-group", target.subject, problem, hint),)
+
+
+def check_kind(target: Target) -> tuple[Finding, ...]:
+    """mediated-device: members that are no PCI functions of their own are named as what they are."""
+    if target.group is None:
+        return ()
+    mediated = [member.name for member in target.group.members if member.bus == "mdev"]
+    if not mediated:
+        return ()
+    problem = f"holds mediated device {', '.join(mediated)}, which has no PCI driver of its own to check"
+    return (Finding("info", "mediated-device", target.subject, problem),)
+
+
+def check_empty(target: Target) -> tuple[Finding, ...]:
+    """group-empty: a group of bridges only, or of nothing."""
+    group = target.group
+    if group is None or not group.iommu_group or group.passable:
+        return ()
+    held = ", ".join(name_member(member) for member in group.members)
+    problem = f"has no device that could be passed{f', only {held}' if held else ''}"
+    hint = "choose the group of the device: vfio-host-check --all"
+    return (Finding("error", "group-empty", target.subject, problem, hint),)
+
+
+def check_viability(target: Target) -> tuple[Finding, ...]:
+    """group-not-viable, from sysfs: a member has a driver that is not vfio's, or none has one."""
+    group = target.group
+    # In a no-IOMMU group nothing is shared, and there is no viability to lose.
+    if group is None or group.noiommu or not group.passable:
+        return ()
+    if group.blocking:
+        others = [member for member in group.members if member.standing != "blocking"]
+        problem = ", ".join(f"{member.name} is bound to {member.driver}" for member in group.blocking)
+        if others:
+            problem += f" (beside it: {', '.join(name_member(member) for member in others)})"
+        return (Finding("error", "group-not-viable", target.subject, problem, make_bind_hint(group.blocking)),)
+    if group.number is None and not target.cdev:
+        unbound = [member for member in group.passable if member.pci and member.standing == "unbound"]
+        problem = f"no member is bound to vfio-pci ({', '.join(name_member(member) for member in group.members)})"
+        hint = make_bind_hint(tuple(unbound)) if unbound else "load the driver: modprobe vfio-pci"
+        if any(member.standing == "vfio" for member in group.members):
+            problem = "its member is bound to a vfio driver, but vfio shows no such group"
+            hint = f"the kernel may have no group nodes (CONFIG_VFIO_GROUP); use {CDEV_PREFIX}*"
+        return (Finding("error", "group-not-viable", target.subject, problem, hint),)
+    return ()
+
+
+def check_kernel_word(
+    root: Root, target: Target, asker: Asker, state: State, deadline: Deadline
+) -> tuple[Finding, ...]:
+    """group-busy, group-denied, group-not-viable: what the kernel answers when the group is opened.
+
+    Only for a group that looks viable. Opening takes the group away from others for as long as one ioctl takes.
+    """
+    group = target.group
+    if group is None or group.number is None or group.noiommu or target.cdev or group.blocking:
+        return ()
+    word = ask_kernel(root, group.node)
+    if word == "busy":
+        return check_holders(root, group, asker, state, deadline)
+    if word == "not-viable":
+        members = ", ".join(name_member(member) for member in group.members)
+        return (
+            Finding(
+                "error",
+                "group-not-viable",
+                target.subject,
+                f"the kernel calls it not viable ({members})",
+                make_bind_hint(tuple(member for member in group.members if member.standing == "unknown"))
+                if any(member.standing == "unknown" for member in group.members)
+                else f"see who uses it: ls -l {IOMMU_GROUPS}/{group.iommu_group}/devices/*/driver; dmesg",
+            ),
+        )
+    if word == "denied":
+        problem = f"{group.node} can't be opened by the hook ({describe_node(root, group.node)})"
+        hint = "allow it in the runtime's device cgroup, or run the runtime as root"
+        return (Finding("warning", "group-denied", target.subject, problem, hint),)
+    if word == "missing" and not root.exists(group.node):
+        problem = f"{group.node} is not there, although the kernel has the group as {group.number[0]}:{group.number[1]}"
+        hint = f"make it: mknod -m 0600 {group.node} c {group.number[0]} {group.number[1]}"
+        # Plain runtimes make the container's node from the numbers and never look at the host's.
+        level = "error" if asker.is_kata else "warning"
+        return (Finding(level, "group-missing", target.subject, problem, hint),)
+    return ()
+
+
+def check_holders(root: Root, group: VfioGroup, asker: Asker, state: State, deadline: Deadline) -> tuple[Finding, ...]:
+    """group-busy: a process has the group open, and it is not the container's own sandbox."""
+    cdevs = list_member_cdevs(root, group)
+    holders = find_holders(root, (group.node, *(CDEV_PREFIX + name for name in cdevs)), deadline)
+    if any(is_own(root, asker, state, holder) for holder in holders):
+        return ()
+    subject = f"group {group.name}"
+    if not holders:
+        # It may have been let go in between, or be held where the hook can't see: in doubt, for the container.
+        if ask_kernel(root, group.node) != "busy":
+            return ()
+        problem = "is held by a process that can't be seen from here"
+        return (Finding("error", "group-busy", subject, problem, f"as root on the host: fuser -v {group.node}"),)
+    problem = f"is held by {', '.join(str(holder) for holder in holders)}"
+    pids = " ".join(str(holder.pid) for holder in holders)
+    return (Finding("error", "group-busy", subject, problem, f"end it: kill {pids}; or choose another group"),)
+
+
+def list_member_cdevs(root: Root, group: VfioGroup) -> list[str]:
+    """Return the names of the members' own VFIO nodes: ["vfio0"]."""
+    directory = f"{IOMMU_GROUPS}/{group.iommu_group}/devices"
+    return [name for member in group.members for name in root.list_names(f"{directory}/{member.name}/vfio-dev")]
+
+
+def is_attached(root: Root, target: Target, asker: Asker, deadline: Deadline) -> bool:
+    """Tell whether the container's own sandbox has the group open already: cold plug, or a hook after hot plug."""
+    group = target.group
+    if group is None or asker.hypervisor is None:
+        return False
+    nodes = {group.node, *(CDEV_PREFIX + name for name in list_member_cdevs(root, group))}
+    if deadline.remaining() < 0.5:
+        return False
+    return bool(nodes & set(list_open_paths(root, asker.hypervisor.process.pid)))
+
+
+# The container's own permission --------------------------------------------------------------------------------------
+
+
+def check_control_node(spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+    """control-node-missing, in the container: a group can be opened but not used without /dev/vfio/vfio.
+
+    A warning, because the guest hook makes the node, and a program may use a descriptor that it is handed.
+    """
+    if not any(target.group and not target.cdev and not target.group.is_channel for target in targets):
+        return ()
+    if any(device.path == CONTROL_NODE for device in spec.devices) or has_bind_mount(spec, CONTROL_NODE):
+        return ()
+    hint = (
+        'list it: {"path": "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196}; podman, docker: --device '
+        + CONTROL_NODE
+    )
+    problem = "linux.devices lists a group and not the control node"
+    return (Finding("warning", "control-node-missing", CONTROL_NODE, problem, hint),)
+
+
+def has_bind_mount(spec: Spec, path: str) -> bool:
+    """Tell whether config.json mounts the host's /dev, or a part of it that holds this path."""
+    for mount in list_objects(spec.raw.get("mounts")):
+        options = mount.get("options")
+        bound = mount.get("type") == "bind" or (
+            isinstance(options, list) and {"bind", "rbind"} & set(map(str, options))
+        )
+        place = mount.get("destination")
+        if bound and isinstance(place, str) and place != "/" and (path + "/").startswith(place.rstrip("/") + "/"):
+            return True
+    return False
+
+
+def check_device_rules(spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+    """group-denied, in a plain container: no rule in linux.resources.devices lets it open the node.
+
+    A warning, because a later hook may add the permission.
+    """
+    resources = (spec.raw.get("linux") or {}).get("resources")
+    rules = list_objects(resources.get("devices")) if isinstance(resources, dict) else []
+    findings = []
+    for target in targets:
+        major, minor = target.entry.major, target.entry.minor
+        if target.group is None or major < 0 or is_allowed(rules, major, minor):
+            continue
+        hint = f'add {{"allow": true, "type": "c", "major": {major}, "minor": {minor}, "access": "rw"}}'
+        problem = "no rule in linux.resources.devices lets the container open it"
+        hint += ", or let vfio-guest-bind do it"
+        findings.append(Finding("warning", "group-denied", target.subject, problem, hint))
+    return tuple(findings)
+
+
+def is_allowed(rules: list[dict[str, Any]], major: int, minor: int) -> bool:
+    """Tell whether device rules let a character device be read and written; the last rule that fits decides."""
+    allowed = {"r": False, "w": False}
+    for rule in rules:
+        fits = rule.get("type", "a") in ("a", "c", None, "")
+        fits = fits and rule.get("major") in (None, -1, major) and rule.get("minor") in (None, -1, minor)
+        if fits:
+            for letter in str(rule.get("access") or "rwm"):
+                if letter in allowed:
+                    allowed[letter] = rule.get("allow") is True
+    return all(allowed.values())
+
+
+def check_memlock(root: Root, spec: Spec, asker: Asker) -> tuple[Finding, ...]:
+    """memlock: neither CAP_IPC_LOCK nor a large RLIMIT_MEMLOCK, so mapping memory for the device will fail."""
+    process = spec.raw.get("process")
+    process = process if isinstance(process, dict) else {}
+    capabilities = process.get("capabilities")
+    effective = capabilities.get("effective") if isinstance(capabilities, dict) else None
+    # The kernel asks for it in the initial user namespace.
+    own_namespace = "user" in spec.namespaces and bool(spec.uid_mappings)
+    if isinstance(effective, list) and "CAP_IPC_LOCK" in effective and not own_namespace:
+        return ()
+    limits = [entry for entry in list_objects(process.get("rlimits")) if entry.get("type") == "RLIMIT_MEMLOCK"]
+    soft = limits[-1].get("soft") if limits else None
+    if soft is None:
+        # Without an entry the runtime's own limit is inherited; inside a Kata guest that is the agent's, out of sight.
+        if asker.is_kata:
+            return ()
+        soft = read_own_memlock(root)
+    if not isinstance(soft, int) or soft >= SMALL_MEMLOCK:
+        return ()
+    problem = f"the container may lock only {soft >> 10} KiB of memory and has no CAP_IPC_LOCK"
+    hint = "raise it: docker, podman: --ulimit memlock=-1, or --cap-add IPC_LOCK; Kubernetes: capabilities.add IPC_LOCK"
+    return (Finding("warning", "memlock", "process.rlimits", problem, hint),)
+
+
+def read_own_memlock(root: Root) -> int:
+    """Return the limit of locked memory that this process has inherited from the runtime, in bytes."""
+    for line in root.read_text_or("/proc/self/limits", "").splitlines():
+        if line.startswith("Max locked memory"):
+            word = line[len("Max locked memory") :].split()[0]
+            return int(word) if word.isdigit() else 1 << 62
+    return 1 << 62
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def list_objects(value: object) -> list[dict[str, Any]]:
+    """Return the objects of a JSON array; config.json's remaining parts are not checked by a schema."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def name_member(member: Member) -> str:
+    """Return a member and its driver: `0000:03:00.0 vfio-pci`."""
+    return f"{member.name} {member.driver or 'without driver'}"
+
+
+def make_bind_hint(members: tuple[Member, ...]) -> str:
+    """Return the commands that bind members to vfio-pci."""
+    commands = [f"driverctl set-override {member.name} vfio-pci" for member in members if member.pci]
+    if not commands:
+        return f"unbind it: echo {members[0].name} > /sys/bus/{members[0].bus}/drivers/{members[0].driver}/unbind"
+    return f"bind {'it' if len(commands) == 1 else 'them'} with: {' && '.join(commands)}"
+
+
+def describe_node(root: Root, node: str) -> str:
+    """Return owner and mode of a node in words."""
+    try:
+        stat = root.stat(node)
+    except OSError as error:
+        return error.strerror or str(error)
+    return f"owner {stat.st_uid}:{stat.st_gid}, mode {stat.st_mode & 0o7777:04o}; the hook runs as {os.geteuid()}"

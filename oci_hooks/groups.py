@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the host has behind an entry of linux.devices: the VFIO group, its members on whatever bus, their drivers.
+
+Numbers decide which group an entry means, as they do in runc, crun and Kata (virtcontainers config.GetHostPath looks up
+/sys/dev/char/M:m); the path is only what the node is called in the container. Sources: the kernel's
+Documentation/driver-api/vfio.rst, ABI/testing/sysfs-kernel-iommu_groups and sysfs-devices-vfio-dev.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.oci import CDEV_PREFIX, GROUP_PREFIX
+from oci_hooks.records import Record
+from oci_hooks.sysfs import (
+    IOMMU_GROUPS,
+    PCI_DRIVERS,
+    VFIO_CLASS,
+    Picture,
+    is_viable_member,
+    list_live_groups,
+    read_group_number,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.files import Root
+    from oci_hooks.oci import Device
+    from oci_hooks.sysfs import PciDevice
+
+CDEV_CLASS = "/sys/class/vfio-dev"
+# Modules that use vfio_pci_core are vfio drivers, also where the kernel shows no vfio-dev directory yet (before 6.1).
+CORE_HOLDERS = "/sys/module/vfio_pci_core/holders"
+NOIOMMU_PREFIX = "noiommu-"
+NOIOMMU_NAME = "vfio-noiommu"
+
+
+class Member(Record):
+    """One device of an IOMMU group.
+
+    name: BDF of a PCI function, UUID of a mediated device, else its name in sysfs; bus: "pci", "mdev", "ap", "ccw"
+    or the name of its subsystem; driver: "" without one; standing: "vfio", "unbound", "harmless" (no obstacle to
+    viability), "blocking", or "unknown" where only the kernel can tell; pci: the function, None on other buses.
+    """
+
+    name: str
+    bus: str
+    driver: str
+    standing: str
+    pci: PciDevice | None = None
+
+    @property
+    def is_passable(self) -> bool:
+        """Whether it can be handed to a container at all: bridges and host bridges stay behind."""
+        return self.pci is None or not (self.pci.is_bridge or self.pci.class_code[:4] == "0600")
+
+
+class VfioGroup(Record):
+    """An IOMMU group as VFIO sees it.
+
+    name: as in /dev/vfio: "12", "noiommu-0"; iommu_group: number in /sys/kernel/iommu_groups, "" where there is none;
+    number: major and minor of its node, None where vfio has no such group now; members: in the order of their names;
+    noiommu: without the protection of an IOMMU.
+    """
+
+    name: str
+    iommu_group: str
+    number: tuple[int, int] | None
+    members: tuple[Member, ...]
+    noiommu: bool = False
+
+    @property
+    def node(self) -> str:
+        """Path of the group's device node on the host."""
+        return GROUP_PREFIX + self.name
+
+    @property
+    def blocking(self) -> tuple[Member, ...]:
+        """The members that keep the group from being viable."""
+        return tuple(member for member in self.members if member.standing == "blocking")
+
+    @property
+    def passable(self) -> tuple[Member, ...]:
+        """The members that can be handed to a container."""
+        return tuple(member for member in self.members if member.is_passable)
+
+    @property
+    def buses(self) -> frozenset[str]:
+        """On which buses the members are."""
+        return frozenset(member.bus for member in self.members)
+
+    @property
+    def is_channel(self) -> bool:
+        """Whether it holds only s390x crypto (AP) or channel (CCW) devices, which need no IOMMU in a guest."""
+        return bool(self.members) and self.buses <= {"ap", "ccw"}
+
+
+class Target(Record):
+    """What an entry of linux.devices means on this host.
+
+    entry: the entry; group: the group meant, None where there is none; cdev: name of the VFIO device's own node
+    ("vfio0"), "" for a group's node; found_by: "numbers", "name" (the numbers are no VFIO device's), or "".
+    taken_by: the sysfs name of another device that has the entry's numbers, "" without one.
+    """
+
+    entry: Device
+    group: VfioGroup | None
+    cdev: str = ""
+    found_by: str = ""
+    taken_by: str = ""
+
+    @property
+    def name(self) -> str:
+        """Last component of the entry's path."""
+        return self.entry.path.rpartition("/")[2]
+
+    @property
+    def subject(self) -> str:
+        """What to call it in a finding."""
+        return f"group {self.group.name}" if self.group else self.entry.path
+
+
+def find_targets(root: Root, picture: Picture, entries: tuple[Device, ...]) -> tuple[Target, ...]:
+    """Return what each entry of linux.devices means on this host."""
+    groups = list_live_groups(root)
+    cdevs = list_cdevs(root)
+    return tuple(find_target(root, picture, entry, groups, cdevs) for entry in entries)
+
+
+def find_target(
+    root: Root,
+    picture: Picture,
+    entry: Device,
+    groups: dict[tuple[int, int], str],
+    cdevs: dict[tuple[int, int], str],
+) -> Target:
+    """Return what one entry means. groups, cdevs: the nodes that vfio has now, by major and minor."""
+    number = (entry.major, entry.minor)
+    name = entry.path.rpartition("/")[2]
+    if number in groups:
+        return Target(entry, read_group(root, picture, groups[number]), "", "numbers")
+    if number in cdevs:
+        return Target(entry, read_cdev_group(root, picture, cdevs[number]), cdevs[number], "numbers")
+    taken_by = root.link_name(f"/sys/dev/char/{entry.major}:{entry.minor}")
+    if entry.path.startswith(CDEV_PREFIX):
+        found = name in cdevs.values()
+        group = read_cdev_group(root, picture, name) if found else None
+        return Target(entry, group, name, "name" if found else "", taken_by)
+    group = read_group(root, picture, name)
+    if group.number is None and not group.iommu_group:
+        return Target(entry, None, "", "", taken_by)
+    return Target(entry, group, "", "name", taken_by)
+
+
+def list_cdevs(root: Root) -> dict[tuple[int, int], str]:
+    """Return the VFIO devices that have a node of their own, by major and minor: {(511, 0): "vfio0"}."""
+    cdevs = {}
+    for name in root.list_names(CDEV_CLASS):
+        major, _, minor = root.read_text_or(f"{CDEV_CLASS}/{name}/dev", "").partition(":")
+        if minor:
+            cdevs[int(major), int(minor)] = name
+    return cdevs
+
+
+def read_cdev_group(root: Root, picture: Picture, cdev: str) -> VfioGroup | None:
+    """Return the group that a VFIO device is in, None where it has none."""
+    name = root.link_name(f"{CDEV_CLASS}/{cdev}/device/iommu_group")
+    return read_group(root, picture, name) if name else None
+
+
+def read_group(root: Root, picture: Picture, name: str) -> VfioGroup:
+    """Return a group by its name in /dev/vfio; one that is nowhere has neither an IOMMU group nor a number."""
+    number = read_group_number(root, name)
+    # A group without IOMMU is called noiommu-0 in /dev/vfio, after the number of an IOMMU group that vfio made for it.
+    iommu_group = name[len(NOIOMMU_PREFIX) :] if name.startswith(NOIOMMU_PREFIX) else name
+    if not iommu_group.isdigit() or not root.exists(f"{IOMMU_GROUPS}/{iommu_group}"):
+        return VfioGroup(name, "", number, (), name.startswith(NOIOMMU_PREFIX))
+    noiommu = name != iommu_group or root.read_text_or(f"{IOMMU_GROUPS}/{iommu_group}/name", "") == NOIOMMU_NAME
+    return VfioGroup(name, iommu_group, number, read_members(root, picture, iommu_group), noiommu)
+
+
+def read_members(root: Root, picture: Picture, iommu_group: str) -> tuple[Member, ...]:
+    """Return the devices in an IOMMU group, on whatever bus they are."""
+    directory = f"{IOMMU_GROUPS}/{iommu_group}/devices"
+    return tuple(read_member(root, picture, f"{directory}/{name}", name) for name in root.list_names(directory))
+
+
+def read_member(root: Root, picture: Picture, path: str, name: str) -> Member:
+    """Return one device of a group. path: where sysfs shows it; name: its name there."""
+    pci = picture.devices.get(name)
+    if pci is not None:
+        return Member(name, "pci", pci.driver, judge_pci(root, pci), pci)
+    driver = root.link_name(f"{path}/driver")
+    bus = root.link_name(f"{path}/subsystem")
+    place = root.real_path(path)
+    if bus == "mdev":
+        # The same names that Kata goes by (pkg/device/drivers/utils.go, GetVFIODeviceType).
+        bus = "ap" if "/vfio_ap" in place else "ccw" if "/css" in place else "mdev"
+        return Member(name, bus, driver, "vfio" if driver else "unbound")
+    if not driver:
+        return Member(name, bus, driver, "unbound")
+    return Member(name, bus, driver, "vfio" if driver.startswith("vfio") else "unknown")
+
+
+def judge_pci(root: Root, device: PciDevice) -> str:
+    """Return what a PCI function means for its group's viability, as in Member.standing."""
+    if device.owned_by_vfio or is_variant_driver(root, device.driver):
+        return "vfio"
+    if not device.driver:
+        return "unbound"
+    return "harmless" if is_viable_member(device) else "blocking"
+
+
+def is_variant_driver(root: Root, driver: str) -> bool:
+    """Tell whether a PCI driver is one of vfio's variants: its module builds on vfio_pci_core."""
+    if not driver:
+        return False
+    module = root.link_name(f"{PCI_DRIVERS}/{driver}/module")
+    return bool(module) and root.exists(f"{CORE_HOLDERS}/{module}")
+
+
+def list_groups(root: Root, picture: Picture) -> tuple[VfioGroup, ...]:
+    """Return every IOMMU group of the host, in the order of their numbers, no-IOMMU groups with their own names."""
+    names = {name[len(NOIOMMU_PREFIX) :]: name for name in root.list_names(VFIO_CLASS) if name[:1] == "n"}
+    numbers = sorted((name for name in root.list_names(IOMMU_GROUPS) if name.isdigit()), key=int)
+    return tuple(read_group(root, picture, names.get(number, number)) for number in numbers)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes: who holds a VFIO node, whose child is whose, and what the kernel itself says of a group.
+
+The only part of the host hook that opens a device: for as long as one ioctl takes, because a group that is open for
+one process is busy for every other.
+"""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from oci_hooks.command import Deadline
+    from oci_hooks.files import Root
+
+# _IO(VFIO_TYPE, VFIO_BASE + 3) of linux/vfio.h
+VFIO_GROUP_GET_STATUS = 0x3B67
+VFIO_GROUP_FLAGS_VIABLE = 1
+
+
+class Process(Record):
+    """A process. pid: as this process sees it; name: of its executable; arguments: its command line."""
+
+    pid: int
+    name: str
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid})"
+
+
+def ask_kernel(root: Root, node: str) -> str:
+    """Return the kernel's word on a group, by opening its node for a moment.
+
+    node: path of the group's node. Returns "viable", "not-viable", "busy", "denied", "missing", or "unknown" where no
+    answer could be had.
+    """
+    import errno
+    import fcntl
+    import struct
+
+    words = {
+        errno.EBUSY: "busy",
+        errno.EACCES: "denied",
+        errno.EPERM: "denied",
+        errno.ENOENT: "missing",
+        errno.ENXIO: "missing",
+        errno.ENODEV: "missing",
+    }
+    try:
+        fd = os.open(root.host_path(node), os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        return words.get(error.errno or 0, "unknown")
+    try:
+        # struct vfio_group_status: argsz, flags
+        answer = fcntl.ioctl(fd, VFIO_GROUP_GET_STATUS, struct.pack("=II", 8, 0))
+    except OSError:
+        return "unknown"
+    finally:
+        os.close(fd)
+    return "viable" if struct.unpack("=II", answer)[1] & VFIO_GROUP_FLAGS_VIABLE else "not-viable"
+
+
+def find_holders(root: Root, nodes: tuple[str, ...], deadline: Deadline) -> tuple[Process, ...]:
+    """Return the processes that hold one of these nodes open, the hook itself left out.
+
+    nodes: paths on the host. Looks through /proc/*/fd until the deadline is near; what it may not see is missing.
+    """
+    wanted = frozenset(nodes)
+    holders = []
+    for pid in list_pids(root):
+        # Half a second must be left to tell what was found.
+        if deadline.remaining() < 0.5:
+            break
+        if pid != os.getpid() and wanted & frozenset(list_open_paths(root, pid)):
+            holders.append(read_process(root, pid))
+    return tuple(holders)
+
+
+def list_pids(root: Root) -> list[int]:
+    """Return the ids of all processes."""
+    return sorted(int(name) for name in root.list_names("/proc") if name.isdigit())
+
+
+def list_open_paths(root: Root, pid: int) -> Iterator[str]:
+    """Yield the targets of a process's descriptors; nothing where it is gone or foreign."""
+    directory = f"/proc/{pid}/fd"
+    try:
+        names = root.list_names(directory)
+    except OSError:
+        return
+    for name in names:
+        yield root.read_link(f"{directory}/{name}")
+
+
+def read_process(root: Root, pid: int) -> Process:
+    """Return what a process is; one that is gone has no name."""
+    try:
+        text = root.read_bytes(f"/proc/{pid}/cmdline").decode("utf-8", "surrogateescape")
+    except OSError:
+        text = ""
+    arguments = tuple(text.rstrip("\0").split("\0")) if text else ()
+    executable = root.link_name(f"/proc/{pid}/exe").replace(" (deleted)", "")
+    name = executable or (arguments[0].rpartition("/")[2] if arguments else root.read_text_or(f"/proc/{pid}/comm", ""))
+    return Process(pid, name, arguments)
+
+
+def read_status(root: Root, pid: int, key: str) -> int:
+    """Return a number from /proc/PID/status, e.g. "PPid" or "Tgid"; 0 where there is none."""
+    for line in root.read_text_or(f"/proc/{pid}/status", "").splitlines():
+        name, _, value = line.partition(":")
+        if name == key and value.strip().isdigit():
+            return int(value)
+    return 0
+
+
+def list_ancestors(root: Root, pid: int) -> tuple[int, ...]:
+    """Return a process, its parent and so on up to init; a thread's id stands for its process."""
+    chain: list[int] = []
+    current = read_status(root, pid, "Tgid") or pid
+    while current > 1 and current not in chain:
+        chain.append(current)
+        current = read_status(root, current, "PPid")
+    return tuple(chain)
+
+
+def read_environment(root: Root, pid: int, name: str) -> str:
+    """Return a variable of the environment that a process was started with; "" without it."""
+    try:
+        data = root.read_bytes(f"/proc/{pid}/environ")
+    except OSError:
+        return ""
+    for entry in data.decode("utf-8", "surrogateescape").split("\0"):
+        key, _, value = entry.partition("=")
+        if key == name:
+            return value
+    return ""

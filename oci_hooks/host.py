@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host hook: before a container gets its VFIO devices, say what is wrong with the host, the group or Kata.
+
+It changes nothing. Whatever a container without VFIO devices does not need is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.command import EXIT_DONE, read_input, run_hook
+from oci_hooks.files import Root
+from oci_hooks.oci import is_sandbox, read_spec, read_state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+    from typing import Any
+
+    from oci_hooks.asker import Asker
+    from oci_hooks.command import Call, Deadline
+    from oci_hooks.errors import Finding
+    from oci_hooks.groups import Target
+    from oci_hooks.oci import Spec, State
+    from oci_hooks.sysfs import Picture
+
+PROGRAM = "vfio-host-check"
+DEADLINE = 8.0
+
+
+def main(argv: list[str]) -> int:
+    """Run the hook, or the check by hand, and return the exit code. argv: arguments without the program's name."""
+    return run_hook(PROGRAM, argv, DEADLINE, work, add_options, kmsg=False)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Give the parser this hook's own options."""
+    parser.add_argument("--pid", type=int, default=0, metavar="PID", help="with --bundle: the sandbox's hypervisor")
+    parser.add_argument("--all", action="store_true", help="no container: list every IOMMU group of this host")
+    parser.add_argument(
+        "--group",
+        action="append",
+        default=[],
+        dest="groups",
+        metavar="N",
+        help="no container: check group N; repeatable",
+    )
+    parser.add_argument(
+        "--format", default="", choices=["table", "nfd", "npd"], help="with --all: for a person, or a Kubernetes node"
+    )
+
+
+def work(call: Call) -> int:
+    """Do what the arguments ask for and return the exit code."""
+    root = Root()
+    if call.arguments.all or call.arguments.groups:
+        from oci_hooks.preflight import survey
+
+        return survey(call, root)
+    state = take_state(call)
+    call.container.append(state.id)
+    if call.arguments.phase == "poststop" or state.status == "stopped":
+        return EXIT_DONE
+    spec = read_spec(root, state)
+    if not spec.vfio_devices or is_sandbox(state, spec):
+        return EXIT_DONE
+    return check_container(call, root, state, spec)
+
+
+def take_state(call: Call) -> State:
+    """Return the state: from stdin, or made up for a bundle named by hand. Raises InputError."""
+    if not call.arguments.bundle:
+        return read_state(read_input(call.deadline))
+    import os
+
+    from oci_hooks.oci import State
+
+    bundle = os.path.abspath(call.arguments.bundle)
+    return State(os.path.basename(bundle) or "bundle", bundle, call.arguments.pid, "", {})
+
+
+def check_container(call: Call, root: Root, state: State, spec: Spec) -> int:
+    """Check everything that a container with VFIO devices needs, and return the exit code."""
+    from oci_hooks.asker import find_asker
+    from oci_hooks.groups import find_targets
+    from oci_hooks.sysfs import look
+    from oci_hooks.verdict import choose_exit, settle
+
+    settings = take_settings(call, root)
+    asker = find_asker(root, state, spec, settings.get("kata", {}).get("mode", "auto"), bool(call.arguments.bundle))
+    picture = look(root)
+    targets = find_targets(root, picture, spec.vfio_devices)
+    findings = check_host(root, picture, targets)
+    for target in targets:
+        findings += check_target(root, target, asker, state, call.deadline)
+    if asker.is_kata:
+        findings += check_sandbox(root, state, spec, asker, targets, settings, call.deadline)
+    else:
+        findings += check_plain(root, spec, asker, targets)
+    told = settle(findings, settings)
+    code = choose_exit(told)
+    for finding in (*told, *admit_weakness(asker, code)):
+        call.tell(finding)
+    return code
+
+
+def take_settings(call: Call, root: Root) -> dict[str, Any]:
+    """Return the settings of host.toml, or of the file that the command line names. Raises InputError."""
+    from oci_hooks.settings import HOST_SETTINGS, read_settings
+
+    named = call.arguments.settings
+    settings = read_settings(root, named or HOST_SETTINGS, "host-settings", required=bool(named))
+    call.deadline.extend(settings.get("deadline", DEADLINE))
+    return settings
+
+
+def check_host(root: Root, picture: Picture, targets: tuple[Target, ...]) -> list[Finding]:
+    """Return what is wrong with the host itself."""
+    from oci_hooks import checks
+    from oci_hooks.verdict import run_check
+
+    findings = [*run_check(checks.check_host_nodes, root, targets)]
+    if any(target.group is None and not target.found_by for target in targets):
+        findings += run_check(checks.check_iommu, root, picture)
+    return findings
+
+
+def check_target(root: Root, target: Target, asker: Asker, state: State, deadline: Deadline) -> list[Finding]:
+    """Return what is wrong with one entry of linux.devices and the group that it means."""
+    from oci_hooks import checks
+    from oci_hooks.verdict import run_check
+
+    return [
+        *run_check(checks.check_presence, root, target),
+        *run_check(checks.check_numbers, target, asker),
+        *run_check(checks.check_noiommu, target, asker),
+        *run_check(checks.check_kind, target),
+        *run_check(checks.check_empty, target),
+        *run_check(checks.check_viability, target),
+        *run_check(checks.check_kernel_word, root, target, asker, state, deadline),
+    ]
+
+
+def check_plain(root: Root, spec: Spec, asker: Asker, targets: tuple[Target, ...]) -> list[Finding]:
+    """Return what a container of a plain runtime lacks itself: there is no guest between it and the host."""
+    from oci_hooks import checks
+    from oci_hooks.verdict import run_check
+
+    return [
+        *run_check(checks.check_control_node, spec, targets),
+        *run_check(checks.check_device_rules, spec, targets),
+        *run_check(checks.check_memlock, root, spec, asker),
+    ]
+
+
+def check_sandbox(
+    root: Root,
+    state: State,
+    spec: Spec,
+    asker: Asker,
+    targets: tuple[Target, ...],
+    settings: dict[str, Any],
+    deadline: Deadline,
+) -> list[Finding]:
+    """Return what Kata's configuration, or the hypervisor that runs, makes impossible."""
+    from oci_hooks import checks
+    from oci_hooks.kata_checks import check_kata, view_sandbox
+    from oci_hooks.kata_lookup import find_config
+    from oci_hooks.verdict import run_check
+
+    annotations = {**spec.annotations, **state.annotations}
+    found = find_config(root, asker, annotations, settings.get("kata", {}).get("config", ""))
+    attached = all(checks.is_attached(root, target, asker, deadline) for target in targets)
+    view = view_sandbox(asker, found, annotations, attached)
+    findings = [*run_check(check_kata, view, spec, targets)]
+    if view.wanted:
+        findings += run_check(checks.check_memlock, root, spec, asker)
+        if view.mode == "vfio":
+            findings += run_check(checks.check_control_node, spec, targets)
+    return findings
+
+
+def admit_weakness(asker: Asker, code: int) -> tuple[Finding, ...]:
+    """Return the warning that a refusal has no effect, where the runtime is known to ignore it."""
+    from oci_hooks.errors import Finding
+
+    if code == EXIT_DONE or asker.kind != "kata-rs":
+        return ()
+    problem = "ignores a failing hook: the sandbox starts all the same"
+    hint = "refuse it earlier, e.g. by an admission check, or use Kata's Go runtime"
+    return (Finding("warning", "failure-ignored", "runtime-rs", problem, hint),)

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what Kata will do with the container's VFIO devices: virtual IOMMU, ports, mode, annotations, hooks.
+
+A function a check; each returns findings. Sources: kata-containers at the places named in each function.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.errors import Finding
+from oci_hooks.kata_config import HYPERVISOR_PREFIX
+from oci_hooks.oci import DEVICES_ANNOTATION, MAP_ANNOTATION
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.asker import Asker
+    from oci_hooks.groups import Target
+    from oci_hooks.hypervisor import Hypervisor
+    from oci_hooks.kata_config import KataConfig, Setting
+    from oci_hooks.kata_lookup import Found
+    from oci_hooks.oci import Spec
+
+# Hypervisors that never give a virtual IOMMU, whatever the configuration says (fc.go, stratovirt.go: iommu=off;
+# dragonball.rs refuses it; remote has no machine of its own).
+WITHOUT_VIOMMU = ("firecracker", "stratovirt", "dragonball", "remote", "acrn", "openvmm")
+# Machines whose PCI always has an IOMMU in a guest: zPCI, and sPAPR's TCE tables.
+WITH_OWN_IOMMU = ("s390x", "ppc64le")
+NO_PORT = "no-port"
+GUEST_KERNEL = "guest-kernel"
+
+
+class KataView(Record):
+    """What is known of the sandbox.
+
+    config: None where no configuration was found; certain: whether it is sure to be the one that Kata reads;
+    hypervisor: the running one, None where not known; machine: the host's, as uname says; mode: vfio_mode;
+    wanted: whether the container
+    wants VFIO inside the guest; attached: whether the sandbox's hypervisor holds the groups already.
+    """
+
+    asker: Asker
+    config: KataConfig | None
+    certain: bool
+    hypervisor: Hypervisor | None
+    machine: str
+    mode: str
+    wanted: bool
+    attached: bool
+
+    @property
+    def level(self) -> str:
+        """How bad a wrong setting is: a doubtful file never refuses a container."""
+        return "error" if self.certain else "warning"
+
+
+def view_sandbox(asker: Asker, found: Found, annotations: dict[str, str], attached: bool) -> KataView:
+    """Return what is known of the sandbox. attached: whether its hypervisor holds all of the container's groups."""
+    import os
+
+    asked = any(annotations.get(name, "").strip() for name in (DEVICES_ANNOTATION, MAP_ANNOTATION))
+    mode = found.config.runtime_setting("vfio_mode", GUEST_KERNEL).value if found.config else ""
+    wanted = asked or mode == "vfio"
+    machine = os.uname().machine
+    return KataView(asker, found.config, found.certain, asker.hypervisor, machine, str(mode), wanted, attached)
+
+
+def check_kata(view: KataView, spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+    """Return the findings of all checks of this module."""
+    channel = bool(targets) and all(target.group is not None and target.group.is_channel for target in targets)
+    return (
+        *check_config(view),
+        *check_viommu(view, channel),
+        *check_viommu_support(view, channel),
+        *check_port(view),
+        *check_annotations(view),
+        *check_confidential(view, targets),
+        *check_rootless(view, targets),
+        *check_group_size(view, targets),
+        *check_domain(view, targets),
+        *check_mode(view),
+        *check_hooks(view, spec),
+    )
+
+
+def check_config(view: KataView) -> tuple[Finding, ...]:
+    """kata-config-missing, kata-config-unreadable."""
+    if view.config is not None:
+        return view.config.findings
+    hint = 'name it in /etc/oci-vfio-hooks/host.toml: [kata] config = "/path/configuration.toml"'
+    problem = "its configuration.toml was not found at any place where Kata looks"
+    return (Finding("warning", "kata-config-missing", "Kata", problem, hint),)
+
+
+def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
+    """viommu-off: the guest gets no IOMMU, so vfio-pci in it has nothing to work with.
+
+    An error where the container wants VFIO in the guest; where the guest's own driver is to have it nothing is amiss.
+    channel: only AP or CCW devices, which need no IOMMU.
+    """
+    if channel or view.machine in WITH_OWN_IOMMU:
+        return ()
+    vmm, config = view.hypervisor, view.config
+    setting = config.hypervisor_setting("enable_iommu", False) if config else None
+    if vmm is not None and vmm.viommu:
+        if vmm.viommu == "on":
+            return ()
+        problem = f"{vmm.process} runs without a virtual IOMMU ({vmm.evidence})"
+        if config and setting:
+            told = config.describe(setting)
+            problem += f"; {told}" if setting.value is not True else f", although {told}"
+    elif config and setting and setting.value is not True:
+        problem = config.describe(setting)
+    else:
+        return ()
+    certain = view.certain or (vmm is not None and vmm.viommu == "off")
+    level = "error" if view.wanted and certain else "warning"
+    if not view.wanted:
+        problem += "; the guest's own driver can have the device, but VFIO in the container can't work"
+    return (Finding(level, "viommu-off", "virtual IOMMU", problem, make_viommu_hint(config, setting)),)
+
+
+def make_viommu_hint(config: KataConfig | None, setting: Setting | None) -> str:
+    """Return how to switch the virtual IOMMU on."""
+    annotation = f'annotation {HYPERVISOR_PREFIX}enable_iommu: "true"'
+    if config is None or setting is None:
+        return f"set enable_iommu = true in Kata's configuration.toml, or the sandbox's {annotation}"
+    if setting.annotation:
+        return f"set the sandbox's {annotation}"
+    if setting.is_drop_in:
+        return f"set enable_iommu = true there, or the sandbox's {annotation}"
+    drop_in = f"printf '[hypervisor.{config.hypervisor}]\\nenable_iommu = true\\n' > {config.directory}/90-viommu.toml"
+    return f"set it there, or: mkdir -p {config.directory} && {drop_in}; then start a new sandbox"
+
+
+def check_viommu_support(view: KataView, channel: bool) -> tuple[Finding, ...]:
+    """viommu-unsupported: this machine type, hypervisor or architecture has no virtual IOMMU in Kata."""
+    config = view.config
+    if channel or config is None or (view.hypervisor is not None and view.hypervisor.viommu == "on"):
+        return ()
+    iommu = config.hypervisor_setting("enable_iommu", False)
+    if iommu.value is not True and (not view.wanted or view.machine in WITH_OWN_IOMMU):
+        return ()
+    reason, is_fatal = explain_support(view, config)
+    if not reason:
+        return ()
+    told = f"; {iommu.describe()}" if iommu.value is True else ""
+    level = view.level if view.wanted or (is_fatal and iommu.value is True) else "warning"
+    hint = "use a Kata runtime class with QEMU and machine_type q35 on x86_64, or Kata's own vfio_mode = guest-kernel"
+    return (Finding(level, "viommu-unsupported", "virtual IOMMU", reason + told, hint),)
+
+
+def explain_support(view: KataView, config: KataConfig) -> tuple[str, bool]:
+    """Return why a configuration can't have a virtual IOMMU, and whether Kata refuses to start with one; "" if it can.
+
+    Go refuses to start QEMU (qemu_arch_base.go, appendIOMMU) and runtime-rs Dragonball; the others go on without one.
+    """
+    name = config.hypervisor
+    if name in WITHOUT_VIOMMU:
+        return f"{name} has none ([hypervisor.{name}] in {config.place.real})", name == "dragonball"
+    if name == "clh" and config.flavour == "rs":
+        return f"runtime-rs gives Cloud Hypervisor none ({config.place.real})", False
+    if name != "qemu":
+        return "", False
+    is_fatal = config.flavour == "go"
+    if view.machine != "x86_64":
+        return f"Kata has none on {view.machine}", is_fatal
+    machine = config.hypervisor_setting("machine_type", "q35")
+    # An empty machine_type is the default, which is q35 (katautils/config-settings.go).
+    return (
+        (f"only machine type q35 has one, and {config.describe(machine)}", is_fatal)
+        if machine.value
+        not in (
+            "q35",
+            "",
+        )
+        else ("", False)
+    )
+
+
+def check_port(view: KataView) -> tuple[Finding, ...]:
+    """no-port, port-conflict: where in the virtual machine the device would be plugged.
+
+    Older releases have none of these keys and need none.
+    """
+    config = view.config
+    if config is None or view.attached or config.hypervisor not in ("qemu", "clh"):
+        return ()
+    return check_rs_port(view, config) if config.flavour == "rs" else check_go_port(view, config)
+
+
+def check_rs_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
+    """no-port of runtime-rs: hot plug needs a free root or switch port (device/topology.rs, driver/vfio.rs)."""
+    root_port = config.hypervisor_setting("pcie_root_port")
+    switch_port = config.hypervisor_setting("pcie_switch_port")
+    cold = config.hypervisor_setting("cold_plug_vfio")
+    plugged_otherwise = config.hypervisor == "clh" or cold.value not in (None, NO_PORT)
+    if plugged_otherwise or root_port.value is None or is_positive(root_port.value) or is_positive(switch_port.value):
+        return ()
+    hint = f"set pcie_root_port = 1 or more in [hypervisor.qemu] of {config.place.real}"
+    return (Finding(view.level, "no-port", "PCIe port", config.describe(root_port), hint),)
+
+
+def check_go_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
+    """no-port, port-conflict of Go (drivers/vfio.go, Attach; katautils/config.go, checkPCIeConfig)."""
+    hot = config.hypervisor_setting("hot_plug_vfio")
+    cold = config.hypervisor_setting("cold_plug_vfio")
+    if hot.value is None or cold.value is None:
+        return ()
+    if hot.value == NO_PORT and cold.value == NO_PORT:
+        problem = f"{config.describe(hot)}, and cold_plug_vfio is no-port too"
+        hint = f'set hot_plug_vfio = "root-port" in [hypervisor.{config.hypervisor}] of {config.place.real}'
+        return (Finding(view.level, "no-port", "PCIe port", problem, hint),)
+    if NO_PORT not in (hot.value, cold.value):
+        problem = f"{hot.describe()}, and {cold.describe()}: Kata takes only one of them"
+        return (Finding(view.level, "port-conflict", "PCIe port", problem, 'set one of them to "no-port"'),)
+    used = cold if hot.value == NO_PORT else hot
+    if config.hypervisor == "clh" and used.value != "root-port":
+        problem = f"Cloud Hypervisor takes only root-port, and {config.describe(used)}"
+        return (Finding(view.level, "port-conflict", "PCIe port", problem, f'set {used.key} = "root-port"'),)
+    return ()
+
+
+def is_positive(value: object) -> bool:
+    """Tell whether a setting is a number above zero; annotations give it as text."""
+    return str(value).isdigit() and int(str(value)) > 0
+
+
+def check_annotations(view: KataView) -> tuple[Finding, ...]:
+    """annotation-not-allowed: Go refuses the sandbox (oci/utils.go, addAnnotations), runtime-rs ignores the annotation.
+
+    When a Go shim has started the hook it has taken the annotations already, so only a person is told of an error.
+    """
+    config = view.config
+    if config is None or not config.refused:
+        return ()
+    level = view.level if config.flavour == "go" and view.asker.by_hand else "warning"
+    patterns = config.hypervisor_setting("enable_annotations", [])
+    names = ", ".join(name[len(HYPERVISOR_PREFIX) :] for name in config.refused)
+    does = "refuses the sandbox" if config.flavour == "go" else "ignores it"
+    problem = f"enable_annotations in {config.place.real} does not admit {names}, and Kata {does}"
+    admitted = [str(pattern) for pattern in patterns.value] if isinstance(patterns.value, list) else []
+    wanted = admitted + [name[len(HYPERVISOR_PREFIX) :] for name in config.refused]
+    listed = ", ".join(f'"{word}"' for word in wanted)
+    hint = f"set enable_annotations = [{listed}] in [hypervisor.{config.hypervisor}], or drop the annotation"
+    return (Finding(level, "annotation-not-allowed", config.refused[0], problem, hint),)
+
+
+def check_confidential(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+    """needs-iommufd: a confidential guest takes no legacy group (qemu.go: "ConfidentialGuest needs IOMMUFD")."""
+    config = view.config
+    if config is None or view.attached:
+        return ()
+    setting = config.hypervisor_setting("confidential_guest", False)
+    legacy = [t for t in targets if not t.cdev and t.group is not None and not t.group.is_channel]
+    if setting.value is not True or not legacy:
+        return ()
+    # The refusal is Go's; runtime-rs was not seen to have it.
+    level = view.level if config.flavour == "go" and config.hypervisor == "qemu" else "warning"
+    problem = f"is a legacy group, and a confidential guest takes only /dev/vfio/devices/*: {config.describe(setting)}"
+    hint = "list the device's own node: ls /sys/bus/pci/devices/*/vfio-dev"
+    return tuple(Finding(level, "needs-iommufd", target.subject, problem, hint) for target in legacy)
+
+
+def check_rootless(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+    """group-denied: a hypervisor without root's rights can't open the node (how-to-run-rootless-vmm.md)."""
+    config = view.config
+    setting = config.hypervisor_setting("rootless", False) if config else None
+    if config is None or setting is None or setting.value is not True or view.attached:
+        return ()
+    problem = f"the hypervisor runs as an ordinary user and may not open it: {config.describe(setting)}"
+    hint = "set rootless = false, or give the node to that user with a udev rule"
+    return tuple(
+        Finding("warning", "group-denied", target.subject, problem, hint) for target in targets if target.group
+    )
+
+
+def check_group_size(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+    """multi-device-group: Go's cold plug passes the first device of a group only (sandbox.go, AppendDevice), and
+    runtime-rs the primary one (qemu/inner.rs, hotplug_device)."""
+    config = view.config
+    if config is None:
+        return ()
+    cold = config.hypervisor_setting("cold_plug_vfio", NO_PORT)
+    if config.flavour == "go" and cold.value == NO_PORT:
+        return ()
+    findings = []
+    for target in targets:
+        devices = [member.name for member in target.group.passable] if target.group and not target.cdev else []
+        if len(devices) > 1:
+            who = "runtime-rs" if config.flavour == "rs" else f"Kata ({cold.describe()})"
+            problem = f"has {len(devices)} devices ({', '.join(devices)}), and {who} passes only one of them"
+            hint = "use Kata's Go runtime with hot_plug_vfio, or a device alone in its group"
+            findings.append(Finding("warning", "multi-device-group", target.subject, problem, hint))
+    return tuple(findings)
+
+
+def check_domain(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+    """pci-domain: the runtime tells the agent every device under domain 0000 (kata_agent.go, appendVfioDevice)."""
+    findings = []
+    for target in targets:
+        members = target.group.passable if target.group else ()
+        names = [member.name for member in members if member.pci and not member.name.startswith("0000:")]
+        if names:
+            problem = f"{', '.join(names)} is in another PCI domain than 0000, and Kata gives the guest wrong addresses"
+            hint = "PCIDEVICE_* variables in the container will not be translated; name the guest's address yourself"
+            findings.append(Finding("warning", "pci-domain", target.subject, problem, hint))
+    return tuple(findings)
+
+
+def check_mode(view: KataView) -> tuple[Finding, ...]:
+    """vfio-mode: in guest-kernel mode the container gets the device by the guest's own driver, not as VFIO."""
+    config = view.config
+    if config is None:
+        return ()
+    mode = config.runtime_setting("vfio_mode", GUEST_KERNEL)
+    if mode.value != GUEST_KERNEL:
+        return ()
+    does = "vfio-guest-bind makes VFIO of it" if view.wanted else "the container gets it by the guest's own driver"
+    hint = "" if view.wanted else 'for VFIO: vfio_mode = "vfio", or annotation io.katacontainers.x.vfio.devices: "auto"'
+    return (Finding("info", "vfio-mode", "vfio_mode", f"{config.describe(mode)}: {does}", hint),)
+
+
+def check_hooks(view: KataView, spec: Spec) -> tuple[Finding, ...]:
+    """hooks-dropped, failure-ignored: runtime-rs loses guest hooks where config.json has hooks (container.rs,
+    amend_spec; agent rpc.rs, append_guest_hooks), and goes on when a host hook fails (hooks.rs, execute_hooks)."""
+    config = view.config
+    rs = view.asker.kind == "kata-rs" or (not view.asker.flavour and config is not None and config.flavour == "rs")
+    if not rs:
+        return ()
+    findings = []
+    path = config.hypervisor_setting("guest_hook_path", "") if config else None
+    if spec.raw.get("hooks") and config and path and path.value:
+        problem = f"config.json has hooks, so runtime-rs drops those of {config.describe(path)}"
+        hint = (
+            "take the host hooks out of config.json and check with vfio-host-check --bundle, or use Kata's Go runtime"
+        )
+        findings.append(Finding("warning", "hooks-dropped", "guest hooks", problem, hint))
+    return tuple(findings)

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host before any container exists: every IOMMU group, who has it, and what Kata would do; by hand or on a node.
+
+Exit codes are the hook's own, and those of a Node Problem Detector plugin: 0 well, 1 a problem, 2 not known.
+"""
+
+from __future__ import annotations
+
+from oci_hooks import checks
+from oci_hooks.errors import Finding, InputError
+from oci_hooks.groups import Target, list_groups, read_group
+from oci_hooks.holders import list_open_paths, list_pids, read_process
+from oci_hooks.log import write_stdout
+from oci_hooks.oci import GROUP_PREFIX, Device, State
+from oci_hooks.records import Record
+from oci_hooks.sysfs import look
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from oci_hooks.command import Call, Deadline
+    from oci_hooks.files import Root
+    from oci_hooks.groups import Member, VfioGroup
+    from oci_hooks.holders import Process
+    from oci_hooks.kata_checks import KataView
+    from oci_hooks.sysfs import Picture
+
+# Base classes of PCI functions (pci.ids), as far as a person looks for them here.
+CLASS_NAMES = {
+    "01": "storage",
+    "02": "network",
+    "03": "display",
+    "04": "multimedia",
+    "05": "memory",
+    "06": "bridge",
+    "07": "communication",
+    "08": "system",
+    "0b": "processor",
+    "0c": "serial bus",
+    "0d": "wireless",
+    "10": "encryption",
+    "11": "signal",
+    "12": "accelerator",
+}
+# Node Problem Detector cuts a message after this many characters by default.
+NPD_LENGTH = 80
+
+
+class Line(Record):
+    """A group in the listing. state: one of the words of name_state; holders: who has it open."""
+
+    group: VfioGroup
+    state: str
+    holders: tuple[Process, ...]
+
+
+def survey(call: Call, root: Root) -> int:
+    """Tell of all groups, or of those that the arguments name, and return the exit code. Raises InputError."""
+    from oci_hooks.host import take_settings
+    from oci_hooks.verdict import choose_exit, settle
+
+    settings = take_settings(call, root)
+    picture = look(root)
+    holders = map_holders(root, call.deadline)
+    if call.arguments.groups:
+        groups = tuple(read_group(root, picture, name_group(text)) for text in call.arguments.groups)
+        findings = [finding for group in groups for finding in check_named(root, picture, group, call.deadline)]
+    else:
+        groups = list_groups(root, picture)
+        findings = [*checks.check_iommu(root, picture), *find_half_bound(groups)]
+    lines = tuple(make_line(root, group, holders) for group in groups)
+    views = () if settings.get("kata", {}).get("mode") == "never" else view_configs(root, settings)
+    findings += [finding for view in views for finding in check_view(view)]
+    told = settle(findings, settings)
+    for finding in told:
+        call.tell(finding)
+    call.details["groups"] = [describe_line(line) for line in lines]
+    call.details["kata"] = [describe_view(view) for view in views]
+    if not call.arguments.json:
+        write_stdout(format_answer(call.arguments.format, lines, views, told))
+    return choose_exit(told)
+
+
+# Groups --------------------------------------------------------------------------------------------------------------
+
+
+def name_group(text: str) -> str:
+    """Return the group's name in "12" or "/dev/vfio/12". Raises InputError."""
+    name = text[len(GROUP_PREFIX) :] if text.startswith(GROUP_PREFIX) else text
+    if not (name.isdigit() or (name.startswith("noiommu-") and name[len("noiommu-") :].isdigit())):
+        hint = "give its number, e.g. --group 12; all of them: --all"
+        raise InputError("bad-arguments", f"--group {text}", "is no name of a group", hint)
+    return name
+
+
+def check_named(root: Root, picture: Picture, group: VfioGroup, deadline: Deadline) -> list[Finding]:
+    """Return what would stand in the way of a container that asks for this group."""
+    from oci_hooks.host import check_host, check_target
+
+    entry = make_entry(group)
+    is_there = bool(group.iommu_group or group.number)
+    found_by = "numbers" if group.number else "name" if is_there else ""
+    target = Target(entry, group if is_there else None, "", found_by)
+    findings = check_host(root, picture, (target,))
+    return findings + check_target(root, target, make_nobody(), State("", "/", 0, "", {}), deadline)
+
+
+def make_nobody() -> Any:
+    """Return the asker of a check that no runtime started."""
+    from oci_hooks.asker import Asker
+
+    return Asker("plain", None, None, "", "", False, True)
+
+
+def find_half_bound(groups: tuple[VfioGroup, ...]) -> list[Finding]:
+    """Return a finding for each group that somebody prepared for VFIO and that would not open."""
+    return [
+        finding
+        for group in groups
+        if any(member.standing == "vfio" for member in group.members)
+        for finding in checks.check_viability(Target(make_entry(group), group, "", "numbers"))
+    ]
+
+
+def make_entry(group: VfioGroup) -> Device:
+    """Return an entry of linux.devices that asks for a group."""
+    major, minor = group.number or (-1, -1)
+    return Device(group.node, "c", major, minor, -1, -1, -1)
+
+
+def map_holders(root: Root, deadline: Deadline) -> dict[str, tuple[Process, ...]]:
+    """Return who has which VFIO node open, by its path."""
+    holders: dict[str, tuple[Process, ...]] = {}
+    for pid in list_pids(root):
+        if deadline.remaining() < 0.5:
+            break
+        paths = {path for path in list_open_paths(root, pid) if path.startswith(GROUP_PREFIX)}
+        for path in paths:
+            holders[path] = holders.get(path, ()) + (read_process(root, pid),)
+    return holders
+
+
+def make_line(root: Root, group: VfioGroup, holders: dict[str, tuple[Process, ...]]) -> Line:
+    """Return a group's line of the listing."""
+    nodes = (group.node, *(f"{GROUP_PREFIX}devices/{name}" for name in checks.list_member_cdevs(root, group)))
+    held_by = tuple(dict.fromkeys(process for node in nodes for process in holders.get(node, ())))
+    return Line(group, name_state(group, held_by), held_by)
+
+
+def name_state(group: VfioGroup, holders: tuple[Process, ...]) -> str:
+    """Return a group's state in a word or two."""
+    prepared = any(member.standing == "vfio" for member in group.members)
+    facts = (
+        (not group.iommu_group and not group.number, "missing"),
+        (bool(holders), "in use"),
+        (not group.passable, "bridges only"),
+        (group.noiommu, "no IOMMU"),
+        (prepared and bool(group.blocking), "not viable"),
+        (prepared, "ready"),
+        (bool(group.blocking), "host's"),
+    )
+    return next((word for is_so, word in facts if is_so), "not bound")
+
+
+# Kata ----------------------------------------------------------------------------------------------------------------
+
+
+def view_configs(root: Root, settings: dict[str, Any]) -> tuple[KataView, ...]:
+    """Return Kata's configurations on this host: those that container engines name, and the default one."""
+    from oci_hooks.kata_checks import view_sandbox
+    from oci_hooks.kata_config import find_default_places, load_config, make_place
+    from oci_hooks.kata_lookup import Found
+    from oci_hooks.runtimes import list_kata_handlers
+
+    named = settings.get("kata", {}).get("config", "")
+    candidates = [make_place(root, named, "named in host.toml")] if named else []
+    for handler in list_kata_handlers(root):
+        candidates.append(make_place(root, handler.config_path, f"runtime {handler.name} of {handler.engine}"))
+    for flavour in ("go", "rs"):
+        candidates += find_default_places(root, flavour, "")[:1]
+    places = {place.real: place for place in reversed(candidates) if place}
+    configs = [load_config(root, place, "", {}) for place in reversed(list(places.values()))]
+    return tuple(view_sandbox(make_nobody(), Found(config, True), {}, False) for config in configs)
+
+
+def check_view(view: KataView) -> list[Finding]:
+    """Return what contradicts itself in a configuration, as far as that can be told without a container."""
+    from oci_hooks import kata_checks
+
+    return [
+        *kata_checks.check_config(view),
+        *(kata_checks.check_viommu(view, False) if view.wanted else ()),
+        *kata_checks.check_viommu_support(view, False),
+        *(finding for finding in kata_checks.check_port(view) if finding.code == "port-conflict"),
+    ]
+
+
+# Formats -------------------------------------------------------------------------------------------------------------
+
+
+def format_answer(name: str, lines: tuple[Line, ...], views: tuple[KataView, ...], told: tuple[Finding, ...]) -> str:
+    """Return the listing in a format: "nfd", "npd", else a table."""
+    if name == "nfd":
+        return format_labels(lines, views)
+    if name == "npd":
+        return format_problem(lines, told)
+    return format_table(lines, views)
+
+
+def format_table(lines: tuple[Line, ...], views: tuple[KataView, ...]) -> str:
+    """Return groups, and Kata's configurations, in columns for a person."""
+    rows: list[tuple[str, ...]] = [("GROUP", "STATE", "DEVICE", "ID", "CLASS", "DRIVER", "HELD BY")]
+    for line in lines:
+        held_by = ", ".join(str(process) for process in line.holders) or "-"
+        first = (line.group.name, line.state)
+        for member in line.group.members:
+            rows.append((*first, *describe_member(member), held_by))
+            first, held_by = ("", ""), ""
+        if not line.group.members:
+            rows.append((*first, "-", "-", "-", "-", held_by))
+    text = format_columns(rows)
+    if views:
+        text += "\n" + format_columns(
+            [("KATA", "HYPERVISOR", "VFIO_MODE", "ENABLE_IOMMU", "PORT"), *map(row_of, views)]
+        )
+    return text
+
+
+def describe_member(member: Member) -> tuple[str, str, str, str]:
+    """Return the columns of a member: name, id, class, driver."""
+    kind = CLASS_NAMES.get(member.pci.class_code[:2], member.pci.class_code) if member.pci else member.bus
+    return member.name, member.pci.id if member.pci else "-", kind, member.driver or "-"
+
+
+def row_of(view: KataView) -> tuple[str, ...]:
+    """Return the columns of one of Kata's configurations."""
+    values = describe_view(view)
+    return (
+        values["path"],
+        values["hypervisor"],
+        values["vfio_mode"],
+        str(values["enable_iommu"]).lower(),
+        values["port"],
+    )
+
+
+def format_columns(rows: list[tuple[str, ...]]) -> str:
+    """Return rows with their columns aligned."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    return "".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() + "\n" for row in rows)
+
+
+def format_labels(lines: tuple[Line, ...], views: tuple[KataView, ...]) -> str:
+    """Return labels for Node Feature Discovery's local source, a line each (features.d)."""
+    ready = [line.group for line in lines if line.state == "ready"]
+    labels = {
+        "vfio.iommu": str(any(line.group.iommu_group and not line.group.noiommu for line in lines)).lower(),
+        "vfio.groups-ready": str(len(ready)),
+        "vfio.groups-in-use": str(sum(line.state == "in use" for line in lines)),
+        "vfio.groups-not-viable": str(sum(line.state == "not viable" for line in lines)),
+    }
+    for group in ready:
+        for member in group.passable:
+            if member.pci:
+                name = f"vfio.device-{member.pci.vendor}-{member.pci.device}"
+                labels[name] = str(int(labels.get(name, "0")) + 1)
+    if views:
+        labels["vfio.kata-viommu"] = str(any(describe_view(view)["enable_iommu"] for view in views)).lower()
+    return "".join(f"{name}={value}\n" for name, value in labels.items())
+
+
+def format_problem(lines: tuple[Line, ...], told: tuple[Finding, ...]) -> str:
+    """Return one line for Node Problem Detector: the first error, or how many groups are ready."""
+    errors = [finding for finding in told if finding.level == "error"]
+    if not errors:
+        return f"{sum(line.state == 'ready' for line in lines)} VFIO groups ready\n"
+    more = f" (+{len(errors) - 1})" if len(errors) > 1 else ""
+    text = f"{errors[0].code}: {errors[0].subject}: {errors[0].problem}"
+    return text[: NPD_LENGTH - len(more)] + more + "\n"
+
+
+def describe_line(line: Line) -> dict[str, Any]:
+    """Return a group for --json."""
+    group = line.group
+    return {
+        "group": group.name,
+        "state": line.state,
+        "number": f"{group.number[0]}:{group.number[1]}" if group.number else None,
+        "noiommu": group.noiommu,
+        "members": [
+            {
+                "name": member.name,
+                "bus": member.bus,
+                "driver": member.driver or None,
+                "standing": member.standing,
+                "id": member.pci.id if member.pci else None,
+                "class": member.pci.class_code if member.pci else None,
+            }
+            for member in group.members
+        ],
+        "holders": [{"pid": process.pid, "name": process.name} for process in line.holders],
+    }
+
+
+def describe_view(view: KataView) -> dict[str, Any]:
+    """Return one of Kata's configurations for --json."""
+    config = view.config
+    if config is None:
+        return {}
+    hot, cold, root = (config.hypervisor_setting(key) for key in ("hot_plug_vfio", "cold_plug_vfio", "pcie_root_port"))
+    ports = [f"hot {hot.value}" if hot.value else "", f"cold {cold.value}" if cold.value else ""]
+    return {
+        "path": config.place.real,
+        "reason": config.place.reason,
+        "runtime": config.flavour,
+        "hypervisor": config.hypervisor,
+        "vfio_mode": str(config.runtime_setting("vfio_mode", "guest-kernel").value),
+        "enable_iommu": config.hypervisor_setting("enable_iommu", False).value is True,
+        "port": ", ".join(port for port in ports if port) or (f"{root.value} root ports" if root.value else "-"),
+    }

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From findings to a verdict: the modes of host.toml, and checks that could not be made."""
+
+from __future__ import annotations
+
+from oci_hooks.errors import EXIT_DONE, EXIT_REFUSED, Finding
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+ORDER = ("error", "warning", "info")
+
+
+def run_check(check: Callable[..., tuple[Finding, ...]], *values: Any) -> tuple[Finding, ...]:
+    """Return what a check finds. One that the system does not let look must not stop a container: it is a warning."""
+    try:
+        return check(*values)
+    except OSError as error:
+        problem = f"could not be made: {error.filename or 'a system call'}: {error.strerror or error}"
+        hint = "run the hook as root, with the host's /sys and /proc"
+        return (Finding("warning", "check-failed", check.__name__, problem, hint),)
+
+
+def settle(findings: Iterable[Finding], settings: dict[str, Any]) -> tuple[Finding, ...]:
+    """Return the findings as host.toml wants them, errors first, each once.
+
+    settings: `mode` for all checks ("enforce" or "warn"), `checks` for single ones by their code: "warn" tells an error
+    as a warning, "enforce" a warning as an error, "ignore" leaves it out. A check's own mode goes first.
+    """
+    kept = []
+    for finding in findings:
+        level = choose_level(finding, settings.get("mode", ""), settings.get("checks", {}).get(finding.code, ""))
+        changed = finding.replace(level=level)
+        if level and changed not in kept:
+            kept.append(changed)
+    return tuple(sorted(kept, key=lambda finding: ORDER.index(finding.level)))
+
+
+def choose_level(finding: Finding, general: str, own: str) -> str:
+    """Return a finding's level under the modes; "" to leave it out."""
+    if own == "ignore":
+        return ""
+    if own == "enforce":
+        return finding.level if finding.level == "info" else "error"
+    if own == "warn" or general == "warn":
+        return "warning" if finding.level == "error" else finding.level
+    return finding.level
+
+
+def choose_exit(findings: Iterable[Finding]) -> int:
+    """Return the exit code: refused as soon as one finding is an error."""
+    return EXIT_REFUSED if any(finding.level == "error" for finding in findings) else EXIT_DONE
