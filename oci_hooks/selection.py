@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from oci_hooks.request import Request, Selector
     from oci_hooks.sysfs import IommuGroup, PciDevice, Picture
 
+LIST_HINT = "see what there is with: lspci -Dnnk"
 VIOMMU_HINT = (
     "set enable_iommu = true in [hypervisor.qemu] of Kata's configuration.toml, or start QEMU with -device intel-iommu"
 )
@@ -92,7 +93,9 @@ def choose_named(request: Request, pool: Pool) -> dict[str, Choice]:
         if selector.kind == "auto":
             groups = find_candidates(pool)
             if not groups:
-                raise NotYet("nothing-to-take", request.source, f"auto finds no free device{list_rejected(pool)}", "")
+                raise NotYet(
+                    "nothing-to-take", request.source, f"auto finds no free device{list_rejected(pool)}", LIST_HINT
+                )
             devices = [group.endpoints[0] for group in groups]
         else:
             devices = find_selected(selector, request, pool)
@@ -112,7 +115,9 @@ def find_selected(selector: Selector, request: Request, pool: Pool) -> list[PciD
     """Return the devices that one selector of the annotation means. Raises NotYet or Refusal."""
     found = [device for device in pool.picture.devices.values() if matches(selector, device)]
     if not found:
-        raise NotYet("no-such-device", request.source, f"{selector} matches no PCI device here{list_free(pool)}")
+        raise NotYet(
+            "no-such-device", request.source, f"{selector} matches no PCI device here{list_free(pool)}", LIST_HINT
+        )
     if selector.kind in ("address", "path"):
         for bridge in (device for device in found if device.is_bridge):
             raise Refusal("bridge", describe(bridge), "is a bridge, never taken", "name the device behind it")
