@@ -10,11 +10,21 @@ can't be. Prints one line of JSON; a step that failed has the error's name inste
 Python's minimal package is enough for it: no json, no ctypes.
 """
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import os
 import struct
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    T = TypeVar("T")
+    Report = dict[str, object]
 
 # <linux/vfio.h>: _IO(';', 100 + n)
 VFIO_SET_IOMMU = 0x3B66
@@ -29,12 +39,12 @@ VFIO_PCI_CONFIG_REGION_INDEX = 7
 DIRECTORY = "/dev/vfio"
 
 
-def name_error(error):
+def name_error(error: OSError) -> str:
     """Return an error's name, as in EPERM."""
-    return errno.errorcode.get(error.errno, str(error.errno))
+    return errno.errorcode.get(error.errno or 0, str(error.errno))
 
 
-def attempt(report, step, action):
+def attempt(report: Report, step: str, action: Callable[[], T]) -> T | None:
     """Do one step and note "ok" or the error's name; return its value, or None."""
     try:
         value = action()
@@ -45,18 +55,19 @@ def attempt(report, step, action):
     return value
 
 
-def open_node(path):
+def open_node(path: str) -> int:
     """Open a device node for reading and writing."""
     return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
 
-def read_status(group):
+def read_status(group: int) -> int:
     """Return the flags of a group."""
     answer = fcntl.ioctl(group, VFIO_GROUP_GET_STATUS, struct.pack("=II", 8, 0))
-    return struct.unpack("=II", answer)[1]
+    flags: int = struct.unpack("=II", answer)[1]
+    return flags
 
 
-def read_id(device):
+def read_id(device: int) -> str:
     """Return vendor:device out of the configuration space, read through the device's region."""
     # struct vfio_region_info: argsz, flags, index, cap_offset, size, offset
     layout = "=IIIIQQ"
@@ -66,7 +77,7 @@ def read_id(device):
     return f"{vendor:04x}:{number:04x}"
 
 
-def list_members(name):
+def list_members(name: str) -> list[str]:
     """Return the addresses of a group's devices, from sysfs; bridges too."""
     try:
         return sorted(os.listdir(f"/sys/kernel/iommu_groups/{name}/devices"))
@@ -74,15 +85,16 @@ def list_members(name):
         return []
 
 
-def get_device(group, address):
+def get_device(group: int, address: str) -> int:
     """Return the file descriptor of a group's device. A bridge is a member too, but VFIO does not hand it out."""
     # A mutable buffer, because only then does fcntl return what the kernel returned: the descriptor.
-    return fcntl.ioctl(group, VFIO_GROUP_GET_DEVICE_FD, bytearray(address.encode() + b"\0"))
+    device: int = fcntl.ioctl(group, VFIO_GROUP_GET_DEVICE_FD, bytearray(address.encode() + b"\0"))
+    return device
 
 
-def probe_device(group, address):
+def probe_device(group: int, address: str) -> Report:
     """Return what became of getting one device of a group and reading its id."""
-    report = {"address": address}
+    report: Report = {"address": address}
     device = attempt(report, "get_device", lambda: get_device(group, address))
     if device is not None:
         report["id"] = attempt(report, "read_id", lambda: read_id(device))
@@ -90,9 +102,9 @@ def probe_device(group, address):
     return report
 
 
-def probe_group(name):
+def probe_group(name: str) -> Report:
     """Return what became of opening a group and all that follows, in a VFIO container of its own."""
-    report = {"group": name}
+    report: Report = {"group": name}
     group = attempt(report, "open", lambda: open_node(f"{DIRECTORY}/{name}"))
     if group is None:
         return report
@@ -112,14 +124,14 @@ def probe_group(name):
     return report
 
 
-def probe_path(path):
+def probe_path(path: str) -> object:
     """Return "ok" or the name of the error that opening a path ends in."""
-    report = {}
+    report: Report = {}
     attempt(report, "open", lambda: open_node(path))
     return report["open"]
 
 
-def list_nodes():
+def list_nodes() -> list[str]:
     """Return the names in /dev/vfio."""
     try:
         return sorted(os.listdir(DIRECTORY))
@@ -127,7 +139,7 @@ def list_nodes():
         return []
 
 
-def write_json(value):
+def write_json(value: object) -> str:
     """Return JSON for the few kinds of values there are here; no string of ours needs escaping but for quotes."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{write_json(key)}: {write_json(item)}" for key, item in value.items()) + "}"
@@ -135,13 +147,13 @@ def write_json(value):
         return "[" + ", ".join(write_json(item) for item in value) + "]"
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return {True: "true", False: "false", None: "null"}[value]
+    return "null" if value is None else "true" if value else "false"
 
 
-def main(paths):
+def main(paths: list[str]) -> None:
     """Print the report."""
     nodes = list_nodes()
-    report = {
+    report: Report = {
         "nodes": nodes,
         "control": probe_path(f"{DIRECTORY}/vfio"),
         "groups": [probe_group(name) for name in nodes if name.isdigit()],

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def ensure_venv(name: str, requirements: Sequence[str]) -> Path:
         run([PYTHON, "-m", "venv", str(place)])
         run([str(place / "bin/pip"), "install", "--disable-pip-version-check", "-q", *requirements])
         mark.touch()
-        say(f"  done in {time.monotonic() - started:.0f} s")
+        say(f"  {name}: done in {time.monotonic() - started:.0f} s")
     return place
 
 
@@ -178,7 +179,7 @@ def ensure_rootfs(name: str = "probe") -> Path:
         for useless in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"):
             shutil.rmtree(partial / useless, ignore_errors=True)
         partial.rename(place)
-        say(f"  done in {time.monotonic() - started:.0f} s")
+        say(f"  root file system: done in {time.monotonic() - started:.0f} s")
     return place
 
 
@@ -271,6 +272,16 @@ def read_apt_options(suite: str) -> list[str]:
     options = [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
     run(["apt-get", *options, "-q", "update"])
     return options
+
+
+def ensure_rig() -> tuple[Kernel, Path]:
+    """Return the usual kernel and root file system, with all the rig needs beside them, made side by side."""
+    with ThreadPoolExecutor() as pool:
+        venv = pool.submit(ensure_venv, "rig", RIG_REQUIREMENTS)
+        kernel = pool.submit(ensure_kernel)
+        rootfs = pool.submit(ensure_rootfs)
+        venv.result()
+        return kernel.result(), rootfs.result()
 
 
 def compile_hooks() -> None:

@@ -169,7 +169,7 @@ def run_boot(machine: str, kernel: str, files: list[Path], options: list[str]) -
         command += ["-o", "faulthandler_timeout=240", *options, *(str(file) for file in files)]
         job = rig.Job(tuple(command), share, VM_LIMIT, make_environment())
         try:
-            outcome = rig.run_in_vm(MACHINES[machine], provision.ensure_kernel(kernel), job, write_output)
+            outcome = rig.run_in_vm(MACHINES[machine], provision.ensure_kernel(kernel), job, rig.write_output)
         except rig.BootError as error:
             print(f"rig: {machine}: {error}", flush=True)
             return Count(failed=1)
@@ -187,13 +187,6 @@ def make_environment() -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         **{name: value for name, value in os.environ.items() if name == "OCI_VFIO_HOOKS_DIR"},
     }
-
-
-def write_output(data: bytes) -> None:
-    """Pass the machine's output on as it is."""
-    sys.stdout.flush()
-    while data:
-        data = data[os.write(1, data) :]
 
 
 def read_report(report: Path, code: int) -> Count:
@@ -237,7 +230,7 @@ def run_command(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="share-", dir=provision.find_cache()) as share:
         job = rig.Job(tuple(command), Path(share), VM_LIMIT, make_environment())
         try:
-            return rig.run_in_vm(MACHINES[name], provision.ensure_kernel(kernel), job, write_output).exit_code
+            return rig.run_in_vm(MACHINES[name], provision.ensure_kernel(kernel), job, rig.write_output).exit_code
         except rig.BootError as error:
             print(f"rig: {name}: {error}", flush=True)
             return 1

@@ -73,6 +73,13 @@ def run_in_vm(machine: Machine, kernel: provision.Kernel, job: Job, write: Calla
         return boot(machine, kernel, job, write)
 
 
+def write_output(data: bytes) -> None:
+    """Write what comes out of the machine to standard output, as it is and at once: the usual `write`."""
+    sys.stdout.flush()
+    while data:
+        data = data[os.write(1, data) :]
+
+
 class StalledError(BootError):
     """The machine never reached its command."""
 
