@@ -13,6 +13,7 @@ import os
 from oci_hooks import cgroup, container, nodes, sysfs
 from oci_hooks.errors import Finding, StepError
 from oci_hooks.plan import DRIVER, Rebind
+from oci_hooks.records import Record
 from oci_hooks.workers import Job, Result, Write, run_jobs
 
 TYPE_CHECKING = False
@@ -102,8 +103,20 @@ def probe_again(root: Root, address: str, deadline: Deadline) -> str:
 # Permission ----------------------------------------------------------------------------------------------------------
 
 
+class Permission(Record):
+    """How to permit. widens_parents: see cgroup.plan_grant; expects_user: the container may have its groups open."""
+
+    widens_parents: bool
+    expects_user: bool
+
+
 def grant_nodes(
-    root: Root, made: tuple[cgroup.Node, ...], target: Target, journal: Journal, deadline: Deadline
+    root: Root,
+    made: tuple[cgroup.Node, ...],
+    target: Target,
+    permission: Permission,
+    journal: Journal,
+    deadline: Deadline,
 ) -> None:
     """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
     place = cgroup.find_cgroup(root, target.pid)
@@ -112,13 +125,15 @@ def grant_nodes(
         proofs = cgroup.prove(root, place, directory, made, deadline)
         denied = [proof.node for proof in proofs if proof.is_denied]
         if denied:
-            grant = cgroup.plan_grant(root, place, denied)
+            grant = cgroup.plan_grant(root, place, denied, permission.widens_parents)
             journal.note("permit", *format_grant(grant))
             cgroup.permit(root, grant)
             proofs = cgroup.prove(root, place, directory, made, deadline)
     finally:
         os.close(directory)
-    check_proofs(root, place, proofs)
+    # A group opens once at a time, and the device cgroup is asked before.
+    checked = [proof for proof in proofs if proof.error != errno.EBUSY or not permission.expects_user]
+    check_proofs(root, place, tuple(checked))
 
 
 def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProof, ...]) -> None:

@@ -73,7 +73,8 @@ def carry_out(work: Work, wanted: plan.Plan, journal: Journal) -> None:
     load_drivers(root, deadline)
     apply.bind_devices(root, wanted.rebinds, journal, deadline)
     made = nodes.expose_nodes(root, wanted, target, journal)
-    apply.grant_nodes(root, made, target, journal, deadline)
+    permission = apply.Permission(work.settings.widen_parent_cgroups, expects_user=journal.kept > 0)
+    apply.grant_nodes(root, made, target, permission, journal, deadline)
     journal.note("done")
 
 
@@ -223,9 +224,14 @@ def put_back(root: Root, claim: Claim, deadline: Deadline, lock: int) -> list[Fi
 
 def take_back(work: Work, journal: Journal) -> list[Finding]:
     """Undo what this run of the hook has done, and remove the claim."""
-    claim = work.directory.read_entries(journal.path)
+    entries = work.directory.read_entries(journal)
     deadline = Deadline(max(work.call.deadline.remaining(), UNDO_SECONDS))
-    return end_claim(journal.path, apply.undo(work.root, claim, work.state.pid, deadline))
+    findings = apply.undo(work.root, entries, work.state.pid, deadline)
+    if journal.kept:
+        # The container has what an earlier run gave it, and may be using it.
+        os.ftruncate(journal.fd, journal.kept)
+        return findings
+    return end_claim(journal.path, findings)
 
 
 def end_claim(path: str, findings: list[Finding]) -> list[Finding]:

@@ -119,9 +119,9 @@ class ClaimDirectory:
         finally:
             os.close(fd)
 
-    def read_entries(self, path: str) -> tuple[Entry, ...]:
-        """Return the entries of a journal that this process has locked."""
-        return tuple(parse_journal(Root().read_bytes(path)))
+    def read_entries(self, journal: Journal) -> tuple[Entry, ...]:
+        """Return the entries that this run has added to a journal."""
+        return tuple(parse_journal(Root().read_bytes(journal.path)[journal.kept :]))
 
     def open_journal(self, container: str, pid: int, start: int, groups: tuple[str, ...]) -> Journal:
         """Write a new claim and return its journal, locked. Call it with the machine-wide lock held.
@@ -146,7 +146,7 @@ class ClaimDirectory:
         """Return the journal of an existing claim, locked; None where a hook, or a blocked step of one, has it."""
         fd = os.open(claim.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
         if try_lock(fd):
-            return Journal(fd, claim.path)
+            return Journal(fd, claim.path, os.fstat(fd).st_size if claim.done else 0)
         os.close(fd)
         return None
 

@@ -41,11 +41,16 @@ class Entry(Record):
 
 
 class Journal:
-    """A journal open for appending. fd: its descriptor, whose lock says that the hook is still at work."""
+    """A journal open for appending.
 
-    def __init__(self, fd: int, path: str) -> None:
+    fd: its descriptor, whose lock says that the hook is still at work; kept: how many bytes of it an earlier run of the
+    hook has written, which succeeded and is not this run's to put back.
+    """
+
+    def __init__(self, fd: int, path: str, kept: int = 0) -> None:
         self.fd = fd
         self.path = path
+        self.kept = kept
 
     def note(self, kind: str, *words: object) -> None:
         """Append one entry, in a single write. Raises OSError."""
