@@ -189,12 +189,16 @@ def check_port(view: KataView) -> tuple[Finding, ...]:
 
 
 def check_rs_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
-    """no-port of runtime-rs: hot plug needs a free root or switch port (device/topology.rs, driver/vfio.rs)."""
+    """no-port, port-conflict of runtime-rs: hot plug needs ports of one kind (device/topology.rs, get_pcie_port)."""
     root_port = config.hypervisor_setting("pcie_root_port")
     switch_port = config.hypervisor_setting("pcie_switch_port")
     cold = config.hypervisor_setting("cold_plug_vfio")
+    kinds = is_positive(root_port.value) + is_positive(switch_port.value)
+    if kinds > 1:
+        problem = f"{root_port.describe()}, and {switch_port.describe()}: runtime-rs takes only one of them"
+        return (Finding(view.level, "port-conflict", "PCIe port", problem, "set one of them to 0"),)
     plugged_otherwise = config.hypervisor == "clh" or cold.value not in (None, NO_PORT)
-    if plugged_otherwise or root_port.value is None or is_positive(root_port.value) or is_positive(switch_port.value):
+    if plugged_otherwise or root_port.value is None or kinds == 1:
         return ()
     hint = f"set pcie_root_port = 1 or more in [hypervisor.qemu] of {config.place.real}"
     return (Finding(view.level, "no-port", "PCIe port", config.describe(root_port), hint),)
@@ -204,20 +208,33 @@ def check_go_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
     """no-port, port-conflict of Go (drivers/vfio.go, Attach; katautils/config.go, checkPCIeConfig)."""
     hot = config.hypervisor_setting("hot_plug_vfio")
     cold = config.hypervisor_setting("cold_plug_vfio")
-    if hot.value is None or cold.value is None:
+    if hot.value is None and cold.value is None:
         return ()
-    if hot.value == NO_PORT and cold.value == NO_PORT:
-        problem = f"{config.describe(hot)}, and cold_plug_vfio is no-port too"
+    used = {hot.value, cold.value} - {None, NO_PORT}
+    if not used:
+        problem = f"{config.describe(hot if hot.value else cold)}, and no other plug setting names a port"
         hint = f'set hot_plug_vfio = "root-port" in [hypervisor.{config.hypervisor}] of {config.place.real}'
         return (Finding(view.level, "no-port", "PCIe port", problem, hint),)
-    if NO_PORT not in (hot.value, cold.value):
+    if hot.value in used and cold.value in used:
         problem = f"{hot.describe()}, and {cold.describe()}: Kata takes only one of them"
         return (Finding(view.level, "port-conflict", "PCIe port", problem, 'set one of them to "no-port"'),)
-    used = cold if hot.value == NO_PORT else hot
-    if config.hypervisor == "clh" and used.value != "root-port":
-        problem = f"Cloud Hypervisor takes only root-port, and {config.describe(used)}"
-        return (Finding(view.level, "port-conflict", "PCIe port", problem, f'set {used.key} = "root-port"'),)
-    return ()
+    deciding = hot if hot.value in used else cold
+    if config.hypervisor == "clh" and deciding.value != "root-port":
+        problem = f"Cloud Hypervisor takes only root-port, and {config.describe(deciding)}"
+        return (Finding(view.level, "port-conflict", "PCIe port", problem, f'set {deciding.key} = "root-port"'),)
+    return check_port_count(view, config, hot)
+
+
+def check_port_count(view: KataView, config: KataConfig, hot: Setting) -> tuple[Finding, ...]:
+    """no-port: in a pod Kata does not know the device when it makes the ports, so there must be some in stock
+    (qemu.go, createPCIeTopology). Told only beforehand: in a pod the hook runs after the device was plugged."""
+    stock = config.hypervisor_setting("pcie_root_port", 0)
+    in_need = hot.value == "root-port" and view.asker.is_cri and view.asker.by_hand and config.hypervisor == "qemu"
+    if not in_need or is_positive(stock.value):
+        return ()
+    hint = f"set pcie_root_port to the number of devices of a pod in [hypervisor.qemu] of {config.place.real}"
+    problem = f"{config.describe(stock)}, and a pod's devices need that many ports"
+    return (Finding("warning", "no-port", "PCIe port", problem, hint),)
 
 
 def is_positive(value: object) -> bool:
@@ -254,11 +271,10 @@ def check_confidential(view: KataView, targets: tuple[Target, ...]) -> tuple[Fin
     legacy = [t for t in targets if not t.cdev and t.group is not None and not t.group.is_channel]
     if setting.value is not True or not legacy:
         return ()
-    # The refusal is Go's; runtime-rs was not seen to have it.
-    level = view.level if config.flavour == "go" and config.hypervisor == "qemu" else "warning"
+    # Not every release refuses it, and one that does has not come as far as to a hook.
     problem = f"is a legacy group, and a confidential guest takes only /dev/vfio/devices/*: {config.describe(setting)}"
     hint = "list the device's own node: ls /sys/bus/pci/devices/*/vfio-dev"
-    return tuple(Finding(level, "needs-iommufd", target.subject, problem, hint) for target in legacy)
+    return tuple(Finding("warning", "needs-iommufd", target.subject, problem, hint) for target in legacy)
 
 
 def check_rootless(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, ...]:

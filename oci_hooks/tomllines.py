@@ -22,7 +22,7 @@ def find_line(text: str, keys: tuple[str, ...]) -> int:
 
     text: the whole TOML text, known to be right; keys: tables and key, e.g. ("hypervisor", "qemu", "enable_iommu").
     """
-    lines = text.split("\n")
+    lines = text.replace("\r\n", "\n").split("\n")
     for index, line in enumerate(lines):
         if keys[-1] in line.partition("#")[0] and sets_key(lines, index, keys):
             return index + 1

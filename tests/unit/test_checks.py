@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of the host and of the groups that a container asks for: good, bad and borderline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oci_hooks import checks
+from oci_hooks.asker import Asker
+from oci_hooks.command import Deadline
+from oci_hooks.errors import Finding
+from oci_hooks.groups import Target, find_targets
+from oci_hooks.holders import Process
+from oci_hooks.hypervisor import Hypervisor
+from oci_hooks.oci import Spec
+from oci_hooks.sysfs import look
+from tests.unit.host_tree import HostTree, codes, make_spec, make_state
+
+pytestmark = pytest.mark.unit
+
+NIC = "0000:03:00.0"
+NIC2 = "0000:03:00.1"
+UUID = "6f7a0b1e-4a5b-4c6d-8e7f-0123456789ab"
+
+
+def ask(kind: str = "plain", **changes: Any) -> Asker:
+    """Return somebody who asks."""
+    asker: Asker = Asker(kind, None, None, "c1", "", False, False).replace(**changes)
+    return asker
+
+
+def find(tree: HostTree, *entries: tuple[str, int, int]) -> tuple[Target, ...]:
+    """Return what entries mean on this host."""
+    return find_targets(tree.root, look(tree.root), make_spec(*entries).vfio_devices)
+
+
+def check_all(tree: HostTree, target: Target, asker: Asker | None = None, pid: int = 0) -> list[Finding]:
+    """Return the findings of all checks of one target."""
+    from oci_hooks.host import check_host, check_target
+
+    who = asker or ask()
+    picture = look(tree.root)
+    return check_host(tree.root, picture, (target,)) + check_target(
+        tree.root, target, who, make_state(pid), Deadline(5.0)
+    )
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> HostTree:
+    """A host with a NIC on vfio-pci, alone in group 12."""
+    made = HostTree(tmp_path)
+    made.pci(NIC, "vfio-pci", "12")
+    made.vfio("12", 0)
+    return made
+
+
+# Which group an entry means ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind", "expected"),
+    [
+        (("/dev/vfio/12", 237, 0), "plain", []),
+        (("/dev/vfio/12", 237, 0), "kata-go", []),
+        # Renamed in the container: the numbers decide, and a name that is no number promises nothing.
+        (("/dev/vfio/nic", 237, 0), "kata-go", []),
+        (("/dev/vfio/13", 237, 0), "kata-go", ["warning node-mismatch"]),
+        (("/dev/vfio/13", 237, 0), "plain", ["warning node-mismatch"]),
+        # Numbers of nothing: Go goes by the path, runtime-rs and runc can't.
+        (("/dev/vfio/12", 240, 9), "kata-go", ["warning node-mismatch"]),
+        (("/dev/vfio/12", 240, 9), "kata-1", ["warning node-mismatch"]),
+        (("/dev/vfio/12", 240, 9), "kata-rs", ["error node-mismatch"]),
+        (("/dev/vfio/12", 240, 9), "plain", ["error node-mismatch"]),
+        # Numbers of something else.
+        (("/dev/vfio/12", 1, 3), "kata-go", ["error node-mismatch"]),
+        (("/dev/vfio/12", 1, 3), "plain", ["error node-mismatch"]),
+        (("/dev/vfio/77", 240, 9), "plain", ["error group-missing"]),
+        (("/dev/vfio/77", 1, 3), "kata-go", ["error group-missing"]),
+        (("/dev/vfio/nic", 240, 9), "kata-go", ["error group-missing"]),
+    ],
+)
+def test_numbers_decide(tree: HostTree, entry: tuple[str, int, int], kind: str, expected: list[str]) -> None:
+    tree.link("/sys/dev/char/1:3", "/sys/devices/virtual/mem/null")
+    (target,) = find(tree, entry)
+    assert codes(check_all(tree, target, ask(kind))) == expected
+
+
+def test_a_mismatch_names_both(tree: HostTree) -> None:
+    tree.link("/sys/dev/char/1:3", "/sys/devices/virtual/mem/null")
+    (target,) = find(tree, ("/dev/vfio/12", 1, 3))
+    (finding,) = check_all(tree, target)
+    assert finding.subject == "/dev/vfio/12"
+    assert finding.problem == "config.json gives it 1:3, which is the device null; on this host it has 237:0"
+
+
+def test_two_groups_whose_numbers_are_swapped(tree: HostTree) -> None:
+    tree.pci("0000:04:00.0", "vfio-pci", "13")
+    tree.vfio("13", 1)
+    first, second = find(tree, ("/dev/vfio/12", 237, 1), ("/dev/vfio/13", 237, 0))
+    assert first.group and first.group.name == "13"
+    assert second.group and second.group.name == "12"
+    assert codes(check_all(tree, first)) == ["warning node-mismatch"]
+
+
+# Viability -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("driver", "class_code", "expected"),
+    [
+        ("vfio-pci", "020000", []),
+        ("", "020000", []),
+        ("pci-stub", "020000", []),
+        ("pcieport", "060400", []),
+        ("", "060400", []),
+        ("shpchp", "060400", []),
+        ("", "060000", []),
+        ("skx_uncore", "060000", ["error group-not-viable"]),
+        ("ixgbe", "020000", ["error group-not-viable"]),
+        ("nvme", "010802", ["error group-not-viable"]),
+        ("uio_pci_generic", "020000", ["error group-not-viable"]),
+    ],
+)
+def test_a_second_member(tree: HostTree, driver: str, class_code: str, expected: list[str]) -> None:
+    tree.pci(NIC2, driver, "12", class_code)
+    (target,) = find(tree, ("/dev/vfio/12", 237, 0))
+    assert codes(check_all(tree, target)) == expected
+
+
+def test_every_member_is_named_with_its_driver(tree: HostTree) -> None:
+    tree.pci(NIC2, "ixgbe", "12")
+    tree.pci("0000:03:00.2", "e1000e", "12")
+    tree.pci("0000:02:00.0", "pcieport", "12", "060400")
+    (finding,) = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0])
+    assert finding.as_line() == (
+        "error: [group-not-viable] group 12: 0000:03:00.1 is bound to ixgbe, 0000:03:00.2 is bound to e1000e "
+        "(beside it: 0000:02:00.0 pcieport, 0000:03:00.0 vfio-pci); bind them with: "
+        "driverctl set-override 0000:03:00.1 vfio-pci && driverctl set-override 0000:03:00.2 vfio-pci"
+    )
+
+
+def test_a_variant_driver_by_its_vfio_dev(tree: HostTree) -> None:
+    tree.pci(NIC2, "nvgrace-gpu-vfio-pci", "12", vfio_dev="vfio1")
+    assert check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0]) == []
+
+
+def test_a_variant_driver_by_its_module_on_an_older_kernel(tree: HostTree) -> None:
+    tree.pci(NIC2, "mlx5-vfio-pci", "12")
+    tree.link("/sys/bus/pci/drivers/mlx5-vfio-pci/module", "/sys/module/mlx5_vfio_pci")
+    (target,) = find(tree, ("/dev/vfio/12", 237, 0))
+    assert codes(check_all(tree, target)) == ["error group-not-viable"]
+    tree.write("/sys/module/vfio_pci_core/holders/mlx5_vfio_pci/refcnt")
+    (target,) = find(tree, ("/dev/vfio/12", 237, 0))
+    assert check_all(tree, target) == []
+
+
+@pytest.mark.parametrize(
+    ("driver", "hint"),
+    [
+        ("", "bind it with: driverctl set-override 0000:05:00.0 vfio-pci"),
+        ("ixgbe", "bind it with: driverctl set-override 0000:05:00.0 vfio-pci"),
+        ("pci-stub", "load the driver: modprobe vfio-pci"),
+    ],
+)
+def test_a_group_that_nobody_bound(tree: HostTree, driver: str, hint: str) -> None:
+    """Before anything is bound there is no node, and what config.json says of its numbers does not matter."""
+    tree.pci("0000:05:00.0", driver, "15")
+    (finding,) = check_all(tree, find(tree, ("/dev/vfio/15", 240, 9))[0])
+    assert finding.code == "group-not-viable"
+    assert finding.hint == hint
+
+
+def test_only_bridges(tree: HostTree) -> None:
+    tree.pci("0000:00:01.0", "pcieport", "1", "060400")
+    tree.pci("0000:00:00.0", "", "1", "060000")
+    (finding,) = check_all(tree, find(tree, ("/dev/vfio/1", 240, 9))[0])
+    assert (finding.level, finding.code) == ("error", "group-empty")
+    assert "0000:00:01.0 pcieport" in finding.problem
+
+
+# Other kinds of groups -----------------------------------------------------------------------------------------------
+
+
+def test_a_mediated_device_is_named_as_one(tree: HostTree) -> None:
+    tree.mdev(UUID, "20", driver="vfio_mdev")
+    tree.vfio("20", 4)
+    (target,) = find(tree, ("/dev/vfio/20", 237, 4))
+    (finding,) = check_all(tree, target)
+    assert (finding.level, finding.code) == ("info", "mediated-device")
+    assert UUID in finding.problem
+
+
+@pytest.mark.parametrize(("parent", "bus"), [("/sys/devices/vfio_ap/matrix", "ap"), ("/sys/devices/css0/0.0.1", "ccw")])
+def test_s390x_devices_are_left_alone(tree: HostTree, parent: str, bus: str) -> None:
+    tree.mdev(UUID, "20", parent, "vfio_x")
+    tree.vfio("20", 4)
+    (target,) = find(tree, ("/dev/vfio/20", 237, 4))
+    assert target.group and target.group.is_channel
+    assert target.group.buses == {bus}
+    assert check_all(tree, target) == []
+
+
+@pytest.mark.parametrize(("kind", "level"), [("kata-go", "error"), ("plain", "warning")])
+def test_a_group_without_iommu(tmp_path: Path, kind: str, level: str) -> None:
+    tree = HostTree(tmp_path)
+    tree.pci(NIC, "vfio-pci", "0")
+    tree.write("/sys/kernel/iommu_groups/0/name", "vfio-noiommu\n")
+    tree.vfio("noiommu-0", 0)
+    (target,) = find(tree, ("/dev/vfio/noiommu-0", 237, 0))
+    assert codes(check_all(tree, target, ask(kind))) == [f"{level} noiommu-group"]
+
+
+def test_a_cdev_has_its_group_checked(tree: HostTree) -> None:
+    tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
+    tree.write("/dev/iommu")
+    (target,) = find(tree, ("/dev/vfio/devices/vfio3", 511, 3))
+    assert target.cdev == "vfio3"
+    assert check_all(tree, target) == []
+    tree.pci("0000:06:00.1", "ixgbe", "16")
+    (target,) = find(tree, ("/dev/vfio/devices/vfio3", 511, 3))
+    assert codes(check_all(tree, target)) == ["error group-not-viable"]
+
+
+def test_a_cdev_needs_iommufd(tree: HostTree) -> None:
+    tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
+    (target,) = find(tree, ("/dev/vfio/devices/vfio3", 511, 3))
+    (finding,) = check_all(tree, target)
+    assert (finding.code, finding.subject) == ("control-node-missing", "/dev/iommu")
+
+
+def test_a_cdev_that_is_not_there(tree: HostTree) -> None:
+    (target,) = find(tree, ("/dev/vfio/devices/vfio9", 511, 9))
+    tree.write("/dev/iommu")
+    assert codes(check_all(tree, target)) == ["error group-missing"]
+
+
+# The host ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "hint"),
+    [
+        ({}, "switch on the IOMMU in the firmware's set-up and in the kernel's command line"),
+        ({"/sys/firmware/acpi/tables/DMAR": ""}, "boot with intel_iommu=on"),
+        ({"/sys/firmware/acpi/tables/IVRS": ""}, "boot with amd_iommu=on"),
+        ({"/sys/firmware/acpi/tables/FACP": ""}, "switch on VT-d"),
+        ({"/sys/firmware/acpi/tables/DMAR": "", "/proc/cmdline": "ro intel_iommu=off"}, "take intel_iommu=off out"),
+        ({"/sys/firmware/acpi/tables/DMAR": "", "/proc/cmdline": "intel_iommu=on"}, "switch on VT-d"),
+    ],
+)
+def test_no_iommu_at_all(tmp_path: Path, files: dict[str, str], hint: str) -> None:
+    tree = HostTree(tmp_path)
+    tree.pci(NIC, "ixgbe")
+    for path, content in files.items():
+        tree.write(path, content)
+    (target,) = find(tree, ("/dev/vfio/12", 240, 9))
+    (finding,) = check_all(tree, target)
+    assert (finding.level, finding.code) == ("error", "iommu-off")
+    assert hint in finding.hint
+
+
+def test_no_control_node_on_the_host(tree: HostTree) -> None:
+    (tree.top / "sys/class/misc/vfio/dev").unlink()
+    (tree.top / "sys/class/misc/vfio").rmdir()
+    (target,) = find(tree, ("/dev/vfio/12", 237, 0))
+    assert codes(check_all(tree, target)) == ["error control-node-missing"]
+    tree.write("/dev/vfio/vfio")
+    assert check_all(tree, target) == []
+
+
+# The kernel's word ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "kind", "expected"),
+    [
+        ("viable", "plain", []),
+        ("unknown", "plain", []),
+        ("not-viable", "plain", ["error group-not-viable"]),
+        ("denied", "kata-go", ["warning group-denied"]),
+        ("busy", "plain", ["error group-busy"]),
+    ],
+)
+def test_what_the_kernel_answers(
+    tree: HostTree, monkeypatch: pytest.MonkeyPatch, word: str, kind: str, expected: list[str]
+) -> None:
+    monkeypatch.setattr(checks, "ask_kernel", lambda _root, _node: word)
+    (target,) = find(tree, ("/dev/vfio/12", 237, 0))
+    assert codes(check_all(tree, target, ask(kind))) == expected
+
+
+def test_a_group_that_is_not_viable_is_not_opened(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "ask_kernel", lambda _root, _node: pytest.fail("opened"))
+    tree.pci(NIC2, "ixgbe", "12")
+    (target,) = find(tree, ("/dev/vfio/12", 237, 0))
+    assert codes(check_all(tree, target)) == ["error group-not-viable"]
+
+
+@pytest.mark.parametrize(("kind", "level"), [("kata-go", "error"), ("plain", "warning")])
+def test_a_group_without_a_node(tree: HostTree, kind: str, level: str) -> None:
+    (tree.top / "dev/vfio/12").unlink()
+    (target,) = find(tree, ("/dev/vfio/12", 237, 0))
+    (finding,) = check_all(tree, target, ask(kind))
+    assert (finding.level, finding.code) == (level, "group-missing")
+    assert finding.hint == "make it: mknod -m 0600 /dev/vfio/12 c 237 0"
+
+
+def busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every group busy."""
+    monkeypatch.setattr(checks, "ask_kernel", lambda _root, _node: "busy")
+
+
+def test_the_holder_is_named(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy(monkeypatch)
+    tree.process(50, "/usr/bin/dpdk-testpmd", opened=("/dev/null", "/dev/vfio/12"))
+    tree.process(51, "/usr/bin/other", opened=("/dev/vfio/120", "/dev/vfio/vfio"))
+    (finding,) = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0])
+    assert finding.as_line() == (
+        "error: [group-busy] group 12: is held by dpdk-testpmd (pid 50); end it: kill 50; or choose another group"
+    )
+
+
+def test_a_member_that_is_held_by_its_own_node(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy(monkeypatch)
+    tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
+    tree.vfio("16", 6)
+    tree.process(50, "/usr/bin/qemu-system-x86_64", opened=("/dev/vfio/devices/vfio3",))
+    (finding,) = check_all(tree, find(tree, ("/dev/vfio/16", 237, 6))[0])
+    assert "qemu-system-x86_64 (pid 50)" in finding.problem
+
+
+@pytest.mark.parametrize(
+    ("holder", "shim", "pid", "expected"),
+    [
+        # The state's process, one of its threads, its child.
+        ({"pid": 50, "parent": 1}, 0, 50, []),
+        ({"pid": 50, "parent": 1}, 0, 55, []),
+        ({"pid": 51, "parent": 50}, 0, 50, []),
+        # Kata 1.x: the state has a thread of the shim, and QEMU is the shim's child or named after the sandbox.
+        ({"pid": 51, "parent": 40}, 40, 41, []),
+        ({"pid": 51, "parent": 1, "name": "sandbox-pod7,debug-threads=on"}, 40, 41, []),
+        ({"pid": 51, "parent": 1, "name": "sandbox-c1"}, 0, 0, []),
+        # Somebody else's.
+        ({"pid": 51, "parent": 1, "name": "sandbox-c12"}, 0, 0, ["error group-busy"]),
+        ({"pid": 51, "parent": 1, "name": "sandbox-pod8"}, 40, 41, ["error group-busy"]),
+        ({"pid": 51, "parent": 1}, 0, 50, ["error group-busy"]),
+    ],
+)
+def test_the_own_sandbox_may_hold_it(
+    tree: HostTree,
+    monkeypatch: pytest.MonkeyPatch,
+    holder: dict[str, Any],
+    shim: int,
+    pid: int,
+    expected: list[str],
+) -> None:
+    busy(monkeypatch)
+    tree.process(40, "/usr/bin/containerd-shim-kata-v2", "-id", "pod7")
+    tree.thread(41, 40)
+    if holder["pid"] != 50:
+        tree.process(50, "/usr/bin/qemu-system-x86_64")
+    tree.thread(55, 50)
+    tree.process(
+        holder["pid"],
+        "/usr/bin/qemu-system-x86_64",
+        "-name",
+        holder.get("name", "x"),
+        parent=holder["parent"],
+        opened=("/dev/vfio/12",),
+    )
+    asker = ask("kata-1", shim=Process(shim, "s", ()) if shim else None, sandbox="pod7")
+    (target,) = find(tree, ("/dev/vfio/12", 237, 0))
+    assert codes(check_all(tree, target, asker, pid)) == expected
+
+
+def test_a_holder_that_let_go_in_between(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = iter(["busy", "viable"])
+    monkeypatch.setattr(checks, "ask_kernel", lambda _root, _node: next(words))
+    assert check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0]) == []
+
+
+def test_attached_is_what_the_hypervisor_has_open(tree: HostTree) -> None:
+    tree.process(50, "/usr/bin/qemu-system-x86_64", opened=("/dev/vfio/12",))
+    (target,) = find(tree, ("/dev/vfio/12", 237, 0))
+    vmm = Hypervisor(Process(50, "qemu-system-x86_64", ()), "qemu", "off", "")
+    assert checks.is_attached(tree.root, target, ask("kata-go", hypervisor=vmm), Deadline(5))
+    assert not checks.is_attached(tree.root, target, ask("kata-go"), Deadline(5))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a device that can be opened")
+def test_a_node_that_is_no_group_says_nothing() -> None:
+    from oci_hooks.files import Root
+    from oci_hooks.holders import ask_kernel
+
+    assert ask_kernel(Root(), "/dev/null") == "unknown"
+    assert ask_kernel(Root(), "/dev/vfio/no-such-group") == "missing"
+
+
+# The container's own permission --------------------------------------------------------------------------------------
+
+CONTROL = ("/dev/vfio/vfio", 10, 196)
+GROUP = ("/dev/vfio/12", 237, 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (make_spec(GROUP), ["warning control-node-missing"]),
+        (make_spec(GROUP, CONTROL), []),
+        (make_spec(GROUP, mounts=[{"destination": "/dev", "type": "bind", "source": "/dev"}]), []),
+        (make_spec(GROUP, mounts=[{"destination": "/dev/vfio", "options": ["rbind", "rw"]}]), []),
+        (make_spec(GROUP, mounts=[{"destination": "/dev", "type": "tmpfs"}]), ["warning control-node-missing"]),
+        (make_spec(GROUP, mounts=[{"destination": "/dev/vf", "type": "bind"}]), ["warning control-node-missing"]),
+        (make_spec(GROUP, mounts=[7, {"destination": 3}]), ["warning control-node-missing"]),
+    ],
+)
+def test_control_node_of_the_container(tree: HostTree, spec: Spec, expected: list[str]) -> None:
+    assert codes(checks.check_control_node(spec, find(tree, GROUP))) == expected
+
+
+def test_a_cdev_needs_no_legacy_control_node(tree: HostTree) -> None:
+    tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
+    targets = find(tree, ("/dev/vfio/devices/vfio3", 511, 3))
+    assert checks.check_control_node(make_spec(GROUP), targets) == ()
+
+
+@pytest.mark.parametrize(
+    ("rules", "allowed"),
+    [
+        (None, False),
+        ([], False),
+        ([{"allow": True, "access": "rwm"}], True),
+        ([{"allow": False, "access": "rwm"}], False),
+        ([{"allow": False}, {"allow": True, "type": "c", "major": 237, "minor": 0, "access": "rw"}], True),
+        ([{"allow": False}, {"allow": True, "type": "c", "major": 237, "minor": 0, "access": "r"}], False),
+        ([{"allow": True, "type": "c", "major": 237, "access": "rwm"}], True),
+        ([{"allow": True, "type": "c", "major": 237, "minor": -1}], True),
+        ([{"allow": True, "type": "b", "major": 237, "minor": 0}], False),
+        ([{"allow": True}, {"allow": False, "type": "c", "major": 237, "minor": 0, "access": "w"}], False),
+        ([{"allow": True, "type": "c", "major": 237, "minor": 1}], False),
+        ("rubbish", False),
+    ],
+)
+def test_device_rules(tree: HostTree, rules: object, allowed: bool) -> None:
+    spec = make_spec(GROUP, linux={"resources": {"devices": rules}})
+    expected = [] if allowed else ["warning group-denied"]
+    assert codes(checks.check_device_rules(spec, find(tree, GROUP))) == expected
+
+
+LOCK = {"capabilities": {"effective": ["CAP_IPC_LOCK"]}}
+MAPPED = [{"containerID": 0, "hostID": 1000, "size": 65536}]
+
+
+@pytest.mark.parametrize(
+    ("process", "linux", "inherited", "kind", "expected"),
+    [
+        (LOCK, {}, "65536", "plain", []),
+        ({}, {}, "65536", "plain", ["warning memlock"]),
+        ({}, {}, "unlimited", "plain", []),
+        ({}, {}, "8388608", "plain", ["warning memlock"]),
+        ({}, {}, "67108864", "plain", []),
+        ({"rlimits": [{"type": "RLIMIT_MEMLOCK", "soft": 1 << 40, "hard": 1 << 40}]}, {}, "65536", "plain", []),
+        ({"rlimits": [{"type": "RLIMIT_MEMLOCK", "soft": 1 << 20}]}, {}, "unlimited", "plain", ["warning memlock"]),
+        ({"rlimits": [{"type": "RLIMIT_MEMLOCK", "soft": 1 << 20}]}, {}, "unlimited", "kata-go", ["warning memlock"]),
+        ({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1}]}, {}, "unlimited", "plain", []),
+        # Inside the guest the agent's limit is inherited, which can't be seen.
+        ({}, {}, "65536", "kata-go", []),
+        # The kernel wants the capability in the initial user namespace.
+        (LOCK, {"namespaces": [{"type": "user"}], "uidMappings": MAPPED}, "65536", "plain", ["warning memlock"]),
+        (LOCK, {"namespaces": [{"type": "mount"}]}, "65536", "plain", []),
+    ],
+)
+def test_memlock(
+    tree: HostTree, process: dict[str, Any], linux: dict[str, Any], inherited: str, kind: str, expected: list[str]
+) -> None:
+    tree.write("/proc/self/limits", f"Limit  Soft Limit  Hard Limit  Units\nMax locked memory  {inherited}  x  bytes\n")
+    spec = make_spec(GROUP, process=process, linux=linux)
+    assert codes(checks.check_memlock(tree.root, spec, ask(kind))) == expected
+
+
+# Modes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "level", "expected"),
+    [
+        ({}, "error", "error"),
+        ({"mode": "enforce"}, "warning", "warning"),
+        ({"mode": "warn"}, "error", "warning"),
+        ({"mode": "warn"}, "info", "info"),
+        ({"checks": {"x": "warn"}}, "error", "warning"),
+        ({"checks": {"x": "enforce"}}, "warning", "error"),
+        ({"checks": {"x": "enforce"}}, "info", "info"),
+        ({"checks": {"x": "ignore"}}, "error", ""),
+        ({"mode": "warn", "checks": {"x": "enforce"}}, "error", "error"),
+        ({"checks": {"y": "ignore"}}, "error", "error"),
+    ],
+)
+def test_modes(settings: dict[str, Any], level: str, expected: str) -> None:
+    from oci_hooks.errors import EXIT_DONE, EXIT_REFUSED
+    from oci_hooks.verdict import choose_exit, settle
+
+    told = settle([Finding(level, "x", "s", "p")], settings)
+    assert [finding.level for finding in told] == ([expected] if expected else [])
+    assert choose_exit(told) == (EXIT_REFUSED if expected == "error" else EXIT_DONE)
+
+
+def test_errors_come_first_and_once() -> None:
+    from oci_hooks.verdict import settle
+
+    findings = [Finding("info", "a", "", ""), Finding("error", "b", "", ""), Finding("error", "b", "", "")]
+    assert [finding.code for finding in settle(findings, {})] == ["b", "a"]
+
+
+def test_a_check_that_cannot_look_does_not_refuse() -> None:
+    from oci_hooks.verdict import run_check
+
+    def check_it() -> tuple[Finding, ...]:
+        raise PermissionError(13, "Permission denied", "/sys/x")
+
+    (finding,) = run_check(check_it)
+    assert (finding.level, finding.code) == ("warning", "check-failed")
+    assert "/sys/x: Permission denied" in finding.problem

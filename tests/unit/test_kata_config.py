@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kata's configuration: lines, drop-ins, annotations, for every template that Kata ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from oci_hooks.kata_config import HYPERVISOR_PREFIX, KataConfig, Place, load_config
+from oci_hooks.tomllines import find_line
+from tests.unit.host_tree import HostTree, codes
+
+pytestmark = pytest.mark.unit
+
+TEMPLATES = Path(__file__).parent / "kata_templates"
+PATH = "/opt/kata/share/defaults/kata-containers/configuration-qemu.toml"
+IOMMU = HYPERVISOR_PREFIX + "enable_iommu"
+
+
+def load(tree: HostTree, text: str, drop_ins: dict[str, str] | None = None, **annotations: str) -> KataConfig:
+    """Return the configuration of this text with these drop-ins; annotations of the hypervisor by their last word."""
+    tree.write(PATH, text)
+    for name, content in (drop_ins or {}).items():
+        tree.write(f"{PATH.rpartition('/')[0]}/config.d/{name}", content)
+    named = {HYPERVISOR_PREFIX + key: value for key, value in annotations.items()}
+    return load_config(tree.root, Place(PATH, PATH, "test"), "", named)
+
+
+# Lines ---------------------------------------------------------------------------------------------------------------
+
+TABLE = """\
+# enable_iommu = true
+title = "enable_iommu = true"
+[agent.kata]
+enable_iommu = true
+[hypervisor.clh]
+enable_iommu = true  # not this one
+[hypervisor.qemu]
+valid = [
+  "enable_iommu = true",
+  "[hypervisor.qemu]",
+]
+text = '''
+enable_iommu = true
+[hypervisor.qemu]
+'''
+enable_iommu_platform = true
+enable_iommu = false
+[hypervisor.qemu.factory]
+enable_iommu = true
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (TABLE, 17),
+        (TABLE.replace("\n", "\r\n"), 17),
+        ("hypervisor.qemu.enable_iommu = true\n", 1),
+        ("\n[hypervisor]\nqemu.enable_iommu = true\n", 3),
+        ('[hypervisor."qemu"]\n"enable_iommu" = true\n', 2),
+        ("[ hypervisor . qemu ]\n  'enable_iommu'=true", 2),
+        ("hypervisor = { qemu = { x = 1, enable_iommu = true } }\n", 1),
+        ("[hypervisor.qemu]\nenable_iommu = [\n 1,\n 2 ]\n", 2),
+        ("[hypervisor.qemu]\n#enable_iommu = true\n", 0),
+        ("[hypervisor.qemux]\nenable_iommu = true\n", 0),
+        ("enable_iommu = true\n", 0),
+        ("", 0),
+    ],
+)
+def test_the_line_of_a_key(text: str, line: int) -> None:
+    assert find_line(text, ("hypervisor", "qemu", "enable_iommu")) == line
+
+
+def test_lines_of_a_whole_template() -> None:
+    """Every key of every template is found where a reader with grep finds it."""
+    seen = 0
+    for path in sorted(TEMPLATES.iterdir()):
+        text = path.read_text()
+        table = next(line[1:-1] for line in text.splitlines() if line.startswith("[hypervisor."))
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.startswith(("enable_iommu", "machine_type", "cold_plug_vfio")):
+                assert find_line(text, (*table.split("."), line.split()[0])) == number, path.name
+                seen += 1
+    assert seen > 50
+
+
+# What decides --------------------------------------------------------------------------------------------------------
+
+PLAIN = '[hypervisor.qemu]\npath = "/q"\nenable_iommu = false\nenable_annotations = ["enable_iommu"]\n'
+
+
+def test_the_file_alone_decides(tmp_path: Path) -> None:
+    config = load(HostTree(tmp_path), PLAIN)
+    setting = config.hypervisor_setting("enable_iommu", False)
+    assert setting.value is False
+    told = f"enable_iommu = false in {PATH} line 3, not overridden by config.d/ or annotations"
+    assert config.describe(setting) == told
+
+
+def test_a_key_that_is_not_set(tmp_path: Path) -> None:
+    config = load(HostTree(tmp_path), "[hypervisor.qemu]\n#enable_iommu = true\n")
+    setting = config.hypervisor_setting("enable_iommu", False)
+    assert setting.value is False
+    assert config.describe(setting) == f"enable_iommu is not set in {PATH}, config.d/ or annotations"
+
+
+def test_the_last_drop_in_decides(tmp_path: Path) -> None:
+    drop_ins = {
+        "20-off": "\n[hypervisor.qemu]\nenable_iommu = false\n",
+        "10-on.toml": "[hypervisor.qemu]\nenable_iommu = true\n",
+    }
+    config = load(HostTree(tmp_path), PLAIN, drop_ins)
+    setting = config.hypervisor_setting("enable_iommu", False)
+    directory = PATH.rpartition("/")[0] + "/config.d"
+    assert setting.value is False
+    assert setting.is_drop_in
+    assert config.describe(setting) == (
+        f"enable_iommu = false in {directory}/20-off line 3, over {directory}/10-on.toml line 2, "
+        "not overridden by a later drop-in or annotations"
+    )
+
+
+def test_a_drop_in_leaves_other_keys_alone(tmp_path: Path) -> None:
+    config = load(HostTree(tmp_path), PLAIN, {"x": '[hypervisor.qemu]\nmachine_type = "pc"\n'})
+    assert config.hypervisor_setting("machine_type").value == "pc"
+    assert config.hypervisor_setting("path").value == "/q"
+
+
+def test_a_drop_in_replaces_an_array(tmp_path: Path) -> None:
+    config = load(HostTree(tmp_path), PLAIN, {"x": "[hypervisor.qemu]\nenable_annotations = []\n"}, enable_iommu="true")
+    assert config.hypervisor_setting("enable_annotations").value == []
+    assert config.refused == (IOMMU,)
+    assert config.hypervisor_setting("enable_iommu").value is False
+
+
+def test_drop_ins_stand_beside_the_resolved_file(tmp_path: Path) -> None:
+    tree = HostTree(tmp_path)
+    tree.write(PATH, PLAIN)
+    tree.write(f"{PATH.rpartition('/')[0]}/config.d/1", "[hypervisor.qemu]\nenable_iommu = true\n")
+    tree.write("/etc/kata-containers/config.d/1", "[hypervisor.qemu]\nenable_iommu = 7\n")
+    tree.link("/etc/kata-containers/configuration.toml", "/opt/kata/share/defaults/kata-containers/configuration.toml")
+    tree.link("/opt/kata/share/defaults/kata-containers/configuration.toml", "configuration-qemu.toml")
+    from oci_hooks.kata_config import make_place
+
+    place = make_place(tree.root, "/etc/kata-containers/configuration.toml", "test")
+    assert place is not None
+    assert place.real == PATH
+    assert load_config(tree.root, place, "", {}).hypervisor_setting("enable_iommu").value is True
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("x = ", "is not TOML"), (b"\xff", "is not TOML"), (None, "Is a directory")]
+)
+def test_a_drop_in_that_cannot_be_read_is_told(tmp_path: Path, content: str | bytes | None, said: str) -> None:
+    tree = HostTree(tmp_path)
+    path = f"{PATH.rpartition('/')[0]}/config.d/9"
+    if content is None:
+        (tmp_path / path.lstrip("/")).mkdir(parents=True)
+    else:
+        tree.write(path, content)
+    config = load(tree, PLAIN)
+    assert codes(config.findings) == ["warning kata-config-unreadable"]
+    assert config.findings[0].subject == path
+    assert said in config.findings[0].problem
+    assert config.hypervisor_setting("enable_iommu").value is False
+
+
+@pytest.mark.parametrize(
+    ("patterns", "admitted"),
+    [
+        (["enable_iommu"], True),
+        (["iommu"], True),
+        ([".*"], True),
+        (["^enable_iommu$"], True),
+        (["enable_iommu_platform"], False),
+        (["^iommu"], False),
+        ([], False),
+        (["kernel_params", "enable_.*u"], True),
+        ([r"[[:alpha:]_]+("], True),
+        ("enable_iommu", False),
+        ([1], False),
+    ],
+)
+def test_enable_annotations_is_a_list_of_unanchored_expressions(
+    tmp_path: Path, patterns: object, admitted: bool
+) -> None:
+    import json
+
+    text = f"[hypervisor.qemu]\nenable_iommu = false\nenable_annotations = {json.dumps(patterns)}\n"
+    config = load(HostTree(tmp_path), text, enable_iommu="true")
+    assert config.hypervisor_setting("enable_iommu").value is admitted
+    assert bool(config.refused) is not admitted
+
+
+def test_an_annotation_beats_all_files(tmp_path: Path) -> None:
+    config = load(HostTree(tmp_path), PLAIN, {"1": "[hypervisor.qemu]\nenable_iommu = true\n"}, enable_iommu="F")
+    setting = config.hypervisor_setting("enable_iommu")
+    directory = PATH.rpartition("/")[0] + "/config.d"
+    assert setting.value is False
+    assert config.describe(setting) == f"enable_iommu = false by annotation {IOMMU}, over {directory}/1 line 2"
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("T", True), ("0", False), ("yes", "yes")])
+def test_values_of_annotations(tmp_path: Path, text: str, value: object) -> None:
+    assert load(HostTree(tmp_path), PLAIN, enable_iommu=text).hypervisor_setting("enable_iommu").value == value
+
+
+def test_vfio_mode_by_annotation_is_not_gated(tmp_path: Path) -> None:
+    tree = HostTree(tmp_path)
+    tree.write(PATH, '[hypervisor.qemu]\n[runtime]\nvfio_mode = "guest-kernel"\n')
+    annotations = {"io.katacontainers.config.runtime.vfio_mode": "vfio"}
+    config = load_config(tree.root, Place(PATH, PATH, ""), "", annotations)
+    assert config.runtime_setting("vfio_mode").value == "vfio"
+
+
+def test_one_plug_annotation_resets_the_other_setting(tmp_path: Path) -> None:
+    text = (
+        '[hypervisor.qemu]\nhot_plug_vfio = "bridge-port"\ncold_plug_vfio = "no-port"\nenable_annotations = ["_vfio"]\n'
+    )
+    config = load(HostTree(tmp_path), text, cold_plug_vfio="root-port")
+    assert config.hypervisor_setting("hot_plug_vfio").value == "no-port"
+    assert config.hypervisor_setting("cold_plug_vfio").value == "root-port"
+
+
+def test_runtime_rs_reads_no_plug_annotation(tmp_path: Path) -> None:
+    text = '[hypervisor.qemu]\ncold_plug_vfio = "no-port"\nenable_annotations = [".*"]\n[runtime]\nhypervisor_name = "qemu"\n'
+    config = load(HostTree(tmp_path), text, cold_plug_vfio="root-port")
+    assert config.flavour == "rs"
+    assert config.hypervisor_setting("cold_plug_vfio").value == "no-port"
+
+
+def test_runtime_rs_names_its_hypervisor(tmp_path: Path) -> None:
+    text = '[hypervisor.clh]\n[hypervisor.qemu]\nenable_iommu = true\n[runtime]\nhypervisor_name = "qemu"\n'
+    assert load(HostTree(tmp_path), text).hypervisor == "qemu"
+
+
+def test_a_configuration_of_nothing(tmp_path: Path) -> None:
+    config = load(HostTree(tmp_path), "")
+    assert config.hypervisor == ""
+    assert config.hypervisor_setting("enable_iommu", False).value is False
