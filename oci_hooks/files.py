@@ -1,23 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only door through which the hooks read the system.
+"""The only door between the hooks and the system.
 
-Every reading function takes a `Root`: "/" on the live system, a made tree in a test, and whatever stands in for
-them when a run is recorded or replayed. Plain system calls: most files here are sysfs attributes of a few bytes.
+Every reading function takes a `Root`: "/" on the live system, a made tree in a test, a record when a run is replayed.
+What is read by path goes through `Root.ask`; what changes the system, or reads it in other ways, is a function marked
+`@step` and goes through `Root.do`. These two are all that a record notes and a replay answers. Plain system calls: most
+files here are sysfs attributes of a few bytes.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from errno import EBUSY, EFBIG
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import Any, TypeVar
+
+    from typing_extensions import ParamSpec
+
+    T = TypeVar("T")
+    P = ParamSpec("P")
 
 # A sysfs attribute is a page at most; config.json of a tenant may be anything.
 DEFAULT_LIMIT = 16 << 20
 # include/uapi/linux/sockios.h
 SIOCGIFADDR = 0x8915
+
+
+class Descriptor(int):
+    """An open file's number. A record only says that there was one, and a replay gives one of /dev/null."""
 
 
 class Root:
@@ -33,13 +46,24 @@ class Root:
         """Return where the path really lies on this machine."""
         return self.top + path if path != "/" else self.top or "/"
 
+    # The door ----------------------------------------------------------------------------------------------------
+
+    def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
+        """Return what a reading function says of a path. Raises OSError."""
+        return question(self.host_path(path), *more)
+
+    def do(self, function: Callable[..., T], *arguments: object) -> T:
+        """Return what a step comes to: a function that changes the system, or reads it past `ask`."""
+        return function(*arguments)
+
+    def note(self, what: str, value: object) -> None:
+        """Take note of something that was decided, for the record of the run."""
+
+    # Reading -----------------------------------------------------------------------------------------------------
+
     def read_bytes(self, path: str, limit: int = DEFAULT_LIMIT) -> bytes:
         """Return the file's content. Raises OSError; EFBIG when there is more than `limit` bytes."""
-        fd = os.open(self.host_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            return b"".join(read_chunks(fd, limit, path))
-        finally:
-            os.close(fd)
+        return self.ask(read_file, path, limit)
 
     def read_text(self, path: str) -> str:
         """Return the file's content without the white space around it. Raises OSError."""
@@ -55,16 +79,17 @@ class Root:
     def list_names(self, path: str) -> list[str]:
         """Return the names in a directory, sorted; empty where there is no such directory. Raises other OSErrors."""
         try:
-            return sorted(os.listdir(self.host_path(path)))
+            return sorted(self.ask(os.listdir, path))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def read_link(self, path: str) -> str:
         """Return the target of a symbolic link, or "" where there is none."""
         try:
-            return os.readlink(self.host_path(path))
+            target: str = self.ask(os.readlink, path)
         except OSError:
             return ""
+        return target
 
     def link_name(self, path: str) -> str:
         """Return the last component of a link's target ("" without a link): sysfs says driver and group so."""
@@ -72,7 +97,7 @@ class Root:
 
     def stat(self, path: str) -> os.stat_result:
         """Return the stat of a path, links followed. Raises OSError."""
-        return os.stat(self.host_path(path))
+        return self.ask(os.stat, path)
 
     def exists(self, path: str) -> bool:
         """Tell whether there is anything at this path, links followed."""
@@ -84,29 +109,15 @@ class Root:
 
     def real_path(self, path: str) -> str:
         """Return the path with every link resolved, still as seen from this root."""
-        real = os.path.realpath(self.host_path(path))
+        real: str = self.ask(os.path.realpath, path)
         return real[len(self.top) :] if self.top and real.startswith(self.top + "/") else real
 
     def read_ipv4(self, interface: str) -> str:
         """Return the first IPv4 address of a network interface, "" without one. A made tree has none.
 
-        Source: netdevice(7), SIOCGIFADDR. The files in /proc/net tell addresses without their interfaces.
+        The files in /proc/net tell addresses without their interfaces.
         """
-        if self.top:
-            return ""
-        # The socket module proper imports enum and selectors.
-        import _socket
-        import fcntl
-
-        sock = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
-        try:
-            # struct ifreq: 16 bytes of name, then a sockaddr_in: family, port, address.
-            answer = fcntl.ioctl(sock.fileno(), SIOCGIFADDR, os.fsencode(interface)[:15].ljust(40, b"\0"))
-        except OSError:
-            return ""
-        finally:
-            sock.close()
-        return _socket.inet_ntoa(answer[20:24])
+        return "" if self.top else self.ask(ask_ipv4, interface)
 
     def is_held(self, path: str) -> bool:
         """Tell whether a block device's node can't be opened because it is in exclusive use. Nothing else is asked.
@@ -114,10 +125,22 @@ class Root:
         Source: open(2), O_EXCL without O_CREAT: EBUSY when the device is mounted or otherwise used by the system.
         """
         try:
-            os.close(os.open(self.host_path(path), os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
+            self.ask(open_exclusively, path)
         except OSError as error:
             return error.errno == EBUSY
         return False
+
+
+# What a root asks -----------------------------------------------------------------------------------------------------
+
+
+def read_file(path: str, limit: int) -> bytes:
+    """Return a file's content. Raises OSError; EFBIG when there is more than `limit` bytes."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return b"".join(read_chunks(fd, limit, path))
+    finally:
+        os.close(fd)
 
 
 def read_chunks(fd: int, limit: int, name: str) -> Iterator[bytes]:
@@ -131,3 +154,110 @@ def read_chunks(fd: int, limit: int, name: str) -> Iterator[bytes]:
         if total > limit:
             raise OSError(EFBIG, f"more than {limit} bytes", name)
         yield chunk
+
+
+def open_exclusively(path: str) -> None:
+    """Open a block device's node for nobody else, and close it. Raises OSError."""
+    os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
+
+
+def ask_ipv4(interface: str) -> str:
+    """Return the first IPv4 address of a network interface, "" without one (netdevice(7), SIOCGIFADDR)."""
+    # The socket module proper imports enum and selectors.
+    import _socket
+    import fcntl
+
+    sock = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
+    try:
+        # struct ifreq: 16 bytes of name, then a sockaddr_in: family, port, address.
+        answer = fcntl.ioctl(sock.fileno(), SIOCGIFADDR, os.fsencode(interface)[:15].ljust(40, b"\0"))
+    except OSError:
+        return ""
+    finally:
+        sock.close()
+    return _socket.inet_ntoa(answer[20:24])
+
+
+# What a root does -----------------------------------------------------------------------------------------------------
+
+
+def step(function: Callable[P, T]) -> Callable[P, T]:
+    """Have a function go through `Root.do`. Its first argument is the root, or has it as its attribute `root`."""
+
+    def through_root(first: Any, *more: Any) -> T:
+        root: Root = first if isinstance(first, Root) else first.root
+        return root.do(function, first, *more)
+
+    through_root.__name__, through_root.__doc__ = function.__name__, function.__doc__
+    return through_root  # type: ignore[return-value]
+
+
+# Noting ---------------------------------------------------------------------------------------------------------------
+
+
+class Note:
+    """One thing that a run asked, did or decided.
+
+    kind: "ask", "do" or "note"; name: of the function, or of what was decided; arguments: path first for "ask";
+    begun: seconds since the run began; seconds: how long it took; answer: what came of it, an exception included;
+    inside: whether it is a part of the step before it.
+    """
+
+    __slots__ = ("answer", "arguments", "begun", "inside", "kind", "name", "seconds")
+
+    def __init__(self, kind: str, name: str, arguments: tuple[object, ...], begun: float, inside: bool) -> None:
+        self.kind = kind
+        self.name = name
+        self.arguments = arguments
+        self.begun = begun
+        self.seconds = 0.0
+        self.answer: object = None
+        self.inside = inside
+
+
+class NotingRoot(Root):
+    """The live system, and a note of all that passed the door: what a record is made of.
+
+    It stands here because every run has one: noting costs a microsecond, a module of its own would cost an open.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[Note] = []
+        self.started = time.monotonic()
+        self.depth = 0
+
+    def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
+        """Return what a reading function says of a path, and note it. Raises OSError."""
+        return self.noted(self.add("ask", question.__name__, (path,)), question, path, *more)
+
+    def do(self, function: Callable[..., T], *arguments: object) -> T:
+        """Return what a step comes to, and note it."""
+        entry = self.add("do", function.__name__, arguments)
+        self.depth += 1
+        try:
+            return self.noted(entry, function, *arguments)
+        finally:
+            self.depth -= 1
+
+    def note(self, what: str, value: object) -> None:
+        """Take note of something that was decided."""
+        self.add("note", what, ()).answer = value
+
+    def add(self, kind: str, name: str, arguments: tuple[object, ...]) -> Note:
+        """Return a new note, at the end of all."""
+        entry = Note(kind, name, arguments, time.monotonic() - self.started, self.depth > 0)
+        self.notes.append(entry)
+        return entry
+
+    def noted(self, entry: Note, function: Callable[..., T], *arguments: object) -> T:
+        """Return what a function returns, noting that, or what it raises."""
+        try:
+            answer = function(*arguments)
+        except Exception as error:
+            entry.answer = error
+            raise
+        finally:
+            entry.seconds = time.monotonic() - self.started - entry.begun
+        entry.answer = answer
+        return answer
