@@ -144,7 +144,8 @@ def check_viommu_support(view: KataView, channel: bool) -> tuple[Finding, ...]:
     if not reason:
         return ()
     told = f"; {iommu.describe()}" if iommu.value is True else ""
-    level = view.level if view.wanted or (is_fatal and iommu.value is True) else "warning"
+    needed = view.wanted and view.machine not in WITH_OWN_IOMMU
+    level = view.level if needed or (is_fatal and iommu.value is True) else "warning"
     hint = "use a Kata runtime class with QEMU and machine_type q35 on x86_64, or Kata's own vfio_mode = guest-kernel"
     return (Finding(level, "viommu-unsupported", "virtual IOMMU", reason + told, hint),)
 

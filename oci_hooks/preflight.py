@@ -118,7 +118,7 @@ def find_half_bound(groups: tuple[VfioGroup, ...]) -> list[Finding]:
     return [
         finding
         for group in groups
-        if any(member.standing == "vfio" for member in group.members)
+        if group.blocking and any(member.standing == "vfio" for member in group.members)
         for finding in checks.check_viability(Target(make_entry(group), group, "", "numbers"))
     ]
 

@@ -225,7 +225,8 @@ def test_one_plug_annotation_resets_the_other_setting(tmp_path: Path) -> None:
 
 
 def test_runtime_rs_reads_no_plug_annotation(tmp_path: Path) -> None:
-    text = '[hypervisor.qemu]\ncold_plug_vfio = "no-port"\nenable_annotations = [".*"]\n[runtime]\nhypervisor_name = "qemu"\n'
+    text = '[hypervisor.qemu]\ncold_plug_vfio = "no-port"\nenable_annotations = [".*"]\n'
+    text += '[runtime]\nhypervisor_name = "qemu"\n'
     config = load(HostTree(tmp_path), text, cold_plug_vfio="root-port")
     assert config.flavour == "rs"
     assert config.hypervisor_setting("cold_plug_vfio").value == "no-port"
