@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manual pages name every code, key, annotation and option that the guest hook knows."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from oci_hooks import oci
+from oci_hooks.schema import load_schema
+
+pytestmark = pytest.mark.unit
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MANUAL = REPOSITORY / "docs" / "man"
+# What the guest hook is made of; the host's modules have their own page.
+GUEST_MODULES = [
+    "apply",
+    "binding",
+    "bpf",
+    "cgroup",
+    "claims",
+    "command",
+    "container",
+    "events",
+    "guards",
+    "guest",
+    "guest_settings",
+    "jsontext",
+    "log",
+    "modules",
+    "namespaces",
+    "nodes",
+    "oci",
+    "plan",
+    "request",
+    "selection",
+    "settings",
+    "workers",
+]
+
+
+def find_codes() -> set[str]:
+    """Return the codes that the guest's modules can give a finding."""
+    made = re.compile(
+        r'(?:Refusal|StepError|InputError|NotYet|Finding)\(\s*(?:"(?:error|warning|info)",\s*)?"([a-z-]+)"'
+    )
+    named = re.compile(r'"(bad-[a-z]+)"')
+    texts = [(REPOSITORY / "oci_hooks" / f"{name}.py").read_text() for name in GUEST_MODULES]
+    codes = {code for text in texts for pattern in (made, named) for code in pattern.findall(text)}
+    # A finding whose code is a variable.
+    return codes - {"error", "warning", "info"}
+
+
+def test_every_code_of_the_guest_hook_has_an_entry_and_an_example() -> None:
+    page = (MANUAL / "vfio-guest-bind.1.rst").read_text()
+    entries = {
+        name.strip() for line in page.splitlines() if re.fullmatch(r"[a-z][a-z, -]+", line) for name in line.split(",")
+    }
+    codes = find_codes()
+    assert len(codes) > 30
+    assert codes - entries == set()
+    assert page.count("Example: ``[") >= 30
+
+
+def test_every_key_of_guest_toml_has_an_entry() -> None:
+    page = (MANUAL / "oci-vfio-guest.toml.5.rst").read_text()
+    properties = load_schema("guest-settings")["properties"]
+    keys = [key for key in properties if "properties" not in properties[key]]
+    keys += [key for table in ("auto", "node") for key in properties[table]["properties"]]
+    missing = [key for key in keys if not re.search(rf"^(\w+, )?{key}( =|,|$)", page, re.MULTILINE)]
+    assert missing == []
+
+
+def test_every_annotation_and_option_has_an_entry() -> None:
+    page = (MANUAL / "vfio-guest-bind.1.rst").read_text()
+    for annotation in (oci.DEVICES_ANNOTATION, oci.MAP_ANNOTATION, oci.LOG_ANNOTATION, oci.RECORD_ANNOTATION):
+        assert f"``{annotation}``\n" in page
+    command = [str(REPOSITORY / "hooks" / "vfio-guest-bind"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    options = set(re.findall(r"--[a-z-]+", text))
+    assert {"--bundle", "--dry-run"} <= options
+    assert [option for option in sorted(options) if f"**{option}**" not in page] == []
+
+
+def test_examples_of_settings_are_right() -> None:
+    import tomllib
+
+    from oci_hooks.schema import find_mistakes
+
+    page = (MANUAL / "oci-vfio-guest.toml.5.rst").read_text()
+    top, auto, node = re.split(r"^Table .*$", page, flags=re.MULTILINE)
+    for table, text in (("", top), ("[auto]", auto), ("[node]", node)):
+        examples = re.findall(r"Example: ``([^`]+)``", text)
+        assert examples
+        for example in examples:
+            values = tomllib.loads(f"{table}\n{example}\n")
+            assert find_mistakes(values, "guest-settings", "example", "bad", "") == (), json.dumps(values)
