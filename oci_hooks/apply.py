@@ -12,6 +12,7 @@ import os
 
 from oci_hooks import cgroup, container, nodes, sysfs
 from oci_hooks.errors import Finding, StepError
+from oci_hooks.files import step
 from oci_hooks.plan import DRIVER, Rebind
 from oci_hooks.records import Record
 from oci_hooks.workers import Job, Result, Write, run_jobs
@@ -38,7 +39,7 @@ def bind_devices(root: Root, rebinds: Iterable[Rebind], journal: Journal, deadli
     for rebind in rebinds:
         journal.note("device", rebind.address, rebind.driver, rebind.override)
     jobs = [Job(rebind.address, make_bind_writes(rebind)) for rebind in rebinds]
-    for rebind, result in zip(rebinds, run_jobs(jobs, deadline)):
+    for rebind, result in zip(rebinds, root.do(run_jobs, jobs, deadline)):
         check_bound(root, rebind, result, deadline)
 
 
@@ -77,6 +78,7 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
         raise StepError("bind-failed", address, problem, f"see dmesg for {DRIVER} {address}")
 
 
+@step
 def probe_again(root: Root, address: str, deadline: Deadline) -> str:
     """Have the kernel probe a function again while that may help, and return the driver that it has then."""
     from oci_hooks.schema import load_site_packages
@@ -85,7 +87,7 @@ def probe_again(root: Root, address: str, deadline: Deadline) -> str:
     import tenacity
 
     def probe() -> str:
-        run_jobs([Job(address, (make_probe_write(address),))], deadline)
+        root.do(run_jobs, [Job(address, (make_probe_write(address),))], deadline)
         return sysfs.read_driver(root, address)
 
     # A device that is still busy with its old driver's teardown is free after some tens of milliseconds or not at all.
@@ -120,7 +122,7 @@ def grant_nodes(
 ) -> None:
     """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
     place = cgroup.find_cgroup(root, target.pid)
-    directory = container.open_dev(target.pid, target.rootfs)
+    directory = root.do(container.open_dev, target.pid, target.rootfs)
     try:
         proofs = cgroup.prove(root, place, directory, made, deadline)
         denied = [proof.node for proof in proofs if proof.is_denied]
@@ -188,6 +190,7 @@ def undo(
     return findings + restore_drivers(root, [entry for entry in entries if entry.kind == "device"], deadline, private)
 
 
+@step
 def undo_entry(root: Root, entry: Entry, pid: int) -> None:
     """Put back one change in the container. Raises OSError, StepError."""
     if entry.kind == "permit" and pid:
@@ -219,7 +222,7 @@ def restore_drivers(
         jobs.append(Job(address, tuple(writes)))
         wanted[address] = driver
     findings = []
-    for result in run_jobs(jobs, deadline, private):
+    for result in root.do(run_jobs, jobs, deadline, private):
         findings += check_restored(root, result, wanted[result.address])
     return findings
 

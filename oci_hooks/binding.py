@@ -51,7 +51,7 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
     """Give a container the groups that it asks for. Raises HookError with everything put back."""
     start = read_start_time(root, state.pid) if state.pid else 0
     check_process(state.pid, start)
-    directory = ClaimDirectory()
+    directory = ClaimDirectory(root=root)
     directory.prepare()
     work = Work(call, root, state, spec, request, settings, directory, start)
     journal, wanted = wait_for_claim(work)
@@ -69,7 +69,7 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
 def carry_out(work: Work, wanted: plan.Plan, journal: Journal) -> None:
     """Do what the plan says, each step noted in the journal before it is done. Raises HookError."""
     root, deadline = work.root, work.call.deadline
-    target = nodes.Target(work.state.pid, find_rootfs(work.state, work.spec))
+    target = nodes.Target(work.state.pid, root.do(find_rootfs, work.state, work.spec))
     load_drivers(root, deadline)
     apply.bind_devices(root, wanted.rebinds, journal, deadline)
     made = nodes.expose_nodes(root, wanted, target, journal)
@@ -80,9 +80,9 @@ def carry_out(work: Work, wanted: plan.Plan, journal: Journal) -> None:
 
 def release(root: Root, state: State, deadline: Deadline) -> list[Finding]:
     """Put back what a container's claim notes and return what went wrong; nothing to do without a claim."""
-    directory = ClaimDirectory()
+    directory = ClaimDirectory(root=root)
     path = directory.journal_path(state.id)
-    if not os.path.exists(path):
+    if not root.exists(path):
         return []
     directory.prepare()
     while True:
@@ -95,7 +95,7 @@ def release(root: Root, state: State, deadline: Deadline) -> list[Finding]:
                 return put_back(root, claim, deadline, lock)
         finally:
             os.close(lock)
-        wait_for_hook(claim, deadline)
+        root.do(wait_for_hook, claim, deadline)
 
 
 # Deciding ------------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def release(root: Root, state: State, deadline: Deadline) -> list[Finding]:
 def wait_for_claim(work: Work) -> tuple[Journal, plan.Plan]:
     """Decide what the container gets, waiting for devices that are not there yet. Raises Refusal."""
     listener = None
-    deadline = work.call.deadline
+    root, deadline = work.root, work.call.deadline
     while True:
         try:
             claimed = claim_groups(work)
@@ -113,9 +113,9 @@ def wait_for_claim(work: Work) -> tuple[Journal, plan.Plan]:
                 from oci_hooks.events import Listener
 
                 # Nothing is missed: it listens now, and the next look comes after.
-                listener = Listener()
-            elif not listener.wait(deadline.remaining() - BIND_SECONDS):
-                raise missing.after(deadline.seconds - deadline.remaining()) from None
+                listener = root.do(Listener)
+            elif not root.do(Listener.wait, listener, deadline.remaining() - BIND_SECONDS):
+                raise missing.after(root.do(deadline.elapsed)) from None
         else:
             if claimed:
                 return claimed
@@ -131,10 +131,11 @@ def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
         if not own or not own.at_work:
             check_own(work, own)
             wanted = plan.make_plan(work.root, choose(work, claims), work.spec, make_options(work))
+            work.root.note("plan", wanted)
             return open_claim(work, own, wanted.groups), wanted
     finally:
         os.close(lock)
-    wait_for_hook(own, deadline)
+    work.root.do(wait_for_hook, own, deadline)
     return None
 
 
@@ -211,13 +212,13 @@ def repair(work: Work, claims: list[Claim], lock: int) -> list[Claim]:
 def put_back(root: Root, claim: Claim, deadline: Deadline, lock: int) -> list[Finding]:
     """Undo a claim that no hook is at work on, and remove it. Call it with the machine-wide lock held."""
     alive = claim.pid if read_start_time(root, claim.pid) == claim.start else 0
-    journal = ClaimDirectory().reopen_journal(claim)
+    journal = ClaimDirectory(root=root).reopen_journal(claim)
     if journal is None:
         return []
     try:
         # A child that hangs must keep the journal's lock, and let go of the machine's.
         findings = apply.undo(root, claim.entries, alive, Deadline(max(deadline.remaining(), UNDO_SECONDS)), (lock,))
-        return end_claim(claim.path, findings)
+        return root.do(end_claim, claim.path, findings)
     finally:
         journal.close()
 
@@ -229,9 +230,9 @@ def take_back(work: Work, journal: Journal) -> list[Finding]:
     findings = apply.undo(work.root, entries, work.state.pid, deadline)
     if journal.kept:
         # The container has what an earlier run gave it, and may be using it.
-        os.ftruncate(journal.fd, journal.kept)
+        work.root.do(os.ftruncate, journal.fd, journal.kept)
         return findings
-    return end_claim(journal.path, findings)
+    return work.root.do(end_claim, journal.path, findings)
 
 
 def end_claim(path: str, findings: list[Finding]) -> list[Finding]:
@@ -245,7 +246,7 @@ def end_container(root: Root, state: State) -> None:
     """Kill a container's init, so that nothing runs without the devices it was promised (on_failure = "kill")."""
     # Never this machine's init, nor a process group.
     if state.pid > 1 and read_start_time(root, state.pid):
-        os.kill(state.pid, 9)
+        root.do(os.kill, state.pid, 9)
 
 
 # Showing -------------------------------------------------------------------------------------------------------------
@@ -255,10 +256,11 @@ def print_plan(call: Call, root: Root, state: State, spec: Spec, request: Reques
     """Print what would be done, and do nothing. Raises HookError as the real run would, without waiting."""
     from oci_hooks.log import write_stdout
 
-    directory = ClaimDirectory()
+    directory = ClaimDirectory(root=root)
     work = Work(call, root, state, spec, request, settings, directory, 0)
     claims = [claim for claim in directory.read_claims() if not claim.is_stale(root)]
     wanted = plan.make_plan(root, choose(work, claims), spec, make_options(work))
+    root.note("plan", wanted)
     actions = plan.list_actions(wanted)
     if call.arguments.json:
         call.plan.extend({"action": what, "subject": subject, "detail": how} for what, subject, how in actions)

@@ -16,6 +16,7 @@ import errno
 import os
 
 from oci_hooks.errors import StepError
+from oci_hooks.files import step
 from oci_hooks.mounts import read_mounts
 from oci_hooks.records import Record
 
@@ -164,6 +165,7 @@ def place_path(mounts: dict[str, list[tuple[str, str]]], kind: str, paths: dict[
 # Proving --------------------------------------------------------------------------------------------------------------
 
 
+@step
 def prove(
     root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[Node], deadline: Deadline
 ) -> tuple[NodeProof, ...]:
@@ -303,6 +305,7 @@ def plan_grant(root: Root, cgroup: Cgroup, nodes: Iterable[Node], widen_parents:
     return Grant(numbers, cgroup.unified if cgroup.unified in own else "", tuple(directories))
 
 
+@step
 def permit(root: Root, grant: Grant) -> None:
     """Permit reading and writing of exactly these nodes. Doing it twice is doing it once. Raises StepError."""
     for path in grant.devices:
@@ -312,6 +315,7 @@ def permit(root: Root, grant: Grant) -> None:
         change_programs(root, grant.unified, grant.nodes, add_nodes)
 
 
+@step
 def forbid(root: Root, grant: Grant) -> None:
     """Take a permission back, whole or half given, by this process or another. Raises StepError.
 
@@ -471,6 +475,7 @@ def describe_proof(proof: NodeProof) -> str:
     return words.get(proof.error, os.strerror(proof.error))
 
 
+@step
 def find_programs_above(root: Root, cgroup: Cgroup) -> list[str]:
     """Return the ancestors of a version 2 cgroup that have device programs of their own, the nearest first."""
     from oci_hooks import bpf

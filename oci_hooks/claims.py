@@ -13,7 +13,7 @@ import fcntl
 import os
 
 from oci_hooks.errors import Refusal
-from oci_hooks.files import Root, read_chunks
+from oci_hooks.files import Descriptor, Root, read_chunks, step
 from oci_hooks.journal import FORMAT, Entry, Journal, format_entry, parse_journal, quote
 from oci_hooks.records import Record
 
@@ -54,11 +54,13 @@ def read_start_time(root: Root, pid: int) -> int:
 
 
 class ClaimDirectory:
-    """The claims of this machine. path: where they lie, on the live system."""
+    """The claims of this machine. path: where they lie, on the live system; root: the door that all goes through."""
 
-    def __init__(self, path: str = STATE_DIRECTORY) -> None:
+    def __init__(self, path: str = STATE_DIRECTORY, root: Root | None = None) -> None:
         self.path = path
+        self.root = root or Root()
 
+    @step
     def prepare(self) -> None:
         """Make the directory, for root only. Raises Refusal [state-directory] where it is not what it must be."""
         for path in (self.path, f"{self.path}/claims"):
@@ -75,9 +77,10 @@ class ClaimDirectory:
                     hint = "remove it; the hook makes it anew"
                     raise Refusal("state-directory", path, "is not a directory of root's alone", hint) from None
 
-    def lock(self, deadline: Deadline) -> int:
+    @step
+    def lock(self, deadline: Deadline) -> Descriptor:
         """Return a descriptor that holds the machine-wide lock. Raises Refusal [lock-timeout]."""
-        fd = os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = Descriptor(os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         try:
             take_lock(fd, deadline, f"{self.path}/lock")
         except BaseException:
@@ -94,6 +97,7 @@ class ClaimDirectory:
             name = "sha256-" + hashlib.sha256(container.encode("utf-8", "surrogateescape")).hexdigest()
         return f"{self.path}/claims/{name}"
 
+    @step
     def read_claims(self) -> list[Claim]:
         """Return every claim. Call it with the lock held."""
         try:
@@ -107,6 +111,7 @@ class ClaimDirectory:
         paths = (f"{self.path}/claims/{name}" for name in names if not name.startswith("."))
         return [claim for claim in map(self.read_claim, paths) if claim is not None]
 
+    @step
     def read_claim(self, path: str) -> Claim | None:
         """Return one claim, or None where there is none at this path."""
         try:
@@ -119,10 +124,12 @@ class ClaimDirectory:
         finally:
             os.close(fd)
 
+    @step
     def read_entries(self, journal: Journal) -> tuple[Entry, ...]:
         """Return the entries that this run has added to a journal."""
         return tuple(parse_journal(Root().read_bytes(journal.path)[journal.kept :]))
 
+    @step
     def open_journal(self, container: str, pid: int, start: int, groups: tuple[str, ...]) -> Journal:
         """Write a new claim and return its journal, locked. Call it with the machine-wide lock held.
 
@@ -142,6 +149,7 @@ class ClaimDirectory:
             raise
         return Journal(fd, path)
 
+    @step
     def reopen_journal(self, claim: Claim) -> Journal | None:
         """Return the journal of an existing claim, locked; None where a hook, or a blocked step of one, has it."""
         fd = os.open(claim.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)

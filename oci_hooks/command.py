@@ -48,6 +48,10 @@ class Deadline:
         """Return the seconds left, never below zero."""
         return max(0.0, self.start + self.seconds - time.monotonic())
 
+    def elapsed(self) -> float:
+        """Return the seconds that are over, never more than there are."""
+        return self.seconds - self.remaining()
+
     def extend(self, seconds: float) -> None:
         """Set how many seconds there are in all, from the same start: settings are read after the clock has begun."""
         self.seconds = seconds

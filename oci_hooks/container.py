@@ -15,6 +15,7 @@ import os
 import stat
 
 from oci_hooks.errors import Refusal, StepError
+from oci_hooks.files import Descriptor
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -65,11 +66,11 @@ def is_same_directory(one: os.stat_result, other: os.stat_result) -> bool:
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
-def open_dev(pid: int, rootfs: str) -> int:
+def open_dev(pid: int, rootfs: str) -> Descriptor:
     """Return a descriptor of the container's /dev. Raises OSError."""
     root = open_rootfs(pid, rootfs)
     try:
-        return os.open("dev", FOLLOW_NOTHING, dir_fd=root)
+        return Descriptor(os.open("dev", FOLLOW_NOTHING, dir_fd=root))
     finally:
         os.close(root)
 

@@ -35,6 +35,7 @@ class Listener:
             self.monitor.filter_by(subsystem)
         self.monitor.start()
 
-    def wait(self, seconds: float) -> bool:
-        """Return True when something happened to a PCI device or VFIO group, False when the seconds are over."""
-        return self.monitor.poll(timeout=max(seconds, 0.0)) is not None
+    def wait(self, seconds: float) -> str:
+        """Return what happened to a PCI device or VFIO group ("add /devices/..."), "" when the seconds are over."""
+        event = self.monitor.poll(timeout=max(seconds, 0.0))
+        return f"{event.action} {event.device_path}" if event is not None else ""

@@ -29,7 +29,7 @@ def load_drivers(root: Root, deadline: Deadline) -> None:
     said = ""
     path = next((path for path in MODPROBE if root.exists(path)), "")
     if path:
-        said = run_modprobe(root.host_path(path), missing, deadline)
+        said = root.do(run_modprobe, root.host_path(path), missing, deadline)
     if "vfio-pci" in list_missing(root):
         problem = f"is not in this kernel and can't be loaded: {said or 'no modprobe here'}"
         raise StepError("no-vfio-driver", "vfio-pci", problem, f"build the kernel with {OPTIONS}")

@@ -7,6 +7,7 @@ import os
 
 from oci_hooks import cgroup, container, sysfs
 from oci_hooks.errors import StepError
+from oci_hooks.files import step
 from oci_hooks.plan import MAP_PATH
 from oci_hooks.records import Record
 
@@ -94,6 +95,13 @@ def read_numbers(root: Root, path: str, subject: str) -> tuple[int, int]:
 def expose_nodes(root: Root, plan: Plan, target: Target, journal: Journal) -> tuple[cgroup.Node, ...]:
     """Make the plan's nodes in the container and return them as the proof wants them. Raises StepError."""
     places = [(node, find_place(root, node)) for node in plan.nodes]
+    give_nodes(root, places, plan, target, journal)
+    return tuple(cgroup.Node(place.path, *place.numbers, is_group=node.kind == "group") for node, place in places)
+
+
+@step
+def give_nodes(_root: Root, places: list[tuple[Node, Place]], plan: Plan, target: Target, journal: Journal) -> None:
+    """Make the nodes in the container's /dev, or mount them there. Raises StepError."""
     try:
         dev = container.open_dev(target.pid, target.rootfs)
         try:
@@ -105,7 +113,6 @@ def expose_nodes(root: Root, plan: Plan, target: Target, journal: Journal) -> tu
             os.close(dev)
     except OSError as error:
         raise container.explain_tree_error(error, target.rootfs) from None
-    return tuple(cgroup.Node(place.path, *place.numbers, is_group=node.kind == "group") for node, place in places)
 
 
 def make_nodes(dev: int, places: list[tuple[Node, Place]], plan: Plan, target: Target, journal: Journal) -> None:
