@@ -60,7 +60,8 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
     except BaseException as error:
         findings = take_back(work, journal)
         if isinstance(error, HookError):
-            error.findings += tuple(findings)
+            # What could not be done often can't be undone either, for the same reason: said once.
+            error.findings += tuple(finding for finding in findings if finding not in error.findings)
         raise
     finally:
         journal.close()

@@ -59,7 +59,7 @@ def read_call_state(call: Call) -> State:
 
     arguments = call.arguments
     if not arguments.bundle:
-        return oci.read_state(read_input(call.deadline))
+        return oci.mend_bundle(Root(), oci.read_state(read_input(call.deadline)))
     import os
 
     bundle = os.path.abspath(arguments.bundle)

@@ -129,6 +129,25 @@ def read_state(data: bytes) -> State:
         raise explain(document, mismatch, "state", "state on stdin", "bad-state") from None
 
 
+def mend_bundle(root: Root, state: State) -> State:
+    """Return the state with the bundle that it should name.
+
+    crun says "/" of a container with a user namespace and devices, because it leaves its working directory on the way
+    (containers/crun#2025, seen with 1.8.1). Its command line, of the process that runs this hook, still has it.
+    """
+    if state.bundle != "/":
+        return state
+    import os
+
+    words = root.read_text_or(f"/proc/{os.getppid()}/cmdline", "").split("\0")
+    for word, following in zip(words, words[1:] + [""]):
+        name, _, value = word.partition("=")
+        value = following if word in ("--bundle", "-b") else value if name == "--bundle" else ""
+        if value.startswith("/"):
+            return state.replace(bundle=value)
+    return state
+
+
 def read_spec(root: Root, state: State) -> Spec:
     """Return the container's config.json. Raises InputError [bundle-unreadable], [bad-json] or [bad-config].
 

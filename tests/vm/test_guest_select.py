@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which groups a container gets, on a real machine's sysfs: by --dry-run, which prints the plan and changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from tests.vm import bundles, calls, devices, guest
+from tests.vm.bundles import Options
+from tests.vm.calls import DEVICES
+
+MACHINE = "standard"
+MAP = "io.katacontainers.x.vfio"
+
+Bundle = Callable[..., Path]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """Return what writes a config.json with these options and returns its directory."""
+
+    def write(**options: Any) -> Path:
+        config = bundles.make_config(["/bin/true"], str(tmp_path), Options(**options), "/none")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return write
+
+
+def plan_groups(directory: Path) -> list[str]:
+    """Return the groups of which the plan makes nodes."""
+    done = calls.fork_hook(None, "--bundle", str(directory), "--dry-run", "--json")
+    assert done.code == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["exit"], answer["findings"]) == (0, [])
+    made = [step["subject"] for step in answer["plan"] if step["action"] == "make"]
+    assert made[0] == "/dev/vfio/vfio"
+    return [path.rpartition("/")[2] for path in made[1:]]
+
+
+def refuse(directory: Path) -> str:
+    """Return the one line with which the hook refuses."""
+    done = calls.fork_hook(None, "--bundle", str(directory), "--dry-run")
+    assert done.code != 0
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def path_of(address: str) -> str:
+    """Return a device's guest PCI path, as Kata writes it: the slots from the root bus down."""
+    below = str((guest.PCI / address).resolve()).partition("/pci0000:00/")[2]
+    return "/".join(step.split(":")[2].partition(".")[0] for step in below.split("/"))
+
+
+def list_free() -> dict[str, str]:
+    """Return a device of each group that may be taken without being named, by group."""
+    found = [guest.find_devices(kind)[0] for kind in (devices.NIC_E1000, devices.EDU)]
+    return {guest.group_of(address): address for address in (*guest.find_devices(devices.NIC_E1000E), *found)}
+
+
+def test_each_kind_of_selector(bundle: Bundle) -> None:
+    """Address, id, class, guest path, auto; the whole group each time, and each group once."""
+    nics, pair = guest.find_devices(devices.NIC_E1000E), guest.find_devices(devices.NIC_E1000)
+    edu = guest.find_device(devices.EDU)
+    cases = {
+        nics[1]: [nics[1]],
+        nics[1][len("0000:") :]: [nics[1]],
+        f"id:{devices.NIC_E1000E}": nics,
+        "class:0200": [*nics, pair[0]],
+        f"path:{path_of(nics[0])}": [nics[0]],
+        f"path:{path_of(pair[1])}": [pair[0]],
+        f"{pair[0]}, {pair[1]}": [pair[0]],
+        f"id:{devices.EDU},{nics[0]}": [edu, nics[0]],
+        "auto": list(list_free().values()),
+    }
+    for text, expected in cases.items():
+        groups = plan_groups(bundle(annotations={DEVICES: text}))
+        assert groups == sorted((guest.group_of(address) for address in expected), key=int), text
+
+
+def test_map_of_the_predecessor(bundle: Bundle) -> None:
+    """The JSON map that dgibson/kata-vfio-tools put into an annotation."""
+    nic = guest.find_device(devices.NIC_E1000E, 1)
+    known = [
+        {"host-group": "41", "devices": [{"host-address": "0000:5e:00.1", "guest-path": {"Path": [path_of(nic)]}}]}
+    ]
+    assert plan_groups(bundle(annotations={MAP: json.dumps(known)})) == [guest.group_of(nic)]
+
+
+def test_counting(bundle: Bundle) -> None:
+    """Host's numbers stand for the free groups when there are as many; else the candidates are listed.
+
+    The host's /dev/vfio/N is not the guest's group N, and a PCIDEVICE_* variable with a guest address decides.
+    """
+    free = list_free()
+    nic = guest.find_device(devices.NIC_E1000E, 1)
+    entries = bundles.vfio_devices("77", "78", "79", "80")
+    assert plan_groups(bundle(devices=entries)) == sorted(free, key=int)
+
+    line = refuse(bundle(devices=bundles.vfio_devices(guest.group_of(nic))))
+    assert "[ambiguous] linux.devices" in line
+    assert all(f"group {group}: {address}" in line for group, address in free.items())
+    assert f'say which: "{DEVICES}": "' in line
+
+    hinted = bundle(devices=bundles.vfio_devices("77"), environment={"PCIDEVICE_INTEL_COM_NIC": nic})
+    assert plan_groups(hinted) == [guest.group_of(nic)]
+    host = bundle(devices=bundles.vfio_devices("77"), environment={"PCIDEVICE_INTEL_COM_NIC": "0000:5e:00.1"})
+    assert "[ambiguous]" in refuse(host)
+
+
+@pytest.mark.usefixtures("native_drivers")
+def test_numbers_of_a_live_group_are_that_group(bundle: Bundle) -> None:
+    """An entry with the numbers of a VFIO group of this guest is that group, under whatever name."""
+    nic = guest.find_device(devices.NIC_E1000E, 1)
+    guest.bind(nic, "vfio-pci")
+    entry = bundles.vfio_device("77", *guest.numbers_of_group(guest.group_of(nic)))
+    assert plan_groups(bundle(devices=[entry])) == [guest.group_of(nic)]
+
+
+def test_refusals_name_the_reason(bundle: Bundle) -> None:
+    """What is never taken, not there, or can't be read."""
+    (bridge,) = (
+        member
+        for member in guest.members_of(guest.group_of(guest.find_device(devices.NIC_E1000)))
+        if guest.class_of(member) == "0604"
+    )
+    cases = {
+        bridge: f"error: [bridge] {bridge}",
+        "id:dead:beef": "error: [no-such-device]",
+        "class:0108": "[never-taken]",
+        "0000:00:00.0": "[in-use] 0000:00:00.0",
+        "eth0": "[bad-annotation]",
+    }
+    for text, expected in cases.items():
+        assert expected in refuse(bundle(annotations={DEVICES: text})), text
+
+
+def test_dry_run_prints_the_plan_and_does_nothing(bundle: Bundle) -> None:
+    """For a person, in the order in which it would be done."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    before = calls.look_at_drivers()
+    directory = bundle(annotations={DEVICES: nic}, devices=bundles.vfio_devices("2"))
+    done = calls.call_hook(None, "--bundle", str(directory), "--dry-run")
+    assert done.code == 0
+    assert done.stdout.splitlines() == [
+        "load vfio-pci: unless it is there",
+        f"override {nic}: vfio-pci (was unset)",
+        f"unbind {nic}: from e1000e",
+        f"probe {nic}: vfio-pci",
+        "remove /dev/vfio/2: the host's, 511:200",
+        "make /dev/vfio/vfio: 0600 0:0",
+        f"make /dev/vfio/{guest.group_of(nic)}: 0600 0:0",
+        "write /dev/vfio/devices.json: 1 devices",
+        "permit /dev/vfio/vfio: rw, where it is denied",
+        f"permit /dev/vfio/{guest.group_of(nic)}: rw, where it is denied",
+    ]
+    assert calls.look_at_drivers() == before
+    assert calls.list_claims() == []
