@@ -34,7 +34,14 @@ CONTROL_NODE = "/dev/vfio/vfio"
 GROUP_PREFIX = "/dev/vfio/"
 CDEV_PREFIX = "/dev/vfio/devices/"
 
+HINTS = {
+    "state": "the runtime writes it; by hand: the OCI runtime-spec's runtime.md says what it holds",
+    "config": "mend what wrote it: the OCI runtime-spec's config.md and config-linux.md say what it holds",
+}
+
 HIGHEST_ID = 0xFFFFFFFF
+# chown(2) takes this one for "leave it as it is".
+NO_ID = 0xFFFFFFFF
 
 
 class State(Record):
@@ -187,12 +194,13 @@ def is_on(value: str | None) -> bool:
 
 
 def map_id(container_id: int, mappings: tuple[IdMapping, ...]) -> int:
-    """Return the id outside the user namespace for one inside; -1 where it is not mapped. No mappings: the same id."""
+    """Return the id outside the user namespace for one inside; -1 where there is none. No mappings: the same id."""
     if not mappings:
-        return container_id
+        return container_id if container_id < NO_ID else -1
     for mapping in mappings:
         if 0 <= container_id - mapping.container_id < mapping.size:
-            return mapping.host_id + container_id - mapping.container_id
+            outside = mapping.host_id + container_id - mapping.container_id
+            return outside if outside < NO_ID else -1
     return -1
 
 
@@ -207,13 +215,15 @@ def make_state(document: object) -> State:
     identity = take(document, "id", "string", "")
     bundle = take(document, "bundle", "string", "")
     pid = take_number(document, "pid", "", 0, low=0)
-    if not identity:
-        raise Mismatch("id", "expected a name, found an empty string")
-    if not bundle.startswith("/"):
+    root = take(document, "root", "string", "", "")
+    if not identity or not is_name(identity):
+        raise Mismatch("id", f"expected a name, found {identity!r}")
+    if not bundle.startswith("/") or not is_name(bundle):
         raise Mismatch("bundle", f"expected an absolute path, found {bundle!r}")
+    if not is_name(root):
+        raise Mismatch("root", f"expected a path, found {root!r}")
     status = take(document, "status", "string", "", "")
-    annotations = take_strings(document, "annotations", "")
-    return State(identity, bundle, pid, status, annotations, take(document, "root", "string", "", ""))
+    return State(identity, bundle, pid, status, take_strings(document, "annotations", ""), root)
 
 
 def make_spec(document: object, path: str) -> Spec:
@@ -222,8 +232,8 @@ def make_spec(document: object, path: str) -> Spec:
         raise Mismatch("(the whole)", f"expected object, found {name_kind(document)}")
     root = take(document, "root", "object", "", None)
     root_path = take(root, "path", "string", "root.") if root is not None else ""
-    if root is not None and not root_path:
-        raise Mismatch("root.path", "expected a path, found an empty string")
+    if root is not None and not (root_path and is_name(root_path)):
+        raise Mismatch("root.path", f"expected a path, found {root_path!r}")
     process = take(document, "process", "object", "", {})
     user = take(process, "user", "object", "process.", {})
     linux = take(document, "linux", "object", "", {})
@@ -254,7 +264,7 @@ def make_device(entry: object, where: str) -> Device:
     values = check_kind(entry, "object", where)
     path = take(values, "path", "string", f"{where}.")
     kind = take(values, "type", "string", f"{where}.")
-    if not path.startswith("/"):
+    if not path.startswith("/") or not is_name(path):
         raise Mismatch(f"{where}.path", f"expected an absolute path, found {path!r}")
     if kind not in ("c", "b", "u", "p"):
         raise Mismatch(f"{where}.type", f"expected one of c, b, u, p, found {kind!r}")
@@ -310,9 +320,9 @@ def take_number(
     owner: dict[str, Any], key: str, where: str, default: int | None, *, low: int | None = None, high: int | None = None
 ) -> int:
     """Return a member that is a whole number within bounds; null counts as absent. Raises Mismatch."""
-    value: int = take(owner, key, "integer", where, *(() if default is None else (default,)))
-    if value == default:
-        return value
+    if owner.get(key) is None and default is not None:
+        return default
+    value: int = take(owner, key, "integer", where)
     if (low is not None and value < low) or (high is not None and value > high):
         raise Mismatch(where + key, f"expected a number {describe_bounds(low, high)}, found {value}")
     return value
@@ -342,6 +352,14 @@ def check_kind(value: Any, kind: str, where: str) -> Any:
     return value
 
 
+def is_name(text: str) -> bool:
+    """Tell whether a file can have this name: JSON can write NUL and lone surrogates, a path can't hold them."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 def name_kind(value: object) -> str:
     """Return the JSON name of a value's kind."""
     if isinstance(value, bool):
@@ -354,11 +372,13 @@ def name_kind(value: object) -> str:
 
 def explain(document: object, mismatch: Mismatch, schema_name: str, subject: str, code: str) -> InputError:
     """Return the error for a document that a reader refused: jsonschema's whole list, or the reader's own word."""
-    first = Finding("error", code, f"{subject}: {mismatch.path}", mismatch.problem)
+    hint = HINTS[schema_name]
+    first = Finding("error", code, f"{subject}: {mismatch.path}", mismatch.problem, hint)
     try:
         from oci_hooks.schema import find_mistakes
 
-        findings = find_mistakes(document, schema_name, subject, code)
-    except ImportError:
+        findings = find_mistakes(document, schema_name, subject, code, hint)
+    except (ImportError, RecursionError):
+        # What is nested as deep as the stack allowed to read can't be written out.
         findings = ()
     return InputError.from_findings(findings or (first,))

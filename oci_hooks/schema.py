@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 
 # More than a screen of mistakes in one document helps nobody.
 MOST_FINDINGS = 10
+# Rules of a schema in words, for a value whose schema has no title.
+RULES = {
+    "minimum": "a number not below {}",
+    "maximum": "a number not above {}",
+    "exclusiveMinimum": "a number above {}",
+    "enum": "one of {}",
+    "pattern": "what matches {}",
+}
 
 
 def load_site_packages() -> None:
@@ -38,20 +46,22 @@ def load_schema(name: str) -> dict[str, Any]:
     return schema
 
 
-def find_mistakes(document: Any, schema_name: str, subject: str, code: str) -> tuple[Finding, ...]:
+def find_mistakes(document: Any, schema_name: str, subject: str, code: str, hint: str) -> tuple[Finding, ...]:
     """Return a finding for each thing in the document that breaks the schema.
 
-    subject: the document's name for the findings; code: their code. Raises ImportError without jsonschema.
+    subject: the document's name for the findings; code, hint: theirs. Raises ImportError without jsonschema.
     """
     load_site_packages()
     import jsonschema
 
     validator = jsonschema.Draft7Validator(load_schema(schema_name))
     errors = sorted(validator.iter_errors(document), key=lambda error: [str(step) for step in error.path])
-    return tuple(
-        Finding("error", code, f"{subject}: {format_path(error.absolute_path)}", describe(error))
-        for error in errors[:MOST_FINDINGS]
+    findings = (
+        Finding("error", code, f"{subject}: {format_path(error.absolute_path)}", describe(error), hint)
+        for error in errors
     )
+    # jsonschema complains of each member that is lacking; one finding names them all.
+    return tuple(dict.fromkeys(findings))[:MOST_FINDINGS]
 
 
 def format_path(steps: Iterable[object]) -> str:
@@ -72,13 +82,13 @@ def describe(error: Any) -> str:
     if rule == "required":
         missing = [name for name in wanted if name not in error.instance]
         return f"lacks {', '.join(missing)}"
-    if rule == "pattern" and wanted == "^/":
-        return f"expected an absolute path, found {found}"
     if rule == "additionalProperties":
         known = ", ".join(sorted(error.schema.get("properties", {})))
         unknown = sorted(set(error.instance) - set(error.schema.get("properties", {})))
         return f"unknown key {', '.join(unknown)}; known are {known}"
-    return f"expected {rule} {wanted}, found {found}"
+    value = ", ".join(map(str, wanted)) if isinstance(wanted, list) else wanted
+    words = "an absolute path" if wanted == "^/" else RULES.get(rule, f"{rule} {{}}").format(value)
+    return f"expected {error.schema.get('title', words)}, found {found}"
 
 
 def describe_value(value: object) -> str:

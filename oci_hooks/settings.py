@@ -82,7 +82,7 @@ def check_settings(values: dict[str, Any], path: str, schema_name: str) -> None:
     try:
         from oci_hooks.schema import find_mistakes
 
-        findings = find_mistakes(values, schema_name, path, "bad-settings")
+        findings = find_mistakes(values, schema_name, path, "bad-settings", "mend it or take it out")
     except ImportError:
         raise InputError(
             "settings-unreadable", path, "can't be checked without jsonschema", "apt install python3-jsonschema"

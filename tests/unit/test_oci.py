@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State and config.json: what is read, what is refused, and that readers and schemas never disagree."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+
+from oci_hooks import oci
+from oci_hooks.errors import EXIT_BAD_INPUT, InputError
+from oci_hooks.files import Root
+from oci_hooks.schema import load_schema
+from tests.unit.documents import ANYTHING, CONFIGS, STATES
+
+pytestmark = pytest.mark.unit
+
+STATE_SCHEMA = jsonschema.Draft7Validator(load_schema("state"))
+CONFIG_SCHEMA = jsonschema.Draft7Validator(load_schema("config"))
+STATE: dict[str, Any] = {"id": "c1", "bundle": "/b"}
+
+
+def read_or_refuse(document: object, kind: str) -> bool:
+    """Tell whether the hand-written reader takes a document."""
+    try:
+        if kind == "state":
+            oci.make_state(document)
+        else:
+            oci.make_spec(document, "config.json")
+    except oci.Mismatch:
+        return False
+    return True
+
+
+def device(**changes: Any) -> dict[str, Any]:
+    """Return a config.json with one device, changed; None takes a member away."""
+    entry = {"path": "/dev/vfio/12", "type": "c", "major": 244, "minor": 0, **changes}
+    return {"linux": {"devices": [{key: value for key, value in entry.items() if value is not None}]}}
+
+
+# The same verdict ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=600, deadline=None)
+@given(STATES)
+def test_reader_and_schema_agree_on_states(document: object) -> None:
+    assert read_or_refuse(document, "state") == STATE_SCHEMA.is_valid(document)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(CONFIGS)
+def test_reader_and_schema_agree_on_configs(document: object) -> None:
+    assert read_or_refuse(document, "config") == CONFIG_SCHEMA.is_valid(document)
+
+
+@given(ANYTHING)
+def test_reader_and_schema_agree_on_anything(document: object) -> None:
+    assert read_or_refuse(document, "state") == STATE_SCHEMA.is_valid(document)
+    assert read_or_refuse(document, "config") == CONFIG_SCHEMA.is_valid(document)
+
+
+# (document, the path at which it is wrong, "" where it is right). Both verdicts are checked for each.
+STATES_BY_HAND: list[tuple[Any, str]] = [
+    (STATE, ""),
+    ({**STATE, "ociVersion": "", "status": "", "pid": 0, "annotations": None, "root": "/r", "new": [1]}, ""),
+    ({**STATE, "pid": 7.0, "status": None, "annotations": {"a": "b"}}, ""),
+    ([], "(the whole)"),
+    (None, "(the whole)"),
+    ({"bundle": "/b"}, "(the whole)"),
+    ({"id": "c"}, "(the whole)"),
+    ({**STATE, "id": ""}, "id"),
+    ({**STATE, "id": 5}, "id"),
+    ({**STATE, "id": "a\0b"}, "id"),
+    ({**STATE, "id": "\ud800"}, "id"),
+    ({**STATE, "bundle": "b"}, "bundle"),
+    ({**STATE, "bundle": ""}, "bundle"),
+    ({**STATE, "bundle": "/b\0"}, "bundle"),
+    ({**STATE, "bundle": "/\udc80"}, "bundle"),
+    ({**STATE, "root": "/r\0"}, "root"),
+    ({**STATE, "pid": "7"}, "pid"),
+    ({**STATE, "pid": -1}, "pid"),
+    ({**STATE, "pid": 7.5}, "pid"),
+    ({**STATE, "pid": True}, "pid"),
+    ({**STATE, "annotations": {"a": 1}}, "annotations.a"),
+    ({**STATE, "annotations": []}, "annotations"),
+    ({**STATE, "status": 1}, "status"),
+]
+CONFIGS_BY_HAND: list[tuple[Any, str]] = [
+    ({}, ""),
+    ({"linux": None, "process": {"user": None, "env": None}, "root": None, "annotations": None}, ""),
+    (device(uid=0, gid=2**32 - 1, fileMode=0o666), ""),
+    (device(major=None, minor=None), ""),
+    (device(type="b", path="/dev/sda"), ""),
+    (device(type="x"), "linux.devices[0].type"),
+    (device(type=None), "linux.devices[0]"),
+    (device(path="dev/vfio/12"), "linux.devices[0].path"),
+    (device(path="/dev/vfio/1\0"), "linux.devices[0].path"),
+    (device(path="/dev/vfio/\ud800"), "linux.devices[0].path"),
+    (device(path=["x"]), "linux.devices[0].path"),
+    (device(major="244"), "linux.devices[0].major"),
+    (device(fileMode=-1), "linux.devices[0].fileMode"),
+    (device(uid=-1), "linux.devices[0].uid"),
+    (device(gid=2**32), "linux.devices[0].gid"),
+    ({"linux": {"devices": {"path": "/dev/vfio/12"}}}, "linux.devices"),
+    ({"linux": {"devices": ["/dev/vfio/12"]}}, "linux.devices[0]"),
+    ({"linux": {"devices": [None]}}, "linux.devices[0]"),
+    ({"linux": {"namespaces": [{}]}}, "linux.namespaces[0]"),
+    ({"linux": {"uidMappings": [{"containerID": 0, "hostID": 1}]}}, "linux.uidMappings[0]"),
+    ({"linux": {"gidMappings": [{"containerID": 0, "hostID": 1, "size": None}]}}, "linux.gidMappings[0].size"),
+    ({"linux": []}, "linux"),
+    ({"process": {"user": {"uid": -1}}}, "process.user.uid"),
+    ({"process": {"env": [1]}}, "process.env[0]"),
+    ({"root": {}}, "root"),
+    ({"root": {"path": ""}}, "root.path"),
+    ({"root": {"path": "a\0b"}}, "root.path"),
+    ({"annotations": {"a": None}}, "annotations.a"),
+    ("{}", "(the whole)"),
+]
+
+
+@pytest.mark.parametrize(("document", "where"), STATES_BY_HAND, ids=repr)
+def test_state_by_hand(document: Any, where: str) -> None:
+    assert STATE_SCHEMA.is_valid(document) == (not where)
+    if where:
+        with pytest.raises(oci.Mismatch) as caught:
+            oci.make_state(document)
+        assert caught.value.path == where
+    else:
+        assert oci.make_state(document).bundle == "/b"
+
+
+@pytest.mark.parametrize(("document", "where"), CONFIGS_BY_HAND, ids=repr)
+def test_config_by_hand(document: Any, where: str) -> None:
+    assert CONFIG_SCHEMA.is_valid(document) == (not where)
+    if where:
+        with pytest.raises(oci.Mismatch) as caught:
+            oci.make_spec(document, "config.json")
+        assert caught.value.path == where
+    else:
+        assert oci.make_spec(document, "config.json").raw is document
+
+
+# What is read --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_state_says() -> None:
+    document = {**STATE, "pid": 7, "status": "created", "annotations": {"a": "b"}, "root": "/r", "ociVersion": "1.0.2"}
+    assert oci.make_state(document) == oci.State("c1", "/b", 7, "created", {"a": "b"}, "/r")
+
+
+def test_what_a_config_says() -> None:
+    document = {
+        "annotations": {"a": "b"},
+        "root": {"path": "rootfs"},
+        "process": {"user": {"uid": 1, "gid": 2}, "env": ["A=1"]},
+        "linux": {
+            "devices": [{"path": "//dev/vfio/../vfio/12", "type": "u", "major": 244, "minor": 3, "fileMode": 0o640}],
+            "namespaces": [{"type": "pid"}, {"type": "user", "path": "/x"}],
+            "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 10}],
+        },
+    }
+    spec = oci.make_spec(document, "/b/config.json")
+    assert spec.devices == (oci.Device("/dev/vfio/12", "u", 244, 3, 0o640, -1, -1),)
+    assert (spec.uid, spec.gid, spec.environment, spec.root_path) == (1, 2, ("A=1",), "rootfs")
+    assert spec.namespaces == ("pid", "user")
+    assert spec.uid_mappings == (oci.IdMapping(0, 1000, 10),)
+    assert spec.gid_mappings == ()
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "asks"),
+    [
+        ("/dev/vfio/12", "c", "group"),
+        ("/dev/vfio/12", "u", "group"),
+        ("/dev/vfio/noiommu-0", "c", "group"),
+        ("/dev//vfio/./12/", "c", "group"),
+        ("/dev/vfio/devices/vfio0", "c", "cdev"),
+        ("/dev/vfio/vfio", "c", ""),
+        ("/dev/vfio/12", "b", ""),
+        ("/dev/vfio/12", "p", ""),
+        ("/dev/vfio", "c", ""),
+        ("/dev/vfiox/12", "c", ""),
+        ("/dev/vfio/../sda", "c", ""),
+        ("/dev/null", "c", ""),
+    ],
+)
+def test_which_devices_are_vfio(path: str, kind: str, asks: str) -> None:
+    spec = oci.make_spec(device(path=path, type=kind), "config.json")
+    (found,) = spec.devices
+    assert (found.is_group, found.is_cdev) == (asks == "group", asks == "cdev")
+    assert spec.vfio_devices == (spec.devices if asks else ())
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside"),
+    [(0, 1000), (9, 1009), (10, -1), (20, 5), (21, -1), (2**32 - 1, -1)],
+)
+def test_ids_are_mapped(inside: int, outside: int) -> None:
+    assert oci.map_id(inside, (oci.IdMapping(0, 1000, 10), oci.IdMapping(20, 5, 1))) == outside
+
+
+@pytest.mark.parametrize("inside", [2**32 - 1, 2**32 - 6])
+def test_an_id_that_chown_would_not_take_is_no_id(inside: int) -> None:
+    # (uid_t)-1 means "leave it" to chown(2), and Python raises OverflowError for the number.
+    mappings = () if inside == 2**32 - 1 else (oci.IdMapping(0, 10, 2**32 - 1),)
+    assert oci.map_id(inside, mappings) == -1
+
+
+@pytest.mark.parametrize(("name", "value"), oci.SANDBOX_MARKS.items())
+def test_a_pause_container_is_known(name: str, value: str) -> None:
+    spec = oci.make_spec({"annotations": {name: value}}, "config.json")
+    assert oci.is_sandbox(oci.make_state(STATE), spec)
+    assert not oci.is_sandbox(oci.make_state({**STATE, "annotations": {name: "container"}}), spec)
+
+
+def test_the_states_annotation_goes_before_that_of_the_config() -> None:
+    spec = oci.make_spec({"annotations": {"a": "config", "b": "config"}}, "config.json")
+    state = oci.make_state({**STATE, "annotations": {"a": "state"}})
+    assert [oci.find_annotation(state, spec, name) for name in "abc"] == ["state", "config", None]
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def write_config(top: Path, path: str, data: bytes) -> None:
+    """Write a file into a made tree."""
+    place = top / path.lstrip("/")
+    place.parent.mkdir(parents=True)
+    place.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "subject", "problem"),
+    [
+        (b"", "bad-json", "/b/config.json", "is empty"),
+        (b"{", "bad-json", "/b/config.json", "line 1 column 2"),
+        (b"[]", "bad-config", "/b/config.json: (the whole)", "expected object, found []"),
+        (
+            b'{"linux": {"devices": [{"path": "/dev/vfio/1", "type": "c", "major": "x"}]}}',
+            "bad-config",
+            "/b/config.json: linux.devices[0].major",
+            'expected integer, found "x"',
+        ),
+        (
+            b'{"linux": {"devices": [{"path": "/dev/a\\u0000", "type": "c"}]}}',
+            "bad-config",
+            "/b/config.json: linux.devices[0].path",
+            "expected an absolute path, found",
+        ),
+    ],
+)
+def test_a_bad_config_is_refused_with_its_place(
+    tmp_path: Path, data: bytes, code: str, subject: str, problem: str
+) -> None:
+    write_config(tmp_path, "/b/config.json", data)
+    with pytest.raises(InputError) as caught:
+        oci.read_spec(Root(str(tmp_path)), oci.make_state(STATE))
+    (finding,) = caught.value.findings
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert (finding.code, finding.subject) == (code, subject)
+    assert problem in finding.problem
+    assert finding.hint
+
+
+def test_every_mistake_of_a_state_is_listed() -> None:
+    with pytest.raises(InputError) as caught:
+        oci.read_state(json.dumps({"id": 5, "pid": -1, "bundle": "x"}).encode())
+    places = {finding.subject: finding.problem for finding in caught.value.findings}
+    assert places == {
+        "state on stdin: bundle": 'expected an absolute path, found "x"',
+        "state on stdin: id": "expected string, found 5",
+        "state on stdin: pid": "expected a number not below 0, found -1",
+    }
+
+
+def test_without_jsonschema_the_reader_has_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    with pytest.raises(InputError) as caught:
+        oci.read_state(b'{"id": 5}')
+    (finding,) = caught.value.findings
+    assert (finding.subject, finding.problem) == ("state on stdin: id", "expected string, found integer")
+    assert finding.hint
+
+
+def test_a_value_nested_as_deep_as_can_be_read_is_described() -> None:
+    # The scanner reads a few levels more than json.dumps can write from further down the stack.
+    depths = range(900, 1000, 3)
+    for depth in depths:
+        with pytest.raises(InputError):
+            oci.read_state(b'{"bundle": "/b", "id": ' + b"[" * depth + b"]" * depth + b"}")
+
+
+def test_a_bundle_without_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        oci.read_spec(Root(str(tmp_path)), oci.make_state(STATE))
+    (finding,) = caught.value.findings
+    assert finding.code == "bundle-unreadable"
+    assert finding.subject == "/b/config.json"
+    assert finding.hint
+
+
+@pytest.mark.parametrize("identity", ["..", ".", "../x", "a/b"])
+def test_no_id_leads_out_of_kata_1s_directory(tmp_path: Path, identity: str) -> None:
+    (tmp_path / "run/libcontainer").mkdir(parents=True)
+    place = Path(os.path.normpath(tmp_path / "run/libcontainer" / identity / "config.json"))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("{}")
+    with pytest.raises(InputError):
+        oci.read_spec(Root(str(tmp_path)), oci.make_state({**STATE, "id": identity}))
+
+
+@pytest.mark.parametrize("identity", ["c1", "a b", "\u4e2d"])
+def test_kata_1s_config_is_found(tmp_path: Path, identity: str) -> None:
+    write_config(tmp_path, f"/run/libcontainer/{identity}/config.json", b"{}")
+    spec = oci.read_spec(Root(str(tmp_path)), oci.make_state({**STATE, "id": identity}))
+    assert spec.path == f"/run/libcontainer/{identity}/config.json"
+
+
+def test_a_long_id_is_no_error(tmp_path: Path) -> None:
+    write_config(tmp_path, "/b/config.json", b"{}")
+    assert oci.read_spec(Root(str(tmp_path)), oci.make_state({**STATE, "id": "x" * 5000})).path == "/b/config.json"
+
+
+def test_a_config_that_is_a_pipe_does_not_hang(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b/config.json")
+    with pytest.raises(InputError) as caught:
+        oci.read_spec(Root(str(tmp_path)), oci.make_state(STATE))
+    assert caught.value.findings[0].problem == "is empty"
