@@ -67,6 +67,7 @@ def boot_and_show() -> int:
 
 def show_inside() -> int:
     """Run the containers under each runtime, print the table, return the exit code."""
+    bundles.write_settings()
     nic = guest.find_device(devices.NIC_E1000E)
     print(f"the NIC is {nic}, {guest.id_of(nic)}, in group {guest.group_of(nic)}, driver {guest.driver_of(nic)}")
     print(f"config.json lists /dev/vfio/vfio and /dev/vfio/{HOST_GROUP}: what the group is called on the host")
@@ -163,9 +164,10 @@ def tell(case: str, done: Done) -> None:
 
 
 def shorten(text: str) -> str:
-    """Return the last line that was said."""
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else ""
+    """Return what the hook said last, without what the runtime says around it."""
+    lines = text.replace("\\n", "\n").strip().strip('"').splitlines()
+    said = [line[line.find("vfio-") :] for line in lines if "vfio-" in line]
+    return said[-1] if said else (lines or [""])[-1]
 
 
 def print_table(rows: list[Row]) -> None:

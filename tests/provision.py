@@ -81,8 +81,9 @@ class MissingError(Exception):
 
 
 def say(text: str) -> None:
-    """Tell the user what is going on, at once."""
-    print(text, flush=True)
+    """Tell the user what is going on, at once. One write a line: several threads may have something to say."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def find_cache() -> Path:

@@ -60,6 +60,10 @@ MOUNTS: tuple[dict[str, Any], ...] = (
     {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev"]},  # noqa: S108
     {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
 )
+# Where the hooks look for their settings. Inside, /etc is an overlay: nothing of this machine is written.
+SETTINGS = Path("/etc/oci-vfio-hooks")
+# A hook has 8 s by itself, which is plenty but for an emulated machine whose host is busy.
+PATIENCE = "deadline = 60\n"
 # A container that does not start, or a hook that hangs, ends a test and not the whole run.
 LIMIT = 180.0
 
@@ -102,6 +106,13 @@ class Done:
         """Return the last line of the output, which is a probe's report."""
         assert self.stdout.strip(), f"nothing was printed; code {self.code}, stderr: {self.stderr}"
         return json.loads(self.stdout.strip().splitlines()[-1])
+
+
+def write_settings(guest: str = "", host: str = "") -> None:
+    """Write guest.toml and host.toml: these lines, after a deadline that does not depend on how busy the machine is."""
+    SETTINGS.mkdir(exist_ok=True)
+    (SETTINGS / "guest.toml").write_text(PATIENCE + guest)
+    (SETTINGS / "host.toml").write_text(PATIENCE + host)
 
 
 def make_hook(path: str, *arguments: str, **more: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ XHCI = "1b36:000d"
 TESTDEV = "1b36:0005"
 
 DISK_SIZE = 64 << 20
+# Nobody boots from these NICs; the firmware would run each one's boot ROM, emulated.
+NO_ROM = "romfile="
 
 
 class Board:
@@ -64,14 +66,22 @@ def add_dead_end(board: Board) -> str:
 
 def add_nic(board: Board) -> None:
     """Add a NIC alone in its group (driver e1000e)."""
-    board.add("-device", f"e1000e,bus={add_root_port(board)},netdev={add_dead_end(board)}")
+    board.add("-device", f"e1000e,{NO_ROM},bus={add_root_port(board)},netdev={add_dead_end(board)}")
+
+
+def add_nic_on_root_bus(board: Board) -> None:
+    """Add a NIC alone in its group, without a port of its own: more than nine ports with a NIC stop the firmware.
+
+    Each port wants 4 KiB of I/O ports for what is behind it, and there are no more than that.
+    """
+    board.add("-device", f"e1000e,{NO_ROM},bus=pcie.0,netdev={add_dead_end(board)}")
 
 
 def add_nic_pair_behind_bridge(board: Board) -> None:
     """Add two NICs (driver e1000) and the bridge above them, all in one group."""
     bridge = add_bridge(board)
     for slot in (1, 2):
-        board.add("-device", f"e1000,bus={bridge},addr={slot},netdev={add_dead_end(board)}")
+        board.add("-device", f"e1000,{NO_ROM},bus={bridge},addr={slot},netdev={add_dead_end(board)}")
 
 
 def add_wired_nics(board: Board) -> None:
@@ -80,7 +90,7 @@ def add_wired_nics(board: Board) -> None:
     for _ in range(2):
         name = f"net{board.take_number('net')}"
         board.add("-netdev", f"hubport,id={name},hubid={hub}")
-        board.add("-device", f"e1000e,bus={add_root_port(board)},netdev={name}")
+        board.add("-device", f"e1000e,{NO_ROM},bus={add_root_port(board)},netdev={name}")
 
 
 def add_edu(board: Board) -> None:

@@ -44,7 +44,7 @@ def plug_single(board: Board) -> None:
 def plug_many(board: Board) -> None:
     """Plug in sixteen NICs, each in a group of its own."""
     for _ in range(16):
-        devices.add_nic(board)
+        devices.add_nic_on_root_bus(board)
 
 
 MACHINES = {
