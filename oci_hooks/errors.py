@@ -15,6 +15,9 @@ EXIT_DONE = 0
 EXIT_REFUSED = 1
 EXIT_BAD_INPUT = 2
 
+# Characters in a line for the user.
+LINE_LIMIT = 2000
+
 
 class Finding(Record):
     """One thing to tell the user, on one line.
@@ -30,9 +33,15 @@ class Finding(Record):
     hint: str = ""
 
     def as_line(self) -> str:
-        """Return `level: [code] subject: problem; hint`, without a control character."""
-        text = f"{self.level}: [{self.code}] {self.subject}: {self.problem}"
-        return make_one_line(f"{text}; {self.hint}" if self.hint else text)
+        """Return `level: [code] subject: problem; hint`, without a control character.
+
+        Of a long text what is cut is the middle: what the user can do stands at the end.
+        """
+        hint = make_one_line(self.hint, LINE_LIMIT // 2)
+        text = make_one_line(
+            f"{self.level}: [{self.code}] {self.subject}: {self.problem}", LINE_LIMIT - len(hint) - len("; ")
+        )
+        return f"{text}; {hint}" if hint else text
 
 
 class HookError(Exception):
@@ -67,7 +76,7 @@ class StepError(HookError):
     """A step of the plan failed. Raised inside the part that puts everything back."""
 
 
-def make_one_line(text: str, limit: int = 2000) -> str:
+def make_one_line(text: str, limit: int = LINE_LIMIT) -> str:
     """Return the text with every control character escaped, so that a tenant's string stays one harmless line.
 
     limit: length in characters above which the text is cut.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 SYNTAX = "expected a comma list of 0000:02:00.0, id:8086:10d3, class:0200, path:02/00, auto, cdev"
+MAP_SYNTAX = 'write [{"host-group": 12, "devices": [{"host-address": "0000:3b:00.0", "guest-path": "02/00"}]}]'
 HEX = frozenset("0123456789abcdef")
 
 
@@ -102,8 +103,10 @@ def normalize_address(text: str) -> str:
     # A domain has four digits, or more behind Intel's VMD.
     if not dot or len(parts) != 3 or not is_hex_list(parts[1:], (2, 2)) or not 4 <= len(parts[0]) <= 8:
         return ""
-    valid = HEX.issuperset(parts[0]) and int(parts[2], 16) < 32 and function in set("01234567")
-    return f"{':'.join(parts)}.{function}" if valid else ""
+    if not HEX.issuperset(parts[0]) or int(parts[2], 16) > 31 or function not in set("01234567"):
+        return ""
+    # nvidia-smi writes eight digits for any domain, sysfs no more than it needs.
+    return f"{int(parts[0], 16):04x}:{parts[1]}:{parts[2]}.{function}"
 
 
 def normalize_path(text: str) -> str:
@@ -166,7 +169,7 @@ def read_map_path(value: Any, source: str, where: str) -> str:
     text = "/".join(map(str, value)) if isinstance(value, list) else value
     path = normalize_path(text.lower()) if isinstance(text, str) else ""
     if not path:
-        raise InputError("bad-annotation", f"{source}: {where}", "expected a path such as 02/00", "see the README")
+        raise InputError("bad-annotation", f"{source}: {where}", "expected a path such as 02/00", MAP_SYNTAX)
     return path
 
 
@@ -174,9 +177,8 @@ def expect(value: Any, kind: Any, source: str, where: str) -> Any:
     """Return the value if it is of this kind. Raises InputError [bad-annotation] with its place in the map."""
     if not isinstance(value, kind):
         names = {list: "array", dict: "object", str: "string"}
-        raise InputError(
-            "bad-annotation", f"{source}: {where}", f"expected {names[kind]}, found {oci.name_kind(value)}"
-        )
+        problem = f"expected {names[kind]}, found {oci.name_kind(value)}"
+        raise InputError("bad-annotation", f"{source}: {where}", problem, MAP_SYNTAX)
     return value
 
 

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a container asks for: the annotation's selectors, the predecessor's map, linux.devices and hints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oci_hooks import oci
+from oci_hooks.errors import EXIT_BAD_INPUT, InputError
+from oci_hooks.request import Request, Selector, normalize_address, parse_map, parse_selector, read_request
+
+pytestmark = pytest.mark.unit
+
+
+def ask(document: dict[str, Any], **annotations: str) -> Request | None:
+    """Return what a container with this config.json and these annotations in its state asks for."""
+    names = {"devices": oci.DEVICES_ANNOTATION, "map": oci.MAP_ANNOTATION}
+    state = oci.State("c1", "/b", 7, "", {names.get(key, key): value for key, value in annotations.items()})
+    return read_request(state, oci.make_spec(document, "config.json"))
+
+
+def group_entry(number: int = 12) -> dict[str, Any]:
+    """Return one VFIO group in linux.devices."""
+    return {"path": f"/dev/vfio/{number}", "type": "c", "major": 244, "minor": number}
+
+
+SELECTORS = [
+    ("0000:02:00.0", "address", "0000:02:00.0"),
+    ("02:00.0", "address", "0000:02:00.0"),
+    ("ABCD:EF:1F.7", "address", "abcd:ef:1f.7"),
+    ("10000:e1:00.0", "address", "10000:e1:00.0"),
+    # nvidia-smi writes eight digits; sysfs has four, or as many as it takes.
+    ("00000000:3B:00.0", "address", "0000:3b:00.0"),
+    ("00010000:e1:00.0", "address", "10000:e1:00.0"),
+    ("id:8086:10D3", "id", "8086:10d3"),
+    ("id: 8086:10d3", "id", "8086:10d3"),
+    ("class:02", "class", "02"),
+    ("class:0200", "class", "0200"),
+    ("class:02000A", "class", "02000a"),
+    ("path:02/00", "path", "02.0/00.0"),
+    ("path:2", "path", "02.0"),
+    ("path:02/1f/00.7", "path", "02.0/1f.0/00.7"),
+    ("path:0001:02/00", "path", "0001:02.0/00.0"),
+    ("path:0001:80:02.0/00.0", "path", "0001:80:02.0/00.0"),
+    ("path:02/03/04/05/06/07", "path", "02.0/03.0/04.0/05.0/06.0/07.0"),
+    ("auto", "auto", "auto"),
+]
+NO_SELECTORS = (
+    ["", "x", "auto:", "AUTO!", "all", "0000:02:00", "0000:02:00.8", "0000:02:20.0", "0000:2:00.0", "00:02:00.0"]
+    + ["0000:02:00.00", "0000:02:00.", "g000:02:00.0", "123456789:02:00.0", "0000:02:00.0 x", "0000:\u0662\u0662:00.0"]
+    + ["id:8086", "id:8086:10d", "id:8086:10d3:1", "id:80860:10d3", "id:", "class:", "class:2", "class:020", "class:0z"]
+    + ["class:02000000", "path:", "path:/", "path:02/", "path:/02", "path:20", "path:02/00.8", "path:002", "path:xx"]
+    + ["path:01:02/00", "path:0000:0:02/00", "path:0000:00:01:02/00", "path:00000:02", "path:02//00", "vendor:8086"]
+    + ["path:../..", "0000:02:00.0\n0000:03:00.0", "\0", "\ud800"]
+)
+
+
+@pytest.mark.parametrize(("word", "kind", "value"), SELECTORS, ids=repr)
+def test_a_selector_is_read(word: str, kind: str, value: str) -> None:
+    assert parse_selector(word, "annotation") == Selector(kind, value)
+
+
+@pytest.mark.parametrize("word", NO_SELECTORS, ids=repr)
+def test_what_is_no_selector_is_refused(word: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_selector(word, "annotation x")
+    (finding,) = caught.value.findings
+    assert (caught.value.exit_code, finding.code, finding.subject) == (EXIT_BAD_INPUT, "bad-annotation", "annotation x")
+    assert repr(word)[:20] in finding.problem
+    assert "0000:02:00.0" in finding.hint
+
+
+@pytest.mark.parametrize(("word", "kind", "value"), SELECTORS, ids=repr)
+def test_a_selector_as_it_is_shown_is_the_same_selector(word: str, kind: str, value: str) -> None:
+    selector = parse_selector(word, "annotation")
+    assert parse_selector(str(selector), "annotation") == selector
+
+
+@given(st.text(st.sampled_from("0123456789abcdefABCDEFG:./xipathcls, \n\0\u0661"), max_size=20))
+def test_any_word_is_a_selector_or_refused(word: str) -> None:
+    try:
+        selector = parse_selector(word, "annotation")
+    except InputError:
+        return
+    assert parse_selector(str(selector), "annotation") == selector
+
+
+def test_the_annotation_is_a_list() -> None:
+    request = ask({"linux": {"devices": [group_entry()]}}, devices=" 02:00.0 ,id:8086:10d3, cdev,auto")
+    assert request is not None
+    assert [str(selector) for selector in request.selectors] == ["0000:02:00.0", "id:8086:10d3", "auto"]
+    assert request.wants_cdev
+    assert oci.DEVICES_ANNOTATION in request.source
+    # They still say owner and mode of the nodes.
+    assert [entry.path for entry in request.entries] == ["/dev/vfio/12"]
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "cdev", "auto,", "auto,,auto", "auto cdev"])
+def test_an_annotation_that_names_nothing_is_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        ask({}, devices=text)
+
+
+def test_a_container_that_asks_for_nothing_gets_nothing() -> None:
+    assert ask({}) is None
+    assert (
+        ask({"linux": {"devices": [{"path": "/dev/vfio/vfio", "type": "c"}, {"path": "/dev/sda", "type": "b"}]}})
+        is None
+    )
+    assert ask({"process": {"env": ["PCIDEVICE_A=0000:02:00.0"]}}) is None
+
+
+@pytest.mark.parametrize(("name", "value"), oci.SANDBOX_MARKS.items())
+def test_a_pause_container_gets_nothing_of_its_pods_annotations(name: str, value: str) -> None:
+    assert ask({"linux": {"devices": [group_entry()]}}, devices="auto", **{name: value}) is None
+
+
+# The predecessor's map -----------------------------------------------------------------------------------------------
+
+DEVICE = {"host-address": "0000:3b:00.0", "guest-path": {"Path": ["02.0", "00.0"]}}
+WANTED = Selector("path", "02.0/00.0", "0000:3b:00.0")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [{"Path": ["02.0", "00.0"]}, {"path": ["02", "0"]}, {"PATH": "02/00"}, ["02.0", "00.0"], "02/00", "02.0/00.0"],
+    ids=repr,
+)
+def test_every_form_of_a_path_in_the_map_is_read(path: object) -> None:
+    text = json.dumps([{"host-group": 12, "devices": [{**DEVICE, "guest-path": path}]}])
+    assert parse_map(text) == (WANTED,)
+
+
+def test_the_map_stands_for_its_devices() -> None:
+    other = {"guest-path": "03/00"}
+    text = json.dumps([{"host-group": "12", "devices": [DEVICE]}, {"devices": [other], "new": 1}])
+    request = ask({"linux": {"devices": [group_entry()]}}, map=text)
+    assert request is not None
+    assert request.selectors == (WANTED, Selector("path", "03.0/00.0"))
+    assert oci.MAP_ANNOTATION in request.source
+
+
+def test_the_map_adds_host_addresses_to_the_annotation() -> None:
+    request = ask({}, devices="path:02/00,path:03/00,auto", map=json.dumps([{"devices": [DEVICE]}]))
+    assert request is not None
+    assert request.selectors == (WANTED, Selector("path", "03.0/00.0"), Selector("auto", "auto"))
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("", "is empty"),
+        ("{", "line 1"),
+        ("{}", "(the whole): expected array, found object"),
+        ("[1]", "[0]: expected object, found integer"),
+        ("[{}]", "[0].devices: expected array, found null"),
+        ('[{"devices": [[]]}]', "[0].devices[0]: expected object, found array"),
+        ('[{"devices": [{}]}]', "[0].devices[0].guest-path: expected a path"),
+        ('[{"devices": [{"guest-path": "zz"}]}]', "[0].devices[0].guest-path: expected a path"),
+        ('[{"devices": [{"guest-path": {"Path": [2, {}]}}]}]', "[0].devices[0].guest-path: expected a path"),
+        ('[{"devices": [{"guest-path": "02", "host-address": 5}]}]', "host-address: expected string, found integer"),
+        ("[]", "names no device"),
+        ('[{"devices": []}]', "names no device"),
+        ("[" * 5000, "nested too deeply"),
+        ("\ud800", "not UTF-8"),
+    ],
+    ids=repr,
+)
+def test_a_map_that_can_not_be_read_is_refused_with_the_place(text: str, where: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_map(text)
+    (finding,) = caught.value.findings
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert oci.MAP_ANNOTATION in finding.subject
+    assert where in f"{finding.subject}: {finding.problem}"
+    assert finding.hint
+
+
+# Hints ---------------------------------------------------------------------------------------------------------------
+
+
+def test_hints_are_the_addresses_in_the_device_plugins_variables() -> None:
+    environment = [
+        "PCIDEVICE_INTEL_COM_NIC=0000:02:00.0,3B:00.1",
+        "PCIDEVICE_OTHER=0000:02:00.0",
+        'PCIDEVICE_OTHER_INFO={"0000:04:00.0": {}}',
+        "XPCIDEVICE_A=0000:05:00.0",
+        "PCIDEVICE_BAD=x,,0000:06:00.9",
+        "PCIDEVICE_",
+    ]
+    request = ask({"linux": {"devices": [group_entry()]}, "process": {"env": environment}})
+    assert request is not None
+    assert request.hints == ("0000:02:00.0", "0000:3b:00.1")
+    assert (request.source, request.selectors) == ("linux.devices", ())
+
+
+@given(st.text(max_size=24))
+def test_a_normal_address_stays_as_it_is(text: str) -> None:
+    address = normalize_address(text)
+    assert normalize_address(address) == address
