@@ -121,6 +121,11 @@ def find_selected(selector: Selector, request: Request, pool: Pool) -> list[PciD
     if selector.kind in ("address", "path"):
         for bridge in (device for device in found if device.is_bridge):
             raise Refusal("bridge", describe(bridge), "is a bridge, never taken", "name the device behind it")
+        if len(found) > 1:
+            # One path without its root complex means one device; which of them, only the user knows.
+            problem = f"{selector} may be any of {', '.join(describe(device) for device in found)}"
+            root = ":".join([split_path(found[0].path)[0], selector.value])
+            raise Refusal("ambiguous", request.source, problem, f"say which root complex: path:{root}")
         return found
     # A kind of device is asked for, so its bridges and what other containers have are passed over.
     endpoints = [d for d in found if not d.is_bridge]
@@ -154,9 +159,17 @@ def matches_path(wanted: str, path: str) -> bool:
     out; path: e.g. /sys/devices/pci0000:00/0000:00:02.0/0000:01:00.0.
     """
     root, _, steps = wanted.rpartition(":")
-    top, _, below = path.partition("/pci")[2].partition("/")
-    slots = "/".join(step.rpartition(":")[2] for step in below.split("/"))
+    top, slots = split_path(path)
     return slots == steps and (not root or top == root or (":" not in root and top.startswith(f"{root}:")))
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """Return root complex and slots of a device's path in sysfs: "0000:00" and "02.0/00.0".
+
+    The last directory of that name is the root complex: one may hang below a device of another (VMD), or a platform's.
+    """
+    top, _, below = path.rpartition("/pci")[2].partition("/")
+    return top, "/".join(step.rpartition(":")[2] for step in below.split("/"))
 
 
 # By linux.devices ----------------------------------------------------------------------------------------------------
