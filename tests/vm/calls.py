@@ -67,7 +67,14 @@ def fork_hook(state: dict[str, Any] | None, *arguments: str, prepare: Callable[[
 
 def import_hook() -> None:
     """Import all of the guest hook, so that a fork need not."""
-    for name in ("argparse", "syslog", *(f"oci_hooks.{path.stem}" for path in PACKAGE.glob("*.py"))):
+    for name in (
+        "argparse",
+        "jsonschema",
+        "pyudev",
+        "syslog",
+        "tenacity",
+        *(f"oci_hooks.{path.stem}" for path in PACKAGE.glob("*.py")),
+    ):
         # What only the host hook has is no harm; what this interpreter lacks would be an error in the hook too.
         importlib.import_module(name)
 
