@@ -40,6 +40,11 @@ def ask_kernel(root: Root, node: str) -> str:
     node: path of the group's node. Returns "viable", "not-viable", "busy", "denied", "missing", or "unknown" where no
     answer could be had.
     """
+    return root.ask(ask_group, node)
+
+
+def ask_group(path: str) -> str:
+    """Return what the kernel says of the group whose node is at this path; words as in ask_kernel."""
     import errno
     import fcntl
     import struct
@@ -53,7 +58,7 @@ def ask_kernel(root: Root, node: str) -> str:
         errno.ENODEV: "missing",
     }
     try:
-        fd = os.open(root.host_path(node), os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         return words.get(error.errno or 0, "unknown")
     try:
