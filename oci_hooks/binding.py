@@ -127,6 +127,7 @@ def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
     deadline = work.call.deadline
     lock = work.directory.lock(deadline)
     try:
+        work.directory.remove_drafts()
         claims = repair(work, work.directory.read_claims(), lock)
         own = next((claim for claim in claims if claim.container == work.state.id), None)
         if not own or not own.at_work:

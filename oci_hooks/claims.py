@@ -14,7 +14,7 @@ import os
 
 from oci_hooks.errors import Refusal
 from oci_hooks.files import Descriptor, Root, read_chunks, step
-from oci_hooks.journal import FORMAT, Entry, Journal, format_entry, parse_journal, quote
+from oci_hooks.journal import FORMAT, Entry, Journal, parse_journal, quote
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -43,7 +43,11 @@ class Claim(Record):
 
     def is_stale(self, root: Root) -> bool:
         """Tell whether it has to be undone: its hook was killed, or its container has ended."""
-        return not self.at_work and not (self.done and read_start_time(root, self.pid) == self.start)
+        return not self.at_work and not (self.done and self.is_alive(root))
+
+    def is_alive(self, root: Root) -> bool:
+        """Tell whether the container's init still is the process that it was."""
+        return self.start > 0 and read_start_time(root, self.pid) == self.start
 
 
 def read_start_time(root: Root, pid: int) -> int:
@@ -99,17 +103,23 @@ class ClaimDirectory:
 
     @step
     def read_claims(self) -> list[Claim]:
-        """Return every claim. Call it with the lock held."""
-        try:
-            names = sorted(os.listdir(f"{self.path}/claims"))
-        except FileNotFoundError:
-            return []
-        for name in names:
-            # Drafts are made with the lock held, so one that is seen with it held is a killed hook's.
+        """Return every claim. Without the lock held they may change while they are read."""
+        paths = (f"{self.path}/claims/{name}" for name in self.list_files() if not name.startswith("."))
+        return [claim for claim in map(self.read_claim, paths) if claim is not None]
+
+    @step
+    def remove_drafts(self) -> None:
+        """Remove the drafts of killed hooks. Call it with the lock held: with it they are made, and get their names."""
+        for name in self.list_files():
             if name.startswith("."):
                 os.unlink(f"{self.path}/claims/{name}")
-        paths = (f"{self.path}/claims/{name}" for name in names if not name.startswith("."))
-        return [claim for claim in map(self.read_claim, paths) if claim is not None]
+
+    def list_files(self) -> list[str]:
+        """Return the names of journals and drafts."""
+        try:
+            return sorted(os.listdir(f"{self.path}/claims"))
+        except FileNotFoundError:
+            return []
 
     @step
     def read_claim(self, path: str) -> Claim | None:
@@ -126,8 +136,8 @@ class ClaimDirectory:
 
     @step
     def read_entries(self, journal: Journal) -> tuple[Entry, ...]:
-        """Return the entries that this run has added to a journal."""
-        return tuple(parse_journal(Root().read_bytes(journal.path)[journal.kept :]))
+        """Return the entries that this run has added to a journal, also to one that somebody has removed."""
+        return tuple(parse_journal(os.pread(journal.fd, JOURNAL_LIMIT, journal.kept)))
 
     @step
     def open_journal(self, container: str, pid: int, start: int, groups: tuple[str, ...]) -> Journal:
@@ -140,21 +150,34 @@ class ClaimDirectory:
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lines = [f"{FORMAT}\n".encode(), format_entry("container", container), format_entry("init", pid, start)]
-            os.write(fd, b"".join(lines + [format_entry("group", name) for name in groups]))
+            journal = Journal(fd, path)
+            os.write(fd, f"{FORMAT}\n".encode())
+            journal.note("container", container)
+            journal.note("init", pid, start)
+            for name in groups:
+                journal.note("group", name)
             # Nobody ever sees a claim that is not whole, or not locked.
             os.rename(draft, path)
         except BaseException:
             os.close(fd)
+            os.unlink(draft)
             raise
-        return Journal(fd, path)
+        return journal
 
     @step
     def reopen_journal(self, claim: Claim) -> Journal | None:
-        """Return the journal of an existing claim, locked; None where a hook, or a blocked step of one, has it."""
-        fd = os.open(claim.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+        """Return the journal of an existing claim, locked; None where a hook, or a blocked step of one, has it.
+
+        None too where it has just gone: a hook that fails removes its claim without the machine-wide lock.
+        """
+        try:
+            fd = os.open(claim.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
         if try_lock(fd):
-            return Journal(fd, claim.path, os.fstat(fd).st_size if claim.done else 0)
+            size = os.fstat(fd).st_size
+            torn = os.pread(fd, 1, max(size - 1, 0)) != b"\n"
+            return Journal(fd, claim.path, size if claim.done else 0, torn)
         os.close(fd)
         return None
 
@@ -185,12 +208,12 @@ def take_lock(fd: int, deadline: Deadline, path: str) -> None:
     """Take a file's lock, waiting for it until the deadline. path: its name. Raises Refusal [lock-timeout]."""
     if try_lock(fd):
         return
-    with alarm(deadline):
-        try:
+    try:
+        with alarm(deadline):
             fcntl.flock(fd, fcntl.LOCK_EX)
-        except TimeoutError:
-            hint = f"see which process holds it: fuser -v {path}"
-            raise Refusal("lock-timeout", path, "is held by another hook", hint) from None
+    except TimeoutError:
+        hint = f"see which process holds it: fuser -v {path}"
+        raise Refusal("lock-timeout", path, "is held by another hook", hint) from None
 
 
 class alarm:  # noqa: N801 - reads as a statement

@@ -7,6 +7,7 @@ import, and a line torn by a kill is a step that was never begun. `done` ends th
 
 from __future__ import annotations
 
+import errno
 import os
 
 from oci_hooks.records import Record
@@ -44,17 +45,23 @@ class Journal:
     """A journal open for appending.
 
     fd: its descriptor, whose lock says that the hook is still at work; kept: how many bytes of it an earlier run of the
-    hook has written, which succeeded and is not this run's to put back.
+    hook has written, which succeeded and is not this run's to put back; torn: its last line has no end.
     """
 
-    def __init__(self, fd: int, path: str, kept: int = 0) -> None:
+    def __init__(self, fd: int, path: str, kept: int = 0, torn: bool = False) -> None:
         self.fd = fd
         self.path = path
         self.kept = kept
+        self.torn = torn
 
     def note(self, kind: str, *words: object) -> None:
-        """Append one entry, in a single write. Raises OSError."""
-        os.write(self.fd, format_entry(kind, *words))
+        """Append one entry, in a single write. Raises OSError: what is not noted whole must not be done."""
+        line = b"\n" * self.torn + format_entry(kind, *words)
+        written = os.write(self.fd, line)
+        self.torn = written != len(line)
+        if self.torn:
+            # What the kernel does where there is room for a part of it.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
 
     def close(self) -> None:
         """Close the file, which lets go of its lock."""
@@ -69,23 +76,32 @@ def format_entry(kind: str, *words: object) -> bytes:
 
 
 def parse_journal(data: bytes) -> list[Entry]:
-    """Return a journal's entries, without a line that a kill has torn and without kinds of a later version."""
+    """Return a journal's entries, without a line that is torn or spoilt and without kinds of a later version."""
     entries = []
     # What stands behind the last newline is torn, or empty.
     for line in data.decode("utf-8", "surrogateescape").split("\n")[:-1]:
         kind, *words = line.split("\t")
         if kind in KINDS and len(words) == len(KINDS[kind]):
-            entries.append(Entry(kind, tuple(unquote(word) for word in words)))
+            try:
+                entries.append(Entry(kind, tuple(unquote(word) for word in words)))
+            except ValueError:
+                continue
     return entries
 
 
 def quote(text: str) -> str:
-    """Return the text without the characters that a journal or a file name gives a meaning to."""
-    return "".join(c if c.isprintable() and c not in "%/\t" else "".join(f"%{b:02x}" for b in encode(c)) for c in text)
+    """Return the text without the characters that a journal or a file name gives a meaning to.
+
+    ASCII only, so that a name is as long as its bytes, and the same whatever the locale.
+    """
+    return "".join(
+        c if c.isascii() and c.isprintable() and c not in "%/" else "".join(f"%{b:02x}" for b in encode(c))
+        for c in text
+    )
 
 
 def unquote(text: str) -> str:
-    """Return what quote() was given."""
+    """Return what quote() was given. Raises ValueError on anything else."""
     first, *rest = text.split("%")
     data = encode(first) + b"".join(bytes([int(part[:2], 16)]) + encode(part[2:]) for part in rest)
     return data.decode("utf-8", "surrogateescape")

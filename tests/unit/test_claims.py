@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: who has which group, who is at work, and what a killed hook or an ended container left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from oci_hooks.claims import Claim, ClaimDirectory, list_owners, read_start_time
+from oci_hooks.command import Deadline
+from oci_hooks.errors import Refusal
+from oci_hooks.files import Root
+from oci_hooks.journal import Journal
+
+pytestmark = pytest.mark.unit
+
+HOSTILE_IDS = [
+    "../x",
+    ".",
+    "..",
+    "a/b",
+    "/",
+    "x" * 300,
+    "\u4e2d" * 100,
+    "a\nb",
+    "a\tb",
+    ".1234",
+    "%2e",
+    "lock",
+    "a%2fb",
+    "\x7f",
+]
+STAT = "{pid} (a ) R b) {state} 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 {start} 0 0\n"
+
+
+@pytest.fixture(name="directory")
+def make_directory(tmp_path: Path) -> ClaimDirectory:
+    """Return a directory of claims that is ready."""
+    directory = ClaimDirectory(str(tmp_path / "run"))
+    directory.prepare()
+    return directory
+
+
+@pytest.fixture(name="other")
+def start_other() -> Iterator[int]:
+    """Return the pid of a process that lives as long as the test."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        yield process.pid
+        process.kill()
+
+
+def write_stat(top: Path, pid: int, start: int, state: str = "S") -> Root:
+    """Return a root with one process."""
+    path = top / f"proc/{pid}/stat"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(STAT.format(pid=pid, state=state, start=start))
+    return Root(str(top))
+
+
+def make_claim(
+    directory: ClaimDirectory, container: str, groups: tuple[str, ...] = ("4",), *, done: bool = True
+) -> str:
+    """Make a claim of process 7 that started at 70, its hook ended, and return where it lies."""
+    journal = directory.open_journal(container, 7, 70, groups)
+    if done:
+        journal.note("done")
+    journal.close()
+    return journal.path
+
+
+def read_one(directory: ClaimDirectory) -> Claim:
+    """Return the only claim."""
+    (claim,) = directory.read_claims()
+    return claim
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("container", HOSTILE_IDS, ids=ascii)
+def test_any_id_has_a_journal_in_the_directory(directory: ClaimDirectory, container: str) -> None:
+    path = make_claim(directory, container)
+    assert os.path.dirname(path) == f"{directory.path}/claims"
+    assert os.listdir(f"{directory.path}/claims") == [os.path.basename(path)]
+    assert read_one(directory).container == container
+
+
+def test_different_ids_have_different_journals(directory: ClaimDirectory) -> None:
+    ids = [*HOSTILE_IDS, "x" * 301, "a b", "a", "A", "%2e%2e"]
+    assert len({directory.journal_path(container) for container in ids}) == len(ids)
+
+
+# The directory -------------------------------------------------------------------------------------------------------
+
+
+def test_the_directory_is_made_for_root_alone_whatever_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        ClaimDirectory(str(tmp_path / "run")).prepare()
+    finally:
+        os.umask(old)
+    assert {(tmp_path / path).stat().st_mode & 0o777 for path in ("run", "run/claims")} == {0o700}
+
+
+def put_file(path: Path) -> None:
+    """Put a file where the directory belongs."""
+    path.write_text("")
+
+
+def put_link(path: Path) -> None:
+    """Put a link to a directory there."""
+    (path.parent / "elsewhere").mkdir()
+    path.symlink_to(path.parent / "elsewhere")
+
+
+def put_open(path: Path) -> None:
+    """Put a directory there that others may write to."""
+    path.mkdir()
+    path.chmod(0o777)
+
+
+def put_anothers(path: Path) -> None:
+    """Put another user's directory there."""
+    path.mkdir()
+    os.chown(path, 1234, 1234)
+
+
+@pytest.mark.parametrize("put", [put_file, put_link, put_open, put_anothers])
+def test_a_directory_that_others_could_have_made_is_refused(tmp_path: Path, put: object) -> None:
+    assert callable(put)
+    put(tmp_path / "run")
+    with pytest.raises(Refusal) as caught:
+        ClaimDirectory(str(tmp_path / "run")).prepare()
+    (finding,) = caught.value.findings
+    assert (finding.code, finding.subject) == ("state-directory", str(tmp_path / "run"))
+    assert finding.hint
+
+
+# Locks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_hook_at_work_is_seen(directory: ClaimDirectory) -> None:
+    journal = directory.open_journal("c1", 7, 70, ("4", "5"))
+    claim = read_one(directory)
+    assert (claim.container, claim.pid, claim.start, claim.groups) == ("c1", 7, 70, ("4", "5"))
+    assert (claim.at_work, claim.done) == (True, False)
+    assert not claim.is_stale(Root())
+    assert directory.reopen_journal(claim) is None
+    journal.note("done")
+    journal.close()
+    claim = read_one(directory)
+    assert (claim.at_work, claim.done) == (False, True)
+
+
+def test_a_killed_hook_lets_go_and_is_stale(directory: ClaimDirectory) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            directory.open_journal("c1", 7, 70, ("4",)).note("device", "0000:01:00.0", "e1000e", "")
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    os.waitpid(child, 0)
+    claim = read_one(directory)
+    assert (claim.at_work, claim.done) == (False, False)
+    assert claim.is_stale(Root())
+    assert [entry.kind for entry in claim.entries] == ["container", "init", "group", "device"]
+
+
+def test_the_machines_lock_is_waited_for_until_the_deadline(directory: ClaimDirectory) -> None:
+    held = directory.lock(Deadline(1))
+    begun = time.monotonic()
+    with pytest.raises(Refusal) as caught:
+        directory.lock(Deadline(0.2))
+    assert 0.15 < time.monotonic() - begun < 5
+    assert caught.value.findings[0].code == "lock-timeout"
+    assert "fuser" in caught.value.findings[0].hint
+    os.close(held)
+    os.close(directory.lock(Deadline(0.2)))
+
+
+def test_no_descriptor_is_left_of_a_lock_that_was_not_had(directory: ClaimDirectory) -> None:
+    held = directory.lock(Deadline(1))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(Refusal):
+            directory.lock(Deadline(0.01))
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(held)
+
+
+def test_a_lock_that_is_let_go_is_had(directory: ClaimDirectory) -> None:
+    held = directory.lock(Deadline(1))
+    child = os.fork()
+    if child == 0:
+        time.sleep(0.2)
+        os._exit(0)
+    # The child holds it too, until it ends.
+    os.close(held)
+    os.close(directory.lock(Deadline(10)))
+    os.waitpid(child, 0)
+
+
+# What is stale -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "state", "stale"),
+    [(70, "S", False), (70, "R", False), (70, "Z", True), (70, "X", True), (71, "S", True), (0, "S", True)],
+)
+def test_a_claim_ends_with_its_process(
+    directory: ClaimDirectory, tmp_path: Path, start: int, state: str, stale: bool
+) -> None:
+    make_claim(directory, "c1")
+    assert read_one(directory).is_stale(write_stat(tmp_path, 7, start, state)) == stale
+
+
+def test_a_claim_whose_process_is_gone_is_stale(directory: ClaimDirectory, tmp_path: Path) -> None:
+    make_claim(directory, "c1")
+    assert read_one(directory).is_stale(Root(str(tmp_path)))
+
+
+def test_a_claim_without_a_process_is_stale(directory: ClaimDirectory, tmp_path: Path) -> None:
+    Path(f"{directory.path}/claims/c1").write_text("oci-vfio-hooks 1\ngroup\t4\ndone\n")
+    assert read_one(directory).is_stale(Root(str(tmp_path)))
+
+
+def test_a_claim_that_is_not_done_is_stale_though_its_process_lives(directory: ClaimDirectory, tmp_path: Path) -> None:
+    make_claim(directory, "c1", done=False)
+    assert read_one(directory).is_stale(write_stat(tmp_path, 7, 70))
+
+
+def test_the_start_of_a_real_process_is_told_from_that_of_a_zombie(other: int) -> None:
+    assert read_start_time(Root(), other) > 0
+    assert read_start_time(Root(), os.getpid()) < read_start_time(Root(), other) + 1
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert read_start_time(Root(), child) == 0
+    os.waitpid(child, 0)
+    assert read_start_time(Root(), child) == 0
+
+
+# Drafts, torn and vanishing journals ---------------------------------------------------------------------------------
+
+
+def test_the_draft_of_a_killed_hook_is_removed_and_no_claim(directory: ClaimDirectory) -> None:
+    draft = Path(f"{directory.path}/claims/.4242")
+    draft.write_text("oci-vfio-hooks 1\ncontainer\tc1\n")
+    directory.remove_drafts()
+    assert directory.read_claims() == []
+    assert not draft.exists()
+
+
+def test_looking_changes_nothing(directory: ClaimDirectory) -> None:
+    # --dry-run looks without the machine-wide lock, while another hook is about to rename its draft.
+    draft = Path(f"{directory.path}/claims/.4242")
+    draft.write_text("")
+    make_claim(directory, "c1")
+    assert [claim.container for claim in directory.read_claims()] == ["c1"]
+    assert draft.exists()
+
+
+def test_a_draft_that_can_not_be_written_is_not_left(
+    directory: ClaimDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(OSError, match="No space"):
+        directory.open_journal("c1", 7, 70, ("4",))
+    monkeypatch.undo()
+    assert os.listdir(f"{directory.path}/claims") == []
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_claim_that_goes_away_while_it_is_looked_at_is_gone(directory: ClaimDirectory) -> None:
+    path = make_claim(directory, "c1")
+    claim = read_one(directory)
+    os.unlink(path)
+    assert directory.reopen_journal(claim) is None
+    assert directory.read_claim(path) is None
+
+
+def test_a_journal_torn_by_a_kill_is_continued_on_a_new_line(directory: ClaimDirectory) -> None:
+    path = make_claim(directory, "c1")
+    with open(path, "ab") as file:
+        file.write(b"device\t0000:01:00.0\te100")
+    journal = directory.reopen_journal(read_one(directory))
+    assert isinstance(journal, Journal)
+    journal.note("group", "5")
+    journal.close()
+    assert read_one(directory).groups == ("4", "5")
+
+
+def test_what_this_run_added_is_told_from_what_was_there(directory: ClaimDirectory) -> None:
+    make_claim(directory, "c1")
+    journal = directory.reopen_journal(read_one(directory))
+    assert journal is not None
+    journal.note("device", "0000:01:00.0", "e1000e", "")
+    assert [entry.kind for entry in directory.read_entries(journal)] == ["device"]
+    # Also when somebody removed the file meanwhile: the steps have to be undone all the same.
+    os.unlink(journal.path)
+    assert [entry.kind for entry in directory.read_entries(journal)] == ["device"]
+    journal.close()
+
+
+def test_owners_are_those_of_others(directory: ClaimDirectory) -> None:
+    make_claim(directory, "c1", ("4", "5"))
+    make_claim(directory, "c2", ("6",))
+    claims = directory.read_claims()
+    assert dict(list_owners(claims, but="c3")) == {"4": "c1", "5": "c1", "6": "c2"}
+    assert dict(list_owners(claims, but="c1")) == {"6": "c2"}
