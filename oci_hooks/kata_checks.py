@@ -7,6 +7,7 @@ A function a check; each returns findings. Sources: kata-containers at the place
 from __future__ import annotations
 
 from oci_hooks.errors import Finding
+from oci_hooks.hypervisor import find_kernel_refusal
 from oci_hooks.kata_config import HYPERVISOR_PREFIX
 from oci_hooks.oci import DEVICES_ANNOTATION, MAP_ANNOTATION
 from oci_hooks.records import Record
@@ -101,6 +102,7 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
         return ()
     vmm, config = view.hypervisor, view.config
     setting = config.hypervisor_setting("enable_iommu", False) if config else None
+    hint = make_viommu_hint(config, setting)
     if vmm is not None and vmm.viommu:
         if vmm.viommu == "on":
             return ()
@@ -108,15 +110,22 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
         if config and setting:
             told = config.describe(setting)
             problem += f"; {told}" if setting.value is not True else f", although {told}"
-    elif config and setting and setting.value is not True:
-        problem = config.describe(setting)
+    elif config and setting:
+        # Kata puts its own intel_iommu=on before these, and the kernel takes the last word.
+        kernel = config.hypervisor_setting("kernel_params", "")
+        refusal = find_kernel_refusal(str(kernel.value))
+        if setting.value is True and not refusal:
+            return ()
+        problem = config.describe(kernel if setting.value is True else setting)
+        if setting.value is True:
+            hint = f"take {refusal} out of kernel_params"
     else:
         return ()
     certain = view.certain or (vmm is not None and vmm.viommu == "off")
     level = "error" if view.wanted and certain else "warning"
     if not view.wanted:
         problem += "; the guest's own driver can have the device, but VFIO in the container can't work"
-    return (Finding(level, "viommu-off", "virtual IOMMU", problem, make_viommu_hint(config, setting)),)
+    return (Finding(level, "viommu-off", "virtual IOMMU", problem, hint),)
 
 
 def make_viommu_hint(config: KataConfig | None, setting: Setting | None) -> str:

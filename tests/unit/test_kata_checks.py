@@ -228,6 +228,22 @@ def test_the_mode_by_annotation(tmp_path: Path) -> None:
     assert codes(check(HostTree(tmp_path), BAD, annotations=annotations)) == ["warning viommu-off"]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("intel_iommu=off", ["error viommu-off"]),
+        ("quiet iommu=off", ["error viommu-off"]),
+        ("intel_iommu=off intel_iommu=on", []),
+        ("agent.log=debug iommu=pt", []),
+    ],
+)
+def test_kernel_parameters_have_the_last_word(tmp_path: Path, words: str, expected: list[str]) -> None:
+    found = check(HostTree(tmp_path), GOOD.replace("enable_iommu", f'kernel_params = "{words}"\nenable_iommu', 1))
+    assert codes(found) == expected
+    if found:
+        assert f'kernel_params = "{words}" in /opt/kata/configuration.toml line 3' in found[0].problem
+
+
 # Support -------------------------------------------------------------------------------------------------------------
 
 
