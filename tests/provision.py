@@ -8,6 +8,8 @@ Standard library only: this runs before anything else is installed.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shlex
@@ -21,11 +23,13 @@ from pathlib import Path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The interpreter the hooks run under on Debian; another `python` may come first on PATH.
 PYTHON = "/usr/bin/python3"
+# Not on the PATH of everybody who may run it.
+DEPMOD = "/usr/sbin/depmod"
 DEBIAN_MIRROR = "http://deb.debian.org/debian"
 DEBIAN_SECURITY_MIRROR = "http://deb.debian.org/debian-security"
 DEBIAN_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -48,6 +52,7 @@ TEST_PACKAGES = {
     "driverctl": "what people rebind devices with today",
     "bpftool": "device cgroup programs, seen from outside",
     "e2fsprogs": "a file system on a disk that must not be taken",
+    "podman": "a container engine that knows hooks.d",
     "procps": "processes",
     "python3-jsonschema": "the hooks' own dependency",
     "python3-pyudev": "the hooks' own dependency",
@@ -149,20 +154,31 @@ def make_stamp(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:10]
 
 
+@contextlib.contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Hold the right to make a place in the cache: two runs may need the same at the same time."""
+    with (find_cache() / f"{place.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def ensure_venv(name: str, requirements: Sequence[str]) -> Path:
     """Return a virtual environment of the system's Python that has the requirements."""
     version = run([PYTHON, "-c", "import sys; print(sys.version)"])
     place = find_cache() / f"venv-{name}-{make_stamp(version, *requirements)}"
     # A virtual environment knows its own path, so it is made in place and marked when it is whole.
     mark = place / "complete"
-    if not mark.exists():
-        say(f"making a virtual environment with {', '.join(requirements)}")
-        started = time.monotonic()
-        shutil.rmtree(place, ignore_errors=True)
-        run([PYTHON, "-m", "venv", str(place)])
-        run([str(place / "bin/pip"), "install", "--disable-pip-version-check", "-q", *requirements])
-        mark.touch()
-        say(f"  {name}: done in {time.monotonic() - started:.0f} s")
+    if mark.exists():
+        return place
+    with locked(place):
+        if not mark.exists():
+            say(f"making a virtual environment with {', '.join(requirements)}")
+            started = time.monotonic()
+            shutil.rmtree(place, ignore_errors=True)
+            run([PYTHON, "-m", "venv", str(place)])
+            run([str(place / "bin/pip"), "install", "--disable-pip-version-check", "-q", *requirements])
+            mark.touch()
+            say(f"  virtual environment {name}: done in {time.monotonic() - started:.0f} s")
     return place
 
 
@@ -170,18 +186,33 @@ def ensure_rootfs(name: str = "probe") -> Path:
     """Return the root file system for containers of this name, made once with debootstrap."""
     packages = ROOTFS_PACKAGES[name]
     place = find_cache() / f"rootfs-{name}-{make_stamp(*packages)}"
-    if not place.exists():
-        say(f"making the containers' root file system with debootstrap: minbase, {', '.join(packages)}")
-        started = time.monotonic()
-        partial = place.with_name(f"{place.name}.partial-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        include = f"--include={','.join(packages)}"
-        run(["debootstrap", "--variant=minbase", include, "bookworm", str(partial), find_mirror()])
-        for useless in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"):
-            shutil.rmtree(partial / useless, ignore_errors=True)
-        partial.rename(place)
-        say(f"  root file system: done in {time.monotonic() - started:.0f} s")
+    if place.exists():
+        return place
+    with locked(place):
+        if not place.exists():
+            make_rootfs(place, packages)
     return place
+
+
+def make_rootfs(place: Path, packages: Sequence[str]) -> None:
+    """Make a root file system of Debian's smallest and these packages."""
+    say(f"making the containers' root file system with debootstrap: minbase, {', '.join(packages)}")
+    started = time.monotonic()
+    partial = make_partial(place)
+    include = f"--include={','.join(packages)}"
+    run(["debootstrap", "--variant=minbase", include, "bookworm", str(partial), find_mirror()])
+    for useless in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"):
+        shutil.rmtree(partial / useless, ignore_errors=True)
+    partial.rename(place)
+    say(f"  root file system: done in {time.monotonic() - started:.0f} s")
+
+
+def make_partial(place: Path) -> Path:
+    """Return an empty directory beside a place, to be renamed to it. What a broken-off run left there goes."""
+    partial = place.with_name(f"{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
 
 
 def find_mirror() -> str:
@@ -211,30 +242,34 @@ def ensure_kernel(version: str = DEFAULT_KERNEL) -> Kernel:
     Not installed: that would run update-initramfs and touch /boot of a machine that only wants to run tests, and a
     kernel of another Debian release could not be installed at all.
     """
-    kernels = find_cache() / "kernels"
-    place = kernels / version
+    place = find_cache() / f"kernel-{version}"
     if not place.exists():
-        suite = KERNEL_SUITES[version]
-        say(f"getting Debian's kernel {version} from {suite}")
-        started = time.monotonic()
-        partial = kernels / f"{version}.partial-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        options = read_apt_options(suite)
-        package = find_kernel_package(options)
-        run(["apt-get", *options, "-q", "download", package], cwd=partial)
-        (archive,) = partial.glob("*.deb")
-        run(["dpkg-deb", "-x", str(archive), str(partial)])
-        archive.unlink()
-        if not (partial / "lib").exists():
-            # Since Debian 13 the modules are packed under /usr/lib, and depmod looks under /lib.
-            (partial / "lib").symlink_to("usr/lib")
-        release = package.split("-", 2)[2]
-        run(["depmod", "-b", str(partial), release])
-        partial.rename(place)
-        say(f"  {release}, done in {time.monotonic() - started:.0f} s")
+        with locked(place):
+            if not place.exists():
+                unpack_kernel(place, version)
     (image,) = place.glob("boot/vmlinuz-*")
     return Kernel(version, image.name.split("-", 1)[1], image)
+
+
+def unpack_kernel(place: Path, version: str) -> None:
+    """Get a kernel's package with apt and unpack it, its modules' index made."""
+    suite = KERNEL_SUITES[version]
+    say(f"getting Debian's kernel {version} from {suite}")
+    started = time.monotonic()
+    partial = make_partial(place)
+    options = read_apt_options(suite)
+    package = find_kernel_package(options)
+    run(["apt-get", *options, "-q", "download", package], cwd=partial)
+    (archive,) = partial.glob("*.deb")
+    run(["dpkg-deb", "-x", str(archive), str(partial)])
+    archive.unlink()
+    if not (partial / "lib").exists():
+        # Since Debian 13 the modules are packed under /usr/lib, and depmod looks under /lib.
+        (partial / "lib").symlink_to("usr/lib")
+    release = package.split("-", 2)[2]
+    run([DEPMOD, "-b", str(partial), release])
+    partial.rename(place)
+    say(f"  {release}, done in {time.monotonic() - started:.0f} s")
 
 
 def find_kernel_package(apt_options: Sequence[str]) -> str:

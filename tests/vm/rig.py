@@ -102,11 +102,18 @@ def boot(machine: Machine, kernel: provision.Kernel, job: Job, write: Callable[[
         machine.plug(board)
         write_script(job, board, machine, kernel)
         command = make_vng_command(machine, kernel, job, board)
-        return Run(command, Relay(control, qmp), write).watch(job.limit)
+        return Run(command, make_environment(), Relay(control, qmp), write).watch(job.limit)
     finally:
         control.close()
         qmp.close()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def make_environment() -> dict[str, str]:
+    """Return the environment for virtme-ng, whose programs call each other by name."""
+    venv = provision.ensure_venv("rig", provision.RIG_REQUIREMENTS)
+    path = f"{venv / 'bin'}:{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
+    return {**os.environ, "PATH": path, "LC_ALL": "C.UTF-8"}
 
 
 def write_script(job: Job, board: Board, machine: Machine, kernel: provision.Kernel) -> None:
@@ -149,22 +156,21 @@ def make_vng_command(machine: Machine, kernel: provision.Kernel, job: Job, board
 class Run:
     """A machine that is running: its output, its two wires and its process, watched by one loop."""
 
-    def __init__(self, command: list[str], relay: Relay, write: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, command: list[str], environment: dict[str, str], relay: Relay, write: Callable[[bytes], None]
+    ) -> None:
         self.relay = relay
         self.write = write
         self.started = time.monotonic()
         self.up_at: float | None = None
         self.tail = b""
         self.selector = selectors.DefaultSelector()
-        venv = provision.ensure_venv("rig", provision.RIG_REQUIREMENTS)
-        # vng calls virtme-run by name.
-        path = f"{venv / 'bin'}:{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
         self.process = subprocess.Popen(
             [provision.PYTHON, "-I", str(LEASH), *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PATH": path, "LC_ALL": "C.UTF-8"},
+            env=environment,
         )
 
     def watch(self, limit: float) -> Outcome:

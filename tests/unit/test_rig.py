@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rig without a machine: limits, the retry, the leash, the wires. With one: tests/vm/test_rig.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import provision
+from tests.vm import control, machines, rig
+from tests.vm.control import Relay, Wire
+from tests.vm.devices import Board
+
+KERNEL = provision.Kernel("6.1", "6.1.0", Path("/nowhere/vmlinuz"))
+
+
+@pytest.fixture
+def wires(tmp_path: Path) -> Iterator[tuple[Wire, Wire]]:
+    """Two wires that nobody has connected to."""
+    made = Wire(tmp_path / "control"), Wire(tmp_path / "qmp")
+    yield made
+    for wire in made:
+        wire.close()
+
+
+def connect(wire: Wire, path: Path) -> socket.socket:
+    """Connect to a wire as QEMU does."""
+    other = socket.socket(socket.AF_UNIX)
+    other.connect(str(path))
+    wire.accept()
+    return other
+
+
+def read_line(connection: socket.socket) -> Any:
+    """Return the next message on the far end of a wire."""
+    with connection.makefile("rb") as file:
+        return json.loads(file.readline())
+
+
+def run_shell(script: str, wires: tuple[Wire, Wire], limit: float = 60.0) -> tuple[rig.Outcome, bytes]:
+    """Run a shell script in the place of a machine; return what came of it and what it printed."""
+    printed = bytearray()
+    outcome = rig.Run(["sh", "-c", script], dict(os.environ), Relay(*wires), printed.extend).watch(limit)
+    return outcome, bytes(printed)
+
+
+def say_through(path: Path, *messages: dict[str, object]) -> str:
+    """Return a command that says these messages on a wire and hangs up."""
+    lines = "".join(json.dumps(message) + "\n" for message in messages)
+    program = (
+        f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({str(path)!r}); s.sendall({lines.encode()!r})"
+    )
+    return shlex.join([sys.executable, "-c", program])
+
+
+def test_exit_code_and_output_come_back(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
+    """The exit code is what inside says, not what the emulator returns."""
+    said = say_through(tmp_path / "control", {"up": True}, {"exit": 7})
+    outcome, printed = run_shell(f"echo hello; {said}; exit 1", wires)
+    assert outcome.exit_code == 7
+    assert printed == b"hello\n"
+
+
+def test_boot_that_ends_early_says_what_it_said(wires: tuple[Wire, Wire]) -> None:
+    """A wrong option of QEMU's is readable."""
+    with pytest.raises(rig.StalledError, match="no such device"):
+        run_shell("echo no such device; exit 1", wires)
+
+
+def test_boot_that_hangs_is_killed(wires: tuple[Wire, Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never up: stalled, and no process is left, not even a grandchild."""
+    monkeypatch.setattr(rig, "BOOT_LIMIT", 0.5)
+    with pytest.raises(rig.StalledError, match="not reached"):
+        run_shell(f"sleep 1000 & echo $! > {tmp_path}/pid; wait", wires)
+    assert_dead(int((tmp_path / "pid").read_text()))
+
+
+def test_command_over_its_limit_is_killed(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
+    """Up, but never done."""
+    with pytest.raises(rig.BootError, match="hard limit"):
+        run_shell(f"{say_through(tmp_path / 'control', {'up': True})}; exec sleep 1000", wires, limit=0.5)
+
+
+def test_machine_that_dies_under_its_command_is_no_success(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
+    """A kernel panic: up, no exit code."""
+    with pytest.raises(rig.BootError, match="went down"):
+        run_shell(say_through(tmp_path / "control", {"up": True}), wires)
+
+
+def assert_dead(pid: int) -> None:
+    """Fail when the process runs. A killed one may be a zombie of somebody else's."""
+    with contextlib.suppress(FileNotFoundError):
+        assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_leash_lets_nothing_outlive_its_holder(tmp_path: Path) -> None:
+    """The holder is killed; what it held goes too."""
+    leash = shlex.join([sys.executable, str(rig.LEASH), "sh", "-c", f"echo $$ > {tmp_path}/pid; echo; exec sleep 1000"])
+    reader, writer = os.pipe()
+    holder = subprocess.Popen(["sh", "-c", f"sleep 1000 | {leash} & wait"], stdout=writer, start_new_session=True)
+    os.close(writer)
+    with os.fdopen(reader) as output:
+        output.readline()
+        # `sleep` holds the other end of the leash's standard input, as the rig does. It gets no chance to say goodbye.
+        for child in Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split():
+            if Path(f"/proc/{child}/comm").read_text() == "sleep\n":
+                os.kill(int(child), signal.SIGKILL)
+        # The end of the output: nobody of the leashed is left.
+        assert output.read() == ""
+    assert_dead(int((tmp_path / "pid").read_text()))
+    holder.kill()
+    holder.wait()
+
+
+def make_job(tmp_path: Path) -> rig.Job:
+    """Return a job that would do nothing."""
+    return rig.Job(("true",), tmp_path)
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_stalled_boot_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    """Once, not twice."""
+    boots: list[int] = []
+
+    def boot(*_arguments: object) -> rig.Outcome:
+        boots.append(1)
+        if len(boots) <= failures:
+            raise rig.StalledError("not reached")
+        return rig.Outcome(0, 1.0, 2.0)
+
+    monkeypatch.setattr(rig, "boot", boot)
+    monkeypatch.setattr(rig, "check_requirements", lambda: None)
+    machine = machines.MACHINES["single"]
+    if failures < 2:
+        assert rig.run_in_vm(machine, KERNEL, make_job(tmp_path), print).exit_code == 0
+    else:
+        with pytest.raises(rig.StalledError):
+            rig.run_in_vm(machine, KERNEL, make_job(tmp_path), print)
+    assert len(boots) == min(failures + 1, 2)
+
+
+def test_failed_command_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that hangs would hang again."""
+    boots: list[int] = []
+
+    def boot(*_arguments: object) -> rig.Outcome:
+        boots.append(1)
+        raise rig.BootError("the hard limit was reached")
+
+    monkeypatch.setattr(rig, "boot", boot)
+    monkeypatch.setattr(rig, "check_requirements", lambda: None)
+    with pytest.raises(rig.BootError):
+        rig.run_in_vm(machines.MACHINES["single"], KERNEL, make_job(tmp_path), print)
+    assert len(boots) == 1
+
+
+def test_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user types next stands in the message."""
+    monkeypatch.setattr("shutil.which", lambda *_arguments, **_named: None)
+    with pytest.raises(provision.MissingError, match="apt-get install --no-install-recommends qemu-system-x86"):
+        rig.check_requirements()
+
+
+@pytest.mark.parametrize("machine", machines.MACHINES.values(), ids=list(machines.MACHINES))
+def test_machine_takes_no_name_twice(machine: machines.Machine, tmp_path: Path) -> None:
+    """QEMU refuses a second device with one id; its firmware stops at the tenth port with a NIC."""
+    board = Board(tmp_path)
+    machine.plug(board)
+    words = [word for argument in board.arguments for word in argument.split(",")]
+    names = [word for word in words if word.startswith("id=")]
+    assert len(names) == len(set(names))
+    assert board.take_number("port") <= 10
+
+
+@pytest.mark.parametrize("machine", machines.MACHINES.values(), ids=list(machines.MACHINES))
+def test_only_a_machine_with_iommu_has_one(
+    machine: machines.Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Device and kernel argument go together; emulation unless asked for otherwise."""
+    monkeypatch.delenv("RIG_ACCEL", raising=False)
+    command = rig.make_vng_command(machine, KERNEL, make_job(tmp_path), Board(tmp_path))
+    text = shlex.join(command)
+    assert ("intel-iommu" in text, "intel_iommu=on" in text) == (machine.iommu, machine.iommu)
+    assert "--disable-kvm" in command
+    monkeypatch.setenv("RIG_ACCEL", "kvm")
+    assert "--disable-kvm" not in rig.make_vng_command(machine, KERNEL, make_job(tmp_path), Board(tmp_path))
+
+
+def test_relay_carries_questions_to_qmp_and_answers_back(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
+    """The greeting is ours, what follows is inside's."""
+    relay = Relay(*wires)
+    inside, qemu = connect(wires[0], tmp_path / "control"), connect(wires[1], tmp_path / "qmp")
+    with inside, qemu:
+        relay.handle_qmp({"QMP": {}})
+        assert read_line(qemu) == {"execute": "qmp_capabilities"}
+        relay.handle_qmp({"return": {}})
+        relay.handle_control({"execute": "device_del", "arguments": {"id": "x"}})
+        assert read_line(qemu) == {"execute": "device_del", "arguments": {"id": "x"}}
+        relay.handle_qmp({"error": {"desc": "no x"}})
+        assert read_line(inside) == {"error": {"desc": "no x"}}
+
+
+def test_relay_hands_out_each_event_once(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
+    """Past events count, and a second wait waits for a second event."""
+    relay = Relay(*wires)
+    with connect(wires[0], tmp_path / "control") as inside:
+        gone = {"event": "DEVICE_DELETED", "data": {"device": "x"}}
+        relay.handle_qmp({"event": "DEVICE_DELETED", "data": {"path": "/machine/x"}})
+        relay.handle_qmp(gone)
+        wish = {"wait": "DEVICE_DELETED", "match": {"device": "x"}}
+        relay.handle_control(wish)
+        assert read_line(inside) == {"event": gone}
+        relay.handle_control(wish)
+        assert relay.waiting == wish
+        relay.handle_qmp(gone)
+        assert read_line(inside) == {"event": gone}
+
+
+def test_wire_puts_broken_lines_together(tmp_path: Path) -> None:
+    """A message may come in pieces, two may come at once."""
+    wire = Wire(tmp_path / "wire")
+    with connect(wire, tmp_path / "wire") as other:
+        other.sendall(b'{"up": true}\n{"ex')
+        assert wire.receive() == [{"up": True}]
+        other.sendall(b'it": 3}\n')
+        assert wire.receive() == [{"exit": 3}]
+    assert wire.receive() is None
+    wire.close()
+
+
+def test_port_name_is_the_one_inside_writes_to() -> None:
+    """inside.sh can't import it."""
+    assert f"/dev/virtio-ports/{control.PORT_NAME}" in rig.INSIDE.read_text()

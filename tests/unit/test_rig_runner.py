@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests/run counts and when it fails, and what the installer says when something is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import provision, runner
+from tests.runner import Count
+
+REPORT = """<testsuites><testsuite>
+<testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><error/></testcase>
+<testcase name="d"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_report_is_counted(tmp_path: Path) -> None:
+    """An error is a failure."""
+    report = tmp_path / "junit.xml"
+    report.write_text(REPORT)
+    assert runner.read_report(report, 1) == Count(1, 2, 1)
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 255])
+def test_bad_end_without_a_failed_test_counts(tmp_path: Path, code: int) -> None:
+    """A pytest that was interrupted, or could not collect, has not passed."""
+    report = tmp_path / "junit.xml"
+    report.write_text('<testsuites><testsuite><testcase name="a"/></testsuite></testsuites>')
+    assert runner.read_report(report, code) == Count(1, 1, 0)
+
+
+def test_no_report_is_a_failure(tmp_path: Path) -> None:
+    """The machine went down before pytest could write it."""
+    assert runner.read_report(tmp_path / "junit.xml", 0) == Count(failed=1)
+
+
+@pytest.mark.parametrize(
+    ("total", "vm", "code"),
+    [
+        (Count(5), None, 0),
+        (Count(5), Count(2), 0),
+        (Count(5, 0, 1), None, 0),
+        (Count(5, 1), None, 1),
+        (Count(5, 0, 1), Count(2, 0, 1), 1),
+        (Count(5), Count(), 1),
+    ],
+)
+def test_exit_code(total: Count, vm: Count | None, code: int) -> None:
+    """A test of the machine that was skipped, or none at all, is a failure."""
+    assert runner.judge(total, vm) == code
+
+
+def test_last_line_is_for_programs() -> None:
+    """As .ci reads it."""
+    assert str(Count(3, 2, 1) + Count(1)) == "4 passed, 2 failed, 1 skipped"
+
+
+def test_file_says_which_machine_and_kernels(tmp_path: Path) -> None:
+    """Read, not imported: outside the machine an import might fail."""
+    file = tmp_path / "test_x.py"
+    file.write_text('import nothing_there\nMACHINE = "single"\n')
+    assert runner.read_wishes(file) == ("single", ("6.1",))
+    file.write_text('MACHINE = "many"\nKERNELS = ("6.1", "6.12")\n')
+    assert runner.read_wishes(file) == ("many", ("6.1", "6.12"))
+
+
+@pytest.mark.parametrize("text", ["", 'MACHINE = "big"', 'MACHINE = "many"\nKERNELS = "6.1"'])
+def test_file_without_a_known_machine_is_refused(tmp_path: Path, text: str) -> None:
+    """It would run nowhere."""
+    file = tmp_path / "test_x.py"
+    file.write_text(text)
+    with pytest.raises(provision.MissingError, match=r"test_x\.py"):
+        runner.read_wishes(file)
+
+
+def test_command_that_fails_says_what_it_said() -> None:
+    """The tail of its output is in the message."""
+    with pytest.raises(provision.MissingError, match="no network"):
+        provision.run(["sh", "-c", "echo no network >&2; exit 100"])
+    with pytest.raises(provision.MissingError, match="not found"):
+        provision.run(["/nowhere/at-all"])
+
+
+def test_missing_packages_without_root_are_listed_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with what it is for."""
+    monkeypatch.setattr(provision, "find_missing_packages", list)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(provision.MissingError) as caught:
+        provision.ensure_packages({"qemu-system-x86": "the virtual machine"})
+    assert "qemu-system-x86: the virtual machine" in str(caught.value)
+    assert "apt-get install -y --no-install-recommends qemu-system-x86" in str(caught.value)
