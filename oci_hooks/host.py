@@ -82,7 +82,7 @@ def check_container(call: Call, root: Root, state: State, spec: Spec) -> int:
     from oci_hooks.asker import find_asker
     from oci_hooks.groups import find_targets
     from oci_hooks.sysfs import look
-    from oci_hooks.verdict import choose_exit, settle
+    from oci_hooks.verdict import choose_exit, excuse_privileged, settle
 
     settings = take_settings(call, root)
     asker = find_asker(root, state, spec, settings.get("kata", {}).get("mode", "auto"), bool(call.arguments.bundle))
@@ -94,7 +94,7 @@ def check_container(call: Call, root: Root, state: State, spec: Spec) -> int:
     if asker.is_kata:
         findings += check_sandbox(root, state, spec, asker, targets, settings, call.deadline)
     else:
-        findings += check_plain(root, spec, asker, targets)
+        findings = excuse_privileged(findings + check_plain(root, spec, asker, targets), spec)
     told = settle(findings, settings)
     code = choose_exit(told)
     for finding in (*told, *admit_weakness(asker, code)):
