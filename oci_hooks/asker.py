@@ -63,7 +63,7 @@ class Asker(Record):
 def find_asker(root: Root, state: State, spec: Spec, mode: str, by_hand: bool) -> Asker:
     """Return who runs the hook. mode: "auto", "always" or "never" from host.toml; by_hand: a person does."""
     hypervisor = vmm.find_hypervisor(root, state.pid)
-    parent = None if by_hand else find_shim(root, os.getppid())
+    parent = None if by_hand else find_shim(root, root.do(os.getppid))
     handler = next((value for name in HANDLER_ANNOTATIONS if (value := find_annotation(state, spec, name))), "")
     names = list(state.annotations) + list(spec.annotations)
     return Asker(

@@ -376,4 +376,5 @@ def describe_node(root: Root, node: str) -> str:
         stat = root.stat(node)
     except OSError as error:
         return error.strerror or str(error)
-    return f"owner {stat.st_uid}:{stat.st_gid}, mode {stat.st_mode & 0o7777:04o}; the hook runs as {os.geteuid()}"
+    user = root.do(os.geteuid)
+    return f"owner {stat.st_uid}:{stat.st_gid}, mode {stat.st_mode & 0o7777:04o}; the hook runs as {user}"

@@ -7,6 +7,7 @@ import os
 import time
 
 from oci_hooks.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
+from oci_hooks.files import NotingRoot, Root
 from oci_hooks.log import report, write_stdout
 from oci_hooks.records import Record
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser
     from collections.abc import Callable
     from typing import Any
+
+    from oci_hooks.oci import Spec, State
 
 # Kata's agent passes the kind of hook as the only argument (src/agent/src/sandbox.rs, find_hooks).
 PHASES = ("prestart", "createRuntime", "poststop")
@@ -61,7 +64,9 @@ class Call(Record):
     """One run of a hook.
 
     findings: what it has to say besides an error; container: its id, once known; plan: what --dry-run --json prints;
-    details: more for --json, by key.
+    details: more for --json, by key; root: the door to the system; wishes: what settings and annotations say of this
+    run: "record" ("failure", "always", "never"), "asked" (recorded whatever becomes of it; "full": nothing left out),
+    "log" ("debug").
     """
 
     program: str
@@ -71,10 +76,38 @@ class Call(Record):
     container: list[str]
     plan: list[dict[str, str]]
     details: dict[str, Any]
+    root: Root
+    wishes: dict[str, str]
 
     def tell(self, finding: Finding) -> None:
         """Keep a finding for the report at the end."""
         self.findings.append(finding)
+
+    def heed(self, state: State, spec: Spec) -> None:
+        """Do as the container's annotations say of logging and recording."""
+        from oci_hooks import oci
+
+        if oci.is_on(oci.find_annotation(state, spec, oci.LOG_ANNOTATION)):
+            self.wishes["log"] = "debug"
+        record = oci.find_annotation(state, spec, oci.RECORD_ANNOTATION)
+        if oci.is_on(record) or record == "full":
+            self.wishes["asked"] = str(record)
+
+    def is_recorded(self, code: int) -> bool:
+        """Tell whether a run that ended so is recorded. A person's survey of the machine is not."""
+        wish = self.wishes.get("record", "")
+        if wish == "never" or self.arguments.all or self.arguments.groups:
+            return False
+        return code != EXIT_DONE or wish == "always" or "asked" in self.wishes
+
+
+class Outcome(Record):
+    """What a run came to. findings: all that it has to say; error: an exception that nobody foresaw, a defect."""
+
+    code: int
+    findings: list[Finding]
+    seconds: float
+    error: Exception | None = None
 
 
 def run_hook(
@@ -92,24 +125,44 @@ def run_hook(
     add_options: gives the parser the hook's own options; kmsg: whether findings also go to /dev/kmsg.
     """
     guard_descriptors()
-    call = None
     try:
-        call = Call(program, parse_arguments(program, argv, add_options), Deadline(seconds), [], [], [], {})
-        code = work(call)
-        findings = call.findings
-    except HookError as error:
-        code = error.exit_code
-        findings = (call.findings if call else []) + list(error.findings)
-    except Exception as error:
-        if call and call.arguments.debug:
-            raise
-        code = EXIT_REFUSED
-        findings = (call.findings if call else []) + [make_internal(error)]
-    if call and call.arguments.json:
-        print_json(call, code, findings)
-    if findings:
-        report(program, call.container[-1] if call and call.container else "", findings, kmsg)
-    return code
+        arguments = parse_arguments(program, argv, add_options)
+    except InputError as error:
+        report(program, "", error.findings, kmsg)
+        return error.exit_code
+    root = NotingRoot()
+    call = Call(program, arguments, Deadline(seconds), [], [], [], {}, root, {})
+    outcome = carry(call, work)
+    if arguments.json:
+        print_json(call, outcome.code, outcome.findings)
+    container = call.container[-1] if call.container else ""
+    if arguments.debug or "log" in call.wishes:
+        from oci_hooks.account import list_steps
+        from oci_hooks.log import report_steps
+
+        report_steps(program, container, list_steps(root.notes), kmsg)
+    if outcome.findings:
+        report(program, container, outcome.findings, kmsg)
+    if call.is_recorded(outcome.code):
+        from oci_hooks.record import keep_record
+
+        report(program, container, keep_record(call, outcome, root.notes), kmsg)
+    if outcome.error and arguments.debug:
+        raise outcome.error
+    return outcome.code
+
+
+def carry(call: Call, work: Callable[[Call], int]) -> Outcome:
+    """Do the hook's work; whatever goes wrong in it becomes findings."""
+    begun = time.monotonic()
+    try:
+        code, error, findings = work(call), None, call.findings
+    except HookError as refusal:
+        code, error, findings = refusal.exit_code, None, call.findings + list(refusal.findings)
+    except Exception as defect:  # noqa: BLE001 - told as a finding, and kept in the record
+        code, findings = EXIT_REFUSED, call.findings + [make_internal(defect)]
+        error = None if isinstance(defect, OSError) and not call.arguments.debug else defect
+    return Outcome(code, findings, time.monotonic() - begun, error)
 
 
 def make_internal(error: Exception) -> Finding:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from oci_hooks.command import Call, run_hook
 from oci_hooks.errors import EXIT_DONE, EXIT_REFUSED, InputError
-from oci_hooks.files import Root
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
+    from oci_hooks.files import Root
     from oci_hooks.oci import Spec, State
     from oci_hooks.request import Request
 
@@ -38,7 +38,7 @@ def work(call: Call) -> int:
     """Do what the state asks for: bind, release, or nothing. Returns the exit code."""
     from oci_hooks.oci import read_spec
 
-    root = Root()
+    root = call.root
     state = read_call_state(call)
     call.container.append(state.id)
     if call.arguments.phase == "poststop" or state.status == "stopped":
@@ -48,6 +48,8 @@ def work(call: Call) -> int:
 
     request = read_request(state, spec)
     if request is not None:
+        call.heed(state, spec)
+        root.note("request", request)
         bind_groups(call, root, state, spec, request)
     return EXIT_DONE
 
@@ -59,7 +61,7 @@ def read_call_state(call: Call) -> State:
 
     arguments = call.arguments
     if not arguments.bundle:
-        return oci.mend_bundle(Root(), oci.read_state(read_input(call.deadline)))
+        return oci.mend_bundle(call.root, oci.read_state(call.root.do(read_input, call.deadline)))
     import os
 
     bundle = os.path.abspath(arguments.bundle)
@@ -75,6 +77,7 @@ def bind_groups(call: Call, root: Root, state: State, spec: Spec, request: Reque
 
     settings = read_guest_settings(root, call.arguments.settings)
     call.deadline.extend(settings.deadline)
+    call.wishes["record"] = settings.record
     if call.arguments.dry_run:
         print_plan(call, root, state, spec, request, settings)
         return

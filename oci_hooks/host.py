@@ -7,7 +7,6 @@ It changes nothing. Whatever a container without VFIO devices does not need is i
 from __future__ import annotations
 
 from oci_hooks.command import EXIT_DONE, read_input, run_hook
-from oci_hooks.files import Root
 from oci_hooks.oci import is_sandbox, read_spec, read_state
 
 TYPE_CHECKING = False
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from oci_hooks.asker import Asker
     from oci_hooks.command import Call, Deadline
     from oci_hooks.errors import Finding
+    from oci_hooks.files import Root
     from oci_hooks.groups import Target
     from oci_hooks.oci import Spec, State
     from oci_hooks.sysfs import Picture
@@ -50,7 +50,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def work(call: Call) -> int:
     """Do what the arguments ask for and return the exit code."""
-    root = Root()
+    root = call.root
     if call.arguments.all or call.arguments.groups:
         from oci_hooks.preflight import survey
 
@@ -62,13 +62,14 @@ def work(call: Call) -> int:
     spec = read_spec(root, state)
     if not spec.vfio_devices or is_sandbox(state, spec):
         return EXIT_DONE
+    call.heed(state, spec)
     return check_container(call, root, state, spec)
 
 
 def take_state(call: Call) -> State:
     """Return the state: from stdin, or made up for a bundle named by hand. Raises InputError."""
     if not call.arguments.bundle:
-        return read_state(read_input(call.deadline))
+        return read_state(call.root.do(read_input, call.deadline))
     import os
 
     from oci_hooks.oci import State
@@ -109,6 +110,7 @@ def take_settings(call: Call, root: Root) -> dict[str, Any]:
     named = call.arguments.settings
     settings = read_settings(root, named or HOST_SETTINGS, "host-settings", required=bool(named))
     call.deadline.extend(settings.get("deadline", DEADLINE))
+    call.wishes["record"] = settings.get("record", "failure")
     return settings
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where findings go: stderr for the runtime, syslog (which the journal reads) and, in a guest, /dev/kmsg.
+"""Where findings go: stderr for the runtime, the journal or else syslog and, in a guest, /dev/kmsg.
 
 A log that can't be written must not make the hook fail: who reads it has the exit code.
 """
@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
     from oci_hooks.errors import Finding
 
+# Priorities of syslog(3), which the journal and the kernel's log have too.
+PRIORITIES = {"error": 3, "warning": 4, "info": 6, "debug": 7}
 # <level> of a kernel log line (Documentation/ABI/testing/dev-kmsg); facility 1, user.
-KMSG_PRIORITIES = {"error": 8 + 3, "warning": 8 + 4, "info": 8 + 6}
+KMSG_FACILITY = 8
+# systemd's native protocol: a datagram of NAME=value lines (systemd.io/JOURNAL_NATIVE_PROTOCOL).
+JOURNAL_SOCKET = "/run/systemd/journal/socket"
+GROUP_SUBJECTS = ("group ", "/dev/vfio/")
 
 
 def report(program: str, container: str, findings: Iterable[Finding], kmsg: bool = False) -> None:
@@ -26,12 +31,33 @@ def report(program: str, container: str, findings: Iterable[Finding], kmsg: bool
     program: the executable's name; container: its id for the logs, "" when not known.
     """
     for finding in findings:
-        line = finding.as_line()
-        write_stderr(f"{program}: {line}")
-        tagged = make_one_line(f"container {container}: {line}") if container else line
-        write_syslog(program, finding.level, tagged)
-        if kmsg:
-            write_kmsg(program, finding.level, tagged)
+        fields = {"CODE": finding.code, "GROUP": name_group(finding.subject)}
+        write_line(program, container, finding.level, finding.as_line(), fields, kmsg)
+
+
+def report_steps(program: str, container: str, steps: Iterable[str], kmsg: bool = False) -> None:
+    """Tell what a run did and how long each step took, where somebody asked for that."""
+    for step in steps:
+        write_line(program, container, "debug", f"debug: {make_one_line(step)}", {}, kmsg)
+
+
+def write_line(program: str, container: str, level: str, line: str, fields: dict[str, str], kmsg: bool) -> None:
+    """Write one line everywhere. fields: of the journal."""
+    write_stderr(f"{program}: {line}")
+    tagged = make_one_line(f"container {container}: {line}") if container else line
+    known = {**fields, "CONTAINER_ID": make_one_line(container)}
+    if not write_journal(program, level, tagged, known):
+        write_syslog(program, level, tagged)
+    if kmsg:
+        write_kmsg(program, level, tagged)
+
+
+def name_group(subject: str) -> str:
+    """Return the VFIO group that a finding is about; "" where it is about something else."""
+    for prefix in GROUP_SUBJECTS:
+        if subject.startswith(prefix):
+            return subject[len(prefix) :]
+    return ""
 
 
 def write_stderr(line: str) -> None:
@@ -50,19 +76,41 @@ def write_stdout(text: str) -> None:
         return
 
 
+def write_journal(program: str, level: str, line: str, fields: dict[str, str]) -> bool:
+    """Write one line with fields to the journal, and tell whether that has it."""
+    # The socket module proper imports enum and selectors.
+    import _socket
+
+    values = {"MESSAGE": line, "PRIORITY": str(PRIORITIES[level]), "SYSLOG_IDENTIFIER": program}
+    values["SYSLOG_PID"] = str(os.getpid())
+    # No value has a newline, which would want another form.
+    text = "".join(f"{name}={value}\n" for name, value in {**values, **fields}.items() if value)
+    try:
+        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        sock.connect(JOURNAL_SOCKET)
+        sock.send(text.encode("utf-8", "backslashreplace"))
+    except OSError:
+        return False
+    finally:
+        sock.close()
+    return True
+
+
 def write_syslog(program: str, level: str, line: str) -> None:
     """Write one line to syslog; the C library drops it silently where no daemon listens."""
     import syslog
 
-    priorities = {"error": syslog.LOG_ERR, "warning": syslog.LOG_WARNING, "info": syslog.LOG_INFO}
     syslog.openlog(program, syslog.LOG_PID, syslog.LOG_DAEMON)
-    syslog.syslog(priorities[level], line)
+    syslog.syslog(PRIORITIES[level], line)
 
 
 def write_kmsg(program: str, level: str, line: str) -> None:
     """Write one line to the kernel's log, the only one that leaves a Kata guest by its console."""
     # The kernel cuts a record at about 1000 bytes.
-    record = f"<{KMSG_PRIORITIES[level]}>{program}[{os.getpid()}]: {line}"[:900]
+    record = f"<{KMSG_FACILITY + PRIORITIES[level]}>{program}[{os.getpid()}]: {line}"[:900]
     try:
         fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError:

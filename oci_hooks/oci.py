@@ -146,7 +146,7 @@ def mend_bundle(root: Root, state: State) -> State:
         return state
     import os
 
-    words = root.read_text_or(f"/proc/{os.getppid()}/cmdline", "").split("\0")
+    words = root.read_text_or(f"/proc/{root.do(os.getppid)}/cmdline", "").split("\0")
     for word, following in zip(words, words[1:] + [""]):
         name, _, value = word.partition("=")
         value = following if word in ("--bundle", "-b") else value if name == "--bundle" else ""

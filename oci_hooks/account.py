@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run told to a person: its steps, what it decided, what it read. Text from the events of a record."""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks.errors import make_one_line
+from oci_hooks.notation import KIND
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import Any
+
+    from oci_hooks.files import Note
+    from oci_hooks.recordfile import RunRecord
+
+
+def list_steps(notes: Iterable[Note]) -> Iterator[str]:
+    """Yield a line for each step and decision of a run that is still in memory, for --debug."""
+    from oci_hooks.record import list_events
+
+    for event in list_events(list(notes), {}, True):
+        if "ask" not in event:
+            yield from format_event(event)
+
+
+def format_run(record: RunRecord, reads: bool) -> str:
+    """Return a run as a timeline. reads: each question with its answer, not only how many there were."""
+    lines = [*format_head(record), ""]
+    asked: list[dict[str, Any]] = []
+    for event in record.events:
+        if "ask" in event and not reads:
+            asked.append(event)
+            continue
+        lines += [*count_reads(asked), *format_event(event)]
+        asked = []
+    lines += [*count_reads(asked), "", *format_findings(record)]
+    if record.about["traceback"]:
+        lines += ["", *record.about["traceback"].splitlines()]
+    return "".join(f"{make_one_line(line)}\n" for line in lines)
+
+
+def format_head(record: RunRecord) -> list[str]:
+    """Return who ran, when, where, and with which versions."""
+    about = record.about
+    versions = ", ".join(f"{name} {value}" for name, value in sorted(about["versions"].items()) if value)
+    given = ", ".join(f"{name} {value}" for name, value in sorted(about["arguments"].items()) if value)
+    return [
+        f"{about['program']} {about['hook']}, container {about['container'] or '(not known)'}",
+        f"{about['time']}, exit {about['exit']} after {about['seconds']:.2f} s",
+        versions,
+        f"arguments: {given or 'none'}",
+    ]
+
+
+def format_findings(record: RunRecord) -> list[str]:
+    """Return what the run said."""
+    return [finding.as_line() for finding in record.findings] or ["nothing to say: it succeeded"]
+
+
+def count_reads(asked: list[dict[str, Any]]) -> list[str]:
+    """Return a line for a number of reads."""
+    if not asked:
+        return []
+    missing = sum("errno" in event for event in asked)
+    absent = f", {missing} of them not there or not readable" if missing else ""
+    return [f"{asked[0]['at']:8.3f} read  {len(asked)} files, links and directories{absent}"]
+
+
+def format_event(event: dict[str, Any]) -> list[str]:
+    """Return an event's lines: when, what, on what, what came of it."""
+    at = f"{event['at']:8.3f}"
+    if "ask" in event:
+        return [f"{at} read  {event['path']} ({event['ask']}): {format_answer(event)}"]
+    if "note" in event:
+        return [f"{at} {event['note']}", *(f"{'':14} {line}" for line in format_decision(event))]
+    words = [f"{at} {'  ' if event.get('inside') else ''}did   {event['do'].replace('_', ' ').strip()}"]
+    subject = format_value(event.get("with", []))
+    words += [f": {subject}"] if subject else []
+    return [f"{''.join(words)} ({event['seconds']:.3f} s): {format_answer(event)}"]
+
+
+def format_answer(event: dict[str, Any]) -> str:
+    """Return what came of a question or a step."""
+    if "errno" in event:
+        return os.strerror(event["errno"])
+    if "error" in event:
+        error = event["error"]
+        if error.get("findings"):
+            return "; ".join(f"[{finding['code']}] {finding['problem']}" for finding in error["findings"])
+        return str(error.get("text"))
+    return format_value(event.get("answer")) or "done"
+
+
+def format_decision(event: dict[str, Any]) -> list[str]:
+    """Return a request or a plan, a line an entry."""
+    value = event.get("answer")
+    if not isinstance(value, dict):
+        return [format_value(value)]
+    return [f"{key}: {format_value(item)}" for key, item in value.items() if key != KIND and item not in ("", [], {})]
+
+
+def format_value(value: Any) -> str:
+    """Return a value of a record in few words."""
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(format_value, value)))
+    if not isinstance(value, dict):
+        return "" if value is None else str(value)
+    kind = value.get(KIND)
+    short: dict[object, Callable[[], str]] = {
+        "bytes": lambda: shorten(str(value.get("text")).strip()),
+        "descriptor": str,
+        "opaque": str,
+        "journal.Journal": str,
+        "member": lambda: str(value.get("name")),
+        "stat": lambda: f"mode {value.get('st_mode', 0):o}, owner {value.get('st_uid')}:{value.get('st_gid')}",
+    }
+    if kind in short:
+        return short[kind]()
+    if kind in TOLD:
+        return TOLD[kind](value)
+    pairs = ((key, format_value(item)) for key, item in value.items() if key != KIND)
+    words = " ".join(f"{key}={text}" for key, text in pairs if text)
+    return f"{kind.rpartition('.')[2]}({words})" if isinstance(kind, str) else words
+
+
+def tell_job(job: dict[str, Any]) -> str:
+    """Return the writes for one device."""
+    writes = [f"{write['path'].rpartition('/')[2]}={write['data'].strip()}" for write in job["writes"]]
+    return f"{job['address']} {' '.join(writes)}"
+
+
+def tell_result(result: dict[str, Any]) -> str:
+    """Return how a device's writes ended."""
+    return f"{result['address']} {os.strerror(result['code']) if result['code'] else 'ok'}"
+
+
+def tell_proof(proof: dict[str, Any]) -> str:
+    """Return what opening a node inside the container came to."""
+    error = proof["error"]
+    return f"{proof['node']['name']} {os.strerror(error) if error else 'opens' if proof['is_viable'] else 'not viable'}"
+
+
+def tell_claim(claim: dict[str, Any]) -> str:
+    """Return who has which groups."""
+    return f"{claim['container']} has {', '.join(claim['groups'])}"
+
+
+# How records of the hooks are told, where their fields are more than anybody wants to read.
+TOLD: dict[object, Callable[[dict[str, Any]], str]] = {
+    "cgroup.Cgroup": lambda value: str(value["unified"] or value["devices"]),
+    "cgroup.Grant": lambda value: ", ".join(f"{major}:{minor}" for major, minor in value["nodes"]),
+    "cgroup.Node": lambda value: str(value["name"]),
+    "cgroup.NodeProof": tell_proof,
+    "claims.Claim": tell_claim,
+    "journal.Entry": lambda value: " ".join([value["kind"], *value["words"]]),
+    "nodes.Place": lambda value: f"{value['directory']}/{value['name']}".lstrip("/"),
+    "nodes.Target": lambda value: str(value["rootfs"]),
+    "plan.MapEntry": lambda value: f"{value['address']} in group {value['group']}",
+    "plan.Node": lambda value: f"{value['kind']} {value['subject']}".strip(),
+    "plan.Plan": lambda _: "",
+    "plan.Rebind": lambda value: f"{value['address']} from {value['driver'] or 'no driver'}",
+    "request.Selector": lambda value: f"{value['kind']} {value['value']}",
+    "workers.Job": tell_job,
+    "workers.Result": tell_result,
+}
+
+
+def shorten(text: str) -> str:
+    """Return the beginning of a text."""
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+# Short accounts -------------------------------------------------------------------------------------------------------
+
+
+def format_explanation(record: RunRecord) -> str:
+    """Return the shortest account of a run, for a ticket."""
+    about = record.about
+    verdict = {0: "succeeded", 1: "refused or failed, and put everything back", 2: "could not use its input"}
+    lines = [f"{about['program']} {verdict[about['exit']]}: container {about['container'] or '(not known)'}"]
+    for finding in record.findings:
+        lines += ["", f"{finding.level}: [{finding.code}]", f"  object:  {finding.subject}"]
+        lines += [f"  problem: {finding.problem}"]
+        lines += [f"  do this: {finding.hint}"] if finding.hint else []
+    lines += ["", f"asked for: {format_request(record)}", f"when: {about['time']}, after {about['seconds']:.2f} s"]
+    versions = about["versions"]
+    named = (about["hook"], versions.get("kernel", ""), versions.get("runtime", ""))
+    lines += [f"versions: oci-vfio-hooks {named[0]}, {named[1].partition(' #')[0]}, {named[2] or 'runtime not known'}"]
+    lines += [f"record: {record.path}"]
+    return "".join(f"{make_one_line(line)}\n" for line in lines)
+
+
+def format_request(record: RunRecord) -> str:
+    """Return what the container asked for, in the words of the request."""
+    for event in record.events:
+        if event.get("note") == "request" and isinstance(event.get("answer"), dict):
+            request = event["answer"]
+            selectors = [f"{item.get('kind')} {item.get('value')}" for item in request.get("selectors", [])]
+            entries = [str(item.get("path")) for item in request.get("entries", [])]
+            return f"{', '.join(selectors) or ', '.join(entries)} (by {request.get('source')})"
+    return "not known, it did not come so far"
+
+
+def format_row(record: RunRecord) -> tuple[str, ...]:
+    """Return a record's columns in the list: file, when, program, container, what came of it."""
+    about = record.about
+    said = ", ".join(dict.fromkeys(finding.code for finding in record.findings)) or "succeeded"
+    container = make_one_line(about["container"], 40) or "-"
+    return (os.path.basename(record.path), about["time"], about["program"], container, make_one_line(said, 60))
+
+
+def list_facts(record: RunRecord) -> Iterator[str]:
+    """Yield what two runs are compared by: versions, the first answer to each question, decisions, findings."""
+    about = record.about
+    yield f"program {about['program']} {about['hook']}"
+    yield from (f"version {name} {value}" for name, value in sorted(about["versions"].items()))
+    asked: dict[str, str] = {}
+    for event in record.events:
+        if "ask" in event:
+            asked.setdefault(f"{event['path']} ({event['ask']})", format_answer(event))
+    yield from (make_one_line(f"read {key}: {asked[key]}") for key in sorted(asked))
+    for event in record.events:
+        if "note" in event:
+            yield from (make_one_line(f"{event['note']} {line}") for line in format_decision(event))
+        elif "do" in event and not event.get("inside"):
+            yield make_one_line(f"did {event['do']} {format_value(event.get('with', []))}: {format_answer(event)}")
+    yield from format_findings(record)
+    yield f"exit {about['exit']}"

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run met, as plain JSON, and back: answers, results of steps, errors.
+
+A value that JSON has is itself. Any other is an object with the key "!": its kind. Reading back makes nothing but the
+few classes that steps return (REVIVED), because a record may come from anybody.
+"""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks.errors import Finding, HookError, InputError, Refusal, StepError
+from oci_hooks.files import Descriptor
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+KIND = "!"
+ERRORS = {error.__name__: error for error in (HookError, InputError, Refusal, StepError)}
+# Records that steps return, by module and name: modules of this package, imported when one is met.
+REVIVED = (
+    "cgroup.Node",
+    "cgroup.NodeProof",
+    "claims.Claim",
+    "errors.Finding",
+    "holders.Process",
+    "journal.Entry",
+    "workers.Result",
+)
+STAT_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size", "st_rdev")
+
+
+class NotationError(Exception):
+    """Something that this module did not write."""
+
+
+class Opaque:
+    """Stands for a value that is not kept, where something has to stand."""
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def encode(value: object) -> Any:
+    """Return a value as JSON; what can't be kept is only named."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): encode(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return [encode(item) for item in value]  # type: ignore[attr-defined]
+    return encode_object(value)
+
+
+def encode_object(value: Any) -> dict[str, Any]:
+    """Return a value that JSON does not have."""
+    if isinstance(value, bytes):
+        return {KIND: "bytes", "text": value.decode("utf-8", "surrogateescape")}
+    if isinstance(value, Record):
+        return {KIND: name_class(value), **{key: encode(item) for key, item in value.as_dict().items()}}
+    if isinstance(value, os.stat_result):
+        return {KIND: "stat", **{name: getattr(value, name) for name in STAT_FIELDS}}
+    if isinstance(value, Descriptor):
+        return {KIND: "descriptor"}
+    if name_class(value) == "journal.Journal":
+        return {KIND: "journal.Journal", "path": value.path, "kept": value.kept}
+    return {KIND: "opaque", "type": type(value).__name__}
+
+
+def encode_arguments(values: tuple[object, ...]) -> list[Any]:
+    """Return what a step was asked to do: numbers, names and records; neither the hook's own tools nor documents."""
+    kept = []
+    for value in values:
+        if type(value) in (int, str):
+            kept.append(encode(value))
+        elif isinstance(value, (list, tuple)) and value:
+            kept.append(encode_arguments(tuple(value)))
+        elif isinstance(value, Record) and name_class(value) not in ("oci.State", "oci.Spec"):
+            kept.append(encode(value))
+    return kept
+
+
+def encode_error(error: BaseException) -> dict[str, Any]:
+    """Return an exception as JSON."""
+    if isinstance(error, HookError):
+        name = next((name for name, kind in ERRORS.items() if type(error) is kind), "Refusal")
+        return {KIND: name, "findings": [finding.as_dict() for finding in error.findings]}
+    if isinstance(error, OSError):
+        return {KIND: "OSError", "errno": error.errno, "text": error.strerror, "path": name_path(error.filename)}
+    return {KIND: "Exception", "type": type(error).__name__, "text": str(error)}
+
+
+def name_path(path: object) -> str | None:
+    """Return the path in an OSError, None without one."""
+    return os.fsdecode(path) if isinstance(path, (str, bytes)) else None
+
+
+def name_class(value: object) -> str:
+    """Return a value's class as its module in this package and its name."""
+    return f"{type(value).__module__.rpartition('.')[2]}.{type(value).__name__}"
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def decode(value: Any) -> Any:
+    """Return the value that encode() was given. Raises NotationError."""
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(KIND)
+    if kind is None:
+        return {key: decode(item) for key, item in value.items()}
+    try:
+        return decoder(str(kind))(value)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise NotationError(f"{kind}: {error}") from None
+
+
+def decoder(kind: str) -> Callable[[dict[str, Any]], Any]:
+    """Return what makes a value of this kind. Raises NotationError."""
+    makers: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "bytes": lambda value: value["text"].encode("utf-8", "surrogateescape"),
+        "stat": make_stat,
+        "descriptor": lambda _: open_nothing(),
+        "journal.Journal": make_journal,
+        "opaque": lambda _: Opaque(),
+    }
+    if kind in REVIVED:
+        return make_record
+    if kind not in makers:
+        raise NotationError(f"{kind} is no kind of value")
+    return makers[kind]
+
+
+def make_record(value: dict[str, Any]) -> Record:
+    """Return one of the records of REVIVED; their lists are tuples."""
+    from importlib import import_module
+
+    module, _, name = value[KIND].partition(".")
+    fields = {key: freeze(decode(item)) for key, item in value.items() if key != KIND}
+    record: Record = getattr(import_module(f"oci_hooks.{module}"), name)(**fields)
+    return record
+
+
+def freeze(value: Any) -> Any:
+    """Return a value with tuples instead of lists."""
+    return tuple(freeze(item) for item in value) if isinstance(value, list) else value
+
+
+def make_stat(value: dict[str, Any]) -> os.stat_result:
+    """Return a stat with the fields that the hooks look at."""
+    first = [int(value[name]) for name in STAT_FIELDS[:7]]
+    return os.stat_result((*first, 0, 0, 0), {"st_rdev": int(value["st_rdev"])})
+
+
+def make_journal(value: dict[str, Any]) -> object:
+    """Return a journal whose entries go nowhere."""
+    from oci_hooks.journal import Journal
+
+    return Journal(open_nothing(), str(value["path"]), int(value["kept"]))
+
+
+def open_nothing() -> Descriptor:
+    """Return a descriptor of /dev/null."""
+    return Descriptor(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+
+
+def decode_error(value: Any) -> Exception:
+    """Return the exception that encode_error() was given. Raises NotationError."""
+    try:
+        kind = value[KIND]
+        if kind == "OSError":
+            number, text = int(value["errno"] or 0), str(value["text"])
+            return OSError(number, text) if value.get("path") is None else OSError(number, text, str(value["path"]))
+        if kind in ERRORS:
+            return ERRORS[kind].from_findings(tuple(make_finding(item) for item in value["findings"]))
+        if kind == "Exception":
+            return RuntimeError(f"{value['type']}: {value['text']}")
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise NotationError(f"an error: {error}") from None
+    raise NotationError(f"{kind} is no kind of error")
+
+
+def make_finding(value: Any) -> Finding:
+    """Return a finding of a record. Raises NotationError."""
+    fields = Finding.field_names()
+    if not isinstance(value, dict) or set(value) != set(fields) or not all(isinstance(v, str) for v in value.values()):
+        raise NotationError("is no finding")
+    return Finding(**value)

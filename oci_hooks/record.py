@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a run: written after everything is said, when the run failed or somebody asked.
+
+A compressed tar with four members at most: record.json (what came of it, versions), events.jsonl (every question with
+its answer or errno, every step, every decision, in order), state.json and config.json (what privacy.py leaves of them).
+Whatever goes wrong here is one warning and nothing more.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from oci_hooks import __version__, notation, privacy
+from oci_hooks.errors import Finding
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from oci_hooks.command import Call, Outcome
+    from oci_hooks.files import Note
+
+VERSION = 1
+DIRECTORY = "/var/lib/oci-vfio-hooks/records"
+# For a guest whose image is mounted read-only.
+SPARE_DIRECTORY = "/run/oci-vfio-hooks/records"
+SUFFIX = ".tar.gz"
+NEWEST = 20
+# A sysfs attribute is a page; nothing that the hooks understand is longer than this.
+LONGEST_ANSWER = 1 << 18
+LONGEST_DOCUMENT = 1 << 22
+MOST_EVENTS = 50_000
+# Programs that are asked for their version: those that start hooks, and say it without doing anything.
+RUNTIMES = ("runc", "crun", "youki", "kata-agent", "kata-runtime", "containerd-shim-kata-v2")
+
+
+def read_setting(call: Call) -> str:
+    """Return the setting `record` for a run that failed before it came to its settings; "" where they are unusable."""
+    from oci_hooks import settings
+    from oci_hooks.errors import InputError
+    from oci_hooks.files import Root
+
+    if call.program == "vfio-guest-bind":
+        path, schema = settings.GUEST_SETTINGS, "guest-settings"
+    else:
+        path, schema = settings.HOST_SETTINGS, "host-settings"
+    try:
+        return str(settings.read_settings(Root(), call.arguments.settings or path, schema).get("record", ""))
+    except InputError:
+        return ""
+
+
+def keep_record(call: Call, outcome: Outcome, notes: list[Note]) -> list[Finding]:
+    """Write the record of a run, and return what there is to say of it: where it is, or why it is not."""
+    if "record" not in call.wishes and read_setting(call) == "never":
+        return []
+    try:
+        data = pack(make_members(call, outcome, notes))
+        path = save(data, make_name(call))
+    except Exception as error:  # noqa: BLE001 - the hook's answer stands, whatever happens to its record
+        if os.geteuid():
+            # A person without rights tries something; there is nothing to mend.
+            return []
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        hint = 'mend that, or set record = "never"'
+        return [Finding("warning", "not-recorded", DIRECTORY, f"no record of this run: {reason}", hint)]
+    return [Finding("info", "recorded", path, "what this run saw and did", "read it with: vfio-hook-replay explain")]
+
+
+# What it holds --------------------------------------------------------------------------------------------------------
+
+
+def make_members(call: Call, outcome: Outcome, notes: list[Note]) -> dict[str, bytes]:
+    """Return the files of the record by their names."""
+    import json
+
+    # Lone surrogates stand for bytes that are not UTF-8; JSON's escapes keep them.
+    members: dict[str, bytes] = {}
+    full = call.wishes.get("asked") == "full"
+    events = privacy.hide_processes(list_events(notes, members, full))
+    about = {
+        "version": VERSION,
+        "program": call.program,
+        "hook": __version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(outcome.seconds, 3),
+        "exit": outcome.code,
+        "container": call.container[-1] if call.container else "",
+        "arguments": describe_arguments(call),
+        "environment": sorted(os.environ),
+        "versions": find_versions(),
+        "findings": [finding.as_dict() for finding in outcome.findings],
+        "traceback": format_traceback(outcome.error),
+        "full": full,
+    }
+    lines = [json.dumps(event) for event in events[:MOST_EVENTS]]
+    return {
+        "record.json": json.dumps(about, indent=1).encode(),
+        "events.jsonl": ("\n".join(lines) + "\n").encode(),
+        **members,
+    }
+
+
+def list_events(notes: list[Note], members: dict[str, bytes], full: bool) -> list[dict[str, Any]]:
+    """Return all that a run noted, as JSON; an answer that is the same as before is not repeated.
+
+    members: where state.json and config.json go; full: nothing of these is left out.
+    """
+    events = []
+    before: dict[tuple[str, object], object] = {}
+    for note in notes:
+        event: dict[str, Any] = {"at": round(note.begun, 4), note.kind: note.name}
+        if note.kind == "ask":
+            event["path"] = note.arguments[0]
+        elif note.kind == "do":
+            event.update({"with": notation.encode_arguments(note.arguments), "seconds": round(note.seconds, 4)})
+            event.update({"inside": True} if note.inside else {})
+        event.update(encode_answer(note, members, full))
+        if note.kind == "ask":
+            key, said = (note.name, note.arguments[0]), (event.get("answer"), event.get("errno"))
+            if before.get(key) == said:
+                continue
+            before[key] = said
+        events.append(event)
+    return events
+
+
+def encode_answer(note: Note, members: dict[str, bytes], full: bool) -> dict[str, Any]:
+    """Return what came of a question or a step: `answer`, `errno` or `error`."""
+    answer = note.answer
+    if isinstance(answer, OSError) and note.kind == "ask":
+        return {"errno": answer.errno or 0}
+    if isinstance(answer, Exception):
+        return {"error": notation.encode_error(answer)}
+    document = name_document(note)
+    if document and isinstance(answer, bytes):
+        data = answer if full else privacy.hide_document(answer)
+        if len(data) <= LONGEST_DOCUMENT and members.setdefault(document, data) == data:
+            return {"answer": {notation.KIND: "member", "name": document}}
+    if isinstance(answer, bytes) and len(answer) > LONGEST_ANSWER:
+        return {"answer": {notation.KIND: "opaque", "type": f"{len(answer)} bytes"}}
+    return {"answer": notation.encode(answer)}
+
+
+def name_document(note: Note) -> str:
+    """Return the member that a note's answer is; "" for everything but state and config.json."""
+    if note.kind == "do":
+        return "state.json" if note.name == "read_input" else ""
+    is_config = note.kind == "ask" and str(note.arguments[0]).endswith("/config.json")
+    return "config.json" if is_config and note.name == "read_file" else ""
+
+
+def describe_arguments(call: Call) -> dict[str, Any]:
+    """Return the command line's values, its paths absolute."""
+    values = dict(call.arguments.as_dict())
+    for name in ("bundle", "settings"):
+        values[name] = os.path.abspath(values[name]) if values[name] else ""
+    return {**values, "groups": list(values["groups"])}
+
+
+def format_traceback(error: BaseException | None) -> str:
+    """Return the traceback of a defect; "" without one."""
+    if error is None:
+        return ""
+    import traceback
+
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+
+
+# Versions -------------------------------------------------------------------------------------------------------------
+
+
+def find_versions() -> dict[str, str]:
+    """Return the versions of what took part in the run."""
+    import sys
+
+    system = os.uname()
+    versions = {
+        "kernel": f"{system.sysname} {system.release} {system.version}",
+        "machine": system.machine,
+        "python": sys.version.split()[0],
+        "runtime": find_runtime(),
+    }
+    for name in ("jsonschema", "pyudev", "tenacity"):
+        if name in sys.modules:
+            from importlib import metadata
+
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                versions[name] = "unknown"
+    return versions
+
+
+def find_runtime() -> str:
+    """Return the name of the program that started the hook, with its version where it is a runtime that says it."""
+    parent = f"/proc/{os.getppid()}"
+    try:
+        with open(f"{parent}/cmdline", "rb") as file:
+            name = os.fsdecode(file.read().split(b"\0")[0]).rpartition("/")[2]
+        executable = os.readlink(f"{parent}/exe")
+    except OSError:
+        return ""
+    # runc runs as a copy of itself in memory, which is still /proc/PID/exe.
+    if name not in RUNTIMES or not (executable.rpartition("/")[2] == name or executable.startswith("/memfd:")):
+        return name
+    import subprocess
+
+    try:
+        done = subprocess.run(  # noqa: S603 - the program that runs us
+            [f"{parent}/exe", "--version"],
+            env={},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=1,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return name
+    return done.stdout.decode("utf-8", "replace").partition("\n")[0].strip()[:200] or name
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def make_name(call: Call) -> str:
+    """Return the record's file name: they sort by time, and say whose they are."""
+    now = time.time()
+    container = call.container[-1] if call.container else "unknown"
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in container)[:40]
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
+    return f"{stamp}.{int(now % 1 * 1e6):06d}-{call.program}-{plain}{SUFFIX}"
+
+
+def pack(members: dict[str, bytes]) -> bytes:
+    """Return a compressed tar of files."""
+    import io
+    import tarfile
+
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            member.mode = 0o600
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def save(data: bytes, name: str) -> str:
+    """Write a record into the first directory that takes it, and return its path. Raises OSError."""
+    try:
+        return save_in(DIRECTORY, data, name)
+    except OSError as first:
+        try:
+            return save_in(SPARE_DIRECTORY, data, name)
+        except OSError:
+            raise first from None
+
+
+def save_in(directory: str, data: bytes, name: str) -> str:
+    """Write a record into a directory, and take away all but the newest. Raises OSError."""
+    prepare(directory)
+    draft, path = f"{directory}/.{os.getpid()}", f"{directory}/{name}"
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            if os.write(fd, data) != len(data):
+                raise OSError(28, os.strerror(28), draft)
+        finally:
+            os.close(fd)
+        os.rename(draft, path)
+    except OSError:
+        os.unlink(draft)
+        raise
+    records = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX))
+    for old in records[:-NEWEST]:
+        # Another hook may be at the same.
+        try:
+            os.unlink(f"{directory}/{old}")
+        except FileNotFoundError:
+            continue
+    return path
+
+
+def prepare(directory: str) -> None:
+    """Make the directory, which only its owner may look into. Raises OSError where it is somebody else's."""
+    os.makedirs(os.path.dirname(directory), 0o755, exist_ok=True)
+    try:
+        os.mkdir(directory, 0o700)
+    except FileExistsError:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_uid != os.geteuid():
+                raise PermissionError(1, "is another user's", directory) from None
+            os.fchmod(fd, 0o700)
+        finally:
+            os.close(fd)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vfio-hook-replay: look at the records of hooks that ran, and run them again.
+
+A hook that failed keeps a record of all that it saw and did, below /var/lib/oci-vfio-hooks/records.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from oci_hooks import __version__, account
+from oci_hooks.errors import make_one_line
+from oci_hooks.log import write_stderr, write_stdout
+from oci_hooks.notation import NotationError
+from oci_hooks.record import DIRECTORY, SPARE_DIRECTORY, SUFFIX
+from oci_hooks.recordfile import RecordError, RunRecord, read_record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PROGRAM = "vfio-hook-replay"
+EXIT_SAME, EXIT_DIFFERENT, EXIT_UNUSABLE = 0, 1, 2
+EPILOG = """\
+REC is a file, the beginning of a name that `list` shows, or a container's id;
+without it, the newest record is meant. What is in a record is never trusted, and
+nothing of it is unpacked. Values of environment variables, of arguments and of
+foreign annotations were left out when it was written, unless the annotation
+io.katacontainers.x.vfio.record was "full".
+
+exit code: 0 done, or the same as recorded; 1 different; 2 unusable
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool and return its exit code. argv: arguments without the program's name; None for this process's."""
+    arguments = make_parser().parse_args(argv)
+    # A reader that has seen enough (head) is no error.
+    command: Callable[[Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except (RecordError, NotationError) as error:
+        return fail(f"{getattr(error, 'path', '') or getattr(arguments, 'record', '') or 'record'}: {error}")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        return fail(f"{getattr(arguments, 'record', '') or 'record'}: is damaged: {type(error).__name__}: {error}")
+    except OSError as error:
+        hint = ": records are root's; use sudo, or give a file" if isinstance(error, PermissionError) else ""
+        return fail(f"{error.filename or 'record'}: {error.strerror or error}{hint}")
+
+
+def fail(problem: str) -> int:
+    """Say why a record can't be used and return the exit code for that."""
+    write_stderr(f"{PROGRAM}: {make_one_line(problem)}")
+    return EXIT_UNUSABLE
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = ArgumentParser(
+        prog=PROGRAM,
+        description="Look at the records of OCI hooks that ran (a failed one leaves one), and run them again.",
+        epilog=EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("--directory", metavar="DIR", default="", help=f"where records lie (default: {DIRECTORY})")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[Namespace], int], about: str, *records: str) -> ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        sub.set_defaults(command=command)
+        for record in records:
+            sub.add_argument(record, metavar="REC", nargs="?" if len(records) == 1 else None, default="")
+        return sub
+
+    add("list", list_records, "the records there are, the newest last")
+    add("explain", explain, "the shortest account for a ticket: code, object, what to do", "record")
+    show = add("show", show_record, "what was read, decided and done, and how long it took", "record")
+    show.add_argument("--reads", action="store_true", help="each single read, with its answer")
+    run = add("run", run_record, "the same hook on the recorded machine: the same, or what differs", "record")
+    run.add_argument("--live", action="store_true", help="on this machine's real system instead, as a dry run")
+    run.add_argument("--apply", action="store_true", help="with --live: really do it")
+    run.add_argument("--pid", type=int, metavar="PID", help="with --live: the container's init, instead of the state's")
+    add("diff", diff_records, "what two runs saw and did differently", "record", "other")
+    export = add("export", export_record, "make a pytest case of a record", "record")
+    export.add_argument("--test", metavar="DIR", required=True, help="where the test and its record are written")
+    return parser
+
+
+# Finding records ------------------------------------------------------------------------------------------------------
+
+
+def find_paths(arguments: Namespace) -> list[str]:
+    """Return the paths of all records, the newest last. Raises OSError where they may not be looked at."""
+    directories = [arguments.directory] if arguments.directory else [DIRECTORY, SPARE_DIRECTORY]
+    paths = []
+    for directory in directories:
+        try:
+            paths += [f"{directory}/{name}" for name in os.listdir(directory) if name.endswith(SUFFIX)]
+        except FileNotFoundError:
+            if arguments.directory:
+                raise
+    return sorted((path for path in paths if not os.path.basename(path).startswith(".")), key=os.path.basename)
+
+
+def find_record(arguments: Namespace, word: str) -> RunRecord:
+    """Return the record that a word on the command line means. Raises RecordError, OSError."""
+    if os.path.isfile(word):
+        return read_record(word)
+    paths = find_paths(arguments)
+    if not word and paths:
+        return read_record(paths[-1])
+    found = [path for path in paths if os.path.basename(path).startswith(word)]
+    if len(found) == 1 and word:
+        return read_record(found[0])
+    # The newest of a container's runs is the one that is asked about.
+    for path in reversed(paths):
+        record = read_record(path)
+        if word and record.about["container"] == word:
+            return record
+    if len(found) > 1:
+        raise RecordError(f"{len(found)} records begin so; {PROGRAM} list shows them")
+    raise RecordError(f"no such record; {PROGRAM} list shows those that there are" if paths else "there is no record")
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+def list_records(arguments: Namespace) -> int:
+    """Print a line for each record."""
+    rows = [("RECORD", "WHEN", "HOOK", "CONTAINER", "SAID")]
+    for path in find_paths(arguments):
+        try:
+            rows.append(account.format_row(read_record(path)))  # type: ignore[arg-type]
+        except (RecordError, OSError) as error:
+            rows.append((os.path.basename(path), "-", "-", "-", f"unusable: {error}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    write_stdout("".join(f"{line}\n" for line in lines) if len(rows) > 1 else "there is no record\n")
+    return EXIT_SAME
+
+
+def explain(arguments: Namespace) -> int:
+    """Print the account of a run for a ticket."""
+    write_stdout(account.format_explanation(find_record(arguments, arguments.record)))
+    return EXIT_SAME
+
+
+def show_record(arguments: Namespace) -> int:
+    """Print the timeline of a run."""
+    write_stdout(account.format_run(find_record(arguments, arguments.record), arguments.reads))
+    return EXIT_SAME
+
+
+def run_record(arguments: Namespace) -> int:
+    """Run a record's hook again and print what differs."""
+    record = find_record(arguments, arguments.record)
+    if arguments.live:
+        return run_on_this_machine(record, arguments)
+    if arguments.apply or arguments.pid is not None:
+        return fail("--apply and --pid go with --live: a replay on the recorded machine changes nothing")
+    from oci_hooks.rerun import find_differences
+
+    different = find_differences(record)
+    if different:
+        write_stdout("".join(f"{line}\n" for line in different))
+        return EXIT_DIFFERENT
+    lines = account.format_findings(record)
+    write_stdout("".join(f"{make_one_line(line)}\n" for line in lines) + "the same as recorded\n")
+    return EXIT_SAME
+
+
+def run_on_this_machine(record: RunRecord, arguments: Namespace) -> int:
+    """Run a record's hook with this machine behind the door, and print what it says."""
+    import tempfile
+
+    from oci_hooks.rerun import run_live
+
+    if "config.json" not in record.documents:
+        return fail("the record has no config.json: the run did not come so far")
+    with tempfile.TemporaryDirectory(prefix="vfio-hook-replay-") as bundle:
+        Path(bundle, "config.json").write_bytes(record.documents["config.json"])
+        _, outcome = run_live(record, bundle, arguments.pid, arguments.apply)
+    lines = [finding.as_line() for finding in outcome.findings]
+    write_stdout("".join(f"{line}\n" for line in [*lines, f"exit {outcome.code}"]))
+    return EXIT_SAME if outcome.code == record.about["exit"] else EXIT_DIFFERENT
+
+
+def diff_records(arguments: Namespace) -> int:
+    """Print what two runs saw and did differently."""
+    import difflib
+
+    one, other = find_record(arguments, arguments.record), find_record(arguments, arguments.other)
+    lines = list(
+        difflib.unified_diff(
+            list(account.list_facts(one)),
+            list(account.list_facts(other)),
+            os.path.basename(one.path),
+            os.path.basename(other.path),
+            lineterm="",
+            n=0,
+        )
+    )
+    write_stdout("".join(f"{line}\n" for line in lines))
+    return EXIT_DIFFERENT if lines else EXIT_SAME
+
+
+def export_record(arguments: Namespace) -> int:
+    """Write a pytest case that runs a record again, and the record beside it."""
+    record = find_record(arguments, arguments.record)
+    codes = [finding.code for finding in record.findings] or ["success"]
+    name = "".join(c if c.isalnum() else "_" for c in f"{record.about['program']}_{codes[0]}")
+    directory = Path(arguments.test)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}{SUFFIX}").write_bytes(Path(record.path).read_bytes())
+    (directory / f"test_{name}.py").write_text(TEST.format(program=record.about["program"], code=codes[0], name=name))
+    write_stdout(f"{directory / f'test_{name}.py'}\n")
+    return EXIT_SAME
+
+
+TEST = '''\
+"""A recorded run of {program}: {code}."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from oci_hooks.recordfile import read_record
+from oci_hooks.rerun import find_differences
+
+
+def test_{name}() -> None:
+    record = read_record(Path(__file__).with_name("{name}.tar.gz"))
+    assert find_differences(record) == []
+'''
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a recorded hook again: on the recorded machine, where nothing is touched, or on this one.
+
+The hook's own code runs, all of it up to the door (files.py). Behind the door stands the record: a question has the
+answer that it had then, a step the result. What this version of the code asks or does differently is a difference.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+from oci_hooks import notation
+from oci_hooks.command import Arguments, Call, Deadline, carry
+from oci_hooks.errors import HookError, make_one_line
+from oci_hooks.files import NotingRoot, Root
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any, TypeVar
+
+    from oci_hooks.command import Outcome
+    from oci_hooks.recordfile import RunRecord
+
+    T = TypeVar("T")
+
+STEPS_LIMIT = 10_000
+# What Python tells an audit hook of before it changes something (docs.python.org, Audit events table).
+CHANGES = (
+    "fcntl.flock",
+    "fcntl.ioctl",
+    "os.chmod",
+    "os.chown",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.kill",
+    "os.link",
+    "os.mkdir",
+    "os.posix_spawn",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.symlink",
+    "os.system",
+    "os.truncate",
+    "signal.pthread_kill",
+    "socket.connect",
+    "subprocess.Popen",
+)
+
+
+class Rerun(Record):
+    """What running a record again came to.
+
+    outcome: of the run; decisions: what it decided, as JSON; steps: what it did; strange: what the record has no
+    answer to.
+    """
+
+    outcome: Outcome
+    decisions: list[Any]
+    steps: list[Any]
+    strange: list[str]
+
+
+class NotRecordedError(HookError):
+    """This version of the code does something that the record knows nothing of; the replay ends here."""
+
+
+class RecordedRoot(Root):
+    """The machine of a record. Answers what was asked there, in the state that it was in after the steps so far."""
+
+    def __init__(self, record: RunRecord) -> None:
+        super().__init__()
+        self.documents = record.documents
+        self.steps = [
+            (number, event) for number, event in enumerate(record.events) if "do" in event and not event.get("inside")
+        ]
+        self.answers: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {}
+        for number, event in enumerate(record.events):
+            if "ask" in event:
+                self.answers.setdefault((event["ask"], event["path"]), []).append((number, event))
+        self.listings = {path: event for (ask, path), ((_, event), *_) in self.answers.items() if ask == "listdir"}
+        self.next_step = 0
+        self.decisions: list[Any] = []
+        self.done: list[Any] = []
+        self.strange: list[str] = []
+
+    def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
+        """Return what the question was answered with. Raises OSError; ENOENT where nobody asked it."""
+        known = self.answers.get((question.__name__, path))
+        if known is None:
+            if not self.is_known_absent(path):
+                self.strange.append(f"asked {question.__name__} of {path}, which the recorded run did not")
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        event = self.pick(known)
+        if "errno" in event:
+            raise OSError(event["errno"], os.strerror(event["errno"]), path)
+        answer: T = self.decode(event.get("answer"))
+        return answer
+
+    def is_known_absent(self, path: str) -> bool:
+        """Tell whether the record shows that there is nothing at a path, by a listing of what is."""
+        directory, _, name = path.rpartition("/")
+        listing = self.listings.get(directory)
+        answer = listing.get("answer") if listing else None
+        return isinstance(answer, list) and name not in answer
+
+    def pick(self, known: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+        """Return the answer for now: the last before the next step; several of them are given one after the other."""
+        limit = self.steps[self.next_step][0] if self.next_step < len(self.steps) else sys.maxsize
+        since = self.steps[self.next_step - 1][0] if self.next_step else -1
+        past = [entry for entry in known if entry[0] < since]
+        present = [entry for entry in known if since < entry[0] < limit]
+        if len(present) > 1:
+            known.remove(present[0])
+        return (present or past[-1:] or known)[0][1]
+
+    def do(self, function: Callable[..., T], *arguments: object) -> T:
+        """Return what the step came to. Raises what it raised; NotRecordedError where it was not done."""
+        self.done.append([function.__name__, notation.encode_arguments(arguments)])
+        for number in range(self.next_step, len(self.steps)):
+            event = self.steps[number][1]
+            if event["do"] == function.__name__:
+                self.next_step = number + 1
+                if "error" in event:
+                    raise notation.decode_error(event["error"])
+                answer: T = self.decode(event.get("answer"))
+                return answer
+        self.strange.append(f"did {function.__name__}, which the recorded run did not")
+        raise NotRecordedError("not-recorded", function.__name__, "the record ends before this step")
+
+    def note(self, what: str, value: object) -> None:
+        """Keep what was decided, to compare it."""
+        self.decisions.append([what, notation.encode(value)])
+
+    def decode(self, value: Any) -> Any:
+        """Return an answer of the record. Raises NotationError."""
+        if isinstance(value, dict) and value.get(notation.KIND) == "member":
+            return self.documents.get(str(value.get("name")), b"")
+        return notation.decode(value)
+
+
+class LiveRoot(NotingRoot):
+    """This machine, with the state of a record."""
+
+    def __init__(self, state: bytes) -> None:
+        super().__init__()
+        self.state = state
+
+    def do(self, function: Callable[..., T], *arguments: object) -> T:
+        """Return what a step comes to; the state is the record's."""
+        if function.__name__ == "read_input":
+            return self.state  # type: ignore[return-value]
+        return super().do(function, *arguments)
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+
+
+def rerun(record: RunRecord) -> Rerun:
+    """Run the record's hook on the recorded machine. Nothing on this one is changed."""
+    root = RecordedRoot(record)
+    # The plan of a dry run is in its decisions; printed, it would stand among the differences.
+    call = make_call(record, root, make_arguments(record).replace(json=True))
+    with sealed():
+        outcome = carry(call, find_work(record.about["program"]))
+    return Rerun(outcome, root.decisions, root.done, root.strange)
+
+
+def run_live(record: RunRecord, bundle: str, pid: int | None, apply: bool) -> tuple[Call, Outcome]:
+    """Run the record's hook on this machine, with its state and config.json; a dry run unless `apply`.
+
+    bundle: a directory that holds the config.json; pid: instead of the state's.
+    """
+    import json
+
+    state = json.loads(record.documents.get("state.json", b"{}"))
+    state = {"id": record.about["container"] or "replay", **state, "bundle": bundle}
+    if pid is not None:
+        state["pid"] = pid
+    arguments = make_arguments(record).replace(dry_run=not apply, bundle="")
+    if record.about["arguments"].get("bundle"):
+        # Run by hand then: there was no state.
+        state.setdefault("pid", arguments.pid if pid is None else pid)
+        state["status"] = "creating"
+    call = make_call(record, LiveRoot(json.dumps(state).encode()), arguments)
+    return call, carry(call, find_work(record.about["program"]))
+
+
+def make_arguments(record: RunRecord) -> Arguments:
+    """Return the command line of a record."""
+    values = {name: value for name, value in record.about["arguments"].items() if name in Arguments.field_names()}
+    return Arguments(**{**values, "groups": tuple(values.get("groups", ()))})
+
+
+def make_call(record: RunRecord, root: Root, arguments: Arguments) -> Call:
+    """Return the call of a hook that is run again."""
+    return Call(record.about["program"], arguments, Deadline(8.0), [], [], [], {}, root, {})
+
+
+def find_work(program: str) -> Callable[[Call], int]:
+    """Return what a hook does."""
+    if program == "vfio-host-check":
+        from oci_hooks.host import work as check
+
+        return check
+    from oci_hooks.guest import work as bind
+
+    return bind
+
+
+# Comparing ------------------------------------------------------------------------------------------------------------
+
+
+def find_differences(record: RunRecord) -> list[str]:
+    """Return how running a record again differs from the record, as a unified diff; empty where it does not."""
+    import difflib
+
+    again = rerun(record)
+    before, now = list(tell_record(record)), list(tell_rerun(again))
+    lines = list(difflib.unified_diff(before, now, "recorded", "replayed", lineterm="", n=2))
+    return [make_one_line(line, 10_000) for line in lines] + [f"# {make_one_line(text)}" for text in again.strange]
+
+
+def tell_record(record: RunRecord) -> Iterator[str]:
+    """Yield the lines by which a record is compared: decisions, steps, findings, exit code."""
+    yield from tell_decisions([[event["note"], event.get("answer")] for event in record.events if "note" in event])
+    steps = [event for event in record.events if "do" in event and not event.get("inside")]
+    yield from tell_steps([[event["do"], event.get("with", [])] for event in steps])
+    yield from (finding.as_line() for finding in record.findings)
+    yield f"exit {record.about['exit']}"
+
+
+def tell_rerun(again: Rerun) -> Iterator[str]:
+    """Yield the same lines for what a run came to now."""
+    yield from tell_decisions(again.decisions)
+    yield from tell_steps(again.steps)
+    yield from (finding.as_line() for finding in again.outcome.findings)
+    yield f"exit {again.outcome.code}"
+
+
+def tell_decisions(decisions: list[Any]) -> Iterator[str]:
+    """Yield decisions, a line a value."""
+    import json
+
+    for what, value in decisions:
+        pairs = value.items() if isinstance(value, dict) else [("is", value)]
+        for key, item in pairs:
+            items = item if isinstance(item, list) and item else [item]
+            yield from (f"{what}: {key}: {json.dumps(each, sort_keys=True)}" for each in items)
+
+
+def tell_steps(steps: list[Any]) -> Iterator[str]:
+    """Yield steps, a line a step with what it was asked to do."""
+    import json
+
+    for name, given in steps:
+        yield f"step: {name} {json.dumps(given, sort_keys=True)}"
+
+
+# Nothing is changed ---------------------------------------------------------------------------------------------------
+
+
+class sealed:  # noqa: N801 - reads as a statement
+    """While this holds, the process may read and compute; whatever would change the system raises PermissionError.
+
+    The record stands behind the door, and this behind the record: a step that a later version forgets to send through
+    the door is refused, not done, also when root replays what a stranger sent.
+    """
+
+    def __init__(self) -> None:
+        self.holds = False
+
+    def __enter__(self) -> None:
+        # An audit hook can't be taken away again, only told to look elsewhere.
+        sys.addaudithook(self.watch)
+        self.holds = True
+
+    def __exit__(self, *_: object) -> None:
+        self.holds = False
+
+    def watch(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Raise PermissionError for what changes the system."""
+        if not self.holds:
+            return
+        changes = event in CHANGES
+        if event == "open":
+            path, _, flags = arguments
+            writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+            changes = bool(flags & writes) and path != "/dev/null"
+        if changes:
+            raise PermissionError(errno.EPERM, f"a replay changes nothing: {event}", str(arguments[:1]))
