@@ -53,7 +53,6 @@ TEST_PACKAGES = {
     "bpftool": "device cgroup programs, seen from outside",
     "e2fsprogs": "a file system on a disk that must not be taken",
     "dmsetup": "a volume on a disk that must not be taken",
-    "podman": "a container engine with a hooks directory",
     "podman": "a container engine that knows hooks.d",
     "procps": "processes",
     "python3-jsonschema": "the hooks' own dependency",
