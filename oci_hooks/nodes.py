@@ -73,6 +73,9 @@ def find_group_place(root: Root, group: str) -> Place:
     if root.read_text_or(f"{sysfs.IOMMU_GROUPS}/{name}/name", "") == "vfio-noiommu":
         name = f"noiommu-{name}"
     numbers = sysfs.read_group_number(root, name)
+    if numbers is None and name.isdigit() and not root.exists(f"{sysfs.IOMMU_GROUPS}/{name}"):
+        problem = "its devices were unplugged while they were being bound"
+        raise StepError("device-gone", f"group {group}", problem, "start the container again")
     if numbers is None:
         hint = "see dmesg; is vfio built with CONFIG_VFIO_GROUP?"
         raise StepError("no-group-node", f"group {group}", "vfio gave it no device", hint)

@@ -79,6 +79,11 @@ def import_hook() -> None:
         importlib.import_module(name)
 
 
+def list_findings(done: Done) -> list[str]:
+    """Return the errors and warnings that the hook wrote, a line each."""
+    return [line for line in done.stderr.splitlines() if "error: [" in line or "warning: [" in line]
+
+
 def release(state: dict[str, Any]) -> Done:
     """Run the guest hook as poststop, with a state as runc gives it: stopped and without a pid."""
     stopped = {key: value for key, value in state.items() if key != "pid"}

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way Kata's agent calls a guest hook, under a real runtime.
+
+Kata's agent runs the regular files in <guest_hook_path>/prestart with the hook's kind as the only argument, an empty
+environment, the bundle /run/kata-containers/<id> as working directory, `status` "created", before pivot_root, for the
+pause container too, and ignores how they end. A script under the runtime's createRuntime does just that here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vm import bundles, calls, devices, guest
+from tests.vm.bundles import Container, Containers
+from tests.vm.calls import ask
+
+MACHINE = "standard"
+HOOKS = Path("/usr/share/oci/hooks")
+PACKAGE = Path("/usr/lib/python3/dist-packages/oci_hooks")
+CONTAINER_TYPE = "io.katacontainers.pkg.oci.container_type"
+AGENT = """#!/bin/sh
+# What the agent does with one hook: the state through a pipe, nothing of the environment, no care for the result.
+cd {bundle} || exit 1
+sed 's/"status":"[a-z]*"/"status":"{status}"/' | env -i {hook} {kind} >{bundle}/{kind}.log 2>&1
+exit 0
+"""
+
+
+@pytest.fixture
+def guest_image(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Install the hook as a guest image has it, and have bundles where the agent has them."""
+    for kind in ("prestart", "poststop"):
+        (HOOKS / kind).mkdir(parents=True)
+        shutil.copy(bundles.find_hook(bundles.GUEST_HOOK), HOOKS / kind)
+    if not PACKAGE.exists():
+        shutil.copytree(bundles.REPOSITORY / "oci_hooks", PACKAGE)
+    monkeypatch.setattr(bundles, "BUNDLES", Path("/run/kata-containers"))
+    yield
+    shutil.rmtree(HOOKS)
+    if "OCI_VFIO_HOOKS_DIR" not in os.environ:
+        shutil.rmtree(PACKAGE)
+
+
+def make_agent(container: Container, kind: str, status: str) -> dict[str, Any]:
+    """Return the entry of `hooks` that calls the guest hook of this kind as the agent does."""
+    script = container.bundle / f"agent-{kind}"
+    hook = HOOKS / kind / bundles.GUEST_HOOK
+    script.write_text(AGENT.format(bundle=container.bundle, status=status, hook=hook, kind=kind))
+    script.chmod(0o755)
+    return bundles.make_hook(str(script))
+
+
+def make_container(containers: Containers, annotations: dict[str, str]) -> Container:
+    """Return a container that runs the probe, with the agent's calls under createRuntime and poststop."""
+    container = containers.make(*bundles.PROBE, annotations=annotations, hooks={})
+    hooks = {
+        "createRuntime": [make_agent(container, "prestart", "created")],
+        "poststop": [make_agent(container, "poststop", "stopped")],
+    }
+    container.write_config({**container.config, "hooks": hooks}, {})
+    return container
+
+
+@pytest.mark.usefixtures("guest_image")
+def test_agent_calls_the_hook(containers: Containers) -> None:
+    """The hook finds its package from where it lies in the image, and the container from what little it is told."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    before = calls.look_at_drivers()
+    container = make_container(containers, {**ask(nic), CONTAINER_TYPE: "pod_container"})
+    assert container.bundle.parent == Path("/run/kata-containers")
+    done = container.run()
+    assert (container.bundle / "prestart.log").read_text() == ""
+    assert done.code == 0, done.stderr
+    (group,) = done.read_json()["groups"]
+    assert [device["id"] for device in group["devices"]] == [devices.NIC_E1000E]
+    assert calls.look_at_drivers() == before
+    assert calls.list_claims() == []
+
+
+@pytest.mark.usefixtures("guest_image")
+def test_agent_ignores_a_failure(containers: Containers) -> None:
+    """By itself the hook can only say so, in the guest's kernel log too; with on_failure = "kill" nothing runs."""
+    annotations = ask(guest.members_of(guest.group_of(guest.find_device(devices.NIC_E1000)))[0])
+    container = make_container(containers, annotations)
+    done = container.run()
+    assert done.code == 0, done.stderr
+    assert done.read_json()["nodes"] == []
+    said = f"vfio-guest-bind: error: [bridge] {annotations[calls.DEVICES]}"
+    assert said in (container.bundle / "prestart.log").read_text()
+    assert f"container {container.name}: error: [bridge]" in guest.read_kernel_log()
+
+    container = make_container(containers, annotations)
+    with calls.settings("deadline = 60", 'on_failure = "kill"'):
+        done = container.run()
+    assert done.code != 0
+    assert done.stdout == ""
+    assert f"container {container.name}: error: [bridge]" in guest.read_kernel_log()
+
+
+def test_pause_container_gets_nothing(tmp_path: Path) -> None:
+    """It has the pod's annotations, and no process here: touching anything would be an error."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    for mark in ("pod_sandbox", "pod_container"):
+        options = bundles.Options(annotations={**ask(nic), CONTAINER_TYPE: mark})
+        config = bundles.make_config(["/pause"], str(tmp_path), options, "/none")
+        state = {"ociVersion": "", "id": "pod", "status": "", "pid": 0, "bundle": str(tmp_path)}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        done = calls.fork_hook({**state, "annotations": config["annotations"]}, "prestart")
+        assert done.code == (0 if mark == "pod_sandbox" else 1), done
+    assert "[no-process]" in done.stderr
+    assert guest.driver_of(nic) == "e1000e"
+
+
+def test_config_where_kata_1_has_it() -> None:
+    """The bundle of Kata 1.x holds no config.json; it lies below /run/libcontainer."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    place = Path("/run/libcontainer/one")
+    place.mkdir(parents=True)
+    try:
+        config = bundles.make_config(["/bin/true"], "/nowhere", bundles.Options(annotations=ask(nic)), "/none")
+        (place / "config.json").write_text(json.dumps(config))
+        state = {"ociVersion": "1.0", "id": "one", "status": "", "pid": 1, "bundle": "/run/kata-containers/one"}
+        done = calls.fork_hook(state, "prestart", "--dry-run")
+        assert done.code == 0, done.stderr
+        assert f"probe {nic}: vfio-pci" in done.stdout
+    finally:
+        shutil.rmtree(place.parent)

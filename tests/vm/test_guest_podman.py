@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Podman with a hooks.d file, as an administrator would set it up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vm import bundles, calls, devices, guest
+from tests.vm.bundles import Done
+
+MACHINE = "standard"
+
+
+@pytest.fixture
+def rootfs() -> Iterator[Path]:
+    """Return a root file system that a container may write to."""
+    place = Path("/run/podman-rootfs")
+    root = bundles.mount_rootfs(place)
+    yield root
+    subprocess.run(["umount", "--lazy", str(root)], check=True)
+
+
+def run_podman(hooks: Path, *arguments: str) -> Done:
+    """Run podman with everything of its own on /run, which is gone with the machine."""
+    own = ("--root", "/run/podman/root", "--runroot", "/run/podman/run", "--storage-driver", "vfs")
+    managers = ("--cgroup-manager", "cgroupfs", "--events-backend", "none", "--hooks-dir", str(hooks))
+    done = subprocess.run(["podman", *own, *managers, *arguments], capture_output=True, text=True, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.usefixtures("native_drivers")
+def test_podman_run(rootfs: Path, tmp_path: Path) -> None:
+    """The annotation brings the hook in, and with it the group; its driver is back when the container is gone."""
+    hook = {
+        "version": "1.0.0",
+        "hook": {"path": bundles.find_hook(bundles.GUEST_HOOK)},
+        "when": {"annotations": {"^io[.]katacontainers[.]x[.]vfio": "."}},
+        "stages": ["createRuntime", "poststop"],
+    }
+    (tmp_path / "vfio.json").write_text(json.dumps(hook))
+    nic = guest.find_device(devices.NIC_E1000E)
+    before = calls.look_at_drivers()
+    run = ("run", "--rm", "--network", "none", "--ulimit", "memlock=-1:-1")
+    asks = ("--annotation", f"{calls.DEVICES}={nic}")
+    done = run_podman(tmp_path, *run, *asks, "--rootfs", str(rootfs), *bundles.PROBE)
+    assert done.code == 0, done.stderr
+    (group,) = done.read_json()["groups"]
+    assert group["devices"] == [{"address": nic, "get_device": "ok", "read_id": "ok", "id": devices.NIC_E1000E}]
+    assert calls.look_at_drivers() == before
+    assert calls.list_claims() == []
