@@ -3,8 +3,9 @@
 
 Both hierarchies may be there at once, and the kernel asks both (kernel: devcgroup_check_permission). Version 2 asks BPF
 programs (bpf.py), version 1 has a list for each cgroup (Documentation/admin-guide/cgroup-v1/devices.rst). What is
-widened is the container's own cgroup. An ancestor of version 2 never is; one of version 1 only when asked for, because
-there a child can't get what its parent lacks.
+widened is the container's own cgroup, with version 2 also the systemd scope that holds nothing but it. No other
+ancestor of version 2 ever is; one of version 1 only when asked for, because there a child can't get what its parent
+lacks.
 
 The caller's order: `find_cgroup`, `prove`; when something is not permitted `plan_grant`, `permit`, `prove` again; when
 it still is not, `forbid` and raise what `explain_denial` returns.
@@ -311,8 +312,8 @@ def permit(root: Root, grant: Grant) -> None:
     for path in grant.devices:
         for major, minor in grant.nodes:
             allow_node(root, path, major, minor)
-    if grant.unified:
-        change_programs(root, grant.unified, grant.nodes, add_nodes)
+    for path in list_own(root, grant.unified):
+        change_programs(root, path, grant.nodes, add_nodes)
 
 
 @step
@@ -324,8 +325,42 @@ def forbid(root: Root, grant: Grant) -> None:
     for path in reversed(grant.devices):
         for major, minor in grant.nodes:
             deny_node(root, path, major, minor)
-    if grant.unified and root.exists(grant.unified):
-        change_programs(root, grant.unified, grant.nodes, remove_nodes)
+    # Whoever else came into the scope meanwhile: what was added is taken away.
+    for path in (grant.unified, *list_scope(grant.unified)):
+        if path and root.exists(path):
+            change_programs(root, path, grant.nodes, remove_nodes)
+
+
+def list_own(root: Root, unified: str) -> list[str]:
+    """Return the directories of version 2 that are one container's alone: its cgroup, and up to its systemd scope.
+
+    crun puts a container below its scope (run.oci.systemd.subgroup, run.oci.delegate-cgroup in crun(1)), and systemd
+    attaches the program of DeviceAllow to the scope. A scope with another process or another child in it is not one
+    container's.
+    """
+    if not unified:
+        return []
+    above = list_scope(unified)
+    below = (unified, *above)
+    alone = all(is_alone(root, path, child) for path, child in zip(above, below))
+    return [unified, *(above if alone else ())]
+
+
+def list_scope(unified: str) -> tuple[str, ...]:
+    """Return the directories from above a cgroup of version 2 up to its systemd scope; none where it is in no scope."""
+    parent = unified.rpartition("/")[0]
+    grandparent = parent.rpartition("/")[0]
+    if unified.endswith(".scope"):
+        return ()
+    if parent.endswith(".scope"):
+        return (parent,)
+    return (parent, grandparent) if grandparent.endswith(".scope") else ()
+
+
+def is_alone(root: Root, path: str, child: str) -> bool:
+    """Tell whether a cgroup has no process of its own and no other child than this."""
+    children = [name for name in root.list_names(path) if root.exists(f"{path}/{name}/cgroup.procs")]
+    return root.read_text_or(f"{path}/cgroup.procs", "unknown") == "" and children == [child.rpartition("/")[2]]
 
 
 def allow_node(root: Root, path: str, major: int, minor: int) -> None:
@@ -455,6 +490,8 @@ def explain_denial(root: Root, cgroup: Cgroup, proofs: Iterable[NodeProof]) -> S
     told = ", ".join(f"{proof.node.name}: {describe_proof(proof)}" for proof in bad)
     denied = [proof.node for proof in bad if proof.is_denied]
     above = find_programs_above(root, cgroup) if denied and cgroup.unified else []
+    own = list_own(root, cgroup.unified)
+    above = [path for path in above if path not in own]
     if above:
         told += f" (the cgroup {above[0]} above has a device program, which is not the hook's to change)"
     return fail(cgroup.unified or cgroup.devices or f"process {cgroup.pid}", f"from inside it, {told}", denied)

@@ -419,6 +419,57 @@ def test_every_program_of_the_own_cgroup_is_changed_and_no_other(tree: Root, mon
     assert os.listdir("/proc/self/fd") == before
 
 
+SCOPE = "/u/crun-1.scope"
+
+
+@pytest.mark.parametrize(
+    ("unified", "others", "own"),
+    [
+        (f"{SCOPE}/container", {}, [f"{SCOPE}/container", SCOPE]),
+        (f"{SCOPE}/container/inner", {}, [f"{SCOPE}/container/inner", f"{SCOPE}/container", SCOPE]),
+        (SCOPE, {}, [SCOPE]),
+        # Somebody's shell, another container, something between.
+        (f"{SCOPE}/container", {SCOPE: "77"}, [f"{SCOPE}/container"]),
+        (f"{SCOPE}/container", {f"{SCOPE}/other": ""}, [f"{SCOPE}/container"]),
+        (f"{SCOPE}/container/inner", {f"{SCOPE}/container": "77"}, [f"{SCOPE}/container/inner"]),
+        (f"{SCOPE}/container/inner", {f"{SCOPE}/other": ""}, [f"{SCOPE}/container/inner"]),
+        (f"{SCOPE}/a/b/inner", {}, [f"{SCOPE}/a/b/inner"]),
+        # A scope below a scope is the nearest one's affair, and a slice or a service is nobody's.
+        (f"{SCOPE}/x.scope", {}, [f"{SCOPE}/x.scope"]),
+        ("/u/pod.slice/container", {}, ["/u/pod.slice/container"]),
+        ("/u/podman.service/container", {}, ["/u/podman.service/container"]),
+        ("", {}, []),
+    ],
+)
+def test_a_scope_that_holds_only_the_container_is_its_own(
+    tmp_path: Path, unified: str, others: dict[str, str], own: list[str]
+) -> None:
+    parts = unified.split("/")
+    chain = {"/".join(parts[:count]): "" for count in range(2, len(parts) + 1)}
+    for path, text in {**chain, unified: "42", **others}.items():
+        directory = tmp_path / path.lstrip("/")
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "cgroup.procs").write_text(text)
+        (directory / "cgroup.type").write_text("domain")
+    assert cgroup.list_own(Root(str(tmp_path)), unified) == own
+
+
+def test_the_scope_is_permitted_and_forbidden_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("", "/container"):
+        (tmp_path / f"u/1.scope{name}").mkdir(parents=True)
+        (tmp_path / f"u/1.scope{name}/cgroup.procs").write_text("")
+    root = Root(str(tmp_path))
+    kernel = Kernel(monkeypatch, {"u": [DENY + DENY], "1.scope": [DENY], "container": [ALLOW]})
+    grant = Grant(NUMBERS, "/u/1.scope/container", ())
+    prefix = bpf.make_prefix(NUMBERS)
+    cgroup.permit(root, grant)
+    assert kernel.programs == {"u": [DENY + DENY], "1.scope": [prefix + DENY], "container": [prefix + ALLOW]}
+    # Who else is there now makes no difference to taking it back.
+    (tmp_path / "u/1.scope/cgroup.procs").write_text("77")
+    cgroup.forbid(root, grant)
+    assert kernel.programs == {"u": [DENY + DENY], "1.scope": [DENY], "container": [ALLOW]}
+
+
 def test_permitting_twice_is_permitting_once(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, {"ctr": [DENY]})
     cgroup.permit(tree, GRANT)
