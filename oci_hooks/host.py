@@ -7,7 +7,7 @@ It changes nothing. Whatever a container without VFIO devices does not need is i
 from __future__ import annotations
 
 from oci_hooks.command import EXIT_DONE, read_input, run_hook
-from oci_hooks.oci import is_sandbox, read_spec, read_state
+from oci_hooks.oci import is_sandbox, mend_bundle, read_spec, read_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def work(call: Call) -> int:
 def take_state(call: Call) -> State:
     """Return the state: from stdin, or made up for a bundle named by hand. Raises InputError."""
     if not call.arguments.bundle:
-        return read_state(call.root.do(read_input, call.deadline))
+        return mend_bundle(call.root, read_state(call.root.do(read_input, call.deadline)))
     import os
 
     from oci_hooks.oci import State

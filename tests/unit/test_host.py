@@ -45,10 +45,9 @@ class Bench:
         self.tree = HostTree(top)
         self.capfd = capfd
         self.monkeypatch = monkeypatch
-        # One of the two is the hook's door, depending on whether its runs are recorded.
-        monkeypatch.setattr(host, "Root", lambda: Root(str(top)), raising=False)
-        monkeypatch.setattr(command, "NotingRoot", lambda: Root(str(top)), raising=False)
-        monkeypatch.setattr(command.Call, "is_recorded", lambda _call, _code: False, raising=False)
+        monkeypatch.setattr(command, "NotingRoot", lambda: Root(str(top)))
+        # Records would go to this machine's /var.
+        monkeypatch.setattr(command.Call, "is_recorded", lambda _call, _code: False)
         self.tree.pci(NIC, "vfio-pci", "12")
         self.tree.vfio("12", 0)
         self.set_config()
@@ -292,6 +291,16 @@ def test_bad_input(bench: Bench, data: bytes, said: str) -> None:
     assert "Traceback" not in err
 
 
+def test_the_bundle_that_crun_gets_wrong(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a user namespace crun says "/"; its command line still has the bundle."""
+    bench.tree.process(60, "/usr/bin/crun", "create", "--bundle", "/run/b", "c1")
+    monkeypatch.setattr("os.getppid", lambda: 60)
+    bench.tree.pci("0000:03:00.1", "ixgbe", "12")
+    code, _, err = bench.run(state(bundle="/", status="created"))
+    assert code == 1
+    assert "[group-not-viable]" in err
+
+
 def test_by_hand(bench: Bench) -> None:
     assert host.main(["--bundle", "/run/b"]) == 0
     assert host.main(["--bundle", "/nowhere"]) == 2
@@ -312,8 +321,10 @@ def test_json_has_its_schema(bench: Bench) -> None:
 
 def test_the_executable_with_an_empty_environment(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"linux": {"devices": [{**GROUP, "path": "/dev/vfio/4999"}]}}))
+    # No record: it would go to this machine's /var.
+    (tmp_path / "host.toml").write_text('record = "never"\n')
     done = subprocess.run(
-        [sys.executable, "-IS", str(HOOK)],
+        [sys.executable, "-IS", str(HOOK), "--settings", str(tmp_path / "host.toml")],
         input=json.dumps(state(bundle=str(tmp_path), pid=0)),
         capture_output=True,
         text=True,
