@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # A device that is gone needs no unbinding: unplugged, or its driver went first.
 GONE = (errno.ENOENT, errno.ENODEV)
+# Codes of what was not put back and can be later: the claim stays, and its groups with it, for the next hook.
+UNFINISHED = ("unbind-blocked", "restore-unstarted")
 
 
 # Drivers -------------------------------------------------------------------------------------------------------------
@@ -38,24 +40,25 @@ def bind_devices(root: Root, rebinds: Iterable[Rebind], journal: Journal, deadli
     rebinds = tuple(rebinds)
     for rebind in rebinds:
         journal.note("device", rebind.address, rebind.driver, rebind.override)
-    jobs = [Job(rebind.address, make_bind_writes(rebind)) for rebind in rebinds]
+    jobs = [Job(rebind.address, make_bind_writes(root, rebind)) for rebind in rebinds]
     for rebind, result in zip(rebinds, root.do(run_jobs, jobs, deadline)):
         check_bound(root, rebind, result, deadline)
 
 
-def make_bind_writes(rebind: Rebind) -> tuple[Write, ...]:
+def make_bind_writes(root: Root, rebind: Rebind) -> tuple[Write, ...]:
     """Return the writes that bind a function to vfio-pci (Documentation/ABI/testing/sysfs-bus-pci)."""
-    path = f"{sysfs.PCI_DEVICES}/{rebind.address}"
+    path = root.host_path(f"{sysfs.PCI_DEVICES}/{rebind.address}")
     writes = [Write(f"{path}/driver_override", f"{DRIVER}\n")]
     if rebind.driver:
         writes.append(Write(f"{path}/driver/unbind", rebind.address, GONE))
-    return (*writes, make_probe_write(rebind.address))
+    return (*writes, make_probe_write(root, rebind.address))
 
 
-def make_probe_write(address: str) -> Write:
+def make_probe_write(root: Root, address: str) -> Write:
     """Return the write that has the kernel look for a driver for a function."""
     # Its errno is of no use: the kernel also succeeds when nothing binds, so the driver link is read back.
-    return Write("/sys/bus/pci/drivers_probe", address, (errno.EBUSY, errno.EINVAL, errno.EPERM, errno.EAGAIN, 517))
+    path = root.host_path("/sys/bus/pci/drivers_probe")
+    return Write(path, address, (errno.EBUSY, errno.EINVAL, errno.EPERM, errno.EAGAIN, 517))
 
 
 def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) -> None:
@@ -68,6 +71,9 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
         raise StepError("unbind-blocked", address, problem, "see dmesg; end what uses the device and try again")
     if not root.exists(f"{sysfs.PCI_DEVICES}/{address}"):
         raise StepError("device-gone", address, "was unplugged while it was being bound", "start the container again")
+    if not result.started:
+        hint = "see the limits on processes and open files of the hook's cgroup and of the guest"
+        raise StepError("bind-failed", address, f"no process to bind it: {os.strerror(result.code)}", hint)
     if result.code:
         raise StepError("bind-failed", address, f"{result.path}: {os.strerror(result.code)}", "see dmesg")
     driver = sysfs.read_driver(root, address)
@@ -83,13 +89,16 @@ def probe_again(root: Root, address: str, deadline: Deadline) -> str:
     """Have the kernel probe a function again while that may help, and return the driver that it has then."""
     from oci_hooks.schema import load_site_packages
 
-    load_site_packages()
-    import tenacity
-
     def probe() -> str:
-        root.do(run_jobs, [Job(address, (make_probe_write(address),))], deadline)
+        root.do(run_jobs, [Job(address, (make_probe_write(root, address),))], deadline)
         return sysfs.read_driver(root, address)
 
+    load_site_packages()
+    try:
+        import tenacity
+    except ImportError:
+        # Once is most of it.
+        return probe()
     # A device that is still busy with its old driver's teardown is free after some tens of milliseconds or not at all.
     seconds = min(1.0, deadline.remaining() / 2)
     retrying = tenacity.Retrying(
@@ -176,7 +185,7 @@ def undo(
     """Put back what a journal notes, last change first, and return what could not be put back.
 
     pid: the container's init, 0 when it is gone and with it its mount namespace and its cgroup; private: descriptors
-    that a child which hangs must not keep. An [unbind-blocked] finding means that the journal has to stay.
+    that a child which hangs must not keep. A finding with a code of UNFINISHED means that the journal has to stay.
     """
     findings: list[Finding] = []
     entries = tuple(entries)
@@ -185,8 +194,11 @@ def undo(
             undo_entry(root, entry, pid)
         except StepError as error:
             findings += error.findings
-        except OSError as error:
-            findings.append(Finding("error", "undo-failed", " ".join(entry.words), error.strerror or str(error)))
+        except (OSError, ValueError) as error:
+            problem = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            what = f"{entry.kind} {' '.join(entry.words)}"
+            hint = "put it back by hand, or end the container: what was changed in it ends with it"
+            findings.append(Finding("error", "undo-failed", what, f"can't be put back: {problem}", hint))
     return findings + restore_drivers(root, [entry for entry in entries if entry.kind == "device"], deadline, private)
 
 
@@ -208,16 +220,16 @@ def restore_drivers(
     jobs, wanted = [], {}
     for address, entry in before.items():
         driver, override = entry.words[1], entry.words[2]
-        path = f"{sysfs.PCI_DEVICES}/{address}"
-        if not root.exists(path):
+        if not root.exists(f"{sysfs.PCI_DEVICES}/{address}"):
             continue  # unplugged: nothing is left to put back
+        path = root.host_path(f"{sysfs.PCI_DEVICES}/{address}")
         current = sysfs.read_driver(root, address)
         writes = []
         if current != driver:
             # Overridden by name, so that the driver comes back that was there, not the first that matches.
             writes = [Write(f"{path}/driver_override", f"{driver}\n")] if driver else []
             writes += [Write(f"{path}/driver/unbind", address, GONE)] if current else []
-            writes += [make_probe_write(address)] if driver else []
+            writes += [make_probe_write(root, address)] if driver else []
         writes.append(Write(f"{path}/driver_override", f"{override}\n"))
         jobs.append(Job(address, tuple(writes)))
         wanted[address] = driver
@@ -233,11 +245,20 @@ def check_restored(root: Root, result: Result, driver: str) -> list[Finding]:
     if result.blocked:
         hint = "see dmesg; the next hook on this machine tries again"
         return [Finding("error", "unbind-blocked", address, f"the kernel does not let go of it from {DRIVER}", hint)]
+    if not result.started:
+        problem = f"no process to give it back to {driver or 'no driver'}: {os.strerror(result.code)}"
+        hint = "see the limits on processes and open files; the next hook on this machine tries again"
+        return [Finding("error", "restore-unstarted", address, problem, hint)]
     current = sysfs.read_driver(root, address)
-    if current == driver or not root.exists(f"{sysfs.PCI_DEVICES}/{address}"):
+    if not root.exists(f"{sysfs.PCI_DEVICES}/{address}") or (current == driver and not result.code):
         return []
+    path = f"{sysfs.PCI_DEVICES}/{address}"
+    if current == driver:
+        problem = f"{result.path}: {os.strerror(result.code)}"
+        return [Finding("error", "restore-failed", address, problem, f"see {path}/driver_override")]
     problem = f"was bound to {driver or 'no driver'} and now is to {current or 'no driver'}"
     problem += f" ({os.strerror(result.code)})" if result.code else ""
-    return [
-        Finding("error", "restore-failed", address, problem, f"bind it with: driverctl set-override {address} {driver}")
-    ]
+    hint = f"bind it with: driverctl set-override {address} {driver}"
+    if not driver:
+        hint = f"unbind it with: echo {address} > {path}/driver/unbind"
+    return [Finding("error", "restore-failed", address, problem, hint)]

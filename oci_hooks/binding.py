@@ -17,6 +17,7 @@ from oci_hooks.errors import Finding, HookError, Refusal
 from oci_hooks.guards import Uses
 from oci_hooks.modules import load_drivers
 from oci_hooks.records import Record
+from oci_hooks.signals import interruptible, reset_signals
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from oci_hooks.selection import Choice
 
 # Putting back has to be possible when all of the deadline was used up on the way there.
-UNDO_SECONDS = 2.0
+# Kata's agent kills a hook after 10 s, and a deadline of 8 s and an interpreter's start come before.
+UNDO_SECONDS = 1.5
 # What binding takes once the device is there; waiting for it must leave so much.
 BIND_SECONDS = 1.0
 
@@ -49,6 +51,7 @@ class Work(Record):
 
 def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
     """Give a container the groups that it asks for. Raises HookError with everything put back."""
+    reset_signals()
     start = read_start_time(root, state.pid) if state.pid else 0
     check_process(state.pid, start)
     directory = ClaimDirectory(root=root)
@@ -56,12 +59,15 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
     work = Work(call, root, state, spec, request, settings, directory, start)
     journal, wanted = wait_for_claim(work)
     try:
-        carry_out(work, wanted, journal)
+        with interruptible():
+            carry_out(work, wanted, journal)
     except BaseException as error:
         findings = take_back(work, journal)
         if isinstance(error, HookError):
             # What could not be done often can't be undone either, for the same reason: said once.
             error.findings += tuple(finding for finding in findings if finding not in error.findings)
+        else:
+            work.call.findings.extend(findings)
         raise
     finally:
         journal.close()
@@ -83,8 +89,9 @@ def release(root: Root, state: State, deadline: Deadline) -> list[Finding]:
     """Put back what a container's claim notes and return what went wrong; nothing to do without a claim."""
     directory = ClaimDirectory(root=root)
     path = directory.journal_path(state.id)
-    if not root.exists(path):
+    if not root.do(os.path.exists, path):
         return []
+    reset_signals()
     directory.prepare()
     while True:
         lock = directory.lock(deadline)
@@ -93,7 +100,9 @@ def release(root: Root, state: State, deadline: Deadline) -> list[Finding]:
             if claim is None:
                 return []
             if not claim.at_work:
-                return put_back(root, claim, deadline, lock)
+                findings = put_back(root, claim, max(deadline.remaining(), UNDO_SECONDS), lock)
+                if findings is not None:
+                    return findings
         finally:
             os.close(lock)
         root.do(wait_for_hook, claim, deadline)
@@ -134,7 +143,9 @@ def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
             check_own(work, own)
             wanted = plan.make_plan(work.root, choose(work, claims), work.spec, make_options(work))
             work.root.note("plan", wanted)
-            return open_claim(work, own, wanted.groups), wanted
+            journal = open_claim(work, own, wanted.groups)
+            if journal is not None:
+                return journal, wanted
     finally:
         os.close(lock)
     work.root.do(wait_for_hook, own, deadline)
@@ -175,14 +186,18 @@ def check_own(work: Work, own: Claim | None) -> None:
         raise Refusal("claimed", f"container {own.container}", problem, "give the container another id")
 
 
-def open_claim(work: Work, own: Claim | None, groups: tuple[str, ...]) -> Journal:
-    """Return the container's journal with its groups noted: a new one, or that of an earlier run of the hook."""
-    journal = work.directory.reopen_journal(own) if own else None
-    if journal is None or own is None:
+def open_claim(work: Work, own: Claim | None, groups: tuple[str, ...]) -> Journal | None:
+    """Return the container's journal with its groups noted: a new one, or that of an earlier run of the hook.
+
+    None where somebody has that one meanwhile: it is not replaced, it knows which drivers the devices had.
+    """
+    if own is None:
         return work.directory.open_journal(work.state.id, work.state.pid, work.start, groups)
-    for name in groups:
-        if name not in own.groups:
-            journal.note("group", name)
+    journal = work.directory.reopen_journal(own)
+    if journal is not None:
+        for name in groups:
+            if name not in own.groups:
+                journal.note("group", name)
     return journal
 
 
@@ -202,24 +217,36 @@ def wait_for_hook(claim: Claim, deadline: Deadline) -> None:
 
 
 def repair(work: Work, claims: list[Claim], lock: int) -> list[Claim]:
-    """Put back what killed hooks and ended containers left, and return the claims that hold."""
-    stale = [claim for claim in claims if claim.is_stale(work.root)]
-    for claim in stale:
-        for finding in put_back(work.root, claim, work.call.deadline, lock):
-            # It is not this container's fault, and may not be in its way.
+    """Put back what killed hooks and ended containers left, and return the claims that hold.
+
+    One that could not be put back holds too: its devices are not to be had.
+    """
+    held = []
+    for claim in claims:
+        if not claim.is_stale(work.root):
+            held.append(claim)
+            continue
+        # It is not this container's fault, and may not be in its way: nor may it take all of the time.
+        findings = put_back(work.root, claim, work.call.deadline.remaining() / 2, lock)
+        for finding in findings or ():
             work.call.tell(finding.replace(level="warning"))
-    return [claim for claim in claims if claim not in stale]
+        if findings is None or is_unfinished(findings):
+            held.append(claim)
+    return held
 
 
-def put_back(root: Root, claim: Claim, deadline: Deadline, lock: int) -> list[Finding]:
-    """Undo a claim that no hook is at work on, and remove it. Call it with the machine-wide lock held."""
-    alive = claim.pid if read_start_time(root, claim.pid) == claim.start else 0
+def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Finding] | None:
+    """Undo a claim that no hook is at work on, and remove it. Call it with the machine-wide lock held.
+
+    seconds: how long that may take. None where somebody has the journal, or it is gone.
+    """
     journal = ClaimDirectory(root=root).reopen_journal(claim)
     if journal is None:
-        return []
+        return None
     try:
         # A child that hangs must keep the journal's lock, and let go of the machine's.
-        findings = apply.undo(root, claim.entries, alive, Deadline(max(deadline.remaining(), UNDO_SECONDS)), (lock,))
+        pid = claim.pid if claim.is_alive(root) else 0
+        findings = apply.undo(root, claim.entries, pid, Deadline(seconds), (lock,))
         return root.do(end_claim, claim.path, findings)
     finally:
         journal.close()
@@ -230,18 +257,24 @@ def take_back(work: Work, journal: Journal) -> list[Finding]:
     entries = work.directory.read_entries(journal)
     deadline = Deadline(max(work.call.deadline.remaining(), UNDO_SECONDS))
     findings = apply.undo(work.root, entries, work.state.pid, deadline)
-    if journal.kept:
+    if not journal.kept:
+        return work.root.do(end_claim, journal.path, findings)
+    if not is_unfinished(findings):
         # The container has what an earlier run gave it, and may be using it.
         work.root.do(os.ftruncate, journal.fd, journal.kept)
-        return findings
-    return work.root.do(end_claim, journal.path, findings)
+    return findings
 
 
 def end_claim(path: str, findings: list[Finding]) -> list[Finding]:
     """Remove a claim that was undone. One with a device that the kernel still holds stays, for the next hook."""
-    if not any(finding.code == "unbind-blocked" for finding in findings):
+    if not is_unfinished(findings) and os.path.lexists(path):
         os.unlink(path)
     return findings
+
+
+def is_unfinished(findings: list[Finding]) -> bool:
+    """Tell whether something is left to put back that can be put back later."""
+    return any(finding.code in apply.UNFINISHED for finding in findings)
 
 
 def end_container(root: Root, state: State) -> None:

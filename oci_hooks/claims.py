@@ -58,11 +58,11 @@ def read_start_time(root: Root, pid: int) -> int:
 
 
 class ClaimDirectory:
-    """The claims of this machine. path: where they lie, on the live system; root: the door that all goes through."""
+    """The claims of a machine. path: where they lie on this one; root: the door that all goes through."""
 
-    def __init__(self, path: str = STATE_DIRECTORY, root: Root | None = None) -> None:
-        self.path = path
+    def __init__(self, path: str = "", root: Root | None = None) -> None:
         self.root = root or Root()
+        self.path = path or self.root.host_path(STATE_DIRECTORY)
 
     @step
     def prepare(self) -> None:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from oci_hooks.command import Deadline
 
 
+# How long a killed child may take to end.
+KILL_SECONDS = 0.1
+
+
 class Write(Record):
     """One write to a sysfs attribute. tolerated: errno values that mean there was nothing to do."""
 
@@ -35,11 +39,13 @@ class Job(Record):
 
 
 class Result(Record):
-    """How a job ended. code: errno, 0 for success, ETIMEDOUT where it still blocks; path: of the write that failed."""
+    """How a job ended. code: errno, 0 for success, ETIMEDOUT where it still blocks; path: of the write that failed;
+    started: False where there was no process to be had for it, so that nothing was written."""
 
     address: str
     code: int
     path: str
+    started: bool = True
 
     @property
     def blocked(self) -> bool:
@@ -47,31 +53,57 @@ class Result(Record):
         return self.code == errno.ETIMEDOUT
 
 
+class Worker(Record):
+    """A child at work. pipe: says how it ended; pid: 0, and pipe -1, where it could not be started, because of code."""
+
+    job: Job
+    pid: int
+    pipe: int
+    code: int = 0
+
+
 def run_jobs(jobs: Iterable[Job], deadline: Deadline, private: tuple[int, ...] = ()) -> list[Result]:
     """Do the jobs side by side and return how each ended, in their order.
 
     private: descriptors that a child must not keep open: a child that hangs keeps what it inherited, locks among it.
     """
-    started = [(job, *start_worker(job, private)) for job in jobs]
-    return [finish_worker(job, pid, pipe, deadline) for job, pid, pipe in started]
+    workers: list[Worker] = []
+    results: list[Result] = []
+    try:
+        for job in jobs:
+            workers.append(start_worker(job, private))
+        for worker in workers:
+            results.append(finish_worker(worker, deadline))
+    finally:
+        # After an interruption: nothing may still be written while what was done is put back.
+        for worker in workers[len(results) :]:
+            end_worker(worker)
+    return results
 
 
-def start_worker(job: Job, private: tuple[int, ...]) -> tuple[int, int]:
-    """Start a child for a job and return its pid and the pipe that will say how it ended."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(writer)
-        return pid, reader
-    # Whatever happens here, the child must not return into the hook.
+def start_worker(job: Job, private: tuple[int, ...]) -> Worker:
+    """Start a child for a job."""
+    try:
+        reader, writer = os.pipe()
+    except OSError as error:
+        return Worker(job, 0, -1, error.errno or errno.EIO)
+    parent = os.getpid()
     code = errno.EIO
     try:
-        detach(private)
-        code, index = do_writes(job)
-        os.write(writer, f"{code} {index}".encode())
+        pid = os.fork()
+        if pid == 0:
+            detach(private)
+            code, index = do_writes(job)
+            os.write(writer, f"{code} {index}".encode())
+    except OSError as error:
+        os.close(reader)
+        return Worker(job, 0, -1, error.errno or errno.EIO)
     finally:
-        os._exit(code and 1)
-    raise AssertionError("unreachable")
+        # Whatever happens in the child, also a signal's exception: it must not return into the hook.
+        if os.getpid() != parent:
+            os._exit(code and 1)
+        os.close(writer)
+    return Worker(job, pid, reader)
 
 
 def detach(private: tuple[int, ...]) -> None:
@@ -103,24 +135,48 @@ def write_attribute(path: str, data: str) -> None:
         os.close(fd)
 
 
-def finish_worker(job: Job, pid: int, pipe: int, deadline: Deadline) -> Result:
+def finish_worker(worker: Worker, deadline: Deadline) -> Result:
     """Wait for a child until the deadline and return how its job ended."""
-    import select
-
-    poller = select.poll()
-    poller.register(pipe, select.POLLIN)
-    try:
-        if not poller.poll(deadline.remaining() * 1000):
-            import signal
-
-            # It takes effect when the kernel lets go, so that the job's remaining writes are not done late.
-            os.kill(pid, signal.SIGKILL)
-            return Result(job.address, errno.ETIMEDOUT, job.writes[-1].path)
-        words = os.read(pipe, 64).split()
-    finally:
-        os.close(pipe)
-    os.waitpid(pid, 0)
+    job = worker.job
+    if not worker.pid:
+        return Result(job.address, worker.code, "", started=False)
+    if not wait_for_answer(worker, deadline.remaining()):
+        end_worker(worker)
+        return Result(job.address, errno.ETIMEDOUT, "")
+    words = os.read(worker.pipe, 64).split()
+    end_worker(worker)
     if len(words) != 2:
         return Result(job.address, errno.EIO, "")
     code, index = int(words[0]), int(words[1])
     return Result(job.address, code, job.writes[index].path if code else "")
+
+
+def wait_for_answer(worker: Worker, seconds: float) -> bool:
+    """Tell whether a child has answered, or died, within some seconds."""
+    import select
+
+    poller = select.poll()
+    poller.register(worker.pipe, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
+
+
+def end_worker(worker: Worker) -> None:
+    """Kill a child unless it has answered, and reap it, unless it hangs in the kernel.
+
+    The kill takes effect when the kernel lets go of it, so that the job's remaining writes are not done late.
+    """
+    if not worker.pid:
+        return
+    try:
+        if not wait_for_answer(worker, 0):
+            import signal
+
+            os.kill(worker.pid, signal.SIGKILL)
+        # What has answered, or can be killed, ends at once; its end closes the pipe.
+        if wait_for_answer(worker, KILL_SECONDS):
+            os.waitpid(worker.pid, 0)
+    except ChildProcessError:
+        # The runtime ignores its children (SIGCHLD, inherited), and so the kernel has reaped it.
+        return
+    finally:
+        os.close(worker.pipe)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals: those that a runtime leaves behind, and those that tell the hook to end.
+
+Loaded only where there is something to bind or to put back.
+"""
+
+from __future__ import annotations
+
+import signal
+
+from oci_hooks.errors import HookError
+
+# What a runtime, a terminal, or a service manager sends to have a program end.
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Interrupted(HookError):
+    """The hook was told to end. Raised inside the part that puts everything back."""
+
+
+def reset_signals() -> None:
+    """Undo what exec inherits: ignored children could not be waited for, a blocked alarm would not end a wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD, signal.SIGALRM, *ENDING))
+
+
+def raise_interrupted(number: int, _: object) -> None:
+    """Handle a signal to end, once: what puts things back is not to be interrupted by the next one."""
+    for ending in ENDING:
+        signal.signal(ending, signal.SIG_IGN)
+    name = signal.Signals(number).name
+    hint = "start the container again; give its runtime more time for hooks if it was a timeout"
+    raise Interrupted("interrupted", "the hook", f"was told to end by {name} before it was done", hint)
+
+
+class interruptible:  # noqa: N801 - reads as a statement
+    """Have signals to end raise Interrupted inside this block; when it has failed, let none disturb what follows."""
+
+    def __enter__(self) -> None:
+        self.before = [(number, signal.signal(number, raise_interrupted)) for number in ENDING]
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        for number, handler in self.before:
+            signal.signal(number, handler if kind is None else signal.SIG_IGN)

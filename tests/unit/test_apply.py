@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Binding and putting back on a made machine, where no kernel answers: the ways in which binding fails.
+
+That binding succeeds is for the virtual machine to prove: there is nothing here that could bind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from oci_hooks import apply, workers
+from oci_hooks.cgroup import Grant
+from oci_hooks.command import Deadline
+from oci_hooks.errors import Finding, StepError
+from oci_hooks.journal import Entry, Journal, parse_journal
+from oci_hooks.plan import Rebind
+from oci_hooks.sysfs import PCI_DEVICES
+from tests.unit.machine import NIC, Machine
+
+pytestmark = pytest.mark.unit
+
+DEVICE = f"{PCI_DEVICES}/{NIC}"
+
+
+@pytest.fixture(name="machine")
+def make_machine(tmp_path: Path) -> Machine:
+    """Return a machine with one network card."""
+    machine = Machine(tmp_path)
+    machine.add(NIC, driver="e1000e", group="4")
+    return machine
+
+
+@pytest.fixture(name="journal")
+def make_journal(tmp_path: Path) -> Journal:
+    """Return an open journal."""
+    path = tmp_path / "journal"
+    return Journal(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), str(path))
+
+
+def read_entries(journal: Journal) -> list[Entry]:
+    """Return what was noted."""
+    return parse_journal(Path(journal.path).read_bytes())
+
+
+def bind(machine: Machine, journal: Journal, *rebinds: Rebind, seconds: float = 10) -> Finding:
+    """Bind, and return what was said of it: on this machine it fails."""
+    with pytest.raises(StepError) as caught:
+        apply.bind_devices(machine.root, rebinds or (Rebind(NIC, "e1000e", ""),), journal, Deadline(seconds))
+    (finding,) = caught.value.findings
+    assert finding.hint
+    return finding
+
+
+def undo(machine: Machine, entries: list[Entry], seconds: float = 10) -> list[Finding]:
+    """Put back what these entries note."""
+    return apply.undo(machine.root, entries, 0, Deadline(seconds))
+
+
+def test_a_device_that_does_not_bind_is_told_and_its_override_put_back(machine: Machine, journal: Journal) -> None:
+    finding = bind(machine, journal)
+    assert (finding.code, finding.subject) == ("bind-failed", NIC)
+    assert "vfio-pci did not take it; it is bound to e1000e" in finding.problem
+    assert machine.read(f"{DEVICE}/driver_override") == "vfio-pci\n"
+    assert machine.read("/sys/bus/pci/drivers/e1000e/unbind") == NIC
+    assert machine.read("/sys/bus/pci/drivers_probe") == NIC
+    entries = read_entries(journal)
+    assert entries == [Entry("device", (NIC, "e1000e", ""))]
+    assert undo(machine, entries) == []
+    assert machine.read(f"{DEVICE}/driver_override") == "\nfio-pci\n"  # a file keeps what an attribute does not
+
+
+def test_it_is_noted_before_anything_is_written(
+    machine: Machine, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[Entry]] = []
+
+    def look(*_: object) -> list[workers.Result]:
+        seen.append(read_entries(journal))
+        return [workers.Result(NIC, errno.EIO, "x"), workers.Result("0000:02:00.0", 0, "")]
+
+    monkeypatch.setattr(apply, "run_jobs", look)
+    bind(machine, journal, Rebind(NIC, "e1000e", "x"), Rebind("0000:02:00.0", "", ""))
+    assert [[entry.words for entry in entries] for entries in seen] == [
+        [(NIC, "e1000e", "x"), ("0000:02:00.0", "", "")]
+    ]
+
+
+def test_nothing_is_written_where_it_can_not_be_noted(machine: Machine) -> None:
+    journal = Journal(os.open("/dev/full", os.O_WRONLY), "/dev/full")
+    with pytest.raises(OSError, match="No space"):
+        apply.bind_devices(machine.root, (Rebind(NIC, "e1000e", ""),), journal, Deadline(10))
+    assert machine.read(f"{DEVICE}/driver_override") == "(null)\n"
+
+
+def test_a_probe_is_tried_again_and_given_up(machine: Machine, journal: Journal) -> None:
+    machine.place(f"{DEVICE}/driver").unlink()
+    finding = bind(machine, journal, Rebind(NIC, "", ""))
+    assert finding.code == "bind-failed"
+    assert "it is bound to no driver" in finding.problem
+
+
+def test_without_tenacity_a_probe_is_tried_once_more(
+    machine: Machine, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tenacity", None)
+    machine.place(f"{DEVICE}/driver").unlink()
+    assert bind(machine, journal, Rebind(NIC, "", "")).code == "bind-failed"
+
+
+def test_an_unplugged_device_is_told(machine: Machine, journal: Journal) -> None:
+    machine.place(DEVICE).unlink()
+    assert bind(machine, journal).code == "device-gone"
+    assert undo(machine, read_entries(journal)) == []
+
+
+def test_an_override_that_can_not_be_written_is_told(machine: Machine, journal: Journal) -> None:
+    machine.place(f"{DEVICE}/driver_override").unlink()
+    machine.place(f"{DEVICE}/driver_override").mkdir()
+    finding = bind(machine, journal)
+    assert finding.code == "bind-failed"
+    assert "driver_override: Is a directory" in finding.problem
+    # That goes wrong when it is put back, too, and is not passed over because the driver is right.
+    (left,) = undo(machine, read_entries(journal))
+    assert (left.code, left.subject) == ("restore-failed", NIC)
+    assert left.hint
+
+
+def test_an_unbind_that_blocks_is_told_at_the_deadline(machine: Machine, journal: Journal) -> None:
+    unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
+    unbind.unlink()
+    os.mkfifo(unbind)
+    finding = bind(machine, journal, seconds=0.3)
+    assert (finding.code, finding.subject) == ("unbind-blocked", NIC)
+    assert "from e1000e within 0.3 s" in finding.problem
+    # It has its driver still; only the override is to be put back.
+    assert undo(machine, read_entries(journal)) == []
+
+
+def test_a_driver_that_does_not_let_go_when_putting_back_is_told(machine: Machine) -> None:
+    unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
+    unbind.unlink()
+    os.mkfifo(unbind)
+    (finding,) = undo(machine, [Entry("device", (NIC, "igb", ""))], seconds=0.3)
+    assert finding.code == "unbind-blocked"
+    assert finding.code in apply.UNFINISHED
+    assert finding.hint
+
+
+def test_no_process_to_be_had_is_told_and_can_be_done_later(
+    machine: Machine, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fork)
+    finding = bind(machine, journal)
+    assert finding.code == "bind-failed"
+    assert "no process to bind it: Resource temporarily unavailable" in finding.problem
+    (left,) = undo(machine, [Entry("device", (NIC, "igb", ""))])
+    assert left.code == "restore-unstarted"
+    assert left.code in apply.UNFINISHED
+    assert left.hint
+
+
+@pytest.mark.parametrize(
+    ("driver", "problem", "hint"),
+    [
+        ("igb", "was bound to igb and now is to e1000e", f"driverctl set-override {NIC} igb"),
+        ("", "was bound to no driver and now is to e1000e", f"echo {NIC} > {DEVICE}/driver/unbind"),
+    ],
+)
+def test_a_driver_that_does_not_come_back_is_told(machine: Machine, driver: str, problem: str, hint: str) -> None:
+    (finding,) = undo(machine, [Entry("device", (NIC, driver, "before"))])
+    assert finding.code == "restore-failed"
+    assert problem in finding.problem
+    assert hint in finding.hint
+    assert finding.code not in apply.UNFINISHED
+    # The override is put back all the same.
+    assert machine.read(f"{DEVICE}/driver_override").startswith("before\n")
+
+
+def test_the_first_entry_of_a_device_says_what_it_had(machine: Machine) -> None:
+    entries = [Entry("device", (NIC, "e1000e", "first")), Entry("device", (NIC, "vfio-pci", "second"))]
+    assert undo(machine, entries) == []
+    assert machine.read(f"{DEVICE}/driver_override").startswith("first\n")
+
+
+def test_an_entry_that_can_not_be_put_back_stops_no_other(machine: Machine) -> None:
+    machine.write(f"{DEVICE}/driver_override", "vfio-pci\n")
+    machine.place("/dev/vfio").mkdir(parents=True)
+    spoilt = Entry("node", (str(machine.top), "vfio/1", "zz", "0"))
+    entries = [Entry("device", (NIC, "e1000e", "x")), spoilt, Entry("done", ())]
+    (finding,) = undo(machine, entries)
+    assert finding.code == "undo-failed"
+    assert finding.hint
+    assert machine.read(f"{DEVICE}/driver_override").startswith("x\n")
+
+
+def test_the_real_sys_is_not_touched(machine: Machine, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths: list[str] = []
+    real = workers.run_jobs
+
+    def see(jobs: list[workers.Job], *more: object) -> list[workers.Result]:
+        paths.extend(write.path for job in jobs for write in job.writes)
+        return real(jobs, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(apply, "run_jobs", see)
+    bind(machine, journal)
+    undo(machine, [Entry("device", (NIC, "igb", ""))])
+    assert len(paths) > 6
+    assert all(path.startswith(f"{machine.top}/sys/") for path in paths)
+
+
+def test_a_grant_survives_the_journal(journal: Journal) -> None:
+    for grant in (
+        Grant(((10, 196), (244, 0)), "/sys/fs/cgroup/a b", ("/x/pod", "/x/pod/c")),
+        Grant(((10, 196),), "", ()),
+    ):
+        journal.note("permit", *apply.format_grant(grant))
+        assert apply.parse_grant(read_entries(journal)[-1]) == grant

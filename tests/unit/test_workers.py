@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes that may block for ever: they end at the deadline, and nothing waits for a child that hangs.
+
+A FIFO without a reader stands for a sysfs attribute whose driver hangs: opening it for writing blocks in the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from oci_hooks import workers
+from oci_hooks.command import Deadline
+from oci_hooks.workers import Job, Result, Write, run_jobs
+
+pytestmark = pytest.mark.unit
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def make_file(path: Path) -> str:
+    """Make an empty file and return its path."""
+    path.write_text("")
+    return str(path)
+
+
+def make_blocking(path: Path) -> str:
+    """Make an attribute whose write blocks, and return its path."""
+    os.mkfifo(path)
+    return str(path)
+
+
+def count_descriptors() -> int:
+    """Return how many files this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def list_children() -> set[int]:
+    """Return the children of this process, zombies too."""
+    return set(map(int, Path("/proc/self/task", str(os.getpid()), "children").read_text().split()))
+
+
+def test_writes_are_done_in_order_each_in_one(tmp_path: Path) -> None:
+    path = make_file(tmp_path / "a")
+    other = tmp_path / "b"
+    jobs = [
+        Job("one", (Write(path, "vfio-pci\n"), Write(path, "x"))),
+        Job("other", (Write(make_file(other), "0000:01:00.0"),)),
+    ]
+    before = count_descriptors(), list_children()
+    assert run_jobs(jobs, Deadline(10)) == [Result("one", 0, ""), Result("other", 0, "")]
+    # The second write is at the beginning of the attribute again, as sysfs wants it.
+    assert (Path(path).read_text(), other.read_text()) == ("xfio-pci\n", "0000:01:00.0")
+    assert (count_descriptors(), list_children()) == before
+
+
+def test_the_first_failure_ends_a_job_and_is_told(tmp_path: Path) -> None:
+    last = make_file(tmp_path / "last")
+    gone = str(tmp_path / "gone/attribute")
+    jobs = [Job("a", (Write(gone, "x"), Write(last, "x"))), Job("b", (Write("/dev/full", "x"),))]
+    assert run_jobs(jobs, Deadline(10)) == [Result("a", errno.ENOENT, gone), Result("b", errno.ENOSPC, "/dev/full")]
+    assert Path(last).read_text() == ""
+
+
+def test_a_tolerated_error_is_none(tmp_path: Path) -> None:
+    last = make_file(tmp_path / "last")
+    job = Job("a", (Write(str(tmp_path / "gone"), "x", (errno.ENOENT,)), Write("/dev/full", "x"), Write(last, "x")))
+    assert run_jobs([job], Deadline(10)) == [Result("a", errno.ENOSPC, "/dev/full")]
+    job = job.replace(writes=(job.writes[0], job.writes[2]))
+    assert run_jobs([job], Deadline(10)) == [Result("a", 0, "")]
+    assert Path(last).read_text() == "x"
+
+
+def test_a_write_that_blocks_ends_at_the_deadline(tmp_path: Path) -> None:
+    blocking, free = make_blocking(tmp_path / "unbind"), make_file(tmp_path / "free")
+    before = count_descriptors()
+    begun = time.monotonic()
+    jobs = [Job("stuck", (Write(blocking, "x"), Write(free, "late"))), Job("free", (Write(free, "y"),))]
+    stuck, other = run_jobs(jobs, Deadline(0.3))
+    assert 0.25 < time.monotonic() - begun < 5
+    assert (stuck.blocked, stuck.code, stuck.started) == (True, errno.ETIMEDOUT, True)
+    assert other == Result("free", 0, "")
+    assert count_descriptors() == before
+    # Killed: what it had still to do is not done when the kernel lets go at last.
+    os.close(os.open(blocking, os.O_RDONLY | os.O_NONBLOCK))
+    time.sleep(0.1)
+    assert Path(free).read_text() == "y"
+
+
+def test_a_child_that_hangs_does_not_keep_the_runtimes_pipes_or_private_descriptors(tmp_path: Path) -> None:
+    # The runtime reads the hook's output to its end, which does not come while anybody holds the pipe.
+    blocking = make_blocking(tmp_path / "unbind")
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from oci_hooks import workers
+from oci_hooks.command import Deadline
+private = os.open({str(tmp_path)!r}, os.O_RDONLY)
+os.kill = lambda *_: None  # a child in a driver's remove() outlives SIGKILL
+job = workers.Job("stuck", (workers.Write({blocking!r}, "x"),))
+(result,) = workers.run_jobs([job], Deadline(0.3), (private,))
+(child,) = open(f"/proc/self/task/{{os.getpid()}}/children").read().split()
+links = [os.readlink(f"/proc/{{child}}/fd/{{fd}}") for fd in os.listdir(f"/proc/{{child}}/fd")]
+print(result.blocked, child, {str(tmp_path)!r} in links, [links.count("/dev/null") >= 3])
+"""
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    assert time.monotonic() - begun < 20
+    blocked, child, has_private, has_null = done.stdout.split()
+    os.kill(int(child), signal.SIGKILL)
+    assert (blocked, has_private, has_null) == ("True", "False", "[True]")
+    assert done.stderr == ""
+
+
+def test_a_child_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(_: Job) -> tuple[int, int]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0, 0
+
+    monkeypatch.setattr(workers, "do_writes", die)
+    assert run_jobs([Job("a", (Write(make_file(tmp_path / "a"), "x"),))], Deadline(10)) == [Result("a", errno.EIO, "")]
+
+
+def test_what_a_child_raises_stays_in_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = os.getpid()
+
+    def fail(_: Job) -> tuple[int, int]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers, "do_writes", fail)
+    assert run_jobs([Job("a", (Write(make_file(tmp_path / "a"), "x"),))], Deadline(10)) == [Result("a", errno.EIO, "")]
+    assert os.getpid() == parent
+
+
+def test_no_process_to_be_had_is_the_jobs_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_fork = os.fork
+    forks = iter([real_fork, None, real_fork])
+
+    def fork() -> int:
+        one = next(forks)
+        if one is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return one()
+
+    monkeypatch.setattr(os, "fork", fork)
+    before = count_descriptors(), list_children()
+    files = [make_file(tmp_path / name) for name in "abc"]
+    results = run_jobs([Job(path, (Write(path, "x"),)) for path in files], Deadline(10))
+    assert [result.code for result in results] == [0, errno.EAGAIN, 0]
+    assert [result.started for result in results] == [True, False, True]
+    assert [Path(path).read_text() for path in files] == ["x", "", "x"]
+    assert (count_descriptors(), list_children()) == before
+
+
+def test_no_descriptor_to_be_had_is_the_jobs_failure(tmp_path: Path) -> None:
+    path = make_file(tmp_path / "a")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count_descriptors() + 20, limits[1]))
+    opened = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.open("/dev/null", os.O_RDONLY))
+        (result,) = run_jobs([Job("a", (Write(path, "x"),))], Deadline(10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in opened:
+            os.close(fd)
+    assert (result.code, result.started) == (errno.EMFILE, False)
+    assert Path(path).read_text() == ""
+
+
+def test_an_interruption_ends_the_children_before_anything_is_put_back(tmp_path: Path) -> None:
+    blocking, last = make_blocking(tmp_path / "unbind"), make_file(tmp_path / "last")
+
+    class Told(Exception):
+        """What the signal's handler raises."""
+
+    def tell(*_: object) -> None:
+        raise Told
+
+    old = signal.signal(signal.SIGALRM, tell)
+    before = count_descriptors(), list_children()
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(Told):
+            run_jobs(
+                [Job("a", (Write(blocking, "x"), Write(last, "late"))), Job("b", (Write(last, "y"),))], Deadline(20)
+            )
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert (count_descriptors(), list_children()) == before
+    os.close(os.open(blocking, os.O_RDONLY | os.O_NONBLOCK))
+    time.sleep(0.1)
+    assert Path(last).read_text() == "y"
+
+
+def test_a_runtime_that_ignores_its_children_does_no_harm(tmp_path: Path) -> None:
+    # SIG_IGN for SIGCHLD is inherited through exec, and the kernel then reaps the children by itself.
+    path = make_file(tmp_path / "a")
+    old = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert run_jobs([Job("a", (Write(path, "x"),))], Deadline(10)) == [Result("a", 0, "")]
+    finally:
+        signal.signal(signal.SIGCHLD, old)
