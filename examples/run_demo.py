@@ -57,7 +57,7 @@ def boot_and_show() -> int:
     provision.compile_hooks()
     print(f"booting Linux {kernel.release} with a virtual IOMMU and a NIC (emulated: this takes half a minute)")
     sys.stdout.flush()
-    with tempfile.TemporaryDirectory(prefix="share-", dir=provision.find_cache()) as share:
+    with tempfile.TemporaryDirectory(prefix="rig-share-") as share:
         command = (provision.PYTHON, "-u", "-m", "examples.run_demo", "--inside")
         job = rig.Job(command, Path(share), LIMIT, {"OCI_VFIO_ROOTFS": str(rootfs)})
         outcome = rig.run_in_vm(machines.MACHINES["single"], kernel, job, rig.write_output)

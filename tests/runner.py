@@ -17,18 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 from tests import provision
 from tests.provision import REPOSITORY, MissingError, say
-from tests.vm import rig
-from tests.vm.machines import MACHINES
+from tests.vm import machines, rig
 
 KINDS = ("lint", "unit", "runtime", "vm")
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 1200.0
+# More files than this that ask for the same machine are given to two.
+FILES_PER_BOOT = 6
 
 
 @dataclass(frozen=True)
@@ -130,18 +132,44 @@ def run_here(directory: Path) -> Count:
         return read_report(report, done.returncode)
 
 
+@dataclass(frozen=True)
+class Boot:
+    """One machine to boot, and the files of tests to run in it."""
+
+    machine: str
+    kernel: str
+    files: tuple[Path, ...]
+
+
 def run_in_machines(files: list[Path], options: list[str]) -> Count:
-    """Run files of tests in the machines they ask for, one boot for all that ask for the same."""
-    boots: dict[tuple[str, str], list[Path]] = {}
+    """Run files of tests in the machines they ask for, as many machines at a time as there are processors.
+
+    An emulated machine keeps one processor busy: a test does one thing after another.
+    """
+    boots = plan_boots(files)
+    for boot in boots:
+        provision.ensure_kernel(boot.kernel)
+    pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
+    counts = [pool.submit(run_boot, boot, options, len(boots) > 1) for boot in boots]
+    try:
+        return sum((count.result() for count in counts), Count())
+    except KeyboardInterrupt:
+        # At once, without waiting for the threads: the leashes take the machines down.
+        os._exit(130)
+
+
+def plan_boots(files: list[Path]) -> list[Boot]:
+    """Return the boots that serve these files, the longest first. One boot serves files that ask for the same."""
+    wishes: dict[tuple[str, str], list[Path]] = {}
     for file in files:
         machine, kernels = read_wishes(file)
         for kernel in kernels:
-            boots.setdefault((machine, kernel), []).append(file)
-    count = Count()
-    for (machine, kernel), together in sorted(boots.items()):
-        say(f"-- machine {machine}, kernel {kernel}: {' '.join(file.name for file in together)}")
-        count += run_boot(machine, kernel, together, options)
-    return count
+            wishes.setdefault((machine, kernel), []).append(file)
+    boots: list[Boot] = []
+    for (machine, kernel), together in wishes.items():
+        parts = 2 if len(together) > FILES_PER_BOOT else 1
+        boots += [Boot(machine, kernel, tuple(together[part::parts])) for part in range(parts)]
+    return sorted(boots, key=lambda boot: len(boot.files), reverse=True)
 
 
 def read_wishes(file: Path) -> tuple[str, tuple[str, ...]]:
@@ -153,28 +181,49 @@ def read_wishes(file: Path) -> tuple[str, tuple[str, ...]]:
             if name in ("MACHINE", "KERNELS"):
                 values[name] = ast.literal_eval(node.value)
     machine, kernels = values.get("MACHINE"), values.get("KERNELS", (provision.DEFAULT_KERNEL,))
-    if machine not in MACHINES:
-        raise MissingError(f"{file}: MACHINE is {machine!r}; there are {', '.join(MACHINES)}")
+    if machine not in machines.MACHINES:
+        raise MissingError(f"{file}: MACHINE is {machine!r}; there are {', '.join(machines.MACHINES)}")
     if not isinstance(kernels, tuple) or not set(kernels) <= set(provision.KERNEL_SUITES):
         raise MissingError(f"{file}: KERNELS is {kernels!r}; a tuple of {', '.join(provision.KERNEL_SUITES)} is wanted")
     return str(machine), kernels
 
 
-def run_boot(machine: str, kernel: str, files: list[Path], options: list[str]) -> Count:
-    """Boot once and run these files' tests inside."""
-    with tempfile.TemporaryDirectory(prefix="share-", dir=provision.find_cache()) as directory:
+def run_boot(boot: Boot, options: list[str], prefixed: bool) -> Count:
+    """Boot once and run the files' tests inside. prefixed: put the machine's name before each line."""
+    label = f"{boot.machine} {boot.kernel}"
+    say(f"-- {label}: {' '.join(file.name for file in boot.files)}")
+    printer = LinePrinter(f"{label}: ") if prefixed else None
+    write = rig.write_output if printer is None else printer.write
+    with tempfile.TemporaryDirectory(prefix="rig-share-") as directory:
         share = Path(directory)
         report = rig.SHARE / "junit.xml"
         command = [find_tool("python"), "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        command += ["-o", "faulthandler_timeout=240", *options, *(str(file) for file in files)]
+        command += ["-o", "faulthandler_timeout=240", *options, *(str(file) for file in boot.files)]
         job = rig.Job(tuple(command), share, VM_LIMIT, make_environment())
         try:
-            outcome = rig.run_in_vm(MACHINES[machine], provision.ensure_kernel(kernel), job, rig.write_output)
+            kernel = provision.ensure_kernel(boot.kernel)
+            outcome = rig.run_in_vm(machines.MACHINES[boot.machine], kernel, job, write)
         except rig.BootError as error:
-            print(f"rig: {machine}: {error}", flush=True)
+            say(f"rig: {label}: {error}")
             return Count(failed=1)
-        say(f"-- {machine}: up after {outcome.boot_seconds:.0f} s, off after {outcome.seconds:.0f} s")
+        say(f"-- {label}: up after {outcome.boot_seconds:.0f} s, off after {outcome.seconds:.0f} s")
+        if printer is not None:
+            printer.write(b"\n" if printer.rest else b"")
         return read_report(share / report.name, outcome.exit_code)
+
+
+class LinePrinter:
+    """Prints whole lines only, each after its prefix, so that two machines can talk at the same time."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.rest = ""
+
+    def write(self, data: bytes) -> None:
+        """Take some output; print the lines that are complete."""
+        *lines, self.rest = (self.rest + data.decode(errors="replace")).split("\n")
+        for line in lines:
+            say(f"{self.prefix}{line}")
 
 
 def make_environment() -> dict[str, str]:
@@ -221,16 +270,18 @@ def run_selected(arguments: list[str]) -> int:
 def run_command(arguments: list[str]) -> int:
     """Run any command in a machine and return its exit code."""
     name, *command = arguments or [""]
-    if name not in MACHINES:
-        raise MissingError(f"no machine {name!r}; there are {', '.join(MACHINES)}")
+    if name not in machines.MACHINES:
+        raise MissingError(f"no machine {name!r}; there are {', '.join(machines.MACHINES)}")
     kernel = provision.DEFAULT_KERNEL
     if command[:1] == ["--kernel"]:
         kernel, command = command[1], command[2:]
     provision.ensure_packages(provision.TEST_PACKAGES)
-    with tempfile.TemporaryDirectory(prefix="share-", dir=provision.find_cache()) as share:
+    with tempfile.TemporaryDirectory(prefix="rig-share-") as share:
         job = rig.Job(tuple(command), Path(share), VM_LIMIT, make_environment())
         try:
-            return rig.run_in_vm(MACHINES[name], provision.ensure_kernel(kernel), job, rig.write_output).exit_code
+            return rig.run_in_vm(
+                machines.MACHINES[name], provision.ensure_kernel(kernel), job, rig.write_output
+            ).exit_code
         except rig.BootError as error:
             print(f"rig: {name}: {error}", flush=True)
             return 1

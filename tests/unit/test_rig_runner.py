@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import provision, runner
-from tests.runner import Count
+from tests.runner import Boot, Count
 
 REPORT = """<testsuites><testsuite>
 <testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><error/></testcase>
@@ -73,6 +73,42 @@ def test_file_without_a_known_machine_is_refused(tmp_path: Path, text: str) -> N
     file.write_text(text)
     with pytest.raises(provision.MissingError, match=r"test_x\.py"):
         runner.read_wishes(file)
+
+
+def make_file(directory: Path, name: str, machine: str, *kernels: str) -> Path:
+    """Return a file of tests that asks for this."""
+    file = directory / name
+    file.write_text(f'MACHINE = "{machine}"\n' + (f"KERNELS = {kernels!r}\n" if kernels else ""))
+    return file
+
+
+def test_one_boot_serves_files_that_ask_for_the_same(tmp_path: Path) -> None:
+    """By machine and kernel, the longest first."""
+    single = make_file(tmp_path, "test_single.py", "single")
+    first = make_file(tmp_path, "test_first.py", "standard", "6.1", "6.12")
+    second = make_file(tmp_path, "test_second.py", "standard")
+    assert runner.plan_boots([single, first, second]) == [
+        Boot("standard", "6.1", (first, second)),
+        Boot("single", "6.1", (single,)),
+        Boot("standard", "6.12", (first,)),
+    ]
+
+
+def test_many_files_are_shared_by_two_boots(tmp_path: Path) -> None:
+    """Each file once."""
+    files = [make_file(tmp_path, f"test_{number}.py", "standard") for number in range(runner.FILES_PER_BOOT + 1)]
+    boots = runner.plan_boots(files)
+    assert len(boots) == 2
+    assert sorted(boots[0].files + boots[1].files) == files
+
+
+def test_lines_of_two_machines_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line is printed when it is whole."""
+    first, second = runner.LinePrinter("a: "), runner.LinePrinter("b: ")
+    first.write(b"one ")
+    second.write(b"two\n")
+    first.write(b"three\nfour")
+    assert capsys.readouterr().out == "b: two\na: one three\n"
 
 
 def test_command_that_fails_says_what_it_said() -> None:

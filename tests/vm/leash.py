@@ -16,15 +16,18 @@ import sys
 
 def main(command: list[str]) -> int:
     """Run the command; kill its process group when standard input ends; return its exit code."""
+    # Ctrl-C and a polite end reach the leash itself; what it holds is in another session and hears nothing of it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     pidfd = os.pidfd_open(child.pid)
     try:
-        ready, _, _ = select.select([0, pidfd], [], [])
-        if pidfd not in ready:
-            os.killpg(child.pid, signal.SIGKILL)
-        return child.wait()
+        select.select([0, pidfd], [], [])
     finally:
-        os.close(pidfd)
+        if not select.select([pidfd], [], [], 0)[0]:
+            os.killpg(child.pid, signal.SIGKILL)
+        code = child.wait()
+    return code
 
 
 if __name__ == "__main__":
