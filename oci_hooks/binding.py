@@ -122,8 +122,13 @@ def wait_for_claim(work: Work) -> tuple[Journal, plan.Plan]:
             if listener is None:
                 from oci_hooks.events import Listener
 
-                # Nothing is missed: it listens now, and the next look comes after.
-                listener = root.do(Listener)
+                try:
+                    # Nothing is missed: it listens now, and the next look comes after.
+                    listener = root.do(Listener)
+                except HookError as error:
+                    # What is missing is the news; that it can't be waited for comes after.
+                    error.findings = missing.findings + error.findings
+                    raise
             elif not root.do(Listener.wait, listener, deadline.remaining() - BIND_SECONDS):
                 raise missing.after(root.do(deadline.elapsed)) from None
         else:

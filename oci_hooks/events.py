@@ -7,6 +7,8 @@ The only module that uses pyudev, loaded only when there is something to wait fo
 
 from __future__ import annotations
 
+import time
+
 from oci_hooks.errors import StepError
 
 TYPE_CHECKING = False
@@ -25,17 +27,29 @@ class Listener:
         load_site_packages()
         try:
             import pyudev
-        except ImportError:
+
+            self.monitor: Any = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
+            for subsystem in SUBSYSTEMS:
+                self.monitor.filter_by(subsystem)
+            self.monitor.start()
+        except (ImportError, OSError) as error:
+            # Without libudev its absence shows when a context is made; a socket may be denied.
             hint = "install it (python3-pyudev), or have the device there before the container starts"
-            raise StepError(
-                "no-pyudev", "pyudev", "is needed to wait for a device and is not installed", hint
-            ) from None
-        self.monitor: Any = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
-        for subsystem in SUBSYSTEMS:
-            self.monitor.filter_by(subsystem)
-        self.monitor.start()
+            problem = f"is needed to wait for a device and can't be used: {error}"
+            raise StepError("no-pyudev", "pyudev", problem, hint) from None
 
     def wait(self, seconds: float) -> str:
         """Return what happened to a PCI device or VFIO group ("add /devices/..."), "" when the seconds are over."""
-        event = self.monitor.poll(timeout=max(seconds, 0.0))
-        return f"{event.action} {event.device_path}" if event is not None else ""
+        end = time.monotonic() + seconds
+        while True:
+            remaining = max(end - time.monotonic(), 0.0)
+            try:
+                event = self.monitor.poll(timeout=remaining)
+            except OSError as error:
+                # ENOBUFS: more happened than the socket could hold, so look again.
+                return f"lost {error.strerror}"
+            if event is not None:
+                return f"{event.action} {event.device_path}"
+            # libudev filters the kernel's events when it reads them: poll also returns for those of no interest.
+            if not remaining:
+                return ""

@@ -43,7 +43,10 @@ def list_missing(root: Root) -> list[str]:
 
 
 def run_modprobe(path: str, modules: list[str], deadline: Deadline) -> str:
-    """Run modprobe on modules, with an empty environment, and return what it said. Raises StepError at the deadline."""
+    """Run modprobe on modules, with an empty environment, and return what it said, or why it does not run.
+
+    Raises StepError at the deadline.
+    """
     import select
     import signal
 
@@ -52,6 +55,9 @@ def run_modprobe(path: str, modules: list[str], deadline: Deadline) -> str:
     actions += [(os.POSIX_SPAWN_DUP2, writer, fd) for fd in (1, 2)]  # type: ignore[misc]
     try:
         pid = os.posix_spawn(path, [path, "-a", *modules], {}, file_actions=actions)
+    except OSError as error:
+        os.close(reader)
+        return f"{path}: {error.strerror}"
     finally:
         os.close(writer)
     try:

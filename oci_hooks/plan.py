@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from oci_hooks.errors import Refusal
 from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX, map_id
 from oci_hooks.records import Record
 from oci_hooks.sysfs import NOIOMMU_GROUP, read_override
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from oci_hooks.files import Root
     from oci_hooks.oci import Device, Spec
     from oci_hooks.selection import Choice
+    from oci_hooks.sysfs import PciDevice
 
 DRIVER = "vfio-pci"
 DEFAULT_MODE = 0o600
@@ -95,13 +97,9 @@ class PlanOptions(Record):
 
 
 def make_plan(root: Root, choices: tuple[Choice, ...], spec: Spec, options: PlanOptions) -> Plan:
-    """Return the plan for the groups that a container gets. Raises OSError where a device goes away meanwhile."""
+    """Return the plan for the groups that a container gets. Raises Refusal where a device goes away meanwhile."""
     devices = [device for choice in choices for device in choice.group.endpoints]
-    rebinds = [
-        Rebind(device.address, device.driver, read_override(root, device.address))
-        for device in devices
-        if not device.owned_by_vfio
-    ]
+    rebinds = [make_rebind(root, device) for device in devices if not device.owned_by_vfio]
     entries = {entry.path: entry for entry in spec.devices}
     nodes = [make_node("control", "", entries.get(CONTROL_NODE), spec, options)]
     nodes += [make_node("group", choice.group.name, choice.entry, spec, options) for choice in choices]
@@ -113,6 +111,15 @@ def make_plan(root: Root, choices: tuple[Choice, ...], spec: Spec, options: Plan
     groups = tuple(choice.group.name for choice in choices)
     known = tuple(make_map(choices)) if options.writes_map else ()
     return Plan(groups, tuple(rebinds), tuple(nodes), stale, "user" in spec.namespaces, known)
+
+
+def make_rebind(root: Root, device: PciDevice) -> Rebind:
+    """Return what has to be bound, with what is there before. Raises Refusal [device-gone]."""
+    try:
+        return Rebind(device.address, device.driver, read_override(root, device.address))
+    except OSError as error:
+        problem = f"was unplugged while it was being looked at ({error.strerror})"
+        raise Refusal("device-gone", device.address, problem, "start the container again") from None
 
 
 def make_map(choices: tuple[Choice, ...]) -> Iterator[MapEntry]:

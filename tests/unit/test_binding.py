@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claim, bind, put back, release on a made machine: what is left behind when it fails, is killed or is stuck."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oci_hooks import apply, binding, oci, selection
+from oci_hooks.claims import STATE_DIRECTORY, Claim, ClaimDirectory
+from oci_hooks.command import Arguments, Call, Deadline
+from oci_hooks.errors import Finding, HookError, Refusal
+from oci_hooks.guest_settings import GuestSettings
+from oci_hooks.journal import Journal
+from oci_hooks.request import read_request
+from oci_hooks.sysfs import PCI_DEVICES
+from tests.unit.machine import NIC, Machine
+from tests.unit.test_claims import STAT
+
+pytestmark = pytest.mark.unit
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEVICE = f"{PCI_DEVICES}/{NIC}"
+INIT, START = 7, 70
+
+
+@pytest.fixture(name="machine")
+def make_machine(tmp_path: Path) -> Machine:
+    """Return a machine with vfio, one network card in group 4, and a container's init."""
+    machine = Machine(tmp_path)
+    machine.add(NIC, driver="e1000e", group="4")
+    machine.write("/sys/bus/pci/drivers/vfio-pci/bind")
+    machine.write("/sys/module/vfio_iommu_type1/parameters/x")
+    machine.write("/proc/self/mountinfo", "22 1 0:21 / / rw - 9p root rw\n")
+    start_process(machine, INIT, START)
+    machine.place("/run").mkdir()
+    return machine
+
+
+@pytest.fixture(name="directory")
+def make_directory(machine: Machine) -> ClaimDirectory:
+    """Return the machine's claims."""
+    directory = ClaimDirectory(root=machine.root)
+    directory.prepare()
+    return directory
+
+
+def start_process(machine: Machine, pid: int, start: int) -> None:
+    """Add a process."""
+    machine.write(f"/proc/{pid}/stat", STAT.format(pid=pid, state="S", start=start))
+
+
+def make_call(machine: Machine, seconds: float = 5) -> Call:
+    """Return a run of the hook."""
+    return Call("vfio-guest-bind", Arguments(), Deadline(seconds), [], [], [], {}, machine.root, {})
+
+
+def make_state(container: str = "c1", pid: int = INIT, selector: str = NIC) -> oci.State:
+    """Return the state of a container that asks for a device."""
+    return oci.State(container, "/nowhere", pid, "created", {oci.DEVICES_ANNOTATION: selector})
+
+
+def bind(machine: Machine, state: oci.State, call: Call | None = None) -> tuple[Call, HookError]:
+    """Bind, which can't succeed on this machine, and return what was said."""
+    spec = oci.make_spec({}, "config.json")
+    request = read_request(state, spec)
+    call = call or make_call(machine)
+    assert request is not None
+    with pytest.raises(HookError) as caught:
+        binding.bind(call, machine.root, state, spec, request, GuestSettings())
+    return call, caught.value
+
+
+def list_claims(machine: Machine) -> list[str]:
+    """Return the files of claims."""
+    return sorted(os.listdir(machine.place(f"{STATE_DIRECTORY}/claims")))
+
+
+def make_claim(
+    directory: ClaimDirectory, container: str, pid: int, start: int, *entries: tuple[str, ...], done: bool = True
+) -> str:
+    """Write another container's claim on group 4."""
+    journal = directory.open_journal(container, pid, start, ("4",))
+    for kind, *words in entries:
+        journal.note(kind, *words)
+    if done:
+        journal.note("done")
+    journal.close()
+    return journal.path
+
+
+def test_a_failure_leaves_no_claim_no_override_no_descriptor(machine: Machine) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    _, error = bind(machine, make_state())
+    assert [finding.code for finding in error.findings] == ["bind-failed"]
+    assert list_claims(machine) == []
+    assert machine.read(f"{DEVICE}/driver_override").startswith("\n")
+    assert len(os.listdir("/proc/self/fd")) == before
+    # The machine-wide lock is free.
+    os.close(ClaimDirectory(root=machine.root).lock(Deadline(0.1)))
+
+
+def test_a_defect_puts_everything_back_and_tells_what_could_not_be(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(apply, "bind_devices", fail)
+    monkeypatch.setattr(apply, "undo", lambda *_: [Finding("error", "restore-failed", NIC, "x", "y")])
+    call, state = make_call(machine), make_state()
+    spec = oci.make_spec({}, "config.json")
+    request = read_request(state, spec)
+    assert request is not None
+    with pytest.raises(ZeroDivisionError):
+        binding.bind(call, machine.root, state, spec, request, GuestSettings())
+    assert [finding.code for finding in call.findings] == ["restore-failed"]
+    assert list_claims(machine) == []
+
+
+def test_a_container_without_a_process_is_refused(machine: Machine) -> None:
+    for pid in (0, 8):
+        _, error = bind(machine, make_state(pid=pid))
+        assert error.findings[0].code == "no-process"
+        assert error.findings[0].hint
+    assert not machine.place(STATE_DIRECTORY).exists()
+
+
+def test_another_containers_group_is_refused_while_it_lives(machine: Machine, directory: ClaimDirectory) -> None:
+    start_process(machine, 8, 80)
+    make_claim(directory, "other", 8, 80)
+    _, error = bind(machine, make_state())
+    assert error.findings[0].code == "claimed"
+    assert "container other" in error.findings[0].problem
+    assert list_claims(machine) == ["other"]
+
+
+@pytest.mark.parametrize("how", ["gone", "reused"])
+def test_an_ended_containers_group_is_taken_over(machine: Machine, directory: ClaimDirectory, how: str) -> None:
+    make_claim(directory, "other", 8, 80, ("device", NIC, "e1000e", "before"))
+    if how == "reused":
+        start_process(machine, 8, 81)
+    _, error = bind(machine, make_state())
+    assert error.findings[0].code == "bind-failed"
+    assert list_claims(machine) == []
+
+
+def test_a_stuck_claim_keeps_its_group_and_leaves_time(machine: Machine, directory: ClaimDirectory) -> None:
+    unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
+    unbind.unlink()
+    os.mkfifo(unbind)
+    make_claim(directory, "other", 8, 80, ("device", NIC, "igb", ""))
+    call, error = bind(machine, make_state(), make_call(machine, 1.0))
+    assert [(finding.level, finding.code) for finding in call.findings] == [("warning", "unbind-blocked")]
+    assert error.findings[0].code == "claimed"
+    assert list_claims(machine) == ["other"]
+    assert call.deadline.remaining() > 0.2
+
+
+def test_a_living_container_of_the_same_id_is_not_robbed(machine: Machine, directory: ClaimDirectory) -> None:
+    start_process(machine, 8, 80)
+    make_claim(directory, "c1", 8, 80)
+    _, error = bind(machine, make_state())
+    assert error.findings[0].code == "claimed"
+    assert "process 8" in error.findings[0].problem
+    assert list_claims(machine) == ["c1"]
+
+
+def test_a_second_run_that_fails_leaves_what_the_first_gave(machine: Machine, directory: ClaimDirectory) -> None:
+    path = make_claim(directory, "c1", INIT, START, ("device", NIC, "igb", "before"))
+    first = Path(path).read_bytes()
+    bind(machine, make_state())
+    assert Path(path).read_bytes() == first
+
+
+def test_a_journal_that_another_hook_has_is_waited_for_not_replaced(
+    machine: Machine, directory: ClaimDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_claim(directory, "c1", INIT, START, ("device", NIC, "igb", "before"))
+    first = Path(path).read_bytes()
+    taken: list[int] = []
+    real = ClaimDirectory.reopen_journal
+
+    def take_first(self: ClaimDirectory, claim: Claim) -> Journal | None:
+        """Let another hook of this container have the journal between the look and the reopening."""
+        if not taken:
+            taken.append(os.open(path, os.O_RDONLY))
+            import fcntl
+
+            fcntl.flock(taken[0], fcntl.LOCK_EX)
+        return real(self, claim)
+
+    monkeypatch.setattr(ClaimDirectory, "reopen_journal", take_first)
+    _, error = bind(machine, make_state(), make_call(machine, 0.3))
+    assert error.findings[0].code == "lock-timeout"
+    assert Path(path).read_bytes() == first
+    os.close(taken[0])
+
+
+def test_a_release_puts_back_and_is_done_twice(machine: Machine, directory: ClaimDirectory) -> None:
+    make_claim(directory, "c1", INIT, START, ("device", NIC, "e1000e", "before"))
+    for _ in range(2):
+        assert binding.release(machine.root, make_state(), Deadline(5)) == []
+        assert list_claims(machine) == []
+        assert machine.read(f"{DEVICE}/driver_override").startswith("before\n")
+
+
+def test_a_release_without_a_claim_changes_nothing(machine: Machine) -> None:
+    assert binding.release(machine.root, make_state(), Deadline(5)) == []
+    assert not machine.place(STATE_DIRECTORY).exists()
+
+
+def test_a_release_that_is_stuck_keeps_the_claim(machine: Machine, directory: ClaimDirectory) -> None:
+    unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
+    unbind.unlink()
+    os.mkfifo(unbind)
+    make_claim(directory, "c1", INIT, START, ("device", NIC, "igb", ""))
+    (finding,) = binding.release(machine.root, make_state(), Deadline(0.2))
+    assert finding.code == "unbind-blocked"
+    assert list_claims(machine) == ["c1"]
+
+
+def test_a_device_that_goes_away_while_it_is_planned_is_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    real: Any = selection.choose_groups
+
+    def unplug(*arguments: object) -> object:
+        choices: object = real(*arguments)
+        machine.place(DEVICE).unlink()
+        return choices
+
+    monkeypatch.setattr(selection, "choose_groups", unplug)
+    _, error = bind(machine, make_state())
+    assert isinstance(error, Refusal)
+    assert error.findings[0].code == "device-gone"
+    assert error.findings[0].subject == NIC
+    assert error.findings[0].hint
+    assert list_claims(machine) == []
+
+
+def test_what_could_be_waited_for_is_told_where_there_is_nothing_to_wait_with(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyudev", None)
+    _, error = bind(machine, make_state(selector="0000:09:00.0"))
+    assert [finding.code for finding in error.findings] == ["no-such-device", "no-pyudev"]
+
+
+@pytest.fixture(name="hook")
+def start_hook(machine: Machine) -> Iterator[subprocess.Popen[str]]:
+    """Start a hook in a process of its own, whose unbind blocks."""
+    unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
+    unbind.unlink()
+    os.mkfifo(unbind)
+    program = f"""
+import json, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from oci_hooks import apply, binding, oci, selection
+from oci_hooks.command import Arguments, Call, Deadline
+from oci_hooks.errors import HookError
+from oci_hooks.files import Root
+from oci_hooks.guest_settings import GuestSettings
+from oci_hooks.request import read_request
+root = Root({str(machine.top)!r})
+state = oci.State("c1", "/nowhere", {INIT}, "created", {{oci.DEVICES_ANNOTATION: {NIC!r}}})
+spec = oci.make_spec({{}}, "config.json")
+call = Call("x", Arguments(), Deadline(20), [], [], [], {{}}, root, {{}})
+try:
+    binding.bind(call, root, state, spec, read_request(state, spec), GuestSettings())
+except HookError as error:
+    print(json.dumps([finding.as_dict() for finding in error.findings]))
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 20
+        while not machine.read(f"{DEVICE}/driver_override").startswith("vfio-pci") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_binding_rolls_back(
+    machine: Machine, hook: subprocess.Popen[str], number: signal.Signals
+) -> None:
+    hook.send_signal(number)
+    told, _ = hook.communicate(timeout=20)
+    (finding,) = json.loads(told)
+    assert finding["code"] == "interrupted"
+    assert number.name in finding["problem"]
+    assert list_claims(machine) == []
+    assert machine.read(f"{DEVICE}/driver_override").startswith("\n")
+
+
+def test_a_killed_hook_is_repaired_by_the_next(machine: Machine, hook: subprocess.Popen[str]) -> None:
+    hook.kill()
+    hook.wait(timeout=20)
+    assert list_claims(machine) == ["c1"]
+    # Its child still hangs, and has the journal's lock.
+    _, error = bind(machine, make_state("c2"), make_call(machine, 0.5))
+    assert error.findings[0].code == "claimed"
+    os.close(os.open(machine.place("/sys/bus/pci/drivers/e1000e/unbind"), os.O_RDONLY | os.O_NONBLOCK))
+    time.sleep(0.3)
+    assert binding.release(machine.root, make_state(), Deadline(5)) == []
+    assert list_claims(machine) == []
+    assert machine.read(f"{DEVICE}/driver_override").startswith("\n")

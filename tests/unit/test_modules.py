@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's drivers: there, loaded by modprobe, or what the kernel lacks. modprobe is a script of the test's."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from oci_hooks.command import Deadline
+from oci_hooks.errors import StepError
+from oci_hooks.modules import load_drivers
+from tests.unit.machine import Machine
+
+pytestmark = pytest.mark.unit
+
+VFIO_PCI, TYPE1 = "/sys/bus/pci/drivers/vfio-pci", "/sys/module/vfio_iommu_type1"
+
+
+@pytest.fixture(name="machine")
+def make_machine(tmp_path: Path) -> Machine:
+    """Return a machine without vfio."""
+    return Machine(tmp_path)
+
+
+def put_modprobe(machine: Machine, script: str, path: str = "/usr/sbin/modprobe") -> None:
+    """Give the machine a modprobe that notes how it was called."""
+    machine.write(path, f'#!/bin/sh\ncd {machine.top}\necho "$@" >> calls\nenv >> environment\n{script}\n')
+    machine.place(path).chmod(0o755)
+
+
+def refuse(machine: Machine, seconds: float = 10) -> str:
+    """Return the line of the refusal to go on without drivers."""
+    with pytest.raises(StepError) as caught:
+        load_drivers(machine.root, Deadline(seconds))
+    (finding,) = caught.value.findings
+    assert (finding.code, finding.subject) == ("no-vfio-driver", "vfio-pci")
+    assert finding.hint
+    return finding.as_line()
+
+
+def test_nothing_is_run_where_the_drivers_are(machine: Machine) -> None:
+    machine.place(VFIO_PCI).mkdir()
+    machine.place(TYPE1).mkdir(parents=True)
+    put_modprobe(machine, "exit 1")
+    load_drivers(machine.root, Deadline(10))
+    assert not (machine.top / "calls").exists()
+
+
+@pytest.mark.parametrize("path", ["/sbin/modprobe", "/usr/sbin/modprobe", "/bin/modprobe", "/usr/bin/modprobe"])
+def test_what_is_missing_is_loaded_with_an_empty_environment(
+    machine: Machine, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_PRELOAD_OF_A_TENANT", "1")
+    put_modprobe(machine, f"mkdir -p .{VFIO_PCI} .{TYPE1}", path)
+    load_drivers(machine.root, Deadline(10))
+    assert machine.read("/calls") == "-a vfio-pci vfio_iommu_type1\n"
+    assert "TENANT" not in machine.read("/environment")
+
+
+def test_only_what_is_missing_is_loaded(machine: Machine) -> None:
+    machine.place(TYPE1).mkdir(parents=True)
+    put_modprobe(machine, f"mkdir .{VFIO_PCI}")
+    load_drivers(machine.root, Deadline(10))
+    assert machine.read("/calls") == "-a vfio-pci\n"
+
+
+def test_without_modprobe_the_options_are_named(machine: Machine) -> None:
+    line = refuse(machine)
+    assert "no modprobe here" in line
+    assert "CONFIG_VFIO_PCI" in line
+
+
+def test_what_modprobe_says_is_told_on_one_line(machine: Machine) -> None:
+    put_modprobe(machine, "echo 'modprobe: FATAL: Module vfio-pci not found.\n2nd line' >&2; exit 1")
+    line = refuse(machine)
+    assert "FATAL: Module vfio-pci not found.\\n2nd line" in line
+
+
+def test_a_modprobe_that_can_not_run_is_told(machine: Machine) -> None:
+    machine.write("/sbin/modprobe", "no program\0")
+    before = len(os.listdir("/proc/self/fd"))
+    assert "Permission denied" in refuse(machine)
+    machine.place("/sbin/modprobe").chmod(0o755)
+    assert "Exec format error" in refuse(machine)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_modprobe_that_hangs_ends_at_the_deadline(machine: Machine) -> None:
+    put_modprobe(machine, "exec sleep 60")
+    begun = time.monotonic()
+    assert "did not end in time" in refuse(machine, 0.3)
+    assert time.monotonic() - begun < 10
+
+
+def test_no_descriptor_is_left(machine: Machine) -> None:
+    put_modprobe(machine, "echo x")
+    before = len(os.listdir("/proc/self/fd"))
+    refuse(machine)
+    assert len(os.listdir("/proc/self/fd")) == before
