@@ -93,7 +93,9 @@ def check_numbers(target: Target, asker: Asker) -> tuple[Finding, ...]:
             return ()
         problem = f"has the numbers {numbers}, which are those of {'device' if target.cdev else 'group'} {meant}"
         hint = f"that one is passed; to pass group {target.name} take the numbers of ls -l {GROUP_PREFIX}{target.name}"
-        return (Finding("warning", "node-mismatch", entry.path, problem, hint),)
+        # In a guest the node gets the guest's name. Without one the program finds a node that is not its device's.
+        level = "warning" if asker.is_kata else "error"
+        return (Finding(level, "node-mismatch", entry.path, problem, hint),)
     right = f"{group.number[0]}:{group.number[1]}" if group.number and not target.cdev else "other ones"
     node = group.node if not target.cdev else CDEV_PREFIX + target.cdev
     hint = f"put the numbers of ls -l {node} into linux.devices"

@@ -34,9 +34,9 @@ class KataView(Record):
     """What is known of the sandbox.
 
     config: None where no configuration was found; certain: whether it is sure to be the one that Kata reads;
-    hypervisor: the running one, None where not known; machine: the host's, as uname says; mode: vfio_mode;
-    wanted: whether the container
-    wants VFIO inside the guest; attached: whether the sandbox's hypervisor holds the groups already.
+    hypervisor: the running one, None where not known; machine: the host's, as uname says; mode: vfio_mode, "" where it
+    is not set; wanted: whether the container wants VFIO inside the guest; attached: whether the sandbox's hypervisor
+    holds the groups already.
     """
 
     asker: Asker
@@ -59,7 +59,7 @@ def view_sandbox(asker: Asker, found: Found, annotations: dict[str, str], attach
     import os
 
     asked = any(annotations.get(name, "").strip() for name in (DEVICES_ANNOTATION, MAP_ANNOTATION))
-    mode = found.config.runtime_setting("vfio_mode", GUEST_KERNEL).value if found.config else ""
+    mode = found.config.runtime_setting("vfio_mode", "").value if found.config else ""
     wanted = asked or mode == "vfio"
     machine = os.uname().machine
     return KataView(asker, found.config, found.certain, asker.hypervisor, machine, str(mode), wanted, attached)
@@ -95,7 +95,7 @@ def check_config(view: KataView) -> tuple[Finding, ...]:
 def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
     """viommu-off: the guest gets no IOMMU, so vfio-pci in it has nothing to work with.
 
-    An error where the container wants VFIO in the guest; where the guest's own driver is to have it nothing is amiss.
+    An error, unless the configuration leaves the device to the guest's own driver: there nothing is amiss.
     channel: only AP or CCW devices, which need no IOMMU.
     """
     if channel or view.machine in WITH_OWN_IOMMU:
@@ -122,8 +122,12 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
     else:
         return ()
     certain = view.certain or (vmm is not None and vmm.viommu == "off")
-    level = "error" if view.wanted and certain else "warning"
-    if not view.wanted:
+    # Who writes guest-kernel (Kata's own files for QEMU do) leaves the device to the guest's driver on purpose. Where
+    # no vfio_mode is set at all, this hook was declared for a container that lists VFIO devices, to have them as such.
+    kind = vmm.kind if vmm is not None else config.hypervisor if config else ""
+    wanted = view.wanted or (view.mode == "" and kind == "qemu")
+    level = "error" if wanted and certain else "warning"
+    if not wanted:
         problem += "; the guest's own driver can have the device, but VFIO in the container can't work"
     return (Finding(level, "viommu-off", "virtual IOMMU", problem, hint),)
 

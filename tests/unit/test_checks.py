@@ -69,7 +69,8 @@ def tree(tmp_path: Path) -> HostTree:
         # Renamed in the container: the numbers decide, and a name that is no number promises nothing.
         (("/dev/vfio/nic", 237, 0), "kata-go", []),
         (("/dev/vfio/13", 237, 0), "kata-go", ["warning node-mismatch"]),
-        (("/dev/vfio/13", 237, 0), "plain", ["warning node-mismatch"]),
+        # Directly on the host the program finds its device's group by name, and that node is another one's.
+        (("/dev/vfio/13", 237, 0), "plain", ["error node-mismatch"]),
         # Numbers of nothing: Go goes by the path, runtime-rs and runc can't.
         (("/dev/vfio/12", 240, 9), "kata-go", ["warning node-mismatch"]),
         (("/dev/vfio/12", 240, 9), "kata-1", ["warning node-mismatch"]),
@@ -103,7 +104,7 @@ def test_two_groups_whose_numbers_are_swapped(tree: HostTree) -> None:
     first, second = find(tree, ("/dev/vfio/12", 237, 1), ("/dev/vfio/13", 237, 0))
     assert first.group and first.group.name == "13"
     assert second.group and second.group.name == "12"
-    assert codes(check_all(tree, first)) == ["warning node-mismatch"]
+    assert codes(check_all(tree, first)) == ["error node-mismatch"]
 
 
 # Viability -----------------------------------------------------------------------------------------------------------

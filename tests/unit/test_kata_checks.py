@@ -103,7 +103,7 @@ TABLE = [
     ("dragonball", "dragonball", "v", "V U", "U"),
     ("openvmm-azure-runtime-rs", "openvmm", "v", "V U", "U"),
     ("remote-runtime-rs", "remote", "v", "V U", "U"),
-    ("kata-1-qemu", "qemu", "v", "V U", "U"),
+    ("kata-1-qemu", "qemu", "V", "V U", "U"),
     ("kata-2-qemu", "qemu", "v", "V", ""),
 ]
 LETTERS = {"viommu-off": "v", "viommu-unsupported": "u", "no-port": "p", "needs-iommufd": "c"}
