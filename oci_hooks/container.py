@@ -109,7 +109,8 @@ def explain_tree_error(error: OSError, rootfs: str) -> StepError:
         return StepError("hostile-tree", rootfs, problem, "mount a tmpfs on /dev, as every runtime does by default")
     if error.errno == errno.ENOENT:
         return StepError("no-rootfs", rootfs, "has no /dev in the container's namespace", "is root.path right?")
-    return StepError("container-dev", rootfs, f"{error.filename or '/dev/vfio'}: {error.strerror}", "")
+    hint = "the hook writes there as root before the container starts: mount a tmpfs on /dev, see dmesg"
+    return StepError("container-dev", rootfs, f"{error.filename or '/dev/vfio'}: {error.strerror}", hint)
 
 
 def look_at_node(directory: int, name: str) -> FoundNode | None:
