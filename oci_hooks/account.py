@@ -207,9 +207,10 @@ def format_request(record: RunRecord) -> str:
 def format_row(record: RunRecord) -> tuple[str, ...]:
     """Return a record's columns in the list: file, when, program, container, what came of it."""
     about = record.about
-    said = ", ".join(dict.fromkeys(finding.code for finding in record.findings)) or "succeeded"
-    container = make_one_line(about["container"], 40) or "-"
-    return (os.path.basename(record.path), about["time"], about["program"], container, make_one_line(said, 60))
+    told = (finding.code for finding in record.findings if finding.level != "info")
+    said = ", ".join(dict.fromkeys(told)) or "succeeded"
+    name, when = make_one_line(os.path.basename(record.path)), make_one_line(about["time"], 30)
+    return (name, when, about["program"], make_one_line(about["container"], 40) or "-", make_one_line(said, 60))
 
 
 def list_facts(record: RunRecord) -> Iterator[str]:

@@ -94,10 +94,10 @@ def make_members(call: Call, outcome: Outcome, notes: list[Note]) -> dict[str, b
         "traceback": format_traceback(outcome.error),
         "full": full,
     }
-    lines = [json.dumps(event) for event in events[:MOST_EVENTS]]
+    lines = [f"{json.dumps(event)}\n" for event in events[:MOST_EVENTS]]
     return {
         "record.json": json.dumps(about, indent=1).encode(),
-        "events.jsonl": ("\n".join(lines) + "\n").encode(),
+        "events.jsonl": "".join(lines).encode(),
         **members,
     }
 

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 PROGRAM = "vfio-hook-replay"
 EXIT_SAME, EXIT_DIFFERENT, EXIT_UNUSABLE = 0, 1, 2
 EPILOG = """\
-REC is a file, the beginning of a name that `list` shows, or a container's id;
-without it, the newest record is meant. What is in a record is never trusted, and
-nothing of it is unpacked. Values of environment variables, of arguments and of
-foreign annotations were left out when it was written, unless the annotation
-io.katacontainers.x.vfio.record was "full".
+A hook that failed leaves a record in /var/lib/oci-vfio-hooks/records. REC is a
+file, the beginning of a name that `list` shows, or a container's id; without
+it, the newest record is meant. A record is never trusted, nor unpacked. Values
+of environment variables, arguments and foreign annotations were left out when
+it was written, unless io.katacontainers.x.vfio.record was "full".
 
 exit code: 0 done, or the same as recorded; 1 different; 2 unusable
 """
@@ -61,12 +61,12 @@ def make_parser() -> ArgumentParser:
     """Return the parser of the command line."""
     parser = ArgumentParser(
         prog=PROGRAM,
-        description="Look at the records of OCI hooks that ran (a failed one leaves one), and run them again.",
+        description="Look at the records of OCI hooks that ran, and run them again.",
         epilog=EPILOG,
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    parser.add_argument("--directory", metavar="DIR", default="", help=f"where records lie (default: {DIRECTORY})")
+    parser.add_argument("--directory", metavar="DIR", default="", help="where records lie")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, command: Callable[[Namespace], int], about: str, *records: str) -> ArgumentParser:
@@ -80,7 +80,7 @@ def make_parser() -> ArgumentParser:
     add("explain", explain, "the shortest account for a ticket: code, object, what to do", "record")
     show = add("show", show_record, "what was read, decided and done, and how long it took", "record")
     show.add_argument("--reads", action="store_true", help="each single read, with its answer")
-    run = add("run", run_record, "the same hook on the recorded machine: the same, or what differs", "record")
+    run = add("run", run_record, "the hook again, on the recorded machine: what differs", "record")
     run.add_argument("--live", action="store_true", help="on this machine's real system instead, as a dry run")
     run.add_argument("--apply", action="store_true", help="with --live: really do it")
     run.add_argument("--pid", type=int, metavar="PID", help="with --live: the container's init, instead of the state's")
@@ -162,15 +162,14 @@ def run_record(arguments: Namespace) -> int:
         return run_on_this_machine(record, arguments)
     if arguments.apply or arguments.pid is not None:
         return fail("--apply and --pid go with --live: a replay on the recorded machine changes nothing")
-    from oci_hooks.rerun import find_differences
+    from oci_hooks.rerun import compare, rerun
 
-    different = find_differences(record)
-    if different:
-        write_stdout("".join(f"{line}\n" for line in different))
-        return EXIT_DIFFERENT
-    lines = account.format_findings(record)
-    write_stdout("".join(f"{make_one_line(line)}\n" for line in lines) + "the same as recorded\n")
-    return EXIT_SAME
+    again = rerun(record)
+    different = compare(record, again)
+    lines = [*(different or account.format_findings(record)), *(f"# {text}" for text in again.strange)]
+    lines += [] if different else ["the same as recorded"]
+    write_stdout("".join(f"{make_one_line(line, 10_000)}\n" for line in lines))
+    return EXIT_DIFFERENT if different else EXIT_SAME
 
 
 def run_on_this_machine(record: RunRecord, arguments: Namespace) -> int:
@@ -204,7 +203,7 @@ def diff_records(arguments: Namespace) -> int:
             n=0,
         )
     )
-    write_stdout("".join(f"{line}\n" for line in lines))
+    write_stdout("".join(f"{make_one_line(line)}\n" for line in lines))
     return EXIT_DIFFERENT if lines else EXIT_SAME
 
 

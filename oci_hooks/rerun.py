@@ -2,7 +2,8 @@
 """Run a recorded hook again: on the recorded machine, where nothing is touched, or on this one.
 
 The hook's own code runs, all of it up to the door (files.py). Behind the door stands the record: a question has the
-answer that it had then, a step the result. What this version of the code asks or does differently is a difference.
+answer that it had then, a step the result. Compared are findings and plan; what this version of the code asks or does
+that the record has no answer to is told beside them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 
 from oci_hooks import notation
 from oci_hooks.command import Arguments, Call, Deadline, carry
-from oci_hooks.errors import HookError, make_one_line
+from oci_hooks.errors import make_one_line
 from oci_hooks.files import NotingRoot, Root
 from oci_hooks.records import Record
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-STEPS_LIMIT = 10_000
 # What Python tells an audit hook of before it changes something (docs.python.org, Audit events table).
 CHANGES = (
     "fcntl.flock",
@@ -56,18 +56,12 @@ CHANGES = (
 class Rerun(Record):
     """What running a record again came to.
 
-    outcome: of the run; decisions: what it decided, as JSON; steps: what it did; strange: what the record has no
-    answer to.
+    outcome: of the run; decisions: what it decided, as JSON; strange: what the record has no answer to.
     """
 
     outcome: Outcome
     decisions: list[Any]
-    steps: list[Any]
     strange: list[str]
-
-
-class NotRecordedError(HookError):
-    """This version of the code does something that the record knows nothing of; the replay ends here."""
 
 
 class RecordedRoot(Root):
@@ -86,15 +80,15 @@ class RecordedRoot(Root):
         self.listings = {path: event for (ask, path), ((_, event), *_) in self.answers.items() if ask == "listdir"}
         self.next_step = 0
         self.decisions: list[Any] = []
-        self.done: list[Any] = []
         self.strange: list[str] = []
+        self.damage: notation.NotationError | None = None
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
         """Return what the question was answered with. Raises OSError; ENOENT where nobody asked it."""
         known = self.answers.get((question.__name__, path))
         if known is None:
             if not self.is_known_absent(path):
-                self.strange.append(f"asked {question.__name__} of {path}, which the recorded run did not")
+                self.strange.append(f"asked {question.__name__} of {path}: not in the record, taken for absent")
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         event = self.pick(known)
         if "errno" in event:
@@ -120,18 +114,17 @@ class RecordedRoot(Root):
         return (present or past[-1:] or known)[0][1]
 
     def do(self, function: Callable[..., T], *arguments: object) -> T:
-        """Return what the step came to. Raises what it raised; NotRecordedError where it was not done."""
-        self.done.append([function.__name__, notation.encode_arguments(arguments)])
+        """Return what the step came to then, None for one that was not done. Raises what it raised then."""
         for number in range(self.next_step, len(self.steps)):
             event = self.steps[number][1]
             if event["do"] == function.__name__:
                 self.next_step = number + 1
                 if "error" in event:
-                    raise notation.decode_error(event["error"])
+                    raise self.decode_error(event["error"])
                 answer: T = self.decode(event.get("answer"))
                 return answer
-        self.strange.append(f"did {function.__name__}, which the recorded run did not")
-        raise NotRecordedError("not-recorded", function.__name__, "the record ends before this step")
+        self.strange.append(f"did {function.__name__}: not in the record, taken for done")
+        return None  # type: ignore[return-value]
 
     def note(self, what: str, value: object) -> None:
         """Keep what was decided, to compare it."""
@@ -141,7 +134,20 @@ class RecordedRoot(Root):
         """Return an answer of the record. Raises NotationError."""
         if isinstance(value, dict) and value.get(notation.KIND) == "member":
             return self.documents.get(str(value.get("name")), b"")
-        return notation.decode(value)
+        try:
+            return notation.decode(value)
+        except notation.NotationError as error:
+            # The hook takes any exception for its own.
+            self.damage = error
+            raise
+
+    def decode_error(self, value: Any) -> Exception:
+        """Return an error of the record. Raises NotationError."""
+        try:
+            return notation.decode_error(value)
+        except notation.NotationError as error:
+            self.damage = error
+            raise
 
 
 class LiveRoot(NotingRoot):
@@ -162,13 +168,15 @@ class LiveRoot(NotingRoot):
 
 
 def rerun(record: RunRecord) -> Rerun:
-    """Run the record's hook on the recorded machine. Nothing on this one is changed."""
+    """Run the record's hook on the recorded machine. Nothing on this one is changed. Raises NotationError."""
     root = RecordedRoot(record)
     # The plan of a dry run is in its decisions; printed, it would stand among the differences.
     call = make_call(record, root, make_arguments(record).replace(json=True))
     with sealed():
         outcome = carry(call, find_work(record.about["program"]))
-    return Rerun(outcome, root.decisions, root.done, root.strange)
+    if root.damage:
+        raise root.damage
+    return Rerun(outcome, root.decisions, root.strange)
 
 
 def run_live(record: RunRecord, bundle: str, pid: int | None, apply: bool) -> tuple[Call, Outcome]:
@@ -217,20 +225,22 @@ def find_work(program: str) -> Callable[[Call], int]:
 
 
 def find_differences(record: RunRecord) -> list[str]:
-    """Return how running a record again differs from the record, as a unified diff; empty where it does not."""
+    """Return how findings and plan of a record that is run again differ, as a unified diff; empty: not at all."""
+    return compare(record, rerun(record))
+
+
+def compare(record: RunRecord, again: Rerun) -> list[str]:
+    """Return a unified diff of a record and what running it again came to."""
     import difflib
 
-    again = rerun(record)
     before, now = list(tell_record(record)), list(tell_rerun(again))
-    lines = list(difflib.unified_diff(before, now, "recorded", "replayed", lineterm="", n=2))
-    return [make_one_line(line, 10_000) for line in lines] + [f"# {make_one_line(text)}" for text in again.strange]
+    lines = difflib.unified_diff(before, now, "recorded", "replayed", lineterm="", n=2)
+    return [make_one_line(line, 10_000) for line in lines]
 
 
 def tell_record(record: RunRecord) -> Iterator[str]:
-    """Yield the lines by which a record is compared: decisions, steps, findings, exit code."""
+    """Yield the lines by which a record is compared: decisions, findings, exit code."""
     yield from tell_decisions([[event["note"], event.get("answer")] for event in record.events if "note" in event])
-    steps = [event for event in record.events if "do" in event and not event.get("inside")]
-    yield from tell_steps([[event["do"], event.get("with", [])] for event in steps])
     yield from (finding.as_line() for finding in record.findings)
     yield f"exit {record.about['exit']}"
 
@@ -238,7 +248,6 @@ def tell_record(record: RunRecord) -> Iterator[str]:
 def tell_rerun(again: Rerun) -> Iterator[str]:
     """Yield the same lines for what a run came to now."""
     yield from tell_decisions(again.decisions)
-    yield from tell_steps(again.steps)
     yield from (finding.as_line() for finding in again.outcome.findings)
     yield f"exit {again.outcome.code}"
 
@@ -252,14 +261,6 @@ def tell_decisions(decisions: list[Any]) -> Iterator[str]:
         for key, item in pairs:
             items = item if isinstance(item, list) and item else [item]
             yield from (f"{what}: {key}: {json.dumps(each, sort_keys=True)}" for each in items)
-
-
-def tell_steps(steps: list[Any]) -> Iterator[str]:
-    """Yield steps, a line a step with what it was asked to do."""
-    import json
-
-    for name, given in steps:
-        yield f"step: {name} {json.dumps(given, sort_keys=True)}"
 
 
 # Nothing is changed ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a record holds, what it does not, and that writing it never gets in anybody's way."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oci_hooks import notation, privacy, record
+from oci_hooks.claims import Claim
+from oci_hooks.command import Arguments, Call, Deadline, Outcome
+from oci_hooks.errors import Finding, InputError, Refusal, StepError
+from oci_hooks.files import Descriptor, NotingRoot, Root, step
+from oci_hooks.journal import Entry
+from oci_hooks.recordfile import RunRecord, read_record
+from oci_hooks.workers import Result
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+FINDING = Finding("error", "in-use", "0000:01:00.0", "is mounted", "stop using it first")
+
+
+def make_call(root: Root | None = None, **wishes: str) -> Call:
+    """Return a call of the guest hook that came as far as its settings."""
+    root = root or NotingRoot()
+    return Call(
+        "vfio-guest-bind", Arguments(), Deadline(8.0), [], ["web"], [], {}, root, {"record": "failure", **wishes}
+    )
+
+
+def keep(call: Call, directory: Path, monkeypatch: pytest.MonkeyPatch) -> RunRecord:
+    """Write a record into a directory and read it back."""
+    monkeypatch.setattr(record, "DIRECTORY", str(directory / "records"))
+    assert isinstance(call.root, NotingRoot)
+    (said,) = record.keep_record(call, Outcome(1, [FINDING], 0.5), call.root.notes)
+    assert (said.level, said.code) == ("info", "recorded"), said
+    return read_record(said.subject)
+
+
+# Noting ---------------------------------------------------------------------------------------------------------------
+
+
+@step
+def inner(_root: Root) -> int:
+    """Do a part of something."""
+    return 7
+
+
+@step
+def outer(root: Root, fail: bool) -> int:
+    """Do something that has a part."""
+    number = inner(root)
+    if fail:
+        raise StepError("bind-failed", "it", "did not work")
+    return number
+
+
+def test_every_question_is_noted_with_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"\xff text\n")
+    (tmp_path / "link").symlink_to("else/where")
+    root = NotingRoot()
+    assert root.read_text(f"{tmp_path}/file") == "\udcff text"
+    assert root.read_link(f"{tmp_path}/link") == "else/where"
+    assert root.read_link(f"{tmp_path}/file") == ""
+    assert root.list_names(str(tmp_path)) == ["file", "link"]
+    assert not root.exists(f"{tmp_path}/absent")
+    assert not root.exists(f"{tmp_path}/absent")
+    events = keep(make_call(root), tmp_path, monkeypatch).events
+    assert [(event["ask"], event["path"].rpartition("/")[2]) for event in events] == [
+        ("read_file", "file"),
+        ("readlink", "link"),
+        ("readlink", "file"),
+        ("listdir", tmp_path.name),
+        ("stat", "absent"),
+    ]
+    assert notation.decode(events[0]["answer"]) == b"\xff text\n"
+    assert events[1]["answer"] == "else/where"
+    assert events[2]["errno"] == errno.EINVAL
+    assert events[4]["errno"] == errno.ENOENT
+
+
+def test_steps_are_noted_with_parts_and_errors() -> None:
+    root = NotingRoot()
+    assert outer(root, False) == 7
+    with pytest.raises(StepError):
+        outer(root, True)
+    events = record.list_events(root.notes, {}, False)
+    assert [(event["do"], event.get("inside", False), event.get("answer")) for event in events] == [
+        ("outer", False, 7),
+        ("inner", True, 7),
+        ("outer", False, None),
+        ("inner", True, 7),
+    ]
+    assert events[2]["error"]["findings"][0]["code"] == "bind-failed"
+    assert all(event["seconds"] >= 0 for event in events)
+
+
+def test_an_answer_that_changes_is_noted_again(tmp_path: Path) -> None:
+    root, path = NotingRoot(), tmp_path / "file"
+    for text in ("a", "a", "b", "a"):
+        path.write_text(text)
+        root.read_text(str(path))
+    texts = [event["answer"]["text"] for event in record.list_events(root.notes, {}, False)]
+    assert texts == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        1.5,
+        "text \udcff",
+        b"\x00\xff",
+        [1, ["a"]],
+        {"a": None},
+        Result("0000:01:00.0", 110, "/sys/x"),
+        Claim("/run/c", "c", 1, 2, ("18",), (Entry("group", ("18",)),), True, False),
+        Finding("error", "a", "b", "c", "d"),
+    ],
+)
+def test_values_come_back(value: object) -> None:
+    assert notation.decode(json.loads(json.dumps(notation.encode(value)))) == value
+
+
+def test_stat_and_descriptor_come_back_as_such() -> None:
+    found = os.stat("/dev/null")
+    again = notation.decode(json.loads(json.dumps(notation.encode(found))))
+    assert (again.st_mode, again.st_rdev, again.st_uid) == (found.st_mode, found.st_rdev, found.st_uid)
+    made = notation.decode(notation.encode(Descriptor(77)))
+    assert os.fstat(made).st_rdev == found.st_rdev
+    os.close(made)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Refusal("claimed", "group 1", "is taken"),
+        InputError("bad-json", "x", "y", "z"),
+        OSError(errno.EACCES, "Permission denied", "/x"),
+        OSError(errno.EBUSY, "Device busy"),
+    ],
+)
+def test_errors_come_back(error: Exception) -> None:
+    again = notation.decode_error(json.loads(json.dumps(notation.encode_error(error))))
+    assert (type(again), str(again)) == (type(error), str(error))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"!": "subprocess.Popen", "args": ["id"]},
+        {"!": "files.Root"},
+        {"!": "workers.Result", "wrong": 1},
+        {"!": "stat", "st_mode": "x"},
+        {"!": 7},
+        {"!": "bytes"},
+        {"!": "journal.Journal", "path": "/x"},
+    ],
+)
+def test_only_what_steps_return_is_made_of_a_record(value: Any) -> None:
+    with pytest.raises(notation.NotationError):
+        notation.decode(value)
+
+
+# Privacy --------------------------------------------------------------------------------------------------------------
+
+CONFIG = {
+    "process": {
+        "args": ["/bin/app", "--password=geheim"],
+        "env": ["PATH=/geheim", "PCIDEVICE_NIC=0000:01:00.0,0000:02:00.0", "FLAG", "EMPTY="],
+        "commandLine": "geheim",
+    },
+    "annotations": {
+        "io.katacontainers.x.vfio.devices": "auto",
+        "io.katacontainers.config.hypervisor.enable_iommu": "true",
+        "io.katacontainers.config.hypervisor.cc_init_data": "geheim",
+        "io.katacontainers.config.agent.policy": "geheim",
+        "io.kubernetes.cri.container-type": "container",
+        "note": "geheim",
+    },
+    "hooks": {"prestart": [{"path": "/hook", "args": ["hook", "prestart"], "env": ["A=geheim"]}, None], "x": None},
+    "linux": {"devices": [{"path": "/dev/vfio/1", "type": "c", "major": 1, "minor": 2}]},
+}
+
+
+def test_values_are_left_out_and_names_stay() -> None:
+    told = json.loads(privacy.hide_document(json.dumps(CONFIG).encode()))
+    assert "geheim" not in json.dumps(told)
+    assert told["process"]["args"] == ["/bin/app", "(left out)"]
+    assert told["process"]["env"] == ["PATH=(left out)", CONFIG["process"]["env"][1], "FLAG", "EMPTY="]  # type: ignore[index]
+    assert told["annotations"]["note"] == "(left out)"
+    assert told["annotations"]["io.katacontainers.x.vfio.devices"] == "auto"
+    assert told["annotations"]["io.katacontainers.config.hypervisor.enable_iommu"] == "true"
+    assert told["linux"] == CONFIG["linux"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"env": ["A=geheim",]}', '{"a": "geheim \\" geheim\\u00e9', '{"a" "geheim"}', '"geheim" "x"', '{"geheim": ge}'],
+)
+def test_what_is_not_json_keeps_its_mistake(text: str) -> None:
+    """At the same place, in the same words."""
+    hidden = privacy.hide_document(text.encode())
+    assert b"geheim" not in hidden
+    errors = []
+    for each in (text, hidden.decode()):
+        with pytest.raises(json.JSONDecodeError) as caught:
+            json.loads(each)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+def test_of_other_processes_only_what_was_looked_for_is_told() -> None:
+    def read(path: str, answer: object) -> dict[str, Any]:
+        return {"at": 0.0, "ask": "x", "path": path, "answer": answer}
+
+    def text(words: str) -> dict[str, str]:
+        return {"!": "bytes", "text": words}
+
+    events = [
+        read("/proc", ["1", "2", "3", "self"]),
+        read("/proc/1/fd", ["0", "1"]),
+        read("/proc/1/fd/0", "/home/geheim"),
+        read("/proc/1/fd/1", "socket:[1]"),
+        read("/proc/2/fd", ["0", "1"]),
+        read("/proc/2/fd/0", "/home/geheim"),
+        read("/proc/2/fd/1", "/dev/vfio/18"),
+        read("/proc/2/cmdline", text("/usr/bin/dpdk\0--key=geheim\0")),
+        {"at": 0.0, "ask": "listdir", "path": "/proc/3/fd", "errno": 13},
+        read("/proc/4/cmdline", text("/usr/bin/qemu-system-x86_64\0-device\0intel-iommu")),
+        read("/proc/4/environ", text("KATA_CONF_FILE=/etc/kata.toml\0TOKEN=geheim")),
+        read("/sys/x", "y"),
+    ]
+    told = privacy.hide_processes(events)
+    assert "geheim" not in json.dumps(told)
+    assert [(event["path"], event["answer"]) for event in told] == [
+        ("/proc", ["2", "self"]),
+        ("/proc/2/fd", ["1"]),
+        ("/proc/2/fd/1", "/dev/vfio/18"),
+        ("/proc/2/cmdline", text("/usr/bin/dpdk")),
+        ("/proc/4/cmdline", text("/usr/bin/qemu-system-x86_64\0-device\0intel-iommu")),
+        ("/proc/4/environ", text("KATA_CONF_FILE=/etc/kata.toml")),
+        ("/sys/x", "y"),
+    ]
+
+
+@pytest.mark.parametrize(("asked", "kept"), [("", False), ("on", False), ("full", True)])
+def test_everything_is_kept_only_where_asked_for(
+    asked: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    root = NotingRoot()
+    root.read_bytes(f"{tmp_path}/config.json")
+    again = keep(make_call(root, **({"asked": asked} if asked else {})), tmp_path, monkeypatch)
+    assert (b"geheim" in again.documents["config.json"]) is kept
+    assert again.about["full"] is kept
+    assert all(name == name.partition("=")[0] for name in again.about["environment"])
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_newest_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(record.NEWEST + 3):
+        last = keep(make_call(), tmp_path, monkeypatch)
+    kept = sorted((tmp_path / "records").iterdir())
+    assert len(kept) == record.NEWEST
+    assert str(kept[-1]) == last.path
+    assert {path.stat().st_mode & 0o777 for path in kept} == {0o600}
+    assert (tmp_path / "records").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_container_id_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = make_call()
+    call.container.append("../../../etc/\n\x1b[0m")
+    again = keep(call, tmp_path, monkeypatch)
+    assert Path(again.path).parent == tmp_path / "records"
+    assert Path(again.path).name.isprintable()
+
+
+def test_where_the_first_place_is_read_only_there_is_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(record, "DIRECTORY", f"{tmp_path}/file/records")
+    monkeypatch.setattr(record, "SPARE_DIRECTORY", f"{tmp_path}/spare")
+    (said,) = record.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    assert said.subject.startswith(f"{tmp_path}/spare/")
+
+
+def test_a_full_disk_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "DIRECTORY", f"{tmp_path}/one")
+    monkeypatch.setattr(record, "SPARE_DIRECTORY", f"{tmp_path}/two")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+    def write(_fd: int, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", write)
+    (said,) = record.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    assert (said.level, said.code) == ("warning", "not-recorded")
+    assert "No space left" in said.problem
+    assert list(tmp_path.glob("*/*")) == list(tmp_path.glob("*/.*")) == []
+
+
+def test_somebody_elses_directory_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "records").symlink_to("elsewhere")
+    monkeypatch.setattr(record, "DIRECTORY", f"{tmp_path}/records")
+    monkeypatch.setattr(record, "SPARE_DIRECTORY", f"{tmp_path}/records")
+    said = record.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    assert [finding.code for finding in said] in (["not-recorded"], [])
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_defect_leaves_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "DIRECTORY", str(tmp_path))
+    try:
+        raise ZeroDivisionError("a defect")
+    except ZeroDivisionError as error:
+        (said,) = record.keep_record(make_call(), Outcome(1, [FINDING], 0.5, error), [])
+    assert "ZeroDivisionError: a defect" in read_record(said.subject).about["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("code", "wishes", "recorded"),
+    [
+        (0, {}, False),
+        (1, {}, True),
+        (2, {}, True),
+        (1, {"record": "failure"}, True),
+        (0, {"record": "failure"}, False),
+        (0, {"record": "always"}, True),
+        (0, {"record": "failure", "asked": "on"}, True),
+        (1, {"record": "never"}, False),
+        (1, {"record": "never", "asked": "on"}, False),
+    ],
+)
+def test_which_runs_are_recorded(code: int, wishes: dict[str, str], recorded: bool) -> None:
+    call = make_call()
+    call.wishes.clear()
+    call.wishes.update(wishes)
+    assert call.is_recorded(code) is recorded
+
+
+def test_a_survey_is_not_recorded() -> None:
+    call = make_call().replace(arguments=Arguments(all=True))
+    assert not call.is_recorded(1)
+
+
+def test_the_admins_never_holds_for_a_run_that_did_not_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run failed on its config.json, before it came to its settings."""
+    monkeypatch.setattr(record, "DIRECTORY", str(tmp_path / "records"))
+    settings = tmp_path / "guest.toml"
+    settings.write_text('record = "never"\n')
+    call = make_call().replace(arguments=Arguments(settings=str(settings)), wishes={})
+    assert record.keep_record(call, Outcome(2, [FINDING], 0.5), []) == []
+    assert not (tmp_path / "records").exists()
+
+
+# What it costs --------------------------------------------------------------------------------------------------------
+
+FEATURE = ("account", "notation", "privacy", "record", "recordfile", "replay", "rerun")
+
+
+@pytest.fixture
+def without(tmp_path: Path) -> Path:
+    """Return a copy of the project that can't record anything."""
+    for name in ("hooks", "oci_hooks"):
+        shutil.copytree(REPOSITORY / name, tmp_path / "without" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / name, tmp_path / "with" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    package = tmp_path / "without/oci_hooks"
+    for name in FEATURE:
+        (package / f"{name}.py").unlink()
+    command = package / "command.py"
+    text = command.read_text().replace("NotingRoot()", "Root()").replace("call.is_recorded(outcome.code)", "False")
+    command.write_text(text)
+    for copy in ("with", "without"):
+        subprocess.run([sys.executable, "-m", "compileall", "-q", tmp_path / copy / "oci_hooks"], check=True)
+    return tmp_path
+
+
+def list_opens(hook: Path, state: str, scratch: Path, *arguments: str) -> list[str]:
+    """Return what a hook opens, as strace sees it."""
+    trace = scratch / "trace"
+    subprocess.run(
+        ["strace", "-f", "-e", "trace=open,openat,creat", "-o", trace, sys.executable, "-IS", hook, *arguments],
+        input=state,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    return [line.partition("(")[2] for line in trace.read_text().splitlines() if "open" in line]
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@pytest.mark.parametrize("hook", ["vfio-host-check", "vfio-guest-bind"])
+@pytest.mark.parametrize("vfio", [False, True])
+def test_switched_off_it_opens_nothing_more(without: Path, hook: str, vfio: bool) -> None:
+    """Counted, with the feature and without: for a container without VFIO, and for one that fails with `never`."""
+    bundle = without / "bundle"
+    bundle.mkdir()
+    device = {"path": "/dev/vfio/4711", "type": "c", "major": 511, "minor": 4711}
+    config = {"ociVersion": "1.0.2", "root": {"path": "rootfs"}, "linux": {"devices": [device] if vfio else []}}
+    (bundle / "config.json").write_text(json.dumps(config))
+    (bundle / "settings.toml").write_text('record = "never"\n')
+    state = {"ociVersion": "1.0.2", "id": "c", "bundle": str(bundle), "pid": 4194303, "status": "creating"}
+    more = ("--settings", str(bundle / "settings.toml")) if vfio else ()
+    opens = {
+        copy: list_opens(without / copy / "hooks" / hook, json.dumps(state), without, *more)
+        for copy in ("with", "without")
+    }
+    assert len(opens["with"]) == len(opens["without"])
+    assert len(opens["with"]) > 10
+    assert not [line for line in opens["with"] if any(f"oci_hooks/{name}." in line for name in FEATURE)]
+    assert not [
+        line for line in opens["with"] if "/__pycache__/" in line and any(f"/{n}.cpython" in line for n in FEATURE)
+    ]

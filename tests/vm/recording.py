@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of records share: find the record that a hook left, and run it again where it was made."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from oci_hooks.recordfile import RunRecord, read_record
+from oci_hooks.rerun import find_differences
+from tests.vm import bundles
+from tests.vm.bundles import Done
+
+# To keep them as test data: OCI_VFIO_KEEP_RECORDS=/some/directory.
+KEEP = os.environ.get("OCI_VFIO_KEEP_RECORDS", "")
+LARGEST = 60_000
+RECORDED = re.compile(r"\[recorded\] (\S+):")
+
+
+def check_record(done: Done, code: str, name: str = "") -> RunRecord:
+    """Return the record that a failed hook left: small, with this code, and the same when it is run again."""
+    assert f"[{code}]" in done.stderr, done.stderr
+    found = RECORDED.search(done.stderr)
+    assert found, done.stderr
+    return check_file(Path(found[1]), code, name)
+
+
+def check_file(path: Path, code: str, name: str = "") -> RunRecord:
+    """Return a record: for nobody else to read, small, with this code (or none), and the same when it is run again."""
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert path.stat().st_size < LARGEST
+    record = read_record(path)
+    assert code in [finding.code for finding in record.findings] or (not code and record.about["exit"] == 0)
+    if KEEP:
+        shutil.copy(path, Path(KEEP) / f"{record.about['program'].split('-')[1]}-{name or code}.tar.gz")
+    assert find_differences(record) == []
+    return record
+
+
+def check_host(state: str) -> Done:
+    """Run the host hook with a state."""
+    hook = bundles.find_hook(bundles.HOST_HOOK)
+    done = subprocess.run([hook], input=state, capture_output=True, text=True, timeout=120, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Failures of many kinds, each with its record, which says the same when it is run again without the machine."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vm import bundles, calls, devices, guest
+from tests.vm.bundles import Containers
+from tests.vm.calls import ask, one_runtime
+from tests.vm.recording import check_file, check_host, check_record
+
+MACHINE = "standard"
+
+RECORDS = Path("/var/lib/oci-vfio-hooks/records")
+ABSENT = "0000:7f:00.0"
+SHORT = "deadline = 3"
+
+
+def find_bridge() -> str:
+    """Return the address of a PCI-to-PCI bridge."""
+    return guest.find_device("0604")
+
+
+@contextmanager
+def in_background(seconds: float, work: Any) -> Iterator[None]:
+    """Have something done in some seconds from now."""
+    timer = threading.Timer(seconds, work)
+    timer.start()
+    yield
+    timer.join()
+
+
+# Refused -------------------------------------------------------------------------------------------------------------
+
+
+@one_runtime
+@pytest.mark.parametrize(
+    ("code", "devices_asked"),
+    [("bad-annotation", "nonsense"), ("never-taken", "class:0601"), ("bridge", find_bridge)],
+)
+def test_annotations(containers: Containers, code: str, devices_asked: Any) -> None:
+    text = devices_asked if isinstance(devices_asked, str) else devices_asked()
+    _, state = calls.make_created(containers, annotations=ask(text))
+    check_record(calls.fork_hook(state), code)
+
+
+@one_runtime
+def test_a_device_that_does_not_come(containers: Containers) -> None:
+    """Waited for in vain: the uevent that came meanwhile is in the record, and when."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    _, state = calls.make_created(containers, annotations=ask(ABSENT))
+    with calls.settings("deadline = 8"), in_background(3, lambda: (guest.PCI / nic / "uevent").write_text("add")):
+        record = check_record(calls.fork_hook(state), "no-such-device")
+    waits = [event for event in record.events if event.get("do") == "wait"]
+    assert waits[0]["answer"].startswith("add /devices/")
+    assert waits[0]["answer"].endswith(nic)
+    assert waits[-1]["answer"] == ""
+
+
+@one_runtime
+@pytest.mark.parametrize(("code", "count"), [("ambiguous", 1), ("no-candidate", 30)])
+def test_counting(containers: Containers, code: str, count: int) -> None:
+    listed = bundles.vfio_devices(*(str(number) for number in range(70, 70 + count)))
+    _, state = calls.make_created(containers, devices=listed, environment={"TOKEN": "geheim"})
+    with calls.settings(SHORT):
+        record = check_record(calls.fork_hook(state), code)
+    assert b"geheim" not in b"".join(record.documents.values())
+    assert "geheim" not in json.dumps(record.events)
+
+
+@one_runtime
+def test_auto_without_anything_to_take(containers: Containers) -> None:
+    _, state = calls.make_created(containers, annotations=ask("auto"))
+    with calls.settings(SHORT, 'auto.classes = ["0b"]'):
+        check_record(calls.fork_hook(state), "nothing-to-take")
+
+
+@one_runtime
+def test_a_disk_in_use(containers: Containers) -> None:
+    address = guest.find_nvme("disk")
+    (disk,) = guest.disks_of(address)
+    subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+    point = Path("/run/record-mnt")
+    point.mkdir()
+    subprocess.run(["mount", disk, point], check=True)
+    try:
+        _, state = calls.make_created(containers, annotations=ask(address))
+        check_record(calls.fork_hook(state), "in-use")
+    finally:
+        subprocess.run(["umount", point], check=True)
+        point.rmdir()
+
+
+@one_runtime
+def test_a_device_of_another_container(containers: Containers) -> None:
+    nic = guest.find_device(devices.NIC_E1000E)
+    _, first = calls.make_created(containers, annotations=ask(nic))
+    done = calls.fork_hook(first)
+    assert done.code == 0, done.stderr
+    assert "recorded" not in done.stderr
+    _, second = calls.make_created(containers, annotations=ask(nic))
+    check_record(calls.fork_hook(second), "claimed")
+    calls.release(first)
+
+
+@one_runtime
+def test_a_process_that_is_gone(containers: Containers) -> None:
+    nic = guest.find_device(devices.NIC_E1000E)
+    _, state = calls.make_created(containers, annotations=ask(nic))
+    check_record(calls.fork_hook({**state, "pid": 4194303}), "no-process")
+
+
+@one_runtime
+def test_a_lock_that_is_held(containers: Containers) -> None:
+    nic = guest.find_device(devices.NIC_E1000E)
+    _, state = calls.make_created(containers, annotations=ask(nic))
+    Path("/run/oci-vfio-hooks").mkdir(mode=0o700, exist_ok=True)
+    with open("/run/oci-vfio-hooks/lock", "w") as lock, calls.settings(SHORT):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        check_record(calls.fork_hook(state), "lock-timeout")
+
+
+# Input ---------------------------------------------------------------------------------------------------------------
+
+
+@one_runtime
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("bad-json", '{"process": {"env": ["TOKEN=geheim", ]}}'),
+        ("bad-config", '{"linux": {"devices": [{"path": "/dev/vfio/1", "type": "c", "major": "x"}]}}'),
+    ],
+)
+def test_a_config_that_is_wrong(containers: Containers, code: str, text: str) -> None:
+    container, state = calls.make_created(containers)
+    (container.bundle / "config.json").write_text(text)
+    record = check_record(calls.fork_hook(state), code)
+    assert b"geheim" not in record.documents["config.json"]
+
+
+@one_runtime
+def test_settings_that_are_wrong(containers: Containers) -> None:
+    _, state = calls.make_created(containers, annotations=ask("auto"))
+    with calls.settings("dead_line = 3"):
+        check_record(calls.fork_hook(state), "bad-settings")
+
+
+# Failed on the way, and put back -------------------------------------------------------------------------------------
+
+
+@one_runtime
+def test_a_kernel_without_device_nodes(containers: Containers) -> None:
+    """It shows after the device was bound: all of the way back is in the record too."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    _, state = calls.make_created(containers, annotations=ask([nic, "cdev"]))
+    record = check_record(calls.fork_hook(state), "no-cdev")
+    assert sum(event.get("do") == "run_jobs" for event in record.events) == 2
+    assert guest.driver_of(nic) == "e1000e"
+
+
+@one_runtime
+def test_a_file_where_a_node_belongs(containers: Containers) -> None:
+    nic = guest.find_device(devices.NIC_E1000E)
+    mount = {"destination": "/dev/vfio/vfio", "type": "bind", "source": "/etc/hostname", "options": ["bind", "ro"]}
+    _, state = calls.make_created(containers, annotations=ask(nic), mounts=[mount])
+    check_record(calls.fork_hook(state), "node-in-the-way")
+
+
+def test_a_link_in_the_image(containers: Containers) -> None:
+    """By both runtimes from the container's start to its end: the words are in the runtime's error."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    mounts = [mount for mount in bundles.MOUNTS if not mount["destination"].startswith("/dev")]
+    container = containers.make("/bin/true", annotations=ask(nic), edit={"mounts": mounts})
+    elsewhere = Path("/run/record-elsewhere")
+    elsewhere.mkdir(exist_ok=True)
+    (container.root / "dev").mkdir(exist_ok=True)
+    (container.root / "dev/vfio").symlink_to(elsewhere)
+    record = check_record(container.run(), "hostile-tree", f"hostile-tree-{containers.runtime}")
+    assert containers.runtime in record.about["versions"]["runtime"]
+
+
+@one_runtime
+def test_a_group_that_another_process_holds(containers: Containers) -> None:
+    nic = guest.find_device(devices.NIC_E1000E)
+    guest.bind(nic, "vfio-pci")
+    _, state = calls.make_created(containers, annotations=ask(nic))
+    holder = os.open(f"/dev/vfio/{guest.group_of(nic)}", os.O_RDWR)
+    try:
+        check_record(calls.fork_hook(state), "group-busy")
+        listed = [bundles.vfio_devices()[0], bundles.vfio_device(guest.group_of(nic), *numbers_of(nic))]
+        _, state = calls.make_created(containers, devices=listed)
+        check_record(check_host(json.dumps(state)), "group-busy")
+    finally:
+        os.close(holder)
+
+
+def numbers_of(address: str) -> tuple[int, int]:
+    """Return major and minor of the node of a bound device's group."""
+    return guest.numbers_of_group(guest.group_of(address))
+
+
+@one_runtime
+def test_no_driver_to_load(containers: Containers) -> None:
+    nic = guest.find_device(devices.NIC_E1000E)
+    _, state = calls.make_created(containers, annotations=ask(nic))
+    modules = f"/lib/modules/{os.uname().release}"
+    subprocess.run(["modprobe", "-r", "vfio-pci", "vfio_iommu_type1"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", modules], check=True)
+    try:
+        check_record(calls.fork_hook(state), "no-vfio-driver")
+    finally:
+        subprocess.run(["umount", modules], check=True)
+
+
+# The host's hook, on this machine as a host --------------------------------------------------------------------------
+
+
+@one_runtime
+def test_a_group_that_the_host_does_not_have(containers: Containers) -> None:
+    _, state = calls.make_created(containers, devices=bundles.vfio_devices("4711"))
+    check_record(check_host(json.dumps(state)), "group-missing")
+
+
+@one_runtime
+def test_a_group_that_is_not_viable(containers: Containers) -> None:
+    first, _ = guest.find_devices(devices.NIC_E1000)
+    guest.bind(first, "vfio-pci")
+    listed = [bundles.vfio_devices()[0], bundles.vfio_device(guest.group_of(first), *numbers_of(first))]
+    _, state = calls.make_created(containers, devices=listed)
+    check_record(check_host(json.dumps(state)), "group-not-viable")
+
+
+# Not only failures ---------------------------------------------------------------------------------------------------
+
+
+def test_a_success_that_was_asked_for(containers: Containers) -> None:
+    nic = guest.find_device(devices.NIC_E1000E)
+    before = set(RECORDS.iterdir()) if RECORDS.exists() else set()
+    annotations = {**ask(nic), "io.katacontainers.x.vfio.record": "on", "io.katacontainers.x.vfio.log": "debug"}
+    hooks = bundles.guest_hooks("createRuntime", "poststop")
+    done = containers.probe(annotations=annotations, hooks=hooks)
+    assert done.code == 0, done.stderr
+    (path,) = set(RECORDS.iterdir()) - before
+    record = check_file(path, "", f"success-{containers.runtime}")
+    assert [event["note"] for event in record.events if "note" in event] == ["request", "plan"]
+    assert "vfio-guest-bind" in guest.read_kernel_log()
+    assert "debug:" in guest.read_kernel_log()
+
+
+@one_runtime
+def test_never_is_never(containers: Containers) -> None:
+    before = set(RECORDS.iterdir()) if RECORDS.exists() else set()
+    annotations = {**ask(ABSENT), "io.katacontainers.x.vfio.record": "on"}
+    _, state = calls.make_created(containers, annotations=annotations)
+    with calls.settings(SHORT, 'record = "never"'):
+        done = calls.fork_hook(state)
+    assert "[no-such-device]" in done.stderr
+    assert (set(RECORDS.iterdir()) if RECORDS.exists() else set()) == before
+
+
+@one_runtime
+def test_a_machine_that_cannot_write(containers: Containers) -> None:
+    """A guest whose image is read-only: the record lies in /run, and nothing more is said."""
+    _, state = calls.make_created(containers, annotations=ask("nonsense"))
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", RECORDS.parent], check=True)
+    try:
+        done = calls.fork_hook(state)
+        assert "[recorded] /run/oci-vfio-hooks/records/" in done.stderr
+        check_record(done, "bad-annotation")
+    finally:
+        subprocess.run(["umount", RECORDS.parent], check=True)
