@@ -45,7 +45,7 @@ def write_line(program: str, container: str, level: str, line: str, fields: dict
     """Write one line everywhere. fields: of the journal."""
     write_stderr(f"{program}: {line}")
     tagged = make_one_line(f"container {container}: {line}") if container else line
-    known = {**fields, "CONTAINER_ID": make_one_line(container)}
+    known = {name: make_one_line(value) for name, value in {**fields, "CONTAINER_ID": container}.items()}
     if not write_journal(program, level, tagged, known):
         write_syslog(program, level, tagged)
     if kmsg:

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where findings go: the journal with its fields, syslog without one, the kernel's log in a guest."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import syslog
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from oci_hooks import account, log
+from oci_hooks.errors import Finding
+from oci_hooks.files import NotingRoot, Root, step
+
+FINDING = Finding("error", "group-busy", "/dev/vfio/18", "another process has it open", "fuser -v /dev/vfio/18")
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Return a socket that stands for the journal's."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        path = str(tmp_path / "socket")
+        sock.bind(path)
+        sock.settimeout(5)
+        monkeypatch.setattr(log, "JOURNAL_SOCKET", path)
+        yield sock
+
+
+@pytest.fixture
+def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Return what is sent to syslog, where there is no journal."""
+    sent: list[tuple[int, str]] = []
+    monkeypatch.setattr(log, "JOURNAL_SOCKET", str(tmp_path / "absent"))
+    monkeypatch.setattr(syslog, "openlog", lambda *_: None)
+    monkeypatch.setattr(syslog, "syslog", lambda priority, line: sent.append((priority, line)))
+    return sent
+
+
+def read_fields(journal: socket.socket) -> dict[str, str]:
+    """Return the fields of the next entry, as journald reads them: a line each, up to the first equals sign."""
+    text = journal.recv(65536).decode()
+    assert text.endswith("\n")
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+def test_the_journal_has_fields(journal: socket.socket, capfd: pytest.CaptureFixture[str]) -> None:
+    log.report("vfio-guest-bind", "web", [FINDING])
+    assert read_fields(journal) == {
+        "MESSAGE": f"container web: {FINDING.as_line()}",
+        "PRIORITY": "3",
+        "SYSLOG_IDENTIFIER": "vfio-guest-bind",
+        "SYSLOG_PID": str(os.getpid()),
+        "CONTAINER_ID": "web",
+        "CODE": "group-busy",
+        "GROUP": "18",
+    }
+    assert capfd.readouterr().err == f"vfio-guest-bind: {FINDING.as_line()}\n"
+
+
+@pytest.mark.parametrize(
+    ("subject", "group"),
+    [("group 12", "12"), ("/dev/vfio/12", "12"), ("/dev/vfio/noiommu-0", "noiommu-0"), ("0000:01:00.0", None)],
+)
+def test_the_group_is_a_field_where_there_is_one(journal: socket.socket, subject: str, group: str | None) -> None:
+    log.report("vfio-guest-bind", "", [FINDING.replace(subject=subject)])
+    fields = read_fields(journal)
+    assert fields.get("GROUP") == group
+    assert "CONTAINER_ID" not in fields
+
+
+def test_nobody_can_forge_a_field(journal: socket.socket) -> None:
+    """An id or a subject with a newline stays one line, and one field."""
+    log.report("vfio-guest-bind", "x\nCODE=evil", [FINDING.replace(subject="group 1\nPRIORITY=0\nEVIL=1")])
+    fields = read_fields(journal)
+    assert fields["CODE"] == "group-busy"
+    assert fields["PRIORITY"] == "3"
+    assert "EVIL" not in fields
+
+
+def test_without_a_journal_it_is_syslog(lines: list[tuple[int, str]]) -> None:
+    log.report("vfio-guest-bind", "web", [FINDING, FINDING.replace(level="warning"), FINDING.replace(level="info")])
+    assert [priority for priority, _ in lines] == [syslog.LOG_ERR, syslog.LOG_WARNING, syslog.LOG_INFO]
+    assert lines[0][1] == f"container web: {FINDING.as_line()}"
+
+
+def test_a_journal_that_does_not_listen_is_no_hindrance(
+    lines: list[tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "dead"))
+    monkeypatch.setattr(log, "JOURNAL_SOCKET", str(tmp_path / "dead"))
+    log.report("vfio-guest-bind", "web", [FINDING])
+    assert len(lines) == 1
+
+
+def test_a_full_journal_does_not_block(journal: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads: the queue is full after some datagrams, and the rest goes to syslog."""
+    sent: list[str] = []
+    monkeypatch.setattr(syslog, "syslog", lambda _priority, line: sent.append(line))
+    for _ in range(5000):
+        log.report("vfio-guest-bind", "web", [FINDING])
+        if sent:
+            break
+    assert sent
+
+
+@step
+def do_something(_root: Root) -> None:
+    """Do nothing, as a step."""
+
+
+def test_steps_are_told_with_their_duration(journal: socket.socket, capfd: pytest.CaptureFixture[str]) -> None:
+    root = NotingRoot()
+    do_something(root)
+    root.note("plan", {"groups": ["18"]})
+    log.report_steps("vfio-guest-bind", "web", account.list_steps(root.notes))
+    told = capfd.readouterr().err.splitlines()
+    assert told[0].startswith("vfio-guest-bind: debug: ")
+    assert "did   do something (0.00" in told[0]
+    assert "groups: 18" in told[2]
+    assert read_fields(journal)["PRIORITY"] == "7"
+
+
+def test_nothing_is_imported_for_it() -> None:
+    """Only the interpreter's own socket type: the module proper costs as much as a hook."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from oci_hooks import log; from oci_hooks.errors import Finding\n"
+        "log.JOURNAL_SOCKET = '/nonexistent'; log.report('p', 'c', [Finding('error', 'a', 'b', 'c')])\n"
+        "print(sorted({'socket', 'json', 'subprocess', 'logging', 'syslog'} & set(sys.modules)))\n"
+    )
+    repository = Path(__file__).resolve().parent.parent.parent
+    done = subprocess.run([sys.executable, "-IS", "-c", script, repository], capture_output=True, text=True, check=True)
+    assert done.stdout == "['syslog']\n"
