@@ -159,6 +159,9 @@ def carry(call: Call, work: Callable[[Call], int]) -> Outcome:
         code, error, findings = work(call), None, call.findings
     except HookError as refusal:
         code, error, findings = refusal.exit_code, None, call.findings + list(refusal.findings)
+    except KeyboardInterrupt:
+        interrupted = Finding("error", "interrupted", "the hook", "was told to end by SIGINT", "run it again")
+        code, error, findings = EXIT_REFUSED, None, call.findings + [interrupted]
     except Exception as defect:  # noqa: BLE001 - told as a finding, and kept in the record
         code, findings = EXIT_REFUSED, call.findings + [make_internal(defect)]
         error = None if isinstance(defect, OSError) and not call.arguments.debug else defect
@@ -168,7 +171,8 @@ def carry(call: Call, work: Callable[[Call], int]) -> Outcome:
 def make_internal(error: Exception) -> Finding:
     """Return the finding for an exception that nobody foresaw: the system's, or a defect of ours."""
     if isinstance(error, OSError):
-        return Finding("error", "system", error.filename or "a system call", error.strerror or str(error))
+        hint = "see dmesg and the state of that path; --debug tells which step it was"
+        return Finding("error", "system", error.filename or "a system call", error.strerror or str(error), hint)
     where = ""
     trace = error.__traceback__
     while trace is not None:

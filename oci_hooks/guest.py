@@ -46,11 +46,15 @@ def work(call: Call) -> int:
     spec = read_spec(root, state)
     from oci_hooks.request import read_request
 
-    request = read_request(state, spec)
-    if request is not None:
-        call.heed(state, spec)
-        root.note("request", request)
-        bind_groups(call, root, state, spec, request)
+    try:
+        request = read_request(state, spec)
+        if request is not None:
+            call.heed(state, spec)
+            root.note("request", request)
+            bind_groups(call, root, state, spec, request)
+    except Exception:
+        end_if_wanted(call, root, state)
+        raise
     return EXIT_DONE
 
 
@@ -72,7 +76,7 @@ def read_call_state(call: Call) -> State:
 
 def bind_groups(call: Call, root: Root, state: State, spec: Spec, request: Request) -> None:
     """Give the container what it asks for. Raises HookError with everything put back."""
-    from oci_hooks.binding import bind, end_container, print_plan
+    from oci_hooks.binding import bind, print_plan
     from oci_hooks.guest_settings import read_guest_settings
 
     settings = read_guest_settings(root, call.arguments.settings)
@@ -81,13 +85,24 @@ def bind_groups(call: Call, root: Root, state: State, spec: Spec, request: Reque
     if call.arguments.dry_run:
         print_plan(call, root, state, spec, request, settings)
         return
+    bind(call, root, state, spec, request, settings)
+
+
+def end_if_wanted(call: Call, root: Root, state: State) -> None:
+    """End the container where guest.toml has `on_failure = "kill"`: it asked for VFIO and does not get it.
+
+    Kata's agent ignores a hook's exit code, and would start it without its devices.
+    """
+    from oci_hooks.binding import end_container
+    from oci_hooks.guest_settings import read_guest_settings
+
     try:
-        bind(call, root, state, spec, request, settings)
-    except Exception:
-        # Kata's agent ignores a hook's exit code and would start the container without its devices.
-        if settings.on_failure == "kill":
-            end_container(root, state)
-        raise
+        settings = read_guest_settings(root, call.arguments.settings)
+    except InputError:
+        # What it says can't be read, which is told already or not what failed.
+        return
+    if settings.on_failure == "kill" and not call.arguments.dry_run:
+        end_container(root, state)
 
 
 def release_groups(call: Call, root: Root, state: State) -> int:

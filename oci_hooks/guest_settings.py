@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from oci_hooks.plan import NodeOwner
 from oci_hooks.records import Record
+from oci_hooks.request import normalize_address
 from oci_hooks.settings import GUEST_SETTINGS, read_settings
 
 TYPE_CHECKING = False
@@ -46,7 +47,7 @@ def read_guest_settings(root: Root, path: str) -> GuestSettings:
     values = read_settings(root, path or GUEST_SETTINGS, "guest-settings", required=bool(path))
     auto = values.pop("auto", {})
     owner = NodeOwner(**values.pop("node", {}))
-    force = tuple(values.pop("force", ()))
+    force = tuple(map(normalize_address, values.pop("force", ())))
     return GuestSettings(
         **values,
         force=force,

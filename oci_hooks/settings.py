@@ -52,7 +52,7 @@ def parse_toml(data: bytes, name: str) -> dict[str, Any]:
         return load_toml(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError("bad-settings", name, f"byte {error.start} is not UTF-8", "TOML must be UTF-8") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError("bad-settings", name, f"is not TOML: {error}", "mend the line or remove the file") from None
     except ImportError:
         raise InputError(
@@ -71,8 +71,16 @@ def load_toml(text: str) -> dict[str, Any]:
 
         load_site_packages()
         import tomli as tomllib
-    values: dict[str, Any] = tomllib.loads(text)
+    values: dict[str, Any] = tomllib.loads(text, parse_float=read_float)
     return values
+
+
+def read_float(text: str) -> float:
+    """Return a number. Raises ValueError for nan and inf: no bound of a schema keeps nan out."""
+    value = float(text)
+    if value - value != 0:
+        raise ValueError(f"{text} is no number here")
+    return value
 
 
 def check_settings(values: dict[str, Any], path: str, schema_name: str) -> None:

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both executables share: exit codes, the deadline, and no exception without words."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oci_hooks import command
+from oci_hooks.command import Arguments, Call, Deadline, parse_arguments, read_input, run_hook
+from oci_hooks.errors import Finding, InputError, Refusal
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(name="stdin")
+def make_stdin() -> Iterator[int]:
+    """Return the writing end of what the hook has as stdin."""
+    saved = os.dup(0)
+    reader, writer = os.pipe()
+    os.dup2(reader, 0)
+    os.close(reader)
+    yield writer
+    os.dup2(saved, 0)
+    os.close(saved)
+
+
+def run(work: Any, *arguments: str) -> int:
+    """Run a hook that does this, without options of its own."""
+
+    def unrecorded(call: Call) -> Any:
+        call.wishes["record"] = "never"
+        return work(call)
+
+    return run_hook("a-hook", list(arguments), 5, unrecorded, lambda _: None, kmsg=False)
+
+
+def fail_with(error: BaseException) -> Any:
+    """Return work that fails so."""
+
+    def work(_: Call) -> int:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (InputError("bad", "x", "y", "z"), 2, "a-hook: error: [bad] x: y; z"),
+        (Refusal("no", "x", "y", "z"), 1, "a-hook: error: [no] x: y; z"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "a-hook: error: [system] /x: Permission denied; "),
+        (OSError(5, "Input/output error"), 1, "a-hook: error: [system] a system call: Input/output error; "),
+        (ZeroDivisionError("a\nb"), 1, "ZeroDivisionError: a\\nb; please report it"),
+        (KeyboardInterrupt(), 1, "a-hook: error: [interrupted] the hook: was told to end by SIGINT; "),
+        (TimeoutError(), 1, "a-hook: error: [system] a system call: "),
+    ],
+    ids=repr,
+)
+def test_whatever_goes_wrong_is_one_line(
+    capfd: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
+) -> None:
+    assert run(fail_with(error)) == code
+    told = capfd.readouterr()
+    assert told.err.count("\n") == 1
+    assert said in told.err
+    assert told.err.rstrip().partition("; ")[2]
+    assert told.out == ""
+
+
+def test_findings_are_told_before_the_error(capfd: pytest.CaptureFixture[str]) -> None:
+    def work(call: Call) -> int:
+        call.tell(Finding("warning", "first", "x", "y"))
+        raise Refusal("second", "x", "y", "z")
+
+    assert run(work) == 1
+    assert [line.split()[2] for line in capfd.readouterr().err.splitlines()] == ["[first]", "[second]"]
+
+
+def test_success_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda _: 0) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_json_tells_the_same(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(fail_with(Refusal("no", "x", "y", "z")), "--json") == 1
+    told = json.loads(capfd.readouterr().out)
+    assert told["exit"] == 1
+    assert told["findings"] == [{"level": "error", "code": "no", "subject": "x", "problem": "y", "hint": "z"}]
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ([], Arguments()),
+        (["prestart"], Arguments(phase="prestart")),
+        (["poststop", "--bundle", "/b"], Arguments(phase="poststop", bundle="/b")),
+        (["--json", "--debug", "--settings", "x"], Arguments(json=True, debug=True, settings="x")),
+    ],
+)
+def test_arguments_are_read(argv: list[str], wanted: Arguments) -> None:
+    assert parse_arguments("a-hook", argv, lambda _: None) == wanted
+
+
+@pytest.mark.parametrize("argv", [["x"], [""], ["--js"], ["prestart", "createRuntime"], ["--bundle"]])
+def test_wrong_arguments_are_refused(argv: list[str]) -> None:
+    if argv == [""]:
+        # An empty kind is as good as none.
+        assert parse_arguments("a-hook", argv, lambda _: None).phase == ""
+        return
+    with pytest.raises(InputError) as caught:
+        parse_arguments("a-hook", argv, lambda _: None)
+    assert caught.value.findings[0].code == "bad-arguments"
+    assert caught.value.findings[0].hint
+
+
+def test_input_is_read_to_its_end_in_whatever_pieces(stdin: int) -> None:
+    child = os.fork()
+    if child == 0:
+        for piece in (b"ab", b"", b"c" * 70000):
+            os.write(stdin, piece)
+            time.sleep(0.05)
+        os._exit(0)
+    os.close(stdin)
+    assert read_input(Deadline(20)) == b"ab" + b"c" * 70000
+    os.waitpid(child, 0)
+
+
+def test_input_that_does_not_end_is_refused_at_the_deadline(stdin: int) -> None:
+    os.write(stdin, b"{}")
+    begun = time.monotonic()
+    with pytest.raises(InputError, match="was not closed in time"):
+        read_input(Deadline(0.2))
+    assert 0.15 < time.monotonic() - begun < 5
+    os.close(stdin)
+
+
+def test_input_without_end_is_refused_by_its_size(stdin: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "STATE_LIMIT", 1000)
+    os.write(stdin, b"x" * 1001)
+    os.close(stdin)
+    with pytest.raises(InputError, match="is longer than 1000 bytes"):
+        read_input(Deadline(5))
+
+
+def test_a_terminal_and_a_directory_are_no_input(stdin: int, tmp_path: Path) -> None:
+    os.close(stdin)
+    master, slave = os.openpty()
+    os.dup2(slave, 0)
+    with pytest.raises(InputError, match=r"is a terminal.*--bundle DIR"):
+        read_input(Deadline(5))
+    os.close(master)
+    os.close(slave)
+    directory = os.open(tmp_path, os.O_RDONLY)
+    os.dup2(directory, 0)
+    os.close(directory)
+    with pytest.raises(InputError, match="Is a directory"):
+        read_input(Deadline(5))
+
+
+def test_a_deadline_runs_from_its_beginning() -> None:
+    deadline = Deadline(10)
+    time.sleep(0.05)
+    assert 9 < deadline.remaining() < 9.96
+    assert 0.04 < deadline.elapsed() < 1
+    deadline.extend(0.01)
+    assert deadline.remaining() == 0.0
+    assert deadline.elapsed() == 0.01
+    deadline.extend(20)
+    assert 19 < deadline.remaining() < 19.96

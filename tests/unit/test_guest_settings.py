@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""guest.toml: each key, each mistake, and what holds without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from oci_hooks import guest_settings
+from oci_hooks.errors import EXIT_BAD_INPUT, InputError
+from oci_hooks.files import Root
+from oci_hooks.guest_settings import NEVER, GuestSettings, read_guest_settings
+from oci_hooks.plan import NodeOwner
+from oci_hooks.settings import GUEST_SETTINGS
+
+pytestmark = pytest.mark.unit
+
+WHOLE = """
+deadline = 2.5
+on_failure = "kill"
+allow_noiommu = true
+widen_parent_cgroups = true
+map = false
+record = "always"
+force = ["0000:02:00.0", "00000000:3b:00.0", "00010000:e1:00.0"]
+[auto]
+ids = ["10de", "8086:10d3"]
+classes = ["02", "0302", "010802"]
+never = ["id:1af4", "class:06", "root:0106"]
+[node]
+mode = 0o660
+uid = 1000
+gid = 2000
+"""
+
+
+def write(tmp_path: Path, text: str, path: str = GUEST_SETTINGS) -> Root:
+    """Return a root with this settings file."""
+    place = tmp_path / path.lstrip("/")
+    place.parent.mkdir(parents=True)
+    place.write_text(text)
+    return Root(str(tmp_path))
+
+
+def test_without_a_file_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_settings, "read_settings", lambda *_: pytest.fail("settings were read for nothing"))
+    assert read_guest_settings(Root(str(tmp_path)), "") == GuestSettings()
+
+
+def test_an_empty_file_is_no_settings(tmp_path: Path) -> None:
+    assert read_guest_settings(write(tmp_path, "# nothing\n"), "") == GuestSettings()
+
+
+def test_every_key_is_heeded(tmp_path: Path) -> None:
+    found = read_guest_settings(write(tmp_path, WHOLE), "")
+    assert found == GuestSettings(
+        deadline=2.5,
+        on_failure="kill",
+        allow_noiommu=True,
+        widen_parent_cgroups=True,
+        map=False,
+        record="always",
+        # As sysfs writes them: another spelling would never be found.
+        force=("0000:02:00.0", "0000:3b:00.0", "10000:e1:00.0"),
+        auto_ids=("10de", "8086:10d3"),
+        auto_classes=("02", "0302", "010802"),
+        never=("id:1af4", "class:06", "root:0106"),
+        owner=NodeOwner(0o660, 1000, 2000),
+    )
+    # A key that the schema lets through and nobody reads would be a setting that is not in force.
+    usual = GuestSettings()
+    assert [key for key, value in found.as_dict().items() if value == getattr(usual, key)] == []
+
+
+def test_a_part_leaves_the_rest_as_it_is(tmp_path: Path) -> None:
+    found = read_guest_settings(write(tmp_path, '[auto]\nids = ["10de"]\n[node]\nmode = 0o666\n'), "")
+    assert (found.auto_ids, found.never, found.deadline) == (("10de",), NEVER, 8.0)
+    assert found.owner == NodeOwner(0o666, -1, -1)
+    assert read_guest_settings(write(tmp_path / "x", "[auto]\nnever = []\n"), "").never == ()
+
+
+def test_the_file_of_the_command_line_is_used(tmp_path: Path) -> None:
+    root = write(tmp_path, 'on_failure = "kill"\n')
+    write(tmp_path, "deadline = 3\n", "/other/x.toml")
+    found = read_guest_settings(root, "/other/x.toml")
+    assert (found.deadline, found.on_failure) == (3, "report")
+    with pytest.raises(InputError) as caught:
+        read_guest_settings(root, "/no/such.toml")
+    assert caught.value.findings[0].code == "settings-unreadable"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("deadlin = 3", "unknown key deadlin"),
+        ("deadline = 0", "deadline: expected a number above 0"),
+        ("deadline = -1", "deadline: expected a number above 0"),
+        ("deadline = 3601", "deadline: expected a number not above 3600"),
+        ("deadline = nan", "nan"),
+        ("deadline = inf", "inf"),
+        ("deadline = true", "deadline: expected number"),
+        ('on_failure = "die"', "on_failure: expected one of report, kill"),
+        ("map = 1", "map: expected boolean"),
+        ('record = "sometimes"', "record: expected one of"),
+        ('force = "0000:02:00.0"', "force: expected array"),
+        ('force = ["02:00.0"]', "force[0]: expected"),
+        ('force = ["0000:02:00.0\\n"]', "force[0]: expected"),
+        ('force = ["0000:3B:00.0"]', "force[0]: expected"),
+        ("[auto]\nid = []", "auto: unknown key id"),
+        ('[auto]\nids = ["10DE"]', "auto.ids[0]: expected"),
+        ('[auto]\nids = [""]', "auto.ids[0]: expected"),
+        ('[auto]\nclasses = ["020"]', "auto.classes[0]: expected"),
+        ('[auto]\nnever = ["1af4"]', "auto.never[0]: expected"),
+        ('[auto]\nnever = ["id:"]', "auto.never[0]: expected"),
+        ("[node]\nmode = 0o7777", "node.mode: expected a number not above 511"),
+        ("[node]\nmode = -1", "node.mode: expected a number not below 0"),
+        ('[node]\nmode = "0660"', "node.mode: expected integer"),
+        ("[node]\nuid = 4294967295", "node.uid: expected a number not above"),
+        ("node = 3", "node: expected object"),
+        ("a = ", "is not TOML"),
+        ("a = " + "[" * 5000, "is not TOML"),
+    ],
+)
+def test_a_mistake_is_refused_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_guest_settings(write(tmp_path, text + "\n"), "")
+    (finding,) = caught.value.findings
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert finding.code == "bad-settings"
+    assert finding.subject.startswith(GUEST_SETTINGS)
+    assert said in f"{finding.subject.partition('toml: ')[2]}: {finding.problem}"
+    assert finding.hint

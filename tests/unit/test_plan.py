@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: what is bound, which nodes are made for whom, what is taken away, as data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oci_hooks.errors import Refusal
+from oci_hooks.oci import Spec, make_spec
+from oci_hooks.plan import MapEntry, NodeOwner, Plan, PlanOptions, Rebind, list_actions, make_plan
+from oci_hooks.selection import Choice
+from oci_hooks.sysfs import PCI_DEVICES
+from tests.unit.machine import NIC, Machine
+
+pytestmark = pytest.mark.unit
+
+OTHER = "0000:01:00.1"
+
+
+@pytest.fixture(name="machine")
+def make_machine(tmp_path: Path) -> Machine:
+    """Return a machine with a group of two cards and a bridge."""
+    machine = Machine(tmp_path)
+    machine.add(NIC, driver="e1000e", group="4")
+    machine.add(OTHER, group="4")
+    machine.add("0000:00:02.0", "1b36:000c", "060400", "pcieport", group="4")
+    return machine
+
+
+def spec(entries: list[dict[str, Any]] | None = None, user: tuple[int, int] = (0, 0), **linux: Any) -> Spec:
+    """Return a config.json."""
+    process = {"user": {"uid": user[0], "gid": user[1]}}
+    return make_spec({"process": process, "linux": {"devices": entries or [], **linux}}, "config.json")
+
+
+def entry(path: str, major: int, minor: int, **more: Any) -> dict[str, Any]:
+    """Return one entry of linux.devices."""
+    return {"path": path, "type": "c", "major": major, "minor": minor, **more}
+
+
+def plan(machine: Machine, config: Spec, options: PlanOptions | None = None, **choice: Any) -> Plan:
+    """Return the plan for group 4."""
+    chosen = Choice(machine.look().groups["4"], **choice)
+    return make_plan(machine.root, (chosen,), config, options or PlanOptions())
+
+
+def test_every_endpoint_is_bound_with_what_it_had(machine: Machine) -> None:
+    machine.write(f"{PCI_DEVICES}/{OTHER}/driver_override", "igb\n")
+    assert plan(machine, spec()).rebinds == (Rebind(NIC, "e1000e", ""), Rebind(OTHER, "", "igb"))
+
+
+@pytest.mark.parametrize("driver", ["vfio-pci", "mlx5_vfio_pci"])
+def test_what_vfio_has_stays(machine: Machine, driver: str) -> None:
+    machine.add("0000:02:00.0", driver=driver, group="5")
+    machine.place(f"{PCI_DEVICES}/0000:02:00.0/vfio-dev").mkdir()
+    chosen = Choice(machine.look().groups["5"])
+    made = make_plan(machine.root, (chosen,), spec(), PlanOptions())
+    assert made.rebinds == ()
+    assert [node.path for node in made.nodes] == ["/dev/vfio/vfio", "/dev/vfio/5"]
+
+
+def test_an_unplugged_device_is_refused(machine: Machine) -> None:
+    picture = machine.look()
+    machine.place(f"{PCI_DEVICES}/{OTHER}").unlink()
+    with pytest.raises(Refusal) as caught:
+        make_plan(machine.root, (Choice(picture.groups["4"]),), spec(), PlanOptions())
+    assert (caught.value.findings[0].code, caught.value.findings[0].subject) == ("device-gone", OTHER)
+
+
+MAPPINGS = {
+    "uidMappings": [{"containerID": 0, "hostID": 100000, "size": 65536}],
+    "gidMappings": [{"containerID": 0, "hostID": 200000, "size": 65536}],
+}
+
+
+@pytest.mark.parametrize(
+    ("of_entry", "of_settings", "linux", "wanted"),
+    [
+        ({}, NodeOwner(), {}, (0o600, 1, 2)),
+        ({"fileMode": 0o20666, "uid": 5, "gid": 6}, NodeOwner(0o640, 7, 8), {}, (0o666, 5, 6)),
+        ({}, NodeOwner(0o640, 7, 8), {}, (0o640, 7, 8)),
+        ({"uid": 5}, NodeOwner(gid=8), {}, (0o600, 5, 8)),
+        ({"fileMode": 0, "uid": 0, "gid": 0}, NodeOwner(0o640, 7, 8), {}, (0, 0, 0)),
+        ({}, NodeOwner(), MAPPINGS, (0o600, 100001, 200002)),
+        ({"uid": 70000, "gid": 0}, NodeOwner(), MAPPINGS, (0o600, -1, 200000)),
+    ],
+)
+def test_owner_and_mode_come_from_the_entry_the_settings_or_the_user(
+    machine: Machine, of_entry: dict[str, int], of_settings: NodeOwner, linux: dict[str, Any], wanted: tuple[int, ...]
+) -> None:
+    config = spec([entry("/dev/vfio/12", 244, 3, **of_entry)], (1, 2), **linux)
+    made = plan(machine, config, PlanOptions(of_settings), entry=config.devices[0])
+    (group,) = [node for node in made.nodes if node.kind == "group"]
+    assert (group.path, (group.mode, group.uid, group.gid)) == ("/dev/vfio/4", wanted)
+
+
+def test_nodes_with_the_hosts_numbers_are_stale_but_those_that_are_wanted(machine: Machine) -> None:
+    entries = [
+        entry("/dev/vfio/vfio", 10, 196, fileMode=0o666),
+        entry("/dev/vfio/12", 244, 3),
+        entry("/dev/vfio/4", 244, 9),
+        entry("/dev/vfio/devices/vfio7", 240, 7),
+        entry("/dev/fuse", 10, 229),
+    ]
+    made = plan(machine, spec(entries))
+    assert [device.path for device in made.stale] == ["/dev/vfio/12", "/dev/vfio/devices/vfio7"]
+    assert made.nodes[0].mode == 0o666
+
+
+def test_device_nodes_of_iommufd_are_made_where_they_are_asked_for(machine: Machine) -> None:
+    made = plan(machine, spec(), PlanOptions(wants_cdev=True))
+    assert [(node.kind, node.subject) for node in made.nodes] == [
+        ("control", ""),
+        ("group", "4"),
+        ("iommu", ""),
+        ("cdev", NIC),
+        ("cdev", OTHER),
+    ]
+
+
+def test_the_map_tells_what_each_device_is(machine: Machine) -> None:
+    made = plan(machine, spec(), host_addresses={NIC: "0000:3b:00.0"}, drivers_before={OTHER: "igb"})
+    assert made.map == (
+        MapEntry(NIC, "8086", "10d3", "4", "e1000e", "0000:3b:00.0"),
+        MapEntry(OTHER, "8086", "10d3", "4", "igb", ""),
+    )
+    assert plan(machine, spec(), PlanOptions(writes_map=False)).map == ()
+
+
+@pytest.mark.parametrize(("namespaces", "how"), [([], "make"), ([{"type": "pid"}, {"type": "user"}], "mount")])
+def test_the_actions_are_those_that_are_carried_out(machine: Machine, namespaces: list[Any], how: str) -> None:
+    made = plan(machine, spec([entry("/dev/vfio/12", 244, 3)], namespaces=namespaces))
+    assert made.user_namespace == (how == "mount")
+    assert list_actions(made) == [
+        ("load", "vfio-pci", "unless it is there"),
+        ("override", NIC, "vfio-pci (was unset)"),
+        ("unbind", NIC, "from e1000e"),
+        ("probe", NIC, "vfio-pci"),
+        ("override", OTHER, "vfio-pci (was unset)"),
+        ("probe", OTHER, "vfio-pci"),
+        ("remove", "/dev/vfio/12", "the host's, 244:3"),
+        (how, "/dev/vfio/vfio", "0600 0:0"),
+        (how, "/dev/vfio/4", "0600 0:0"),
+        ("write", "/dev/vfio/devices.json", "2 devices"),
+        ("permit", "/dev/vfio/vfio", "rw, where it is denied"),
+        ("permit", "/dev/vfio/4", "rw, where it is denied"),
+    ]
