@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records that were taken in the virtual machine say the same here, to anybody; hostile ones are refused in words."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oci_hooks import record, replay
+from oci_hooks.recordfile import RecordError, read_record
+from oci_hooks.rerun import RecordedRoot, find_differences, sealed
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+RECORDS = sorted((REPOSITORY / "tests/data/records").glob("*.tar.gz"))
+BY_NAME = {path.name.partition(".")[0]: path for path in RECORDS}
+
+
+def read_members(path: Path) -> dict[str, bytes]:
+    """Return the files in a record."""
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
+def change(path: Path, target: Path, edit: Callable[[dict[str, Any], list[dict[str, Any]]], None]) -> Path:
+    """Write a changed copy of a record. edit: gets record.json and the events."""
+    members = read_members(path)
+    about = json.loads(members["record.json"])
+    events = [json.loads(line) for line in members["events.jsonl"].splitlines()]
+    edit(about, events)
+    members["record.json"] = json.dumps(about).encode()
+    members["events.jsonl"] = "".join(f"{json.dumps(event)}\n" for event in events).encode()
+    target.write_bytes(record.pack(members))
+    return target
+
+
+# The same again -------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_records_of_many_failures() -> None:
+    codes = {finding.code for path in RECORDS for finding in read_record(path).findings}
+    assert len(codes) >= 12, sorted(codes)
+    assert max(path.stat().st_size for path in RECORDS) < 60_000
+    assert any(read_record(path).about["exit"] == 0 for path in RECORDS)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
+def test_a_record_says_the_same_again(path: Path) -> None:
+    assert find_differences(read_record(path)) == []
+
+
+AS_NOBODY = """
+import os, sys
+from oci_hooks.recordfile import read_record
+from oci_hooks.rerun import find_differences
+records = [read_record(path) for path in sys.argv[1:]]
+# Python itself may lie where only root can read: what is loaded late is loaded now.
+for record in records:
+    find_differences(record)
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+for record in records:
+    assert find_differences(record) == [], record.path
+print(len(records), os.getuid() != 0, os.listdir("."))
+"""
+
+
+def test_they_say_the_same_to_anybody() -> None:
+    """As a user without any rights, in a directory where it may write: it writes nothing."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        shutil.copytree(REPOSITORY / "oci_hooks", directory / "oci_hooks")
+        (directory / "empty").mkdir()
+        (directory / "empty").chmod(0o777)
+        done = subprocess.run(
+            [sys.executable, "-c", AS_NOBODY, *map(str, RECORDS)],
+            cwd=directory / "empty",
+            env={"PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert (done.stdout, done.stderr) == (f"{len(RECORDS)} True []\n", "")
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
+def test_a_record_can_be_told(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = read_record(path)
+    for command in (["explain"], ["show"], ["show", "--reads"]):
+        assert replay.main([*command, str(path)]) == 0
+        told = capfd.readouterr().out
+        for finding in found.findings:
+            assert f"[{finding.code}]" in told
+        assert all(line.isprintable() for line in told.splitlines())
+    assert f"kernel {found.about['versions']['kernel']}"[:12] in told
+
+
+# What differs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_that_was_otherwise_is_seen(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As if this version of the code saw another bridge there: a unified diff of the findings."""
+
+    def edit(_about: dict[str, Any], events: list[dict[str, Any]]) -> None:
+        for event in events:
+            if event.get("path", "").endswith("/uevent") and "PCI_CLASS=60400" in event.get("answer", {}).get(
+                "text", ""
+            ):
+                event["answer"]["text"] = event["answer"]["text"].replace("PCI_CLASS=60400", "PCI_CLASS=20000")
+
+    path = change(BY_NAME["guest-bridge"], tmp_path / "x.tar.gz", edit)
+    assert replay.main(["run", str(path)]) == 1
+    told = capfd.readouterr().out
+    assert told.startswith("--- recorded\n+++ replayed\n")
+    assert "-error: [bridge]" in told
+
+
+def test_what_the_record_does_not_know_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As if this version of the code read and did more than the one that was recorded."""
+
+    def edit(_about: dict[str, Any], events: list[dict[str, Any]]) -> None:
+        events[:] = [event for event in events if not event.get("path", "").endswith("config.json")]
+
+    path = change(BY_NAME["guest-ambiguous"], tmp_path / "x.tar.gz", edit)
+    assert replay.main(["run", str(path)]) == 1
+    told = capfd.readouterr().out
+    assert "+error: [bundle-unreadable]" in told
+    assert "config.json: not in the record, taken for absent" in told
+
+
+def test_a_step_more_is_told_and_no_difference(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def edit(_about: dict[str, Any], events: list[dict[str, Any]]) -> None:
+        events[:] = [event for event in events if event.get("do") != "prepare"]
+
+    assert replay.main(["run", str(change(BY_NAME["guest-ambiguous"], tmp_path / "x.tar.gz", edit))]) == 0
+    told = capfd.readouterr().out.splitlines()
+    assert told[-2:] == ["# did prepare: not in the record, taken for done", "the same as recorded"]
+
+
+def test_answers_change_with_the_steps() -> None:
+    """The same link was read before the device was bound, after that, and after it was given back."""
+    found = read_record(BY_NAME["guest-no-cdev"])
+    root = RecordedRoot(found)
+    (link,) = {
+        event["path"] for event in found.events if event.get("ask") == "readlink" and event["path"].endswith("/driver")
+    }
+    seen = []
+    for _, event in root.steps:
+        root.do(type(event["do"], (), {}))
+        if event["do"] == "run_jobs":
+            seen.append(root.link_name(link))
+    assert seen == ["vfio-pci", "e1000e"]
+
+
+# Hostile --------------------------------------------------------------------------------------------------------------
+
+
+def make_tar(*entries: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    """Return a compressed tar of anything."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as tar:
+        for info, data in entries:
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def make_entry(name: str, data: bytes = b"{}", kind: bytes = tarfile.REGTYPE, link: str = "") -> Any:
+    """Return one member of a tar."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info, data
+
+
+def make_sparse_bomb() -> bytes:
+    """Return a tar with a member that claims a terabyte and has a byte, as GNU tar writes sparse files."""
+    info, data = make_entry("record.json", b"x")
+    info.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": str(1 << 40)}
+    info.pax_headers |= {"GNU.sparse.map": f"0,1,{1 << 40},0", "GNU.sparse.numblocks": "2"}
+    return make_tar((info, data))
+
+
+def make_record(**changes: Any) -> bytes:
+    """Return a record with some of record.json changed."""
+    members = read_members(BY_NAME["guest-bridge"])
+    about = {**json.loads(members["record.json"]), **changes}
+    return record.pack({**members, "record.json": json.dumps(about).encode()})
+
+
+def with_events(text: str) -> bytes:
+    """Return a record with other events."""
+    return record.pack({**read_members(BY_NAME["guest-bridge"]), "events.jsonl": text.encode()})
+
+
+GOOD = make_record() if "guest-bridge" in BY_NAME else b""
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "damaged"),
+    "text": (b"hello", "damaged"),
+    "cut": (GOOD[: len(GOOD) // 2], "damaged"),
+    "flipped": (GOOD[:100] + bytes([GOOD[100] ^ 0xFF]) + GOOD[101:], "damaged"),
+    "no tar": (gzip.compress(b"hello" * 1000), "damaged"),
+    "empty tar": (make_tar(), "lacks record.json"),
+    "gzip bomb": (gzip.compress(bytes((64 << 20) + 1024)), "unpacks to more than"),
+    "large": (os.urandom((8 << 20) + 1), "is larger than"),
+    "sparse bomb": (make_sparse_bomb(), "record.json"),
+    "traversal": (make_tar(make_entry("../evil")), "holds '../evil'"),
+    "absolute": (make_tar(make_entry("/tmp/evil")), "holds '/tmp/evil'"),  # noqa: S108
+    "traversal to a known name": (make_tar(make_entry("x/../record.json")), "holds 'x/../record.json'"),
+    "link out": (make_tar(make_entry("record.json", b"", tarfile.SYMTYPE, "/etc/passwd")), "something else than"),
+    "hard link": (make_tar(make_entry("record.json", b"", tarfile.LNKTYPE, "/etc/passwd")), "something else than"),
+    "device": (make_tar(make_entry("record.json", b"", tarfile.CHRTYPE)), "something else than"),
+    "pipe": (make_tar(make_entry("record.json", b"", tarfile.FIFOTYPE)), "something else than"),
+    "directory": (make_tar(make_entry("record.json", b"", tarfile.DIRTYPE)), "something else than"),
+    "twice": (make_tar(make_entry("record.json"), make_entry("record.json")), "holds 'record.json'"),
+    "other file": (make_tar(make_entry("evil.py")), "holds 'evil.py'"),
+    "deep": (make_tar(make_entry("record.json", b"[" * 1_000_000)), "damaged"),
+    "not JSON": (make_tar(make_entry("record.json", b"{")), "damaged"),
+    "no version": (make_tar(make_entry("record.json")), "no version"),
+    "later version": (make_record(version=2, hook="9.9"), "use the vfio-hook-replay of oci-vfio-hooks 9.9 or later"),
+    "other program": (make_record(program="/bin/sh"), "about.program"),
+    "wrong types": (make_record(arguments={"pid": "x"}), "about.arguments.pid"),
+    "wrong finding": (make_record(findings=[{"level": "error"}]), "finding"),
+    "event of no kind": (with_events('{"at": 0}\n'), "events[0]"),
+    "event of two kinds": (with_events('{"at": 0, "do": "x", "seconds": 0, "note": "y"}\n'), "events[0]"),
+    "answer of no kind": (
+        with_events('{"at": 0, "do": "read_input", "seconds": 0, "answer": {"!": "os.system"}}\n'),
+        "os",
+    ),
+    "answer of a wrong kind": (with_events('{"at": 0, "do": "read_input", "seconds": 0, "answer": 7}\n'), ""),
+    "error of no kind": (with_events('{"at": 0, "do": "read_input", "seconds": 0, "error": {"!": "x"}}\n'), "error"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_record_is_refused_and_writes_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, words = HOSTILE[name]
+    (tmp_path / "inside").mkdir()
+    path = tmp_path / "inside/x.tar.gz"
+    path.write_bytes(data)
+    monkeypatch.chdir(tmp_path / "inside")
+    code = replay.main(["run", str(path)])
+    told = capfd.readouterr()
+    assert code == (1 if name == "answer of a wrong kind" else 2), told
+    assert words in told.err + (told.out if not words else "")
+    assert len(told.err.splitlines()) <= 1
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "inside", path]
+
+
+def test_a_record_cannot_write_to_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    escape = "\x1b]0;evil\x07\nnext"
+
+    def edit(about: dict[str, Any], events: list[dict[str, Any]]) -> None:
+        about["container"] = about["time"] = about["hook"] = about["traceback"] = escape
+        about["versions"]["kernel"] = about["arguments"]["bundle"] = escape
+        about["findings"][0]["problem"] = escape
+        for event in events:
+            for key in ("path", "do", "note"):
+                if key in event:
+                    event[key] += escape
+
+    (tmp_path / "r").mkdir()
+    path = change(BY_NAME["guest-bridge"], tmp_path / "r/x.tar.gz", edit)
+    for command in (["--directory", str(path.parent), "list"], ["explain", str(path)], ["show", "--reads", str(path)]):
+        assert replay.main(command) == 0
+    assert replay.main(["run", str(path)]) == 1
+    assert replay.main(["diff", str(path), str(BY_NAME["guest-bridge"])]) == 1
+    told = capfd.readouterr().out
+    assert "evil" in told
+    assert "\x1b" not in told
+    assert "\x07" not in told
+
+
+@pytest.mark.parametrize(
+    "change_something",
+    [
+        lambda path: (path / "x").write_text(""),
+        lambda path: (path / "x").mkdir(),
+        lambda path: path.rename(f"{path}2"),
+        lambda path: path.chmod(0o777),
+        lambda path: os.symlink("a", path / "x"),
+        lambda path: os.open(path / "x", os.O_CREAT | os.O_WRONLY),
+        lambda _: os.kill(os.getpid(), 0),
+        lambda _: subprocess.run(["true"], check=True),
+    ],
+)
+def test_a_step_that_forgets_the_door_is_refused(change_something: Callable[[Path], object], tmp_path: Path) -> None:
+    with sealed(), pytest.raises(PermissionError, match="a replay changes nothing"):
+        change_something(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The tool -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Return a directory with three records, as hooks leave them."""
+    target = tmp_path / "records"
+    target.mkdir()
+    for number, name in enumerate(("guest-bridge", "guest-ambiguous", "host-group-missing")):
+        shutil.copy(BY_NAME[name], target / f"2026010{number + 1}T000000.000000Z-{name}.tar.gz")
+    return target
+
+
+def run_tool(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the tool as a user does."""
+    command = [sys.executable, "-m", "oci_hooks.replay", *words]
+    env = {"PYTHONPATH": str(REPOSITORY), "PATH": os.environ["PATH"]}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd)
+
+
+def test_a_new_user_finds_out_what_was_wrong(directory: Path) -> None:
+    """list, explain, show, run, in this order, without reading anything before."""
+    listed = run_tool("--directory", str(directory), "list").stdout.splitlines()
+    assert len(listed) == 4
+    assert "bridge" in listed[1]
+    assert "ambiguous" in listed[2]
+    explained = run_tool("--directory", str(directory), "explain", "20260102").stdout
+    assert "[ambiguous]" in explained
+    assert 'do this: say which: "io.katacontainers.x.vfio.devices"' in explained
+    shown = run_tool("--directory", str(directory), "show", "20260102").stdout
+    assert "read claims" in shown
+    assert "read  " in shown
+    again = run_tool("--directory", str(directory), "run", "20260102")
+    assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "the same as recorded")
+    container = read_record(BY_NAME["guest-bridge"]).about["container"]
+    assert run_tool("--directory", str(directory), "explain", container).returncode == 0
+    newest = run_tool("--directory", str(directory), "explain").stdout
+    assert "[group-missing]" in newest
+
+
+def test_the_difference_of_two_runs(directory: Path) -> None:
+    done = run_tool("--directory", str(directory), "diff", "20260101", "20260102")
+    assert done.returncode == 1
+    assert "-error: [bridge]" in done.stdout
+    assert "+error: [ambiguous]" in done.stdout
+    assert run_tool("--directory", str(directory), "diff", "20260101", "20260101").returncode == 0
+
+
+def test_a_report_becomes_a_test(directory: Path, tmp_path: Path) -> None:
+    done = run_tool("--directory", str(directory), "export", "20260101", "--test", str(tmp_path / "tests"))
+    assert done.stdout.strip() == str(tmp_path / "tests/test_vfio_guest_bind_bridge.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", done.stdout.strip()]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(REPOSITORY)})
+    assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_on_this_machine(directory: Path) -> None:
+    """The recorded state and config against the real system here, as a dry run: nothing like the recorded machine."""
+    done = run_tool("--directory", str(directory), "run", "20260103", "--live")
+    assert done.returncode in (0, 1), done.stderr
+    assert "[group-missing]" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("exit ")
+    done = run_tool("--directory", str(directory), "run", "20260101", "--live")
+    assert "error: [" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run", "--apply"], "--apply and --pid go with --live"),
+        (["explain", "nothing-like-that"], "no such record"),
+        (["explain", "2026"], "3 records begin so"),
+    ],
+)
+def test_wrong_use_is_told(words: list[str], told: str, directory: Path) -> None:
+    done = run_tool("--directory", str(directory), *words)
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
+def test_help_fits_a_screen() -> None:
+    text = run_tool("--help").stdout
+    assert len(text.splitlines()) <= 34
+    assert max(map(len, text.splitlines())) <= 80
+    for word in ("list", "explain", "show", "run", "diff", "export"):
+        assert f"    {word} " in text
+
+
+def test_an_unreadable_directory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def refuse(path: str) -> list[str]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert replay.main(["--directory", str(tmp_path), "list"]) == 2
+    assert "use sudo" in capfd.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_told(capfd: Any) -> None:
+    with pytest.raises(RecordError):
+        read_record("/dev/null")
+    assert replay.main(["--directory", "/nonexistent", "list"]) == 2
+    assert "No such file" in capfd.readouterr().err

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records of a machine without a virtual IOMMU, by the guest's hook and by the host's."""
+
+from __future__ import annotations
+
+import json
+
+from tests.vm import bundles, calls, devices, guest
+from tests.vm.bundles import Containers
+from tests.vm.calls import ask, one_runtime
+from tests.vm.recording import check_host, check_record
+
+MACHINE = "no-iommu"
+
+
+@one_runtime
+def test_the_guest_has_no_iommu(containers: Containers) -> None:
+    _, state = calls.make_created(containers, annotations=ask(guest.find_device(devices.NIC_E1000E)))
+    check_record(calls.fork_hook(state), "viommu-off")
+
+
+@one_runtime
+def test_the_host_has_no_iommu(containers: Containers) -> None:
+    _, state = calls.make_created(containers, devices=bundles.vfio_devices("12"))
+    check_record(check_host(json.dumps(state)), "iommu-off")
