@@ -97,8 +97,29 @@ def make_directory(directory: int, name: str) -> None:
     old = os.umask(0)
     try:
         os.mkdir(name, 0o755, dir_fd=directory)
+    except OSError as error:
+        if error.errno != errno.EOVERFLOW:
+            raise
+        make_directory_as_owner(directory, name)
     finally:
         os.umask(old)
+
+
+def make_directory_as_owner(directory: int, name: str) -> None:
+    """Make a directory for the owner of the one that it is made in. Raises OSError.
+
+    A file system that belongs to a user namespace takes nothing of an owner that the namespace does not know, and this
+    process's is such a one (EOVERFLOW; kernel: fsuidgid_has_mapping).
+    """
+    owner = os.fstat(directory)
+    uid, gid = os.geteuid(), os.getegid()
+    os.setegid(owner.st_gid)
+    os.seteuid(owner.st_uid)
+    try:
+        os.mkdir(name, 0o755, dir_fd=directory)
+    finally:
+        os.seteuid(uid)
+        os.setegid(gid)
 
 
 def explain_tree_error(error: OSError, rootfs: str) -> StepError:
