@@ -22,6 +22,7 @@ from oci_hooks.signals import interruptible, reset_signals
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.command import Call
+    from oci_hooks.events import Listener
     from oci_hooks.files import Root
     from oci_hooks.guest_settings import GuestSettings
     from oci_hooks.journal import Journal
@@ -129,11 +130,18 @@ def wait_for_claim(work: Work) -> tuple[Journal, plan.Plan]:
                     # What is missing is the news; that it can't be waited for comes after.
                     error.findings = missing.findings + error.findings
                     raise
-            elif not root.do(Listener.wait, listener, deadline.remaining() - BIND_SECONDS):
+            elif not root.do(wait, listener, deadline):
                 raise missing.after(root.do(deadline.elapsed)) from None
         else:
             if claimed:
                 return claimed
+
+
+def wait(listener: Listener, deadline: Deadline) -> str:
+    """Return what happened to a device or a group; "" when too little time is left to bind one."""
+    seconds = deadline.remaining() - BIND_SECONDS
+    # Where events come faster than they are looked after there always is one: only the clock ends that.
+    return listener.wait(seconds) if seconds > 0 else ""
 
 
 def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:

@@ -41,8 +41,7 @@ class Listener:
     def wait(self, seconds: float) -> str:
         """Return what happened to a PCI device or VFIO group ("add /devices/..."), "" when the seconds are over."""
         end = time.monotonic() + seconds
-        # Where events come faster than anybody looks after them, there always is one: only the clock ends that.
-        while seconds > 0:
+        while True:
             remaining = max(end - time.monotonic(), 0.0)
             try:
                 event = self.monitor.poll(timeout=remaining)
@@ -53,5 +52,4 @@ class Listener:
                 return f"{event.action} {event.device_path}"
             # libudev filters the kernel's events when it reads them: poll also returns for those of no interest.
             if not remaining:
-                break
-        return ""
+                return ""
