@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests import provision
-from tests.vm import control, machines, rig
+from tests.vm import control, machines, rig, starvation
 from tests.vm.control import Relay, Wire
 from tests.vm.devices import Board
 
@@ -75,7 +75,7 @@ def test_exit_code_and_output_come_back(wires: tuple[Wire, Wire], tmp_path: Path
 def test_boot_that_ends_early_says_what_it_said(wires: tuple[Wire, Wire]) -> None:
     """A wrong option of QEMU's is readable."""
     with pytest.raises(rig.StalledError, match="no such device"):
-        run_shell("echo no such device; exit 1", wires)
+        run_shell("echo no such device >&2; exit 1", wires)
 
 
 def test_boot_that_hangs_is_killed(wires: tuple[Wire, Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +107,39 @@ def assert_dead(pid: int) -> None:
     with os.fdopen(pidfd) as file:
         ended, _, _ = select.select([file], [], [], 10)
     assert ended, f"process {pid} still runs"
+
+
+def make_thread(proc: Path, pid: int, tid: int, waited: float, children: str = "") -> None:
+    """Make the files of one thread as in /proc."""
+    thread = proc / str(pid) / "task" / str(tid)
+    thread.mkdir(parents=True)
+    (thread / "schedstat").write_text(f"5000000000 {int(waited * 1e9)} 17\n")
+    (thread / "children").write_text(children)
+
+
+def test_starvation_is_the_hungriest_descendants(tmp_path: Path) -> None:
+    """The leash and virtme-ng sleep; QEMU's processors, far below them, wait. Who has ended is passed over."""
+    make_thread(tmp_path, 10, 10, 0.1, "11 99")
+    make_thread(tmp_path, 11, 11, 0.2, "12")
+    make_thread(tmp_path, 12, 12, 0.5)
+    make_thread(tmp_path, 12, 13, 54.5)
+    make_thread(tmp_path, 77, 77, 1000.0)
+    assert starvation.measure_starvation(10, tmp_path) == 54.5
+    assert starvation.measure_starvation(99, tmp_path) == 0.0
+
+
+def test_starved_boot_gets_more_time_but_not_for_ever(
+    wires: tuple[Wire, Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up after its limit by the clock, because it was not let run; given up after some times the limit."""
+    monkeypatch.setattr(rig, "BOOT_LIMIT", 0.5)
+    monkeypatch.setattr(rig, "PATIENCE", 200)
+    monkeypatch.setattr(rig, "measure_starvation", lambda _pid: 1000.0)
+    late = f"sleep 1.2; {say_through(tmp_path / 'control', {'up': True}, {'exit': 0})}"
+    assert run_shell(late, wires)[0].exit_code == 0
+    monkeypatch.setattr(rig, "PATIENCE", 2)
+    with pytest.raises(rig.StalledError, match="not reached"):
+        run_shell("sleep 1000", wires)
 
 
 def test_leash_lets_nothing_outlive_its_holder(tmp_path: Path) -> None:

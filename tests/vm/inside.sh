@@ -3,6 +3,8 @@
 # The first thing that runs in the machine: `inside.sh JOB DIRECTORY...`. Tells the rig that it is up, runs the job,
 # tells how it ended. DIRECTORY: those of the outside that must be seen as they are there.
 set -eu
+# Standard error is the kernel's console's: the job's words all go one way, in order.
+exec 2>&1
 control=/dev/virtio-ports/rig.control
 echo '{"up": true}' >$control
 job=$1
