@@ -36,8 +36,8 @@ VIRTIO_USES = {
 MAPPER_KINDS = {"LVM": "LVM volume", "CRYPT": "dm-crypt volume", "mpath": "multipath device", "part": "partition"}
 
 IFF_UP = 1
-# include/uapi/linux/route.h and ipv6_route.h: a route that refuses, one for the machine's own address, an anycast one.
-RTF_REJECT, RTF_ANYCAST, RTF_LOCAL = 0x0200, 0x00100000, 0x80000000
+# include/uapi/linux/ipv6_route.h: a route to an anycast address and one to an own address. Neither leads anywhere.
+RTF_ANYCAST, RTF_LOCAL = 0x00100000, 0x80000000
 # The scope of an address in /proc/net/if_inet6 (include/net/ipv6.h): IPV6_ADDR_LINKLOCAL.
 LINK_SCOPE = "20"
 
@@ -268,7 +268,7 @@ def read_routed(root: Root) -> frozenset[str]:
 def is_real_route(destination: str, flags: int) -> bool:
     """Tell whether a line of /proc/net/ipv6_route is more than link-local (fe80::/10), multicast or the own address."""
     automatic = destination.startswith(("fe8", "fe9", "fea", "feb", "ff"))
-    return not automatic and not flags & (RTF_REJECT | RTF_ANYCAST | RTF_LOCAL)
+    return not automatic and not flags & (RTF_ANYCAST | RTF_LOCAL)
 
 
 def find_network_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:

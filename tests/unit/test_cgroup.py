@@ -562,6 +562,16 @@ def test_the_ancestor_that_denies_is_named(tree: Root, monkeypatch: pytest.Monke
     assert '"minor": 196' not in finding.hint
 
 
+def test_the_containers_own_scope_is_not_called_an_ancestor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("", "/container"):
+        (tmp_path / f"u/1.scope{name}").mkdir(parents=True)
+        (tmp_path / f"u/1.scope{name}/cgroup.procs").write_text("")
+    Kernel(monkeypatch, {"1.scope": [DENY], "container": [ALLOW]})
+    place = Cgroup(1, "/u/1.scope/container", "", "/u")
+    (finding,) = cgroup.explain_denial(Root(str(tmp_path)), place, [NodeProof(GROUP, errno.EPERM, False)]).findings
+    assert "above" not in finding.problem
+
+
 @pytest.mark.parametrize(
     ("proof", "words"),
     [
