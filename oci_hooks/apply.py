@@ -105,7 +105,8 @@ def probe_again(root: Root, address: str, deadline: Deadline) -> str:
         retry=tenacity.retry_if_result(lambda driver: driver == ""),
         wait=tenacity.wait_exponential(multiplier=0.02, max=0.3),
         stop=tenacity.stop_after_delay(seconds),
-        retry_error_callback=lambda state: state.outcome.result() if state.outcome else "",
+        # tenacity 6 goes by the name of the parameter.
+        retry_error_callback=lambda retry_state: retry_state.outcome.result() if retry_state.outcome else "",
     )
     driver: str = retrying(probe)
     return driver

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 # What a path or an id can hold: any character, and bytes that are no UTF-8.
 WORDS = st.text(
     st.one_of(st.characters(exclude_categories=["Cs"]), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF))
-)
+).map(lambda text: os.fsdecode(os.fsencode(text)))
 ENTRIES = st.sampled_from(sorted(KINDS)).flatmap(
     lambda kind: st.tuples(*[WORDS] * len(KINDS[kind])).map(lambda words: Entry(kind, words))
 )
