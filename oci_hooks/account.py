@@ -65,8 +65,9 @@ def count_reads(asked: list[dict[str, Any]]) -> list[str]:
     if not asked:
         return []
     missing = sum("errno" in event for event in asked)
-    absent = f", {missing} of them not there or not readable" if missing else ""
-    return [f"{asked[0]['at']:8.3f} read  {len(asked)} files, links and directories{absent}"]
+    absent = f", {missing} of them absent or unreadable" if missing else ""
+    paths = f"{len(asked)} path{'s' if len(asked) > 1 else ''}"
+    return [f"{asked[0]['at']:8.3f} read  {paths}{absent}"]
 
 
 def format_event(event: dict[str, Any]) -> list[str]:
@@ -179,7 +180,7 @@ def shorten(text: str) -> str:
 def format_explanation(record: RunRecord) -> str:
     """Return the shortest account of a run, for a ticket."""
     about = record.about
-    verdict = {0: "succeeded", 1: "refused or failed, and put everything back", 2: "could not use its input"}
+    verdict = {0: "succeeded", 1: "refused or failed", 2: "could not use its input"}
     lines = [f"{about['program']} {verdict[about['exit']]}: container {about['container'] or '(not known)'}"]
     for finding in record.findings:
         lines += ["", f"{finding.level}: [{finding.code}]", f"  object:  {finding.subject}"]
