@@ -93,6 +93,7 @@ def choose_named(request: Request, pool: Pool) -> dict[str, Choice]:
         if selector.kind == "auto":
             groups = find_candidates(pool)
             if not groups:
+                check_iommu(pool)
                 raise NotYet(
                     "nothing-to-take", request.source, f"auto finds no free device{list_rejected(pool)}", LIST_HINT
                 )

@@ -301,6 +301,7 @@ def test_a_machine_without_an_iommu_says_so(tmp_path: Path) -> None:
     refuse(ask(entries=(entry(),)), make_pool(machine), "no-candidate", waits=True)
     machine.add(NIC)
     refuse(ask(entries=(entry(),)), make_pool(machine), "viommu-off", NIC, "enable_iommu = true")
+    refuse(ask("auto"), make_pool(machine), "viommu-off", NIC, "enable_iommu = true")
 
 
 def test_a_refusal_says_how_long_it_was_waited_for() -> None:

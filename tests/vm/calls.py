@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -116,13 +115,13 @@ def list_claims() -> list[str]:
 
 @contextmanager
 def settings(*lines: str) -> Iterator[Path]:
-    """Have a guest.toml with these lines. Reading it costs a hook some seconds here."""
+    """Have a guest.toml with these lines and nothing else, meanwhile."""
     SETTINGS.parent.mkdir(exist_ok=True)
     SETTINGS.write_text("\n".join([*lines, ""]))
     try:
         yield SETTINGS
     finally:
-        shutil.rmtree(SETTINGS.parent)
+        bundles.write_settings()
 
 
 def ask(devices: Sequence[str] | str) -> dict[str, str]:

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest without a virtual IOMMU: nothing can be bound, and the words say which line to change on the host."""
+
+from __future__ import annotations
+
+from tests.vm import bundles, calls, devices, guest
+from tests.vm.bundles import Containers
+from tests.vm.calls import ask, one_runtime
+
+MACHINE = "no-iommu"
+
+
+@one_runtime
+def test_no_iommu(containers: Containers) -> None:
+    """By annotation and by counting; at once, not at the deadline; nothing is touched."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    assert guest.group_of(nic) == ""
+    before = calls.look_at_drivers()
+    container, state = calls.make_created(containers, devices=bundles.vfio_devices("77"))
+    listed = calls.list_dev(container)
+    for wishes in (ask(nic), ask(f"id:{devices.NIC_E1000E}"), {}):
+        done = calls.call_hook({**state, "annotations": wishes})
+        assert done.code == 1
+        assert "[viommu-off]" in done.stderr
+        assert nic in done.stderr
+        assert "set enable_iommu = true in [hypervisor.qemu] of Kata's configuration.toml" in done.stderr
+        assert "waited" not in done.stderr
+    assert calls.look_at_drivers() == before
+    assert calls.list_dev(container) == listed
+    assert calls.list_claims() == []
+
+
+@one_runtime
+def test_no_iommu_under_the_runtime(containers: Containers) -> None:
+    """The container is not started."""
+    done = containers.probe(annotations=ask("auto"))
+    assert done.code != 0
+    assert done.stdout == ""
+    assert "[viommu-off]" in done.stderr
