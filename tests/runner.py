@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests/run does: sets up, runs the kinds of tests asked for, counts.
 
-    tests/run                                          everything: lint, unit, runtime, vm
+    tests/run                                          everything: lint, unit, runtime, packaging, vm
     tests/run lint unit                                these kinds
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
     tests/run --in MACHINE [--kernel 6.12] COMMAND...  any command in a machine
@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tests import provision
+from tests import packages, provision
 from tests.provision import REPOSITORY, MissingError, say
 from tests.vm import machines, rig
 
-KINDS = ("lint", "unit", "runtime", "vm")
+KINDS = ("lint", "unit", "runtime", "packaging", "vm")
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 1200.0
 # More files than this that ask for the same machine are given to two.
@@ -199,7 +199,8 @@ def run_boot(boot: Boot, options: list[str], prefixed: bool) -> Count:
         report = rig.SHARE / "junit.xml"
         command = [find_tool("python"), "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command += ["-o", "faulthandler_timeout=240", *options, *(str(file) for file in boot.files)]
-        job = rig.Job(tuple(command), share, VM_LIMIT, make_environment())
+        environment = {**make_environment(), **packages.make_environment(boot.files)}
+        job = rig.Job(tuple(command), share, VM_LIMIT, environment)
         try:
             kernel = provision.ensure_kernel(boot.kernel)
             outcome = rig.run_in_vm(machines.MACHINES[boot.machine], kernel, job, write)

@@ -88,9 +88,8 @@ def test_every_annotation_and_option_has_an_entry() -> None:
 
 
 def test_examples_of_settings_are_right() -> None:
-    import tomllib
-
     from oci_hooks.schema import find_mistakes
+    from oci_hooks.settings import load_toml
 
     page = (MANUAL / "oci-vfio-guest.toml.5.rst").read_text()
     top, auto, node = re.split(r"^Table .*$", page, flags=re.MULTILINE)
@@ -98,5 +97,5 @@ def test_examples_of_settings_are_right() -> None:
         examples = re.findall(r"Example: ``([^`]+)``", text)
         assert examples
         for example in examples:
-            values = tomllib.loads(f"{table}\n{example}\n")
+            values = load_toml(f"{table}\n{example}\n")
             assert find_mistakes(values, "guest-settings", "example", "bad", "") == (), json.dumps(values)

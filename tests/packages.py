@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The packages, and Debian roots to install them in: what tests/packaging and tests/vm/test_installed.py stand on.
+
+A root is made once with debootstrap and never changed; what a test does in it goes to a directory of its own, laid
+over it with overlayfs in a mount namespace that ends with the command. Standard library only, like provision.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.provision import PYTHON, REPOSITORY, find_cache, find_mirror, locked, make_partial, make_stamp, run, say
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# What packaging/build installs by itself is not here.
+PACKAGES = {
+    "debootstrap": "Debian roots to install packages in",
+    "lintian": "what Debian thinks of a package",
+    "rpmlint": "what Fedora and openSUSE think of a package",
+    "podman": "reads hooks.d and CDI files",
+    "python3-pip": "installing from source",
+    "python3-setuptools": "installing from source",
+    "python3-venv": "installing from source",
+    "python3-wheel": "installing from source",
+}
+DEPENDENCIES = ("python3-jsonschema", "python3-pyudev", "python3-tenacity")
+# The runtimes that use an installed hook in the machine.
+RUNTIMES = ("runc", "crun")
+# Each root: release, what is installed, what is only downloaded for a test to install, what pip puts into /opt/tests.
+# The last two are what pytest needs below Python 3.11, which a pip that runs under a newer one does not see.
+FLOOR = (
+    "bullseye",
+    (*DEPENDENCIES, "python3-venv"),
+    (),
+    ("pytest>=7.4", "pyfakefs>=5.3", "hypothesis>=6.80", "tomli", "exceptiongroup", "typing-extensions"),
+)
+ROOTS = {
+    "debian-11": FLOOR,
+    "debian-12": ("bookworm", (), (*DEPENDENCIES, *RUNTIMES), ()),
+    "debian-13": ("trixie", (), DEPENDENCIES, ()),
+}
+# Roots with packages in them are made anew with every change: an older one is of no use, after the runs that have it.
+KEPT_SECONDS = 7200.0
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/root"}
+
+
+@dataclass(frozen=True)
+class Root:
+    """A root file system for one test: layers, the topmost first, and a directory that takes what is changed."""
+
+    layers: tuple[Path, ...]
+    changes: Path
+    binds: tuple[tuple[Path, str], ...] = ()
+
+    def run(
+        self, *command: str, text: str = "", code: int | None = 0, cwd: str = "/"
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in it. text: its standard input; code: the exit code it must end with, None for any."""
+        done = subprocess.run(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-ec", self.make_script(cwd), "sh", *command],
+            input=text,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**ENVIRONMENT, "DEBIAN_FRONTEND": "noninteractive"},
+            check=False,
+        )
+        if code is not None and done.returncode != code:
+            raise AssertionError(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done
+
+    def make_script(self, cwd: str) -> str:
+        """Return the shell script that mounts it, and runs its arguments in it."""
+        top, work, place = (self.changes / name for name in ("top", "work", "root"))
+        for directory in (top, work, place):
+            directory.mkdir(parents=True, exist_ok=True)
+        layers = f"lowerdir={':'.join(map(str, self.layers))},upperdir={top},workdir={work}"
+        lines = [
+            f"mount -t overlay -o {layers} root {place}",
+            f"mount -t proc proc {place}/proc",
+            f"mount --rbind /dev {place}/dev",
+            f"mount --bind /sys {place}/sys",
+        ]
+        for source, target in self.binds:
+            lines += [f"mkdir -p {place}{target}", f"mount --bind {source} {place}{target}"]
+        return "\n".join([*lines, f'exec chroot {place} sh -c \'cd "$0" && exec "$@"\' {cwd} "$@"'])
+
+    def list_changes(self) -> set[str]:
+        """Return the paths of everything that was made in it, or changed."""
+        top = self.changes / "top"
+        # overlayfs notes with a character device what was removed.
+        return {f"/{path.relative_to(top)}" for path in top.rglob("*") if not path.is_char_device()}
+
+
+@functools.cache
+def ensure_dist() -> Path:
+    """Return a directory with the packages of the tree as it is at the first call, built if they are not there."""
+    place = find_cache() / f"dist-{stamp_tree()}"
+    if not place.exists():
+        with locked(place):
+            if not place.exists():
+                say("building DEB and RPM packages")
+                started = time.monotonic()
+                forget_old("dist-*")
+                partial = make_partial(place)
+                run([str(REPOSITORY / "packaging/build"), str(partial)])
+                partial.rename(place)
+                say(f"  packages: done in {time.monotonic() - started:.0f} s")
+    return place
+
+
+def stamp_tree() -> str:
+    """Return a name for the contents of all files that go into the packages."""
+    command = [
+        "git",
+        "-c",
+        f"safe.directory={REPOSITORY}",
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
+    digest = hashlib.sha256()
+    for name in sorted(run(command, cwd=REPOSITORY).split("\0")):
+        path = REPOSITORY / name
+        # What is deleted and not committed yet is still listed. Tests are in the source tarball only.
+        if path.is_file() and not name.startswith("tests/"):
+            digest.update(f"{name} {path.stat().st_mode:o}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def forget_old(pattern: str) -> None:
+    """Remove directories of the cache that an earlier state of the tree has left."""
+    for path in find_cache().glob(pattern):
+        if path.is_dir() and time.time() - path.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def ensure_roots() -> None:
+    """Make the roots that are missing, side by side: most of the time is the mirror's."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(ensure_root, ROOTS))
+
+
+def ensure_root(name: str) -> Path:
+    """Return a Debian root of this name, made once."""
+    suite, installed, downloaded, requirements = ROOTS[name]
+    place = find_cache() / f"root-{name}-{make_stamp(suite, *installed, *downloaded, *requirements)}"
+    if not place.exists():
+        with locked(place):
+            if not place.exists():
+                make_root(place, suite, installed, downloaded, requirements)
+    return place
+
+
+def make_root(
+    place: Path, suite: str, installed: Sequence[str], downloaded: Sequence[str], requirements: Sequence[str]
+) -> None:
+    """Make a root with debootstrap: Debian's smallest, and what ROOTS says."""
+    say(f"making a root of Debian {suite} with debootstrap: minbase{''.join(f', {name}' for name in installed)}")
+    started = time.monotonic()
+    partial = make_partial(place)
+    include = [f"--include={','.join(installed)}"] if installed else []
+    run(["debootstrap", "--variant=minbase", *include, suite, str(partial), find_mirror()])
+    shutil.copy("/etc/resolv.conf", partial / "etc/resolv.conf")
+    run(["chroot", str(partial), "apt-get", "clean"])
+    if downloaded:
+        # apt finds them in its cache when a test installs them, in seconds and also where there is no network.
+        options = ["-o", "Acquire::Languages=none", "-o", "APT::Sandbox::User=root"]
+        run(["chroot", str(partial), "apt-get", *options, "update"])
+        run(["chroot", str(partial), "apt-get", "install", "-y", "--no-install-recommends", "-d", *downloaded])
+    if requirements:
+        install_requirements(partial, requirements)
+    partial.rename(place)
+    say(f"  root of Debian {suite}: done in {time.monotonic() - started:.0f} s")
+
+
+def install_requirements(root: Path, requirements: Sequence[str]) -> None:
+    """Make the virtual environment /opt/tests in a root, which sees the distribution's libraries too.
+
+    What it needs is loaded from outside: this machine knows its way to PyPI (proxies, certificates), the root doesn't.
+    """
+    version = run(["chroot", str(root), "python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip()
+    pip = [PYTHON, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--only-binary=:all:"]
+    run([*pip, "--python-version", version, "-d", str(root / "opt/wheels"), *requirements])
+    run(["chroot", str(root), "python3", "-m", "venv", "--system-site-packages", "/opt/tests"])
+    install = ["/opt/tests/bin/python3", "-m", "pip", "install", "-q", "--no-index", "--find-links", "/opt/wheels"]
+    # None of this machine's own settings for pip, which name files that are not in there.
+    run(["env", "-i", *(f"{k}={v}" for k, v in ENVIRONMENT.items()), "chroot", str(root), *install, *requirements])
+    shutil.rmtree(root / "opt/wheels")
+
+
+def ensure_installed(name: str = "debian-12") -> tuple[Path, Path]:
+    """Return the layers, topmost first, of a root in which apt has installed the DEBs and the runtimes."""
+    base, dist = ensure_root(name), ensure_dist()
+    place = find_cache() / f"installed-{name}-{make_stamp(str(base), str(dist))}"
+    if not place.exists():
+        with locked(place):
+            if not place.exists():
+                forget_old("installed-*")
+                partial = make_partial(place)
+                runtimes = RUNTIMES if set(RUNTIMES) <= set(ROOTS[name][2]) else ()
+                install_debs(Root((base,), partial, ((dist, "/mnt/dist"),)), *runtimes)
+                (partial / "top").rename(place)
+                shutil.rmtree(partial)
+    return place, base
+
+
+def make_environment(files: Sequence[Path]) -> dict[str, str]:
+    """Return what tests in the machine find in their environment if a file among them says PACKAGES = True."""
+    if not any("\nPACKAGES = True\n" in file.read_text() for file in files):
+        return {}
+    return {"OCI_VFIO_DIST": str(ensure_dist()), "OCI_VFIO_INSTALLED": ":".join(map(str, ensure_installed()))}
+
+
+def install_debs(root: Root, *more: str) -> None:
+    """Install the DEBs that are mounted on /mnt/dist as a user does, and these packages of Debian beside them."""
+    command = shlex.join(["apt-get", "install", "-y", "-q", "--no-install-recommends", *more])
+    root.run("sh", "-c", f"{command} ./dist/*.deb", cwd="/mnt")
+
+
+def list_files(directory: Path) -> Iterator[Path]:
+    """Return all files below a directory, links not followed."""
+    for top, _, names in os.walk(directory):
+        yield from (Path(top) / name for name in names)

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packages in Debian roots: installed as a user does, run as a runtime does, upgraded, taken away again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from oci_hooks import __version__
+from tests import packages, provision
+from tests.packages import Root
+from tests.packaging.conftest import MakeRoot
+from tests.provision import REPOSITORY
+
+LIBEXEC = "/usr/libexec/oci/hooks.d"
+HOOKS = [
+    f"{LIBEXEC}/vfio-host-check",
+    f"{LIBEXEC}/vfio-guest-bind",
+    "/usr/share/oci/hooks/prestart/vfio-guest-bind",
+    "/usr/bin/vfio-host-check",
+    "/usr/bin/vfio-guest-bind",
+]
+DEBIANS = ["debian-12", "debian-13"]
+OURS = re.compile(r"vfio|oci[-_]hooks|/oci(/|$)")
+
+
+def make_bundle(root: Root, *devices: dict[str, object]) -> str:
+    """Write a bundle into a root and return the state of its container."""
+    bundle = root.changes / "bundle"
+    bundle.mkdir(parents=True, exist_ok=True)
+    config = {"ociVersion": "1.0.2", "root": {"path": "rootfs"}, "linux": {"devices": list(devices)}}
+    (bundle / "config.json").write_text(json.dumps(config))
+    state = {"ociVersion": "1.0.2", "id": "c", "status": "creating", "pid": 1, "bundle": str(bundle)}
+    return json.dumps(state)
+
+
+def use_hooks(root: Root, hooks: list[str], **environment: str) -> None:
+    """Run hooks as a runtime does: nothing asked for, a device asked for that is not there, a state that is none."""
+    nothing = make_bundle(root)
+    bound = Root(root.layers, root.changes, ((root.changes / "bundle", str(root.changes / "bundle")), *root.binds))
+    change = [f"{name}={value}" for name, value in environment.items()]
+
+    def call(hook: str, state: str, code: int) -> str:
+        return bound.run("env", "-i", *change, hook, text=state, code=code).stderr
+
+    for hook in hooks:
+        assert call(hook, nothing, 0) == ""
+        # Looks a mistake up with jsonschema: the site-packages of this installation are found too.
+        assert "lacks id" in call(hook, "{}", 2)
+        version = bound.run(hook, "--version").stdout
+        assert version == f"{Path(hook).name} {__version__}\n"
+    missing = make_bundle(root, {"path": "/dev/vfio/4711", "type": "c", "major": 511, "minor": 4711})
+    for hook in hooks:
+        said = call(hook, missing, 1)
+        assert re.match(rf"{Path(hook).name}: error: \[[a-z-]+\] ", said), said
+        assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", DEBIANS)
+def test_debs_on_a_fresh_debian(installed: MakeRoot, name: str) -> None:
+    root = installed(name)
+    # A library that an attacker's environment names must not be loaded.
+    use_hooks(root, HOOKS, PYTHONPATH="/nowhere", PYTHONHOME="/nowhere")
+    layer = root.layers[0]
+    compiled = {path.name.partition(".")[0] for path in layer.rglob("dist-packages/oci_hooks/__pycache__/*.pyc")}
+    assert compiled == {path.stem for path in (REPOSITORY / "oci_hooks").glob("*.py")}
+    # The hooks use what was compiled on installation and leave nothing behind: no file of ours is new.
+    assert not [path for path in root.list_changes() if "__pycache__" in path]
+    assert "records" in root.run("vfio-hook-replay", "--help").stdout
+    for library in ("jsonschema", "pyudev", "tenacity"):
+        root.run("python3", "-I", "-c", f"import {library}")
+
+
+@pytest.mark.parametrize("name", DEBIANS)
+def test_purging_debs_leaves_nothing(installed: MakeRoot, name: str) -> None:
+    root = installed(name)
+    root.run(
+        "sh", "-c", "mkdir -p /etc/oci-vfio-hooks && touch /etc/oci-vfio-hooks/host.toml /etc/oci-vfio-hooks/guest.toml"
+    )
+    use_hooks(root, HOOKS[:2])
+    root.run("apt-get", "purge", "-y", "python3-oci-vfio-hooks", "oci-vfio-hooks", "oci-vfio-hooks-guest")
+    left = root.run("find", "/", "-xdev", "-not", "-path", "/mnt/*", "-not", "-path", "/root/*").stdout.splitlines()
+    before = {f"/{path.relative_to(root.layers[-1])}" for path in root.layers[-1].rglob("*")}
+    assert [path for path in left if OURS.search(path) and path not in before] == []
+
+
+def test_an_upgrade_keeps_settings_and_nothing_old(dist: Path, installed: MakeRoot, tmp_path: Path) -> None:
+    root = installed("debian-12")
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    for deb in dist.glob("*.deb"):
+        tree = newer / deb.stem
+        subprocess.run(["dpkg-deb", "-R", deb, tree], check=True)
+        control = tree / "DEBIAN/control"
+        control.write_text(control.read_text().replace(f"{__version__}-1", f"{__version__}-2"))
+        # A module that the newer version does not have any more.
+        for path in tree.rglob("oci_hooks/events.py"):
+            path.unlink()
+        subprocess.run(["dpkg-deb", "--root-owner-group", "-Zgzip", "-b", tree, newer], check=True, capture_output=True)
+    root = Root(root.layers, root.changes, ((newer, "/mnt/newer"),))
+    root.run("sh", "-ec", "mkdir -p /etc/oci-vfio-hooks; echo 'mode = \"warn\"' > /etc/oci-vfio-hooks/host.toml")
+    root.run("sh", "-ec", "dpkg -i /mnt/newer/*.deb")
+    assert root.run("sh", "-c", "ls /usr/lib/python3/dist-packages/oci_hooks/__pycache__ | grep -c ^events", code=1)
+    root.run("apt-get", "remove", "-y", "python3-oci-vfio-hooks")
+    assert root.run("ls", "/etc/oci-vfio-hooks").stdout == "host.toml\n"
+    assert root.run("ls", "/usr/lib/python3/dist-packages/oci_hooks", code=2).stdout == ""
+
+
+def test_rpms_over_a_root_with_the_dependencies(dist: Path, installed: MakeRoot) -> None:
+    root = installed("debian-12")
+    root.run("dpkg", "--purge", "python3-oci-vfio-hooks", "oci-vfio-hooks", "oci-vfio-hooks-guest")
+    before = root.list_changes()
+    rpms = sorted(path for path in dist.glob("*.noarch.rpm"))
+    # Debian's libraries are not in the RPM database, hence --nodeps; test_build.py looks at what is required.
+    run_rpm(root, "-i", "--nodeps", *(str(path) for path in rpms))
+    use_hooks(root, HOOKS)
+    run_rpm(root, "-V", "--nodeps", "oci-vfio-hooks", "oci-vfio-hooks-guest", "python3-oci-vfio-hooks")
+    run_rpm(root, "-e", "oci-vfio-hooks", "oci-vfio-hooks-guest", "python3-oci-vfio-hooks")
+    assert [path for path in root.list_changes() - before if OURS.search(path)] == []
+
+
+def run_rpm(root: Root, *arguments: str) -> None:
+    """Run this machine's rpm on a root."""
+    inside = Root(root.layers, root.changes, root.binds)
+    script = inside.make_script("/").rpartition("exec chroot")[0]
+    place = root.changes / "root"
+    # Kept in the root, so that the next call knows what is installed.
+    command = f'{script}\nexec rpm --root {place} --dbpath /var/lib/rpm "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-ec", command, "sh", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pip_into_usr_local(installed: MakeRoot, tmp_path: Path) -> None:
+    root = installed("debian-12")
+    root.run("dpkg", "--purge", "python3-oci-vfio-hooks", "oci-vfio-hooks", "oci-vfio-hooks-guest")
+    target = root.changes / "top"
+    pip = [provision.PYTHON, "-m", "pip", "install", "-q", "--root", str(target), "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--break-system-packages", str(copy_sources(tmp_path))], check=True, capture_output=True)
+    assert (target / "usr/local/lib/python3.11/dist-packages/oci_hooks").is_dir()
+    use_hooks(root, ["/usr/local/bin/vfio-host-check", "/usr/local/bin/vfio-guest-bind"])
+
+
+def copy_sources(tmp_path: Path) -> Path:
+    """Return a copy of the sources: pip leaves build directories behind."""
+    place = tmp_path / "sources"
+    names = shutil.ignore_patterns(".*", "__pycache__", "tests", "*.egg-info", "build", "dist")
+    return Path(shutil.copytree(REPOSITORY, place, ignore=names))
+
+
+def test_an_executable_without_its_options_takes_them(tmp_path: Path) -> None:
+    # pip writes the first line anew and leaves the options out.
+    hook = tmp_path / "lib" / "vfio-host-check"
+    hook.parent.mkdir()
+    hook.write_text((REPOSITORY / "hooks/vfio-host-check").read_text().replace("python3 -IS", "python3", 1))
+    hook.chmod(0o755)
+    (tmp_path / "oci_hooks").mkdir()
+    for name, text in (
+        ("__init__", ""),
+        ("host", "import sys\ndef main(argv): print(sys.flags.isolated, sys.flags.no_site, argv)"),
+    ):
+        (tmp_path / f"oci_hooks/{name}.py").write_text(text)
+    done = subprocess.run([hook, "a b"], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 1 ['a b']\n"
+
+
+def test_units_on_the_floor(dist: Path, tmp_path: Path) -> None:
+    """Debian 11: Python 3.9, jsonschema 3.2, pyudev 0.22, tenacity 6.2."""
+    root = Root((packages.ensure_root("debian-11"),), tmp_path / "root", ((REPOSITORY, "/mnt/repository"),))
+    report = "import sys, jsonschema, pyudev; print(sys.version_info[:2], jsonschema.__version__, pyudev.__version__)"
+    assert root.run("/opt/tests/bin/python3", "-c", report).stdout == "(3, 9) 3.2.0 0.22.0\n"
+    pytest_command = ["/opt/tests/bin/python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit"]
+    done = root.run(*pytest_command, cwd="/mnt/repository", code=None)
+    print(done.stdout.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+
+
+def test_debs_on_debian_11(dist: Path, tmp_path: Path) -> None:
+    root = Root((packages.ensure_root("debian-11"),), tmp_path / "root", ((dist, "/mnt/dist"),))
+    root.run("sh", "-ec", "dpkg -i /mnt/dist/*.deb")
+    use_hooks(root, HOOKS)
+
+
+def test_kata_guest_image(dist: Path, bare: MakeRoot, capsys: pytest.CaptureFixture[str]) -> None:
+    root = bare("debian-12")
+    script = REPOSITORY / "examples/kata-guest-image/add-to-rootfs"
+    # The tree is this machine's to look at and to change, as an image's is: mounted, and not entered.
+    place = root.changes / "root"
+    mounted = root.make_script("/").rpartition("mount -t proc")[0]
+    debs = [next(dist.glob(f"{package}_*.deb")) for package in ("python3-oci-vfio-hooks", "oci-vfio-hooks-guest")]
+    command = f"{mounted}\nmount --rbind /dev {place}/dev\nexec {script} {place} {debs[0]} {debs[1]}"
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-ec", command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    added = re.search(r": (\d+) MB$", done.stdout, re.MULTILINE)
+    assert added, done.stdout
+    with capsys.disabled():
+        print(f"\n  Kata guest image: {done.stdout.splitlines()[0].rpartition('/')[2]}")
+    said = (script.parent / "README.md").read_text()
+    stated = re.search(r"these are (\d+):", said)
+    # README and measurement may differ by what a point release of Debian does to Python.
+    assert stated and abs(int(stated.group(1)) - int(added.group(1))) <= 5, done.stdout
+    use_hooks(root, ["/usr/share/oci/hooks/prestart/vfio-guest-bind", "/usr/share/oci/hooks/poststop/vfio-guest-bind"])
+    assert not [path for path in root.list_changes() if path.endswith(".deb")]

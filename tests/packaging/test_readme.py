@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README's section "Install", executed line by line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from oci_hooks import __version__
+from tests.packages import Root
+from tests.packaging.conftest import MakeRoot
+from tests.provision import REPOSITORY
+
+
+def read_lines() -> list[str]:
+    """Return the commands of the section, in order."""
+    section = re.search(r"^## Install$(.*?)^## ", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert section
+    return re.findall(r"^    (\S.*)$", section.group(1), re.MULTILINE)
+
+
+def test_every_line_of_the_section_works(dist: Path, bare: MakeRoot, tmp_path: Path) -> None:
+    """Each line in a fresh root of Debian 12; `packaging/build` has run already, and made what lies in dist/."""
+    tree = tmp_path / "clone"
+    names = shutil.ignore_patterns(".*", "__pycache__", "dist")
+    shutil.copytree(REPOSITORY, tree, ignore=names)
+    shutil.copytree(dist, tree / "dist")
+    root = bare("debian-12")
+    root = Root(root.layers, root.changes, ((tree, "/root/clone"),))
+    lines = read_lines()
+    done = [run_line(line, root, tree, tmp_path) for line in lines]
+    assert len(done) >= 9
+    # What the lines promise is there.
+    for command in ("vfio-host-check", "vfio-guest-bind", "vfio-hook-replay"):
+        root.run(command, "--help")
+    said = root.run("/opt/oci-vfio-hooks/bin/vfio-guest-bind", text="{}", code=2).stderr
+    assert "lacks id, bundle" in said
+
+
+def run_line(line: str, root: Root, tree: Path, tmp_path: Path) -> str:
+    """Run one line where it can be run, and return where that was."""
+    words = shlex.split(line)
+    if words[0] == "packaging/build":
+        assert (REPOSITORY / words[0]).stat().st_mode & 0o111
+        return "the fixture dist"
+    if words[0] == "rpmbuild":
+        # On this machine, which has the tool, below a home of its own.
+        home = tmp_path / "home"
+        command = [*words[:1], "--define", f"_topdir {home}/rpmbuild", *words[1:]]
+        subprocess.run(command, cwd=tree, check=True, capture_output=True)
+        return "here"
+    if words[0] == "dnf":
+        # There is no Fedora here: that the line names what rpmbuild has just made, all of it.
+        pattern = words[-1].replace("~/", "")
+        made = sorted(path.name for path in (tmp_path / "home").glob(pattern))
+        assert [name.rpartition(f"-{__version__}")[0] for name in made] == [
+            "oci-vfio-hooks",
+            "oci-vfio-hooks-guest",
+            "python3-oci-vfio-hooks",
+        ]
+        return "nowhere"
+    if words[0] == "podman":
+        # tests/vm/test_installed.py runs it, where there are devices.
+        return "the machine"
+    if "venv" in words or words[0].endswith("/pip"):
+        return run_pip_line(words, root, tree)
+    if words[:2] == ["apt", "install"]:
+        line = line.replace("apt install", "apt install -y --no-install-recommends")
+    # There is no IOMMU here, and the check says so.
+    code = 1 if "--all" in words else 0
+    result = root.run("sh", "-c", line, cwd="/root/clone", code=None)
+    assert result.returncode in (0, code), result.stdout + result.stderr
+    return "in the root"
+
+
+def run_pip_line(words: list[str], root: Root, tree: Path) -> str:
+    """Run a line with pip on this machine, which knows its way to PyPI, at the place that the root has it."""
+    place = root.changes / "top"
+    if "venv" in words:
+        # The interpreter is the root's, at the same path here.
+        subprocess.run(["/usr/bin/python3", *words[1:-1], "--copies", str(place) + words[-1]], check=True)
+        return "here"
+    pip = [str(place / "opt/oci-vfio-hooks/bin/python3"), "-m", "pip", *words[1:]]
+    subprocess.run(pip, cwd=tree, check=True, capture_output=True)
+    # Where it says where it is, it says where the root has it.
+    for path in (place / "opt/oci-vfio-hooks/bin").iterdir():
+        if path.read_bytes().startswith(b"#!"):
+            path.write_text(path.read_text().replace(str(place), ""))
+    return "here"
