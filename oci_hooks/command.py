@@ -144,9 +144,11 @@ def run_hook(
     if outcome.findings:
         report(program, container, outcome.findings, kmsg)
     if call.is_recorded(outcome.code):
+        from oci_hooks.log import log_findings
         from oci_hooks.record import keep_record
 
-        report(program, container, keep_record(call, outcome, root.notes), kmsg)
+        # Not on stderr: there stands what is wrong, and nothing else, for the runtime's message.
+        log_findings(program, container, keep_record(call, outcome, root.notes), kmsg)
     if outcome.error and arguments.debug:
         raise outcome.error
     return outcome.code

@@ -31,6 +31,13 @@ def report(program: str, container: str, findings: Iterable[Finding], kmsg: bool
     program: the executable's name; container: its id for the logs, "" when not known.
     """
     for finding in findings:
+        write_stderr(f"{program}: {finding.as_line()}")
+    log_findings(program, container, findings, kmsg)
+
+
+def log_findings(program: str, container: str, findings: Iterable[Finding], kmsg: bool = False) -> None:
+    """Tell every finding in the logs only: what is said beside the answer, which stderr is for."""
+    for finding in findings:
         fields = {"CODE": finding.code, "GROUP": name_group(finding.subject)}
         write_line(program, container, finding.level, finding.as_line(), fields, kmsg)
 
@@ -38,12 +45,13 @@ def report(program: str, container: str, findings: Iterable[Finding], kmsg: bool
 def report_steps(program: str, container: str, steps: Iterable[str], kmsg: bool = False) -> None:
     """Tell what a run did and how long each step took, where somebody asked for that."""
     for step in steps:
-        write_line(program, container, "debug", f"debug: {make_one_line(step)}", {}, kmsg)
+        line = f"debug: {make_one_line(step)}"
+        write_stderr(f"{program}: {line}")
+        write_line(program, container, "debug", line, {}, kmsg)
 
 
 def write_line(program: str, container: str, level: str, line: str, fields: dict[str, str], kmsg: bool) -> None:
-    """Write one line everywhere. fields: of the journal."""
-    write_stderr(f"{program}: {line}")
+    """Write one line to the logs. fields: of the journal."""
     tagged = make_one_line(f"container {container}: {line}") if container else line
     known = {name: make_one_line(value) for name, value in {**fields, "CONTAINER_ID": container}.items()}
     if not write_journal(program, level, tagged, known):

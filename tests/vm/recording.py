@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,15 +16,20 @@ from tests.vm.bundles import Done
 # To keep them as test data: OCI_VFIO_KEEP_RECORDS=/some/directory.
 KEEP = os.environ.get("OCI_VFIO_KEEP_RECORDS", "")
 LARGEST = 60_000
-RECORDED = re.compile(r"\[recorded\] (\S+):")
+# The second where the first can't be written.
+PLACES = (Path("/var/lib/oci-vfio-hooks/records"), Path("/run/oci-vfio-hooks/records"))
 
 
 def check_record(done: Done, code: str, name: str = "") -> RunRecord:
     """Return the record that a failed hook left: small, with this code, and the same when it is run again."""
     assert f"[{code}]" in done.stderr, done.stderr
-    found = RECORDED.search(done.stderr)
-    assert found, done.stderr
-    return check_file(Path(found[1]), code, name)
+    assert "recorded]" not in done.stderr, done.stderr
+    return check_file(list_records()[-1], code, name)
+
+
+def list_records() -> list[Path]:
+    """Return the machine's records, the newest last: their names begin with the time."""
+    return sorted((path for place in PLACES for path in place.glob("*.tar.gz")), key=lambda path: path.name)
 
 
 def check_file(path: Path, code: str, name: str = "") -> RunRecord:
