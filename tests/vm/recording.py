@@ -40,7 +40,8 @@ def check_file(path: Path, code: str, name: str = "") -> RunRecord:
     assert code in [finding.code for finding in record.findings] or (not code and record.about["exit"] == 0)
     if KEEP:
         shutil.copy(path, Path(KEEP) / f"{record.about['program'].split('-')[1]}-{name or code}.tar.gz")
-    assert find_differences(record) == []
+    differences = find_differences(record)
+    assert differences == [], "\n".join(differences)
     return record
 
 
