@@ -35,7 +35,7 @@ PACKAGES = {
     "python3-venv": "installing from source",
     "python3-wheel": "installing from source",
 }
-DEPENDENCIES = ("python3-jsonschema", "python3-pyudev", "python3-tenacity")
+DEPENDENCIES = ("kmod", "python3-jsonschema", "python3-pyudev", "python3-tenacity")
 # The runtimes that use an installed hook in the machine.
 RUNTIMES = ("runc", "crun")
 # Each root: release, what is installed, what is only downloaded for a test to install, what pip puts into /opt/tests.

@@ -25,6 +25,10 @@ EXECUTABLES = {
 }
 
 
+# What each needs besides the module and Python: the guest's kernel may have vfio-pci as a module.
+MORE: dict[str, list[str]] = {"oci-vfio-hooks": [], "oci-vfio-hooks-guest": ["kmod"]}
+
+
 def run(*command: str | Path, cwd: Path | None = None) -> str:
     """Run a command that must succeed and return what it printed."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
@@ -89,7 +93,8 @@ def test_debs_need_what_the_hooks_import_and_no_more(dist: Path) -> None:
     module = ["python3-jsonschema", "python3-pyudev", "python3-tenacity", "python3:any"]
     assert read("python3-oci-vfio-hooks", "Depends") == module
     for package in EXECUTABLES:
-        assert read(package, "Depends") == [f"python3-oci-vfio-hooks (= {__version__}-1)", "python3:any"]
+        needed = [*MORE[package], f"python3-oci-vfio-hooks (= {__version__}-1)", "python3:any"]
+        assert read(package, "Depends") == needed
         assert read(package, "Recommends") == [""]
 
 
@@ -103,7 +108,7 @@ def test_rpms_need_what_the_hooks_import_and_no_more(dist: Path) -> None:
     names = {re.sub(r"^python3[.]\d+dist", "dist", name) for name in module}
     assert names == {"/bin/sh", "python(abi)", "dist(jsonschema)", "dist(pyudev)", "dist(tenacity)"}
     for package in EXECUTABLES:
-        assert read(package) == {"/usr/bin/python3", f"python3-oci-vfio-hooks = {__version__}-1"}
+        assert read(package) == {*MORE[package], "/usr/bin/python3", f"python3-oci-vfio-hooks = {__version__}-1"}
 
 
 def test_lintian_has_nothing_to_say(dist: Path) -> None:
