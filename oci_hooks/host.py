@@ -171,7 +171,7 @@ def check_sandbox(
     annotations = {**spec.annotations, **state.annotations}
     found = find_config(root, asker, annotations, settings.get("kata", {}).get("config", ""))
     attached = all(checks.is_attached(root, target, asker, deadline) for target in targets)
-    view = view_sandbox(asker, found, annotations, attached)
+    view = view_sandbox(root, asker, found, annotations, attached)
     findings = [*run_check(check_kata, view, spec, targets)]
     if view.wanted:
         findings += run_check(checks.check_memlock, root, spec, asker)

@@ -6,6 +6,8 @@ A function a check; each returns findings. Sources: kata-containers at the place
 
 from __future__ import annotations
 
+import os
+
 from oci_hooks.errors import Finding
 from oci_hooks.hypervisor import find_kernel_refusal
 from oci_hooks.kata_config import HYPERVISOR_PREFIX
@@ -15,6 +17,7 @@ from oci_hooks.records import Record
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.asker import Asker
+    from oci_hooks.files import Root
     from oci_hooks.groups import Target
     from oci_hooks.hypervisor import Hypervisor
     from oci_hooks.kata_config import KataConfig, Setting
@@ -54,15 +57,18 @@ class KataView(Record):
         return "error" if self.certain else "warning"
 
 
-def view_sandbox(asker: Asker, found: Found, annotations: dict[str, str], attached: bool) -> KataView:
+def view_sandbox(root: Root, asker: Asker, found: Found, annotations: dict[str, str], attached: bool) -> KataView:
     """Return what is known of the sandbox. attached: whether its hypervisor holds all of the container's groups."""
-    import os
-
     asked = any(annotations.get(name, "").strip() for name in (DEVICES_ANNOTATION, MAP_ANNOTATION))
     mode = found.config.runtime_setting("vfio_mode", "").value if found.config else ""
     wanted = asked or mode == "vfio"
-    machine = os.uname().machine
+    machine = root.do(name_machine)
     return KataView(asker, found.config, found.certain, asker.hypervisor, machine, str(mode), wanted, attached)
+
+
+def name_machine() -> str:
+    """Return the host's architecture, as uname says it."""
+    return os.uname().machine
 
 
 def check_kata(view: KataView, spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding, ...]:

@@ -181,7 +181,7 @@ def view_configs(root: Root, settings: dict[str, Any]) -> tuple[KataView, ...]:
         candidates += find_default_places(root, flavour, "")[:1]
     places = {place.real: place for place in reversed(candidates) if place}
     configs = [load_config(root, place, "", {}) for place in reversed(list(places.values()))]
-    return tuple(view_sandbox(make_nobody(), Found(config, True), {}, False) for config in configs)
+    return tuple(view_sandbox(root, make_nobody(), Found(config, True), {}, False) for config in configs)
 
 
 def check_view(view: KataView) -> list[Finding]:

@@ -94,9 +94,8 @@ def choose_named(request: Request, pool: Pool) -> dict[str, Choice]:
             groups = find_candidates(pool)
             if not groups:
                 check_iommu(pool)
-                raise NotYet(
-                    "nothing-to-take", request.source, f"auto finds no free device{list_rejected(pool)}", LIST_HINT
-                )
+                problem = f"auto finds no free device{list_rejected(pool)}{tell_no_iommu(pool)}"
+                raise NotYet("nothing-to-take", request.source, problem, choose_hint(pool, LIST_HINT))
             devices = [group.endpoints[0] for group in groups]
         else:
             devices = find_selected(selector, request, pool)
@@ -209,11 +208,12 @@ def choose_counted(request: Request, entries: list[Device], taken: set[str], poo
         raise Refusal("ambiguous", request.source, problem, f'say which: "{DEVICES_ANNOTATION}": "{example}"')
     check_iommu(pool)
     found = "; ".join(describe_group(group) for group in candidates) or "none"
+    asked = f"{paths}: {count(len(entries), 'group')} asked for"
     raise NotYet(
         "no-candidate",
         request.source,
-        f"{paths}: {count(len(entries), 'group')} asked for, free here: {found}{list_rejected(pool)}",
-        f'name the devices if they are here: "{DEVICES_ANNOTATION}": "0000:02:00.0"',
+        f"{asked}, free here: {found}{list_rejected(pool)}{tell_no_iommu(pool)}",
+        choose_hint(pool, f'name the devices if they are here: "{DEVICES_ANNOTATION}": "0000:02:00.0"'),
     )
 
 
@@ -306,6 +306,16 @@ def list_rejected(pool: Pool) -> str:
             if not is_never(device, pool):
                 reasons += [f"{describe(device)} {reason}" for reason in (claim or pool.uses(device))]
     return f" ({'; '.join(reasons)})" if reasons else ""
+
+
+def tell_no_iommu(pool: Pool) -> str:
+    """Return that there is no IOMMU group, as an addition to a message: a device that arrives now will have none."""
+    return "" if pool.picture.groups else "; this machine has no IOMMU group at all"
+
+
+def choose_hint(pool: Pool, hint: str) -> str:
+    """Return the hint, or what to do first where there is no IOMMU group."""
+    return hint if pool.picture.groups else VIOMMU_HINT
 
 
 def count(number: int, noun: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ KINDS = ("lint", "unit", "runtime", "packaging", "vm")
 ON_REQUEST = ("packaging",)
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 1200.0
+# A directory for the records that tests of the machine make (tests/vm/recording.py).
+KEEP_RECORDS = "OCI_VFIO_KEEP_RECORDS"
 # More files than this that ask for the same machine are given to two.
 FILES_PER_BOOT = 6
 
@@ -213,6 +216,9 @@ def run_boot(boot: Boot, options: list[str], prefixed: bool) -> Count:
         say(f"-- {label}: up after {outcome.boot_seconds:.0f} s, off after {outcome.seconds:.0f} s")
         if printer is not None:
             printer.write(b"\n" if printer.rest else b"")
+        if KEEP_RECORDS in os.environ:
+            for record in share.glob("*.tar.gz"):
+                shutil.copy(record, os.environ[KEEP_RECORDS])
         return read_report(share / report.name, outcome.exit_code)
 
 
@@ -239,6 +245,7 @@ def make_environment() -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         **{name: value for name, value in os.environ.items() if name == "OCI_VFIO_HOOKS_DIR"},
+        **({KEEP_RECORDS: str(rig.SHARE)} if KEEP_RECORDS in os.environ else {}),
     }
 
 

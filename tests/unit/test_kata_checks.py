@@ -11,6 +11,7 @@ import pytest
 from oci_hooks import kata_checks
 from oci_hooks.asker import Asker
 from oci_hooks.errors import Finding
+from oci_hooks.files import Root
 from oci_hooks.groups import Member, Target, VfioGroup
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import Hypervisor
@@ -65,7 +66,7 @@ def check(
     named = annotations or {}
     asker = Asker(kind, None, running, "c1", "", False, False).replace(**asking)
     config = load_config(tree.root, Place(path, path, "test"), asker.flavour, named)
-    view = kata_checks.view_sandbox(asker, Found(config, certain), named, attached).replace(machine=machine)
+    view = kata_checks.view_sandbox(tree.root, asker, Found(config, certain), named, attached).replace(machine=machine)
     found = kata_checks.check_kata(view, spec or make_spec(), targets or (target(),))
     return [finding for finding in found if finding.code != "vfio-mode"]
 
@@ -208,7 +209,7 @@ def test_what_runs_and_the_file_are_both_named(tmp_path: Path) -> None:
 
 def test_without_a_file_what_runs_is_enough() -> None:
     asker = Asker("kata-go", None, QEMU_OFF, "c1", "", False, False)
-    view = kata_checks.view_sandbox(asker, Found(None, False), WANTED, False).replace(machine="x86_64")
+    view = kata_checks.view_sandbox(Root(), asker, Found(None, False), WANTED, False).replace(machine="x86_64")
     found = kata_checks.check_kata(view, make_spec(), (target(),))
     assert codes(found) == ["warning kata-config-missing", "error viommu-off"]
 
@@ -383,6 +384,6 @@ def test_vfio_mode_is_told_with_its_place(tmp_path: Path) -> None:
     tree.write("/c.toml", '[hypervisor.qemu]\n[runtime]\nvfio_mode = "guest-kernel"\n')
     asker = Asker("kata-go", None, None, "c1", "", False, False)
     config = load_config(tree.root, Place("/c.toml", "/c.toml", ""), "go", {})
-    (finding,) = kata_checks.check_mode(kata_checks.view_sandbox(asker, Found(config, True), {}, False))
+    (finding,) = kata_checks.check_mode(kata_checks.view_sandbox(tree.root, asker, Found(config, True), {}, False))
     assert finding.level == "info"
     assert 'vfio_mode = "guest-kernel" in /c.toml line 3' in finding.problem

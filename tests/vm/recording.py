@@ -13,7 +13,7 @@ from oci_hooks.rerun import find_differences
 from tests.vm import bundles
 from tests.vm.bundles import Done
 
-# To keep them as test data: OCI_VFIO_KEEP_RECORDS=/some/directory.
+# Where the runner takes them from, to keep them as test data.
 KEEP = os.environ.get("OCI_VFIO_KEEP_RECORDS", "")
 LARGEST = 60_000
 # The second where the first can't be written.
