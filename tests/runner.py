@@ -134,8 +134,20 @@ def run_here(directory: Path) -> Count:
     with tempfile.TemporaryDirectory(prefix="tests-") as scratch:
         report = Path(scratch) / "junit.xml"
         command = [find_tool("python"), "-m", "pytest", "-q", f"--junitxml={report}", str(directory)]
-        done = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run([*hide_records(), *command], cwd=REPOSITORY, stdin=subprocess.DEVNULL, check=False)
         return read_report(report, done.returncode)
+
+
+def hide_records() -> list[str]:
+    """Return what a command begins with to leave the machine's own records alone: the hooks that tests start make many.
+
+    Only the newest are kept, so those of a developer's real failures would be gone.
+    """
+    if os.geteuid():
+        return []
+    place = "/var/lib/oci-vfio-hooks"
+    script = f'mkdir -p {place} && mount -t tmpfs -o mode=0755 none {place} && exec "$@"'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
 
 
 @dataclass(frozen=True)

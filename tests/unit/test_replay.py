@@ -234,6 +234,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "other program": (make_record(program="/bin/sh"), "about.program"),
     "wrong types": (make_record(arguments={"pid": "x"}), "about.arguments.pid"),
     "wrong finding": (make_record(findings=[{"level": "error"}]), "finding"),
+    # It goes into the test that `export` writes.
+    "code that is a program": (
+        make_record(
+            findings=[{"level": "error", "code": 'x"""\nevil()\n"""', "subject": "", "problem": "", "hint": ""}]
+        ),
+        "about.findings[0].code",
+    ),
     "event of no kind": (with_events('{"at": 0}\n'), "events[0]"),
     "event of two kinds": (with_events('{"at": 0, "do": "x", "seconds": 0, "note": "y"}\n'), "events[0]"),
     "answer of no kind": (
