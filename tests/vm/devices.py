@@ -77,10 +77,10 @@ def add_nic_on_root_bus(board: Board) -> None:
     board.add("-device", f"e1000e,{NO_ROM},bus=pcie.0,netdev={add_dead_end(board)}")
 
 
-def add_nic_pair_behind_bridge(board: Board) -> None:
-    """Add two NICs (driver e1000) and the bridge above them, all in one group."""
+def add_nics_behind_bridge(board: Board, number: int = 2) -> None:
+    """Add NICs (driver e1000) and the bridge above them, all in one group."""
     bridge = add_bridge(board)
-    for slot in (1, 2):
+    for slot in range(1, number + 1):
         board.add("-device", f"e1000,{NO_ROM},bus={bridge},addr={slot},netdev={add_dead_end(board)}")
 
 

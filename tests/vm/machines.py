@@ -27,7 +27,7 @@ def plug_standard(board: Board) -> None:
     """Plug in one of everything, two NICs, two empty ports."""
     devices.add_nic(board)
     devices.add_nic(board)
-    devices.add_nic_pair_behind_bridge(board)
+    devices.add_nics_behind_bridge(board)
     devices.add_edu(board)
     devices.add_nvme(board, serial="disk")
     devices.add_sriov_nvme(board, serial="sriov")
@@ -47,6 +47,13 @@ def plug_many(board: Board) -> None:
         devices.add_nic_on_root_bus(board)
 
 
+def plug_bench(board: Board) -> None:
+    """Plug in sixteen NICs in as many groups, eight more in one, and an empty port."""
+    plug_many(board)
+    devices.add_nics_behind_bridge(board, 8)
+    devices.add_hotplug_port(board)
+
+
 MACHINES = {
     machine.name: machine
     for machine in (
@@ -54,6 +61,7 @@ MACHINES = {
         Machine("single", "one NIC: the plain case, and the demo's", plug_single),
         Machine("no-iommu", "as standard, without a virtual IOMMU", plug_standard, iommu=False),
         Machine("many", "sixteen NICs in sixteen groups", plug_many),
+        Machine("bench", "what the benchmarks bind: sixteen groups, and eight NICs in one", plug_bench),
         Machine("wired", "two NICs wired to each other", devices.add_wired_nics),
         Machine(
             "cgroup-v1",

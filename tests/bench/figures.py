@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From samples to figures: ratios of medians, how far they spread, and what they should be. Pure.
+
+Ratios, because seconds mean nothing on another machine. The spread is that of the single turns: each ratio made of what
+was measured in the same turn, the lowest and the highest quarter left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+from tests.bench.timing import Samples
+
+TIMES = "times"
+MEMORY = "memory"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A ratio to report: over / under, or (over - less) / under.
+
+    about: what it is, in words; over, under, less: names of cases; target: what it should be at most, 0 for a figure
+    that is only reported; kind: TIMES or MEMORY.
+    """
+
+    about: str
+    over: str
+    under: str
+    target: float = 0.0
+    less: str = ""
+    kind: str = TIMES
+
+
+FIGURES = (
+    Figure("container without VFIO: guest hook / bare interpreter", "plain guest none", "plain bare", 1.4),
+    Figure("container without VFIO: host check / bare interpreter", "plain host none", "plain bare", 1.4),
+    Figure("the same in the VM: guest hook / bare interpreter", "guest none", "bare", 1.4),
+    Figure("the same in the VM: host check / bare interpreter", "host none", "bare", 1.4),
+    Figure("guest hook, 1 device / driverctl, 1 device", "guest 1", "driverctl 1", 1.0),
+    Figure("guest hook, 8 groups / 8 times driverctl in a row", "guest 8", "driverctl 8", 0.3),
+    Figure("guest hook, 8 groups / dpdk-devbind with 8 addresses", "guest 8", "devbind 8", 0.3),
+    Figure("guest hook, 1 device / dpdk-devbind, 1 device", "guest 1", "devbind 1"),
+    Figure("guest hook, 16 groups / 1 group", "guest 16", "guest 1", 4.0),
+    Figure("over the bare interpreter, 8 groups / shell, one after another", "guest 8", "shell 8", 1.5, less="bare"),
+    Figure("over the bare interpreter, 1 device / shell", "guest 1", "shell 1", less="bare"),
+    Figure("guest hook, 2 groups / 1 group", "guest 2", "guest 1"),
+    Figure("guest hook, 4 groups / 1 group", "guest 4", "guest 1"),
+    Figure("guest hook, 8 groups / 1 group", "guest 8", "guest 1"),
+    Figure("guest hook, 8 devices in one group / in 8 groups", "guest 8 in one group", "guest 8"),
+    Figure("guest hook, device bound already / 1 device", "guest bound", "guest 1"),
+    Figure("uevent to node in the container / bare interpreter's start", "hotplug", "hotplug bare", 0.5),
+    Figure("host check, 64 groups on 500 devices / 1 group", "host 64", "host 1", 3.0),
+    Figure("host check, 1 group on 500 devices / bare interpreter", "host 1", "plain bare"),
+    Figure("`runc run`, both hooks, no VFIO / without hooks", "runc hooks", "runc"),
+    Figure("`runc run`, 1 device and back / without hooks", "runc device", "runc"),
+    Figure("peak memory, no VFIO: guest hook / bare interpreter", "plain guest none", "plain bare", 1.2, kind=MEMORY),
+    Figure("peak memory, no VFIO: host check / bare interpreter", "plain host none", "plain bare", 1.2, kind=MEMORY),
+    Figure("peak memory, 8 groups: guest hook / bare interpreter", "guest 8", "bare", 2.0, kind=MEMORY),
+    Figure("peak memory, 64 groups: host check / bare interpreter", "host 64", "plain bare", kind=MEMORY),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A figure that was measured. low, high: between which the middle half of the single turns lies; runs: of each."""
+
+    figure: Figure
+    ratio: float
+    low: float
+    high: float
+    runs: int
+
+    @property
+    def verdict(self) -> str:
+        """What it says beside its target: "met" or by how much not; "" without a target."""
+        target = self.figure.target
+        if not target:
+            return ""
+        return "met" if self.ratio <= target else f"missed by {self.ratio / target - 1:.0%}"
+
+
+def compute(figure: Figure, samples: Samples) -> Result | None:
+    """Return what a figure came to; None where one of its cases was not measured."""
+    names = [figure.over, figure.under, *([figure.less] if figure.less else [])]
+    if not all(samples.get(name) for name in names):
+        return None
+    over, under = samples[figure.over], samples[figure.under]
+    less = samples[figure.less] if figure.less else [0.0] * len(over)
+    singles = [(top - base) / bottom for top, base, bottom in zip(over, less, under)]
+    ratio = (median(over) - median(less)) / median(under)
+    low, high = find_middle_half(singles)
+    return Result(figure, ratio, low, high, len(singles))
+
+
+def find_middle_half(values: Sequence[float]) -> tuple[float, float]:
+    """Return between which the middle half of the values lies."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def compute_all(samples: Samples, memory: Samples) -> list[Result]:
+    """Return every figure whose cases were measured."""
+    results = (compute(figure, memory if figure.kind == MEMORY else samples) for figure in FIGURES)
+    return [result for result in results if result is not None]
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """Return the results as a Markdown table."""
+    rows = [("what", "target", "measured", "middle half", "runs", "")]
+    rows += [
+        (
+            result.figure.about,
+            f"≤ {result.figure.target:.1f}" if result.figure.target else "",
+            f"{result.ratio:.2f}",
+            f"{result.low:.2f} to {result.high:.2f}",
+            str(result.runs),
+            result.verdict,
+        )
+        for result in results
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def format_medians(samples: Samples, unit: str, factor: float) -> str:
+    """Return the medians themselves, one line each: of this machine only."""
+    width = max(map(len, samples), default=0)
+    return "\n".join(f"  {name:{width}} {median(values) * factor:9.1f} {unit}" for name, values in samples.items())

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured in the virtual machine: the guest hook beside what people bind devices with today.
+
+Every case starts from the same: all NICs at their native driver, udev with nothing left to do. The containers are made
+once and wait, as they do at createRuntime; `vfio-guest-bind poststop` takes back what a run gave, and is not timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.bench import hotplug
+from tests.bench.plain import BARE, GUEST_HOOK, HOST_HOOK
+from tests.bench.timing import BenchError, Case, Samples, list_imports, take_turns, time_command, weigh
+from tests.vm import bundles, devices, guest
+
+DEVICES = "io.katacontainers.x.vfio.devices"
+# What the kernel itself takes: the same files, written by the least that can write them.
+SHELL = """
+for address in "$@"; do
+    echo vfio-pci >/sys/bus/pci/devices/$address/driver_override
+    echo $address >/sys/bus/pci/devices/$address/driver/unbind
+    echo $address >/sys/bus/pci/drivers_probe
+done
+"""
+DRIVERCTL = 'for address in "$@"; do driverctl --nosave set-override $address vfio-pci || exit; done'
+# With how many devices in as many groups the hook and its peers are measured.
+COUNTS = (1, 2, 4, 8, 16)
+MANY = 8
+TRUE = ("/bin/true",)
+
+
+class Waiting:
+    """A container that is created and waits, its devices named by the annotation."""
+
+    def __init__(self, name: str, addresses: Sequence[str]) -> None:
+        annotations = {DEVICES: ",".join(addresses)} if addresses else {}
+        options = bundles.Options(
+            hooks={}, annotations=annotations, devices=bundles.vfio_devices() if addresses else ()
+        )
+        self.addresses = addresses
+        self.container = bundles.Container("crun", name, ("/bin/sleep", "3600"), options)
+        done = self.container.create()
+        if done.code:
+            raise BenchError(f"crun create {name} ended with {done.code}: {done.stderr}")
+        state = self.container.read_state()
+        self.state = json.dumps(state).encode()
+        self.stopped = json.dumps({**state, "status": "stopped"}).encode()
+
+    def release(self) -> None:
+        """Have the hook put everything back."""
+        time_command((GUEST_HOOK, "poststop"), self.stopped)
+        guest.settle()
+
+    def make_case(self, name: str) -> Case:
+        """Return the case of a hook that binds the devices."""
+        return Case(name, (GUEST_HOOK,), self.state, restore=self.release)
+
+
+def give_back(addresses: Sequence[str]) -> None:
+    """Give devices back to their native driver."""
+    for address in addresses:
+        (guest.PCI / address / "driver_override").write_text("\n")
+        guest.rebind(address)
+    guest.settle()
+
+
+def make_peer(name: str, addresses: Sequence[str], *command: str) -> Case:
+    """Return the case of another program that binds these devices."""
+    return Case(name, (*command, *addresses), restore=functools.partial(give_back, addresses))
+
+
+def list_guest_cases() -> list[Case]:
+    """Return the hook with one device and more, and the same work done by others."""
+    nics = guest.find_devices(devices.NIC_E1000E)
+    together = guest.find_devices(devices.NIC_E1000)
+    many, first = nics[:MANY], nics[:1]
+    none = Waiting("bench-none", ())
+    return [
+        Case("bare", BARE),
+        Case("guest none", (GUEST_HOOK,), none.state),
+        Case("host none", (HOST_HOOK,), none.state),
+        *(Waiting(f"bench-{number}", nics[:number]).make_case(f"guest {number}") for number in COUNTS),
+        Waiting("bench-together", together).make_case("guest 8 in one group"),
+        make_bound_case(Waiting("bench-bound", first), first),
+        make_peer("shell 1", first, "/bin/sh", "-c", SHELL, "sh"),
+        make_peer(f"shell {MANY}", many, "/bin/sh", "-c", SHELL, "sh"),
+        make_peer("driverctl 1", first, "/bin/sh", "-c", DRIVERCTL, "sh"),
+        make_peer(f"driverctl {MANY}", many, "/bin/sh", "-c", DRIVERCTL, "sh"),
+        make_peer("devbind 1", first, "dpdk-devbind.py", "-b", "vfio-pci"),
+        make_peer(f"devbind {MANY}", many, "dpdk-devbind.py", "-b", "vfio-pci"),
+    ]
+
+
+def make_bound_case(waiting: Waiting, addresses: Sequence[str]) -> Case:
+    """Return the case of a device that is bound to vfio-pci already."""
+
+    def bind() -> None:
+        for address in addresses:
+            guest.bind(address, "vfio-pci")
+        guest.settle()
+
+    def restore() -> None:
+        waiting.release()
+        give_back(addresses)
+
+    return Case("guest bound", (GUEST_HOOK,), waiting.state, prepare=bind, restore=restore)
+
+
+def list_runc_cases() -> list[Case]:
+    """Return `runc run` of /bin/true: without a hook, with both hooks and no VFIO, with a device and back."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    both = {phase: bundles.guest_hooks(phase)[phase] for phase in ("createRuntime", "poststop")}
+    host = {"prestart": [bundles.make_hook(HOST_HOOK)]}
+    asked = bundles.Options(hooks=both, annotations={DEVICES: nic}, devices=bundles.vfio_devices())
+    return [
+        make_runc_case("runc", bundles.Options(hooks={})),
+        make_runc_case("runc hooks", bundles.Options(hooks={**host, "createRuntime": both["createRuntime"]})),
+        make_runc_case("runc device", asked),
+    ]
+
+
+def make_runc_case(name: str, options: bundles.Options) -> Case:
+    """Return the case of one container, from nothing to its end."""
+    container = bundles.Container("runc", f"bench-{name.replace(' ', '-')}", TRUE, options)
+    command = ("runc", "run", "--bundle", str(container.bundle), container.name)
+    return Case(name, command, restore=guest.settle)
+
+
+def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
+    """Return samples of these parts ("guest", "hotplug", "runc"), memory and imports."""
+    samples: Samples = {}
+    memory: Samples = {}
+    imports: dict[str, object] = {}
+    # As the machine is where nobody configured anything: without settings.
+    subprocess.run(["modprobe", "-a", "vfio-pci"], check=True)
+    guest.settle()
+    if "guest" in parts:
+        cases = list_guest_cases()
+        samples |= take_turns(cases, runs, "guest hook and its peers")
+        chosen = [case for case in cases if case.name in ("bare", "guest none", f"guest {MANY}")]
+        memory |= weigh(chosen, min(runs, 3))
+        last = chosen[-1]
+        imports[f"vfio-guest-bind, {MANY} groups"] = list_imports(GUEST_HOOK, (), last.stdin)
+        last.restore()
+    if "hotplug" in parts:
+        nic = hotplug.find_address()
+        waiting = Waiting("bench-hotplug", (nic,))
+        case = Case("hotplug", measure=functools.partial(measure_hotplug, waiting, nic), restore=hotplug.unplug)
+        samples |= take_turns([case, Case("hotplug bare", BARE)], runs, "hot plug")
+    if "runc" in parts:
+        samples |= take_turns(list_runc_cases(), runs, "runc run")
+    return {"samples": samples, "memory": memory, "imports": imports}
+
+
+def measure_hotplug(waiting: Waiting, address: str) -> float:
+    """Return the seconds from the kernel's uevent to the group's node in the container, its hook waiting for that."""
+    directory = Path(f"/proc/{waiting.container.read_pid()}/root/dev/vfio")
+    seconds = hotplug.measure((GUEST_HOOK,), waiting.state, address, directory)
+    waiting.release()
+    return seconds
+
+
+if __name__ == "__main__":
+    result, number, *wanted = sys.argv[1:]
+    Path(result).write_text(json.dumps(measure(wanted, int(number))))
+    os.sync()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the hooks beside what people use today, on this machine and in a virtual machine on it.
+
+Sets up what it needs like tests/run, and for itself dpdk-devbind and GNU time. Prints ratios; writes all samples to a
+JSON file. Never passes or fails by a time: only when something that is measured did not do its work.
+
+parts: plain (containers without VFIO, here), host (the host check on a made host with 500 devices, here), guest (the
+guest hook and its peers, in the VM), hotplug, runc. Without one: all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests import provision
+from tests.bench import figures, readme
+from tests.bench.timing import BenchError, say
+from tests.provision import PYTHON, REPOSITORY, MissingError
+from tests.vm import machines, rig
+
+PACKAGES = {
+    **provision.TEST_PACKAGES,
+    "dpdk": "dpdk-devbind.py, a peer",
+    "time": "peak memory",
+    "util-linux": "unshare, for the made host",
+}
+HERE = ("plain", "host")
+INSIDE = ("guest", "hotplug", "runc")
+# A busy machine takes several times the usual.
+LIMIT = 1800.0
+Report = dict[str, Any]
+
+
+def main(arguments: list[str]) -> int:
+    """Measure what the command line asks for and return the exit code: 0 done, 1 something did not work, 3 missing."""
+    options = parse_arguments(arguments)
+    parts = options.parts or [*HERE, *INSIDE]
+    started = time.monotonic()
+    try:
+        provision.ensure_packages(PACKAGES)
+        provision.ensure_rig()
+        provision.compile_hooks()
+        report = describe_machine(options.runs)
+        report |= measure(parts, options.runs)
+    except MissingError as error:
+        return provision.die(error)
+    except (BenchError, rig.BootError) as error:
+        say(f"bench: {error}")
+        return 1
+    report["seconds"] = round(time.monotonic() - started)
+    tell(report, options)
+    return 0
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="tests/bench/run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join([*HERE, *INSIDE])}; default: all")
+    parser.add_argument("--runs", type=int, default=10, metavar="N", help="turns in the VM (10); ten times that here")
+    default = provision.find_cache() / "bench.json"
+    parser.add_argument("--json", type=Path, default=default, metavar="FILE", help=f"where all samples go ({default})")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    options = parser.parse_args(arguments)
+    unknown = [part for part in options.parts if part not in (*HERE, *INSIDE)]
+    if unknown or options.runs < 1:
+        parser.error(f"no part {', '.join(unknown)}" if unknown else "--runs: one at least")
+    return options
+
+
+def measure(parts: Sequence[str], runs: int) -> Report:
+    """Return samples of these parts, measured here and in the VM."""
+    measured: list[Report] = []
+    here = [part for part in parts if part in HERE]
+    inside = [part for part in parts if part in INSIDE]
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        share = Path(directory)
+        if here:
+            measured.append(measure_here(here, runs, share / "here.json"))
+        if inside:
+            measured.append(measure_inside(inside, runs, share))
+    keys = ("samples", "memory", "imports")
+    return {key: {name: value for part in measured for name, value in part[key].items()} for key in keys}
+
+
+def measure_here(parts: Sequence[str], runs: int, result: Path) -> Report:
+    """Return what was measured on this machine, in a mount namespace of its own."""
+    command = ["unshare", "--mount", PYTHON, "-m", "tests.bench.plain", str(result), str(runs), *parts]
+    if subprocess.run(command, cwd=REPOSITORY, check=False).returncode:
+        raise BenchError("the part on this machine failed; it needs root for a mount namespace")
+    report: Report = json.loads(result.read_text())
+    return report
+
+
+def measure_inside(parts: Sequence[str], runs: int, share: Path) -> Report:
+    """Return what was measured in the virtual machine."""
+    result = share / "inside.json"
+    command = [PYTHON, "-m", "tests.bench.inside", str(rig.SHARE / result.name), str(runs), *parts]
+    environment = {"OCI_VFIO_ROOTFS": str(provision.ensure_rootfs()), "PYTHONDONTWRITEBYTECODE": "1"}
+    job = rig.Job(tuple(command), share, LIMIT, environment)
+    outcome = rig.run_in_vm(machines.MACHINES["bench"], provision.ensure_kernel(), job, rig.write_output)
+    if outcome.exit_code or not result.exists():
+        raise BenchError("the part in the virtual machine failed")
+    report: Report = json.loads(result.read_text())
+    return report
+
+
+def describe_machine(runs: int) -> Report:
+    """Return on what and of what the figures are."""
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    version = provision.run([PYTHON, "--version"]).strip()
+    qemu = provision.run(["qemu-system-x86_64", "--version"]).split("\n", 1)[0].partition("version ")[2].split(" ")[0]
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "revision": revision,
+        "machine": f"{len(os.sched_getaffinity(0))} processors, {models[0] if models else platform.machine()}",
+        "software": f"{version}, Linux {platform.release()}; in the VM: QEMU {qemu} without KVM, Linux "
+        f"{provision.ensure_kernel().release}",
+        # Above a half or so, something else was at work.
+        "load": round(os.getloadavg()[0], 2),
+        "runs": runs,
+    }
+
+
+def tell(report: Report, options: argparse.Namespace) -> None:
+    """Print the figures and keep them."""
+    results = figures.compute_all(report["samples"], report["memory"])
+    report["figures"] = [
+        {
+            "about": r.figure.about,
+            "ratio": r.ratio,
+            "low": r.low,
+            "high": r.high,
+            "runs": r.runs,
+            "target": r.figure.target,
+        }
+        for r in results
+    ]
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    for name, rows in report["imports"].items():
+        say(f"\nimports of {name}: microseconds by itself, with what it imports")
+        for own, whole, module in rows:
+            say(f"  {own:8} {whole:8}  {module}")
+    say("\nmedians on this machine")
+    say(figures.format_medians(report["samples"], "ms", 1000))
+    say(figures.format_medians(report["memory"], "MiB", 1 / 1024))
+    text = f"{figures.format_table(results)}\n\n{describe(report)}"
+    say(f"\n{text}\n\nall samples: {options.json}")
+    if options.readme:
+        readme.replace_table(REPOSITORY / "README.md", text)
+
+
+def describe(report: Report) -> str:
+    """Return the line under the table."""
+    return (
+        f"{report['date']}, revision {report['revision']}, {report['machine']}, {report['software']}; "
+        f"load at the start {report['load']}, {report['seconds']} s."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured on the plain machine: containers without VFIO, and the host check on a made host.
+
+The made host lies over /sys and /dev, so that the executable is the one that is measured. Hence `unshare`: this module
+runs as a program in a mount namespace of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.bench.timing import Case, Samples, list_imports, take_turns, weigh
+from tests.provision import REPOSITORY
+from tests.unit.host_tree import HostTree
+
+BARE = ("/usr/bin/python3", "-I", "-S", "-c", "pass")
+HOST_HOOK = str(REPOSITORY / "hooks/vfio-host-check")
+GUEST_HOOK = str(REPOSITORY / "hooks/vfio-guest-bind")
+# These runs are short, and the more there are the less the machine's other work matters.
+MORE = 10
+DEVICES = 500
+GROUPS = 64
+CONTROL = {"path": "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196}
+UNLIMITED = {"type": "RLIMIT_MEMLOCK", "hard": 2**64 - 1, "soft": 2**64 - 1}
+
+
+def write_bundle(directory: Path, groups: Sequence[tuple[str, int, int]] = ()) -> bytes:
+    """Write a bundle for a container with these groups (path, major, minor) and return its state.
+
+    It is as podman writes it for a container that needs little: `podman run --device /dev/vfio/12` and no more.
+    """
+    directory.mkdir()
+    entries = [{"path": path, "type": "c", "major": major, "minor": minor} for path, major, minor in groups]
+    listed = [CONTROL, *entries] if entries else []
+    rules = [
+        {"allow": True, **{key: entry[key] for key in ("type", "major", "minor")}, "access": "rwm"} for entry in listed
+    ]
+    config = {
+        "ociVersion": "1.0.2",
+        "root": {"path": "rootfs"},
+        "process": {
+            "user": {"uid": 0, "gid": 0},
+            "args": ["/bin/true"],
+            "env": ["PATH=/usr/bin:/bin", "HOME=/root", "HOSTNAME=container"],
+            "cwd": "/",
+            "capabilities": {"bounding": ["CAP_IPC_LOCK"], "effective": ["CAP_IPC_LOCK"]},
+            "rlimits": [UNLIMITED],
+        },
+        "mounts": [{"destination": place, "type": "tmpfs", "source": "tmpfs"} for place in ("/proc", "/dev", "/sys")],
+        "annotations": {"io.podman.annotations.autoremove": "FALSE", "org.opencontainers.image.stopSignal": "15"},
+        "linux": {
+            "devices": listed,
+            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")],
+            "resources": {"devices": [{"allow": False, "access": "rwm"}, *rules]},
+        },
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    state = {"ociVersion": "1.0.2", "id": directory.name, "status": "creating", "pid": 1, "bundle": str(directory)}
+    return json.dumps(state).encode()
+
+
+def make_host(top: Path) -> list[tuple[str, int, int]]:
+    """Make a host with 500 PCI devices, each in a group of its own, and return the nodes of 64 that vfio-pci has."""
+    host = HostTree(top)
+    nodes = []
+    for number in range(DEVICES):
+        address = f"0000:{number >> 5:02x}:{number & 31:02x}.0"
+        ours = number < GROUPS
+        host.pci(address, driver="vfio-pci" if ours else "e1000e", group=str(number))
+        if ours:
+            nodes.append((f"/dev/vfio/{number}", *host.vfio(str(number), number)))
+    host.write("/dev/null")
+    host.write("/dev/vfio/vfio")
+    return nodes
+
+
+def put_in_place(top: Path) -> None:
+    """Lay a made host over this machine, for this mount namespace alone."""
+    for directory in ("sys", "dev"):
+        subprocess.run(["mount", "--bind", str(top / directory), f"/{directory}"], check=True)
+
+
+def list_cases_without_vfio(scratch: Path) -> list[Case]:
+    """Return what a container without VFIO pays for."""
+    state = write_bundle(scratch / "plain")
+    return [
+        Case("plain bare", BARE),
+        Case("plain guest none", (GUEST_HOOK,), state),
+        Case("plain host none", (HOST_HOOK,), state),
+    ]
+
+
+def list_cases_of_host(scratch: Path, nodes: Sequence[tuple[str, int, int]]) -> list[Case]:
+    """Return the checks of containers with one group and with all."""
+    return [
+        Case("host 1", (HOST_HOOK,), write_bundle(scratch / "one", nodes[:1])),
+        Case(f"host {GROUPS}", (HOST_HOOK,), write_bundle(scratch / "all", nodes)),
+    ]
+
+
+def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
+    """Return samples of these parts ("plain", "host"), memory and imports."""
+    samples: Samples = {}
+    memory: Samples = {}
+    imports: dict[str, object] = {}
+    with TemporaryDirectory(prefix="bench-") as directory:
+        scratch = Path(directory)
+        none = list_cases_without_vfio(scratch)
+        if "plain" in parts:
+            samples |= take_turns(none, runs * MORE, "container without VFIO, plain machine")
+            memory |= weigh(none, runs)
+            for hook in (GUEST_HOOK, HOST_HOOK):
+                imports[f"{Path(hook).name}, container without VFIO"] = list_imports(hook, (), none[1].stdin)
+        if "host" in parts:
+            nodes = make_host(scratch / "host")
+            put_in_place(scratch / "host")
+            cases = list_cases_of_host(scratch, nodes)
+            samples |= take_turns(cases, runs * MORE, f"host check, {DEVICES} devices")
+            memory |= weigh(cases, runs)
+            imports[f"vfio-host-check, {GROUPS} groups"] = list_imports(HOST_HOOK, (), cases[-1].stdin)
+            for directory_name in ("dev", "sys"):
+                subprocess.run(["umount", f"/{directory_name}"], check=True)
+    return {"samples": samples, "memory": memory, "imports": imports}
+
+
+if __name__ == "__main__":
+    result, number, *wanted = sys.argv[1:]
+    Path(result).write_text(json.dumps(measure(wanted, int(number))))
