@@ -8,7 +8,6 @@ import time
 
 from oci_hooks.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
 from oci_hooks.files import NotingRoot, Root
-from oci_hooks.log import report, write_stdout
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -128,6 +127,8 @@ def run_hook(
     try:
         arguments = parse_arguments(program, argv, add_options)
     except InputError as error:
+        from oci_hooks.log import report
+
         report(program, "", error.findings, kmsg)
         return error.exit_code
     root = NotingRoot()
@@ -142,6 +143,8 @@ def run_hook(
 
         report_steps(program, container, list_steps(root.notes), kmsg)
     if outcome.findings:
+        from oci_hooks.log import report
+
         report(program, container, outcome.findings, kmsg)
     if call.is_recorded(outcome.code):
         from oci_hooks.log import log_findings
@@ -257,6 +260,8 @@ def read_input(deadline: Deadline) -> bytes:
 def print_json(call: Call, code: int, findings: list[Finding]) -> None:
     """Print findings for a program that reads them. Schema: schemas/findings.json."""
     import json
+
+    from oci_hooks.log import write_stdout
 
     told = [finding.as_dict() for finding in findings]
     answer: dict[str, object] = {"version": 1, "program": call.program, "exit": code, "findings": told}

@@ -36,7 +36,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def work(call: Call) -> int:
     """Do what the state asks for: bind, release, or nothing. Returns the exit code."""
-    from oci_hooks.oci import read_spec
+    from oci_hooks.oci import is_asked, read_spec
 
     root = call.root
     state = read_call_state(call)
@@ -44,6 +44,8 @@ def work(call: Call) -> int:
     if call.arguments.phase == "poststop" or state.status == "stopped":
         return release_groups(call, root, state)
     spec = read_spec(root, state)
+    if not is_asked(state, spec):
+        return EXIT_DONE
     from oci_hooks.request import read_request
 
     try:

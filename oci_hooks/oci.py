@@ -183,6 +183,12 @@ def find_annotation(state: State, spec: Spec, name: str) -> str | None:
     return value if value is not None else spec.annotations.get(name)
 
 
+def is_asked(state: State, spec: Spec) -> bool:
+    """Tell whether anything at all asks for VFIO: an annotation, or an entry of linux.devices."""
+    names = (DEVICES_ANNOTATION, MAP_ANNOTATION)
+    return bool(spec.vfio_devices) or any(find_annotation(state, spec, name) is not None for name in names)
+
+
 def is_sandbox(state: State, spec: Spec) -> bool:
     """Tell whether this is a pod's pause container."""
     return any(find_annotation(state, spec, name) == value for name, value in SANDBOX_MARKS.items())
