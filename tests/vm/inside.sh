@@ -24,6 +24,9 @@ mount -t overlay -o lowerdir=/run/host/usr,upperdir=/run/usr/upper,workdir=/run/
 mkdir -p /usr/lib/modules
 mount --move /run/modules /usr/lib/modules
 umount -l /run/host
+# /var shows what is outside, and goes on doing so while hooks there leave records.
+mkdir -p /var/lib/oci-vfio-hooks
+mount -t tmpfs -o mode=0755 records /var/lib/oci-vfio-hooks
 
 code=0
 sh "$job" </dev/null || code=$?

@@ -70,7 +70,8 @@ def test_a_device_that_does_not_come(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     _, state = calls.make_created(containers, annotations=ask(ABSENT))
     with calls.settings("deadline = 8"), meanwhile(lambda: (guest.PCI / nic / "uevent").write_text("add")):
-        record = check_record(calls.fork_hook(state), "no-such-device")
+        done = calls.fork_hook(state)
+    record = check_record(done, "no-such-device")
     waits = [event for event in record.events if event.get("do") == "wait"]
     assert waits[0]["answer"].startswith("add /devices/")
     assert waits[0]["answer"].endswith(nic)
