@@ -260,8 +260,8 @@ def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
             chunks.append(chunk)
         raise fail(f"process {child}", "opening the nodes inside the container's cgroup was not done in time")
     finally:
+        end_child(child, reader)
         os.close(reader)
-        end_child(child)
 
 
 def silence_stdio() -> None:
@@ -271,15 +271,18 @@ def silence_stdio() -> None:
         os.dup2(null, fd)
 
 
-def end_child(child: int) -> None:
-    """Wait for a child that has answered, kill it first where it may not have. One that hangs in a driver is left."""
-    import time
+def end_child(child: int, reader: int) -> None:
+    """Kill a child, whether or not it has answered, and wait for its end. One that hangs in a driver is left.
 
-    for _ in range(KILL_GRACE):
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return
-        os.kill(child, 9)
-        time.sleep(0.001)
+    reader: the end of a pipe that only the child can still write to: it hangs up when the child's files are closed.
+    """
+    import select
+
+    os.kill(child, 9)
+    poller = select.poll()
+    poller.register(reader, 0)
+    if poller.poll(KILL_GRACE):
+        os.waitpid(child, 0)
 
 
 # Permitting -----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -182,15 +182,12 @@ def has_children() -> bool:
 
 
 def test_a_child_that_hangs_is_killed_at_the_deadline() -> None:
-    start = time.monotonic()
-
     def hang() -> str:
-        time.sleep(60)
+        signal.pause()
         return ""
 
     with pytest.raises(StepError, match="not done in time"):
         cgroup.ask_child(hang, Deadline(0.2))
-    assert 0.2 <= time.monotonic() - start < 5
     assert not has_children()
 
 
