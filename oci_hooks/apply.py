@@ -3,6 +3,8 @@
 
 Before each change, what undoes it goes to the journal. Undoing reads nothing but the journal, so that it is the same
 after a failure, at poststop, and in the next hook after a kill. Every undo may be done twice.
+
+What comes after binding is imported inside the functions: `load_what_follows` does it while the kernel binds.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 
-from oci_hooks import cgroup, container, nodes, sysfs
+from oci_hooks import sysfs
 from oci_hooks.errors import Finding, StepError
 from oci_hooks.files import step
 from oci_hooks.plan import DRIVER, Rebind
@@ -21,6 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from oci_hooks import cgroup
     from oci_hooks.command import Deadline
     from oci_hooks.files import Root
     from oci_hooks.journal import Entry, Journal
@@ -41,8 +44,15 @@ def bind_devices(root: Root, rebinds: Iterable[Rebind], journal: Journal, deadli
     for rebind in rebinds:
         journal.note("device", rebind.address, rebind.driver, rebind.override)
     jobs = [Job(rebind.address, make_bind_writes(root, rebind)) for rebind in rebinds]
-    for rebind, result in zip(rebinds, root.do(run_jobs, jobs, deadline)):
+    for rebind, result in zip(rebinds, root.do(run_jobs, jobs, deadline, (), load_what_follows)):
         check_bound(root, rebind, result, deadline)
+
+
+def load_what_follows() -> None:
+    """Import what making and permitting nodes needs; ctypes, for bpf(2), is the dearest import of a whole run."""
+    import ctypes  # noqa: F401
+
+    from oci_hooks import bpf, cgroup, nodes  # noqa: F401
 
 
 def make_bind_writes(root: Root, rebind: Rebind) -> tuple[Write, ...]:
@@ -131,6 +141,8 @@ def grant_nodes(
     deadline: Deadline,
 ) -> None:
     """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
+    from oci_hooks import cgroup, container
+
     place = cgroup.find_cgroup(root, target.pid)
     directory = root.do(container.open_dev, target.pid, target.rootfs)
     try:
@@ -150,6 +162,8 @@ def grant_nodes(
 
 def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProof, ...]) -> None:
     """Raise StepError where a node did not open, or its group is not viable."""
+    from oci_hooks import cgroup
+
     if any(proof.is_denied for proof in proofs):
         raise cgroup.explain_denial(root, place, proofs)
     for proof in proofs:
@@ -172,6 +186,8 @@ def format_grant(grant: cgroup.Grant) -> tuple[str, str, str]:
 
 def parse_grant(entry: Entry) -> cgroup.Grant:
     """Return the grant that a journal entry notes."""
+    from oci_hooks import cgroup
+
     pairs = (pair.split(":") for pair in entry.words[0].split(","))
     nodes = tuple((int(major), int(minor)) for major, minor in pairs)
     return cgroup.Grant(nodes, entry.words[1], tuple(path for path in entry.words[2].split("\n") if path))
@@ -206,6 +222,8 @@ def undo(
 @step
 def undo_entry(root: Root, entry: Entry, pid: int) -> None:
     """Put back one change in the container. Raises OSError, StepError."""
+    from oci_hooks import cgroup, nodes
+
     if entry.kind == "permit" and pid:
         cgroup.forbid(root, parse_grant(entry))
     if entry.kind in nodes.UNDOABLE:

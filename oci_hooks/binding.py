@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import apply, nodes, plan, selection, sysfs
+from oci_hooks import apply, plan, selection, sysfs
 from oci_hooks.claims import Claim, ClaimDirectory, list_owners, read_start_time, take_lock
 from oci_hooks.command import Deadline
-from oci_hooks.container import check_process, find_rootfs
 from oci_hooks.errors import Finding, HookError, Refusal
 from oci_hooks.guards import Uses
 from oci_hooks.modules import load_drivers
@@ -54,7 +53,9 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
     """Give a container the groups that it asks for. Raises HookError with everything put back."""
     reset_signals()
     start = read_start_time(root, state.pid) if state.pid else 0
-    check_process(state.pid, start)
+    if not start:
+        hint = "the hook belongs under createRuntime (or prestart), while the container is being created"
+        raise Refusal("no-process", f"process {state.pid}", "the container's init is not running", hint)
     directory = ClaimDirectory(root=root)
     directory.prepare()
     work = Work(call, root, state, spec, request, settings, directory, start)
@@ -77,13 +78,25 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
 def carry_out(work: Work, wanted: plan.Plan, journal: Journal) -> None:
     """Do what the plan says, each step noted in the journal before it is done. Raises HookError."""
     root, deadline = work.root, work.call.deadline
-    target = nodes.Target(work.state.pid, root.do(find_rootfs, work.state, work.spec))
+    rootfs = root.do(find_rootfs, work.state, work.spec)
     load_drivers(root, deadline)
     apply.bind_devices(root, wanted.rebinds, journal, deadline)
+    from oci_hooks import nodes
+
+    target = nodes.Target(work.state.pid, rootfs)
     made = nodes.expose_nodes(root, wanted, target, journal)
     permission = apply.Permission(work.settings.widen_parent_cgroups, expects_user=journal.kept > 0)
     apply.grant_nodes(root, made, target, permission, journal, deadline)
     journal.note("done")
+
+
+def find_rootfs(state: State, spec: Spec) -> str:
+    """Return the real path of the container's root file system, as the runtime sees it.
+
+    The path to it is the runtime's, so its links are followed here, once; none may be left when it is descended.
+    """
+    path = spec.root_path or state.root or "rootfs"
+    return os.path.realpath(os.path.join(state.bundle, path))
 
 
 def release(root: Root, state: State, deadline: Deadline) -> list[Finding]:

@@ -14,13 +14,9 @@ import errno
 import os
 import stat
 
-from oci_hooks.errors import Refusal, StepError
+from oci_hooks.errors import StepError
 from oci_hooks.files import Descriptor
 from oci_hooks.records import Record
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from oci_hooks.oci import Spec, State
 
 FOLLOW_NOTHING = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -34,15 +30,6 @@ class FoundNode(Record):
     mode: int
     uid: int
     gid: int
-
-
-def find_rootfs(state: State, spec: Spec) -> str:
-    """Return the real path of the container's root file system, as the runtime sees it. Raises Refusal [no-rootfs].
-
-    The path to it is the runtime's, so its links are followed here, once; none may be left when it is descended.
-    """
-    path = spec.root_path or state.root or "rootfs"
-    return os.path.realpath(os.path.join(state.bundle, path))
 
 
 def open_rootfs(pid: int, rootfs: str) -> int:
@@ -171,13 +158,6 @@ def remove_node(directory: int, name: str, numbers: tuple[int, int]) -> bool:
         return False
     os.unlink(name, dir_fd=directory)
     return True
-
-
-def check_process(pid: int, start: int) -> None:
-    """Raise Refusal [no-process] where the container's init is not there."""
-    if not start:
-        hint = "the hook belongs under createRuntime (or prestart), while the container is being created"
-        raise Refusal("no-process", f"process {pid}", "the container's init is not running", hint)
 
 
 def remove_directory(directory: int, name: str) -> None:

@@ -6,12 +6,12 @@ from __future__ import annotations
 from oci_hooks.plan import NodeOwner
 from oci_hooks.records import Record
 from oci_hooks.request import normalize_address
-from oci_hooks.settings import GUEST_SETTINGS, read_settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.files import Root
 
+GUEST_SETTINGS = "/etc/oci-vfio-hooks/guest.toml"
 # What a virtual machine itself is made of: virtio and QEMU's own devices, bridges, system management bus, base system
 # peripherals, and on the root bus the chipset's SATA and ISA functions.
 NEVER = ("id:1af4", "id:1b36", "class:06", "class:0c05", "class:08", "root:0106", "root:0601")
@@ -44,6 +44,8 @@ def read_guest_settings(root: Root, path: str) -> GuestSettings:
     """
     if not path and not root.exists(GUEST_SETTINGS):
         return GuestSettings()
+    from oci_hooks.settings import read_settings
+
     values = read_settings(root, path or GUEST_SETTINGS, "guest-settings", required=bool(path))
     auto = values.pop("auto", {})
     owner = NodeOwner(**values.pop("node", {}))

@@ -94,6 +94,8 @@ def quote(text: str) -> str:
 
     ASCII only, so that a name is as long as its bytes, and the same whatever the locale.
     """
+    if text.isascii() and text.isprintable() and not ("%" in text or "/" in text):
+        return text
     return "".join(
         c if c.isascii() and c.isprintable() and c not in "%/" else "".join(f"%{b:02x}" for b in encode(c))
         for c in text

@@ -42,7 +42,9 @@ def read_setting(call: Call) -> str:
     from oci_hooks.files import Root
 
     if call.program == "vfio-guest-bind":
-        path, schema = settings.GUEST_SETTINGS, "guest-settings"
+        from oci_hooks.guest_settings import GUEST_SETTINGS
+
+        path, schema = GUEST_SETTINGS, "guest-settings"
     else:
         path, schema = settings.HOST_SETTINGS, "host-settings"
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, TypeVar
+    from typing import Any, ClassVar, TypeVar
 
     from typing_extensions import dataclass_transform
 
@@ -26,11 +26,22 @@ else:
 class Record:
     """Base of all records. A subclass lists its fields as annotations."""
 
+    if TYPE_CHECKING:
+        known_fields: ClassVar[tuple[str, ...]]
+    else:
+        known_fields = ()
+
+    def __init_subclass__(cls) -> None:
+        cls.known_fields += tuple(cls.__dict__.get("__annotations__", ()))
+
     def __init__(self, *values: Any, **named: Any) -> None:
-        fields = type(self).field_names()
+        fields = self.known_fields
         if len(values) > len(fields):
             raise TypeError(f"{type(self).__name__} takes {len(fields)} fields, not {len(values)}")
         named.update(zip(fields, values))
+        if len(named) == len(fields) == len(values):
+            self.__dict__.update(named)
+            return
         for name in fields:
             # A default stays where it is, in the class.
             if name not in named and not hasattr(type(self), name):
@@ -43,11 +54,11 @@ class Record:
     @classmethod
     def field_names(cls) -> list[str]:
         """Return the names of the fields, in the order in which they were declared."""
-        return [name for base in reversed(cls.__mro__) for name in base.__dict__.get("__annotations__", ())]
+        return list(cls.known_fields)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary; records inside stay records."""
-        return {name: getattr(self, name) for name in self.field_names()}
+        return {name: getattr(self, name) for name in self.known_fields}
 
     def replace(self: R, **changes: Any) -> R:
         """Return a copy with some fields changed."""

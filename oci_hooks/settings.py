@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from oci_hooks.files import Root
 
 HOST_SETTINGS = "/etc/oci-vfio-hooks/host.toml"
-GUEST_SETTINGS = "/etc/oci-vfio-hooks/guest.toml"
 
 
 def read_settings(root: Root, path: str, schema_name: str, *, required: bool = False) -> dict[str, Any]:

@@ -6,12 +6,17 @@ Loaded only where there is something to bind or to put back.
 
 from __future__ import annotations
 
-import signal
-
 from oci_hooks.errors import HookError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+else:
+    # The same functions; the module proper gives them enum, whose import costs as much as all of binding's.
+    import _signal as signal
+
 # What a runtime, a terminal, or a service manager sends to have a program end.
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDING: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT", signal.SIGHUP: "SIGHUP"}
 
 
 class Interrupted(HookError):
@@ -28,9 +33,8 @@ def raise_interrupted(number: int, _: object) -> None:
     """Handle a signal to end, once: what puts things back is not to be interrupted by the next one."""
     for ending in ENDING:
         signal.signal(ending, signal.SIG_IGN)
-    name = signal.Signals(number).name
     hint = "start the container again; give its runtime more time for hooks if it was a timeout"
-    raise Interrupted("interrupted", "the hook", f"was told to end by {name} before it was done", hint)
+    raise Interrupted("interrupted", "the hook", f"was told to end by {ENDING[number]} before it was done", hint)
 
 
 class interruptible:  # noqa: N801 - reads as a statement

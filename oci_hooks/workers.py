@@ -14,7 +14,7 @@ from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from oci_hooks.command import Deadline
 
@@ -62,16 +62,24 @@ class Worker(Record):
     code: int = 0
 
 
-def run_jobs(jobs: Iterable[Job], deadline: Deadline, private: tuple[int, ...] = ()) -> list[Result]:
+def run_jobs(
+    jobs: Iterable[Job],
+    deadline: Deadline,
+    private: tuple[int, ...] = (),
+    meanwhile: Callable[[], None] | None = None,
+) -> list[Result]:
     """Do the jobs side by side and return how each ended, in their order.
 
-    private: descriptors that a child must not keep open: a child that hangs keeps what it inherited, locks among it.
+    private: descriptors that a child must not keep open: a child that hangs keeps what it inherited, locks among it;
+    meanwhile: what this process does where it would only wait for the kernel.
     """
     workers: list[Worker] = []
     results: list[Result] = []
     try:
         for job in jobs:
             workers.append(start_worker(job, private))
+        if workers and meanwhile:
+            meanwhile()
         for worker in workers:
             results.append(finish_worker(worker, deadline))
     finally:

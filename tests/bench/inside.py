@@ -15,11 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench import hotplug
-from tests.bench.plain import BARE, GUEST_HOOK, HOST_HOOK
+from tests.bench import hotplug, lift
+from tests.bench.plain import BARE
 from tests.bench.timing import BenchError, Case, Samples, list_imports, take_turns, time_command, weigh
 from tests.vm import bundles, devices, guest
 
+GUEST_HOOK = str(lift.HOOKS / "hooks/vfio-guest-bind")
+HOST_HOOK = str(lift.HOOKS / "hooks/vfio-host-check")
 DEVICES = "io.katacontainers.x.vfio.devices"
 # What the kernel itself takes: the same files, written by the least that can write them.
 SHELL = """
@@ -34,6 +36,8 @@ DRIVERCTL = 'for address in "$@"; do driverctl --nosave set-override $address vf
 COUNTS = (1, 2, 4, 8, 16)
 MANY = 8
 TRUE = ("/bin/true",)
+# Cases that open all files that the others open too.
+LIFTED = ("bare", "guest none", "host none", "guest 1", "shell 1", "driverctl 1", "devbind 1")
 
 
 class Waiting:
@@ -141,8 +145,10 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
     # As the machine is where nobody configured anything: without settings.
     subprocess.run(["modprobe", "-a", "vfio-pci"], check=True)
     guest.settle()
+    lift.install_hooks()
     if "guest" in parts:
         cases = list_guest_cases()
+        lift.lift(case for case in cases if case.name in LIFTED)
         samples |= take_turns(cases, runs, "guest hook and its peers")
         chosen = [case for case in cases if case.name in ("bare", "guest none", f"guest {MANY}")]
         memory |= weigh(chosen, min(runs, 3))
@@ -155,7 +161,9 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
         case = Case("hotplug", measure=functools.partial(measure_hotplug, waiting, nic), restore=hotplug.unplug)
         samples |= take_turns([case, Case("hotplug bare", BARE)], runs, "hot plug")
     if "runc" in parts:
-        samples |= take_turns(list_runc_cases(), runs, "runc run")
+        cases = list_runc_cases()
+        lift.lift(cases)
+        samples |= take_turns(cases, runs, "runc run")
     return {"samples": samples, "memory": memory, "imports": imports}
 
 

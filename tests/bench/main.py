@@ -32,6 +32,7 @@ PACKAGES = {
     **provision.TEST_PACKAGES,
     "dpdk": "dpdk-devbind.py, a peer",
     "time": "peak memory",
+    "strace": "which files the peers open",
     "util-linux": "unshare, for the made host",
 }
 HERE = ("plain", "host")

@@ -146,7 +146,7 @@ def test_settings_show_every_default() -> None:
     for key in ("deadline", "on_failure", "map", "allow_noiommu", "widen_parent_cgroups"):
         assert values["guest"][key] == getattr(defaults, key), key
     assert settings.HOST_SETTINGS in host
-    assert settings.GUEST_SETTINGS in guest
+    assert guest_settings.GUEST_SETTINGS in guest
 
 
 def settings_schema(name: str) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import guest_settings
+from oci_hooks import settings
 from oci_hooks.errors import EXIT_BAD_INPUT, InputError
 from oci_hooks.files import Root
-from oci_hooks.guest_settings import NEVER, GuestSettings, read_guest_settings
+from oci_hooks.guest_settings import GUEST_SETTINGS, NEVER, GuestSettings, read_guest_settings
 from oci_hooks.plan import NodeOwner
-from oci_hooks.settings import GUEST_SETTINGS
 
 pytestmark = pytest.mark.unit
 
@@ -44,7 +43,7 @@ def write(tmp_path: Path, text: str, path: str = GUEST_SETTINGS) -> Root:
 
 
 def test_without_a_file_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guest_settings, "read_settings", lambda *_: pytest.fail("settings were read for nothing"))
+    monkeypatch.setattr(settings, "read_settings", lambda *_: pytest.fail("settings were read for nothing"))
     assert read_guest_settings(Root(str(tmp_path)), "") == GuestSettings()
 
 

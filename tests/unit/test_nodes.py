@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import container, nodes
+from oci_hooks import binding, container, nodes
 from oci_hooks.errors import StepError
 from oci_hooks.journal import Entry, Journal, parse_journal
 from oci_hooks.nodes import Target
@@ -428,7 +428,7 @@ def test_the_root_file_system_is_found(tmp_path: Path, root: str, state_root: st
     (tmp_path / "b/link").symlink_to(tmp_path / "r")
     state = State("c1", f"{tmp_path}/b", 7, "", {}, state_root.format(top=tmp_path))
     spec = make_spec({"root": {"path": root.format(top=tmp_path)}} if root else {}, "config.json")
-    assert container.find_rootfs(state, spec) == f"{os.path.realpath(tmp_path)}/{found}"
+    assert binding.find_rootfs(state, spec) == f"{os.path.realpath(tmp_path)}/{found}"
 
 
 def test_the_tree_of_a_process_is_reached_through_proc(tree: Tree) -> None:

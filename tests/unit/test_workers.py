@@ -213,3 +213,16 @@ def test_a_runtime_that_ignores_its_children_does_no_harm(tmp_path: Path) -> Non
         assert run_jobs([Job("a", (Write(path, "x"),))], Deadline(10)) == [Result("a", 0, "")]
     finally:
         signal.signal(signal.SIGCHLD, old)
+
+
+def test_meanwhile_is_done_while_the_children_are_at_work(tmp_path: Path) -> None:
+    """A pipe holds its writer until somebody reads: neither side gets on without the other."""
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    job = Job("0000:01:00.0", (Write(f"{tmp_path}/pipe", "x"),))
+    results = run_jobs([job], Deadline(10), meanwhile=lambda: read.append((tmp_path / "pipe").read_text()))
+    assert ([result.code for result in results], read) == ([0], ["x"])
+
+
+def test_without_a_job_there_is_no_meanwhile() -> None:
+    assert run_jobs([], Deadline(10), meanwhile=lambda: pytest.fail("there was nothing to wait for")) == []

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Have everything that is measured in the machine's memory: programs, libraries, modules.
+
+The rig's machine has its files from outside by 9p, where each opening is a conversation of several milliseconds. No
+guest is like that, and a program of many small files, as any in Python is, would be measured as slower than it is. So
+every file that a case opens is lifted into the writable layer of its overlay, which is a tmpfs: the peers' as well as
+the hooks' and the bare interpreter's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from tests.bench.timing import ENVIRONMENT, BenchError, Case
+from tests.provision import REPOSITORY
+
+# Below /usr, so that the hooks lie where the programs beside them lie.
+HOOKS = Path("/usr/local/lib/oci-vfio-hooks")
+OVERLAYS = ("/usr/", "/etc/")
+QUOTED_PATH = re.compile(r'"(/[^"]+)"')
+
+
+def install_hooks() -> None:
+    """Copy the hooks, byte-compiled as they are, and have the tests' helpers use the copy."""
+    for name in ("hooks", "oci_hooks"):
+        shutil.copytree(REPOSITORY / name, HOOKS / name)
+    os.environ["OCI_VFIO_HOOKS_DIR"] = str(HOOKS / "hooks")
+
+
+def lift(cases: Iterable[Case]) -> None:
+    """Run each case once and lift the files that it opened."""
+    lifted: set[str] = set()
+    for case in cases:
+        for path in list_files(case) - lifted:
+            status = os.stat(path)
+            # An overlay copies a file into its writable layer when its owner is set, also to the same.
+            os.chown(path, status.st_uid, status.st_gid)
+            lifted.add(path)
+
+
+def list_files(case: Case) -> set[str]:
+    """Return the files that a case opens in the overlays."""
+    with NamedTemporaryFile("r") as trace:
+        case.prepare()
+        command = ["strace", "-f", "-qq", "-e", "trace=%file", "-o", trace.name, *case.command]
+        done = subprocess.run(command, input=case.stdin, capture_output=True, env=ENVIRONMENT, check=False)
+        if done.returncode:
+            raise BenchError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.decode()}")
+        case.restore()
+        paths = {os.path.realpath(path) for path in QUOTED_PATH.findall(trace.read())}
+    return {path for path in paths if path.startswith(OVERLAYS) and os.path.isfile(path)}
