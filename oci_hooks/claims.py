@@ -54,7 +54,8 @@ def read_start_time(root: Root, pid: int) -> int:
     """Return when a process started, in clock ticks since boot; 0 where it is gone or a zombie (proc(5), stat)."""
     # The name in parentheses may hold anything.
     fields = root.read_text_or(f"/proc/{pid}/stat", "").rpartition(")")[2].split()
-    return int(fields[19]) if len(fields) > 19 and fields[0] not in ("Z", "X", "x") else 0
+    known = len(fields) > 19 and fields[19].isdecimal() and fields[0] not in ("Z", "X", "x")
+    return int(fields[19]) if known else 0
 
 
 class ClaimDirectory:

@@ -15,7 +15,7 @@ import os
 import stat
 
 from oci_hooks.errors import StepError
-from oci_hooks.files import Descriptor
+from oci_hooks.files import Descriptor, read_file
 from oci_hooks.records import Record
 
 FOLLOW_NOTHING = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -136,6 +136,17 @@ def look_at_node(directory: int, name: str) -> FoundNode | None:
 def is_guests_own(directory: int) -> bool:
     """Tell whether a directory lies on the guest's own /dev (a bind mount of it), whose nodes are not ours to make."""
     return os.fstat(directory).st_dev == os.stat("/dev").st_dev
+
+
+def is_mounted(parent: int, directory: int) -> bool:
+    """Tell whether a directory below another one is a mount, so that it leads elsewhere. Raises OSError."""
+    return read_mount(parent) != read_mount(directory)
+
+
+def read_mount(fd: int) -> bytes:
+    """Return the id of the mount that a descriptor is on (proc(5), /proc/pid/fdinfo, mnt_id). Raises OSError."""
+    lines = read_file(f"/proc/self/fdinfo/{fd}", 4096).splitlines()
+    return next(line for line in lines if line.startswith(b"mnt_id:"))
 
 
 def make_node(directory: int, name: str, numbers: tuple[int, int], mode: int, uid: int, gid: int) -> None:

@@ -256,13 +256,21 @@ def read_routed(root: Root) -> frozenset[str]:
     """Return the interfaces with a route, other than those every interface gets that is up."""
     # Interface, destination, gateway, ...
     lines = root.read_text_or("/proc/net/route", "").splitlines()[1:]
-    routed = {line.split()[0] for line in lines if line}
+    routed = {fields[0] for fields in map(str.split, lines) if fields}
     for line in root.read_text_or("/proc/net/ipv6_route", "").splitlines():
         # Destination, its length, source, its length, next hop, metric, references, uses, flags, interface.
         fields = line.split()
-        if len(fields) == 10 and is_real_route(fields[0], int(fields[8], 16)):
+        if len(fields) == 10 and is_real_route(fields[0], parse_flags(fields[8], 0)):
             routed.add(fields[9])
     return frozenset(routed)
+
+
+def parse_flags(word: str, otherwise: int) -> int:
+    """Return flags that the kernel writes in hexadecimal. otherwise: for what is none; it must not mean free."""
+    try:
+        return int(word, 16)
+    except ValueError:
+        return otherwise
 
 
 def is_real_route(destination: str, flags: int) -> bool:
@@ -288,7 +296,7 @@ def find_network_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
 def find_interface_uses(root: Root, name: str, usage: Usage) -> list[str]:
     """Return how one interface is in use, at most one way: the first that a reader would look for."""
     path = f"{NET_CLASS}/{name}"
-    if not int(root.read_text_or(f"{path}/flags", "0"), 16) & IFF_UP:
+    if not parse_flags(root.read_text_or(f"{path}/flags", "0"), IFF_UP) & IFF_UP:
         return []
     address = root.read_ipv4(name) or usage.addressed.get(name, "")
     if address:

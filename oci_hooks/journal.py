@@ -28,6 +28,9 @@ KINDS = {
     "permit": ("nodes", "unified", "devices"),
     "done": (),
 }
+# Words that are numbers, and the digits that one of the kernel's has at most.
+NUMBERS = frozenset({"pid", "start", "major", "minor", "mode", "uid", "gid"})
+DIGITS = 20
 
 
 class Entry(Record):
@@ -83,10 +86,18 @@ def parse_journal(data: bytes) -> list[Entry]:
         kind, *words = line.split("\t")
         if kind in KINDS and len(words) == len(KINDS[kind]):
             try:
-                entries.append(Entry(kind, tuple(unquote(word) for word in words)))
+                entry = Entry(kind, tuple(unquote(word) for word in words))
             except ValueError:
                 continue
+            if has_numbers(entry):
+                entries.append(entry)
     return entries
+
+
+def has_numbers(entry: Entry) -> bool:
+    """Tell whether those words of an entry are numbers that have to be."""
+    numbers = [word for name, word in zip(KINDS[entry.kind], entry.words) if name in NUMBERS]
+    return all(word.isascii() and word.isdigit() and len(word) <= DIGITS for word in numbers)
 
 
 def quote(text: str) -> str:

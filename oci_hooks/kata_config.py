@@ -207,7 +207,7 @@ def read_source(root: Root, path: str) -> Source | Finding:
         return Source(path, text, load_toml(text))
     except OSError as error:
         return Finding("warning", "kata-config-unreadable", path, error.strerror or str(error), hint)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Finding("warning", "kata-config-unreadable", path, f"is not TOML: {error}", hint)
     except ImportError:
         return Finding(

@@ -42,4 +42,12 @@ def read_mounts(root: Root, process: str = "self") -> list[Mount]:
 def unescape(field: str) -> str:
     r"""Return a field of mountinfo or of /proc/swaps with its \040 and the like as characters."""
     first, *rest = field.split("\\")
-    return first + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)
+    return first + "".join(unescape_part(part) for part in rest)
+
+
+def unescape_part(part: str) -> str:
+    """Return what stands behind a backslash with its three octal digits as a character; as it is without these."""
+    digits = part[:3]
+    if len(digits) == 3 and all(digit in "01234567" for digit in digits):
+        return chr(int(digits, 8)) + part[3:]
+    return f"\\{part}"

@@ -84,12 +84,12 @@ def find_group_place(root: Root, group: str) -> Place:
 
 def read_numbers(root: Root, path: str, subject: str) -> tuple[int, int]:
     """Return major and minor of a device in sysfs. Raises StepError [no-cdev]."""
-    major, _, minor = root.read_text_or(f"{path}/dev", "").partition(":")
-    if not minor:
+    numbers = sysfs.parse_numbers(root.read_text_or(f"{path}/dev", ""))
+    if numbers is None:
         problem = "this kernel has no VFIO device nodes of iommufd"
         hint = "Linux 6.6 with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV has; or take cdev out of the annotation"
         raise StepError("no-cdev", subject, problem, hint)
-    return int(major), int(minor)
+    return numbers
 
 
 # Making them ---------------------------------------------------------------------------------------------------------
@@ -123,6 +123,7 @@ def make_nodes(dev: int, places: list[tuple[Node, Place]], plan: Plan, target: T
     for node, place in places:
         directory = open_or_make(dev, place.directory, target, journal)
         try:
+            check_mount(dev, directory, place)
             if place.directory == "vfio" and node.kind == "control" and not container.is_guests_own(directory):
                 for entry in plan.stale:
                     remove_stale(dev, entry, target, journal)
@@ -131,6 +132,14 @@ def make_nodes(dev: int, places: list[tuple[Node, Place]], plan: Plan, target: T
             make_node(directory, node, place, target, journal)
         finally:
             os.close(directory)
+
+
+def check_mount(dev: int, directory: int, place: Place) -> None:
+    """Raise StepError where nodes would come to lie in a directory of somebody else that is mounted in /dev."""
+    # The guest's own /dev/vfio is made no node in, and has those that are needed.
+    if container.is_mounted(dev, directory) and not container.is_guests_own(directory):
+        hint = "take it out of the mounts in config.json: the hook makes the nodes"
+        raise StepError("hostile-tree", f"/dev/{place.directory}", "another directory is mounted there", hint)
 
 
 def open_or_make(dev: int, path: str, target: Target, journal: Journal) -> int:
@@ -148,10 +157,15 @@ def open_or_make(dev: int, path: str, target: Target, journal: Journal) -> int:
 
 
 def open_or_make_one(parent: int, name: str, path: str, target: Target, journal: Journal) -> int:
-    """Return a descriptor of a directory in a directory, made if it is not there. path: below /dev. Raises OSError."""
+    """Return a descriptor of a directory in a directory, made if it is not there. Raises StepError, OSError.
+
+    path: below /dev.
+    """
     try:
         return container.open_below(parent, name)
     except FileNotFoundError:
+        if container.is_guests_own(parent):
+            raise missing_node(f"/dev/{path}") from None
         journal.note("directory", target.rootfs, path)
         container.make_directory(parent, name)
         return container.open_below(parent, name)
@@ -169,9 +183,7 @@ def make_node(directory: int, node: Node, place: Place, target: Target, journal:
         return
     if container.is_guests_own(directory):
         # The kernel keeps the nodes there; one of the hook's making would outlive the device, for everybody.
-        raise StepError(
-            "node-missing", path, "is not in the guest's /dev, which the container shares", "mount devtmpfs"
-        )
+        raise missing_node(path)
     if found:
         note_stale(journal, target, place.path, found)
         container.remove_node(directory, place.name, (found.major, found.minor))
@@ -180,6 +192,11 @@ def make_node(directory: int, node: Node, place: Place, target: Target, journal:
         container.make_node(directory, place.name, place.numbers, node.mode, node.uid, node.gid)
     except OSError as error:
         raise StepError("node-failed", path, f"mknod: {error.strerror}", "the hook needs CAP_MKNOD") from None
+
+
+def missing_node(path: str) -> StepError:
+    """Return the error for a node, or its directory, that the guest's own /dev lacks."""
+    return StepError("node-missing", path, "is not in the guest's /dev, which the container shares", "mount devtmpfs")
 
 
 def remove_stale(dev: int, entry: Device, target: Target, journal: Journal) -> None:
@@ -279,12 +296,15 @@ def undo(entry: Entry, pid: int) -> None:
     try:
         # Without the container's namespace, nodes are still where its image itself holds /dev.
         dev = container.open_dev(pid, rootfs)
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
+        # The container is gone, and all that was in it.
         return
     try:
         directory = container.open_path(dev, parent)
         try:
-            undo_in(directory, name, entry, pid)
+            # Mounted there since: what the hook made lies below.
+            if not container.is_guests_own(directory):
+                undo_in(directory, name, entry, pid)
         finally:
             os.close(directory)
     except FileNotFoundError:

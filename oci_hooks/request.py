@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SYNTAX = "expected a comma list of 0000:02:00.0, id:8086:10d3, class:0200, path:02/00, auto, cdev"
 MAP_SYNTAX = 'write [{"host-group": 12, "devices": [{"host-address": "0000:3b:00.0", "guest-path": "02/00"}]}]'
+# Characters of an annotation: five thousand addresses. What a tenant writes must not cost more than the deadline.
+TEXT_LIMIT = 64 << 10
 HEX = frozenset("0123456789abcdef")
 
 
@@ -57,6 +59,10 @@ def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
     entries = spec.vfio_devices
     text = oci.find_annotation(state, spec, oci.DEVICES_ANNOTATION)
     old_map = oci.find_annotation(state, spec, oci.MAP_ANNOTATION)
+    for name, value in ((oci.DEVICES_ANNOTATION, text), (oci.MAP_ANNOTATION, old_map)):
+        if value is not None and len(value) > TEXT_LIMIT:
+            problem = f"is longer than {TEXT_LIMIT} characters"
+            raise InputError("bad-annotation", f"annotation {name}", problem, "use id:, class: or auto")
     if text is not None:
         source = f"annotation {oci.DEVICES_ANNOTATION}"
         words = [word.strip() for word in text.split(",")]

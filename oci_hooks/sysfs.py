@@ -26,6 +26,8 @@ NOIOMMU_SWITCH = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 BRIDGE_CLASSES = ("0604", "0607", "0609")
 # Drivers whose devices vfio calls viable although they are not vfio drivers (kernel: driver_managed_dma).
 HARMLESS_DRIVERS = ("pci-stub", "pcieport")
+# Two numbers of 32 bits and a colon.
+DEV_LENGTH = 22
 
 
 class PciDevice(Record):
@@ -144,8 +146,15 @@ def read_group_number(root: Root, group: str) -> tuple[int, int] | None:
 
     From sysfs, because a guest without devtmpfs has no node to look at.
     """
-    major, _, minor = root.read_text_or(f"{VFIO_CLASS}/{group}/dev", "").partition(":")
-    return (int(major), int(minor)) if minor else None
+    return parse_numbers(root.read_text_or(f"{VFIO_CLASS}/{group}/dev", ""))
+
+
+def parse_numbers(text: str) -> tuple[int, int] | None:
+    """Return major and minor as sysfs writes them, "511:7"; None for what is none."""
+    major, _, minor = text.partition(":")
+    if not (text.isascii() and major.isdigit() and minor.isdigit() and len(text) < DEV_LENGTH):
+        return None
+    return int(major), int(minor)
 
 
 def list_live_groups(root: Root) -> dict[tuple[int, int], str]:

@@ -40,7 +40,7 @@ class Job(Record):
 
 class Result(Record):
     """How a job ended. code: errno, 0 for success, ETIMEDOUT where it still blocks; path: of the write that failed;
-    started: False where there was no process to be had for it, so that nothing was written."""
+    started: False where there was no process to be had for it, or that was killed: it has to be done again."""
 
     address: str
     code: int
@@ -77,10 +77,15 @@ def run_jobs(
     results: list[Result] = []
     try:
         for job in jobs:
-            workers.append(start_worker(job, private))
+            worker = start_worker(job, private)
+            # Where processes or descriptors are few, the next begins when the first has ended.
+            while not worker.pid and len(results) < len(workers):
+                results.append(finish_worker(workers[len(results)], deadline))
+                worker = start_worker(job, private)
+            workers.append(worker)
         if workers and meanwhile:
             meanwhile()
-        for worker in workers:
+        for worker in workers[len(results) :]:
             results.append(finish_worker(worker, deadline))
     finally:
         # After an interruption: nothing may still be written while what was done is put back.
@@ -100,6 +105,8 @@ def start_worker(job: Job, private: tuple[int, ...]) -> Worker:
     try:
         pid = os.fork()
         if pid == 0:
+            # Each descriptor that is free is one more for the writes.
+            os.close(reader)
             detach(private)
             code, index = do_writes(job)
             os.write(writer, f"{code} {index}".encode())
@@ -116,8 +123,10 @@ def start_worker(job: Job, private: tuple[int, ...]) -> Worker:
 
 def detach(private: tuple[int, ...]) -> None:
     """Let go of what the runtime waits for: a child that hangs must not keep its pipes open."""
+    # Where the limit on open files is reached there is no number for a fourth.
+    os.close(0)
     null = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1, 2):
+    for fd in (1, 2):
         os.dup2(null, fd)
     for fd in private:
         os.close(fd)
@@ -154,7 +163,8 @@ def finish_worker(worker: Worker, deadline: Deadline) -> Result:
     words = os.read(worker.pipe, 64).split()
     end_worker(worker)
     if len(words) != 2:
-        return Result(job.address, errno.EIO, "")
+        # Killed (out of memory): how far it came is not known, so it is as if it had not begun.
+        return Result(job.address, errno.EIO, "", started=False)
     code, index = int(words[0]), int(words[1])
     return Result(job.address, code, job.writes[index].path if code else "")
 

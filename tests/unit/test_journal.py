@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oci_hooks.journal import FORMAT, KINDS, Entry, Journal, format_entry, parse_journal, quote, unquote
+from oci_hooks.journal import FORMAT, KINDS, NUMBERS, Entry, Journal, format_entry, parse_journal, quote, unquote
 
 pytestmark = pytest.mark.unit
 
@@ -18,8 +18,11 @@ pytestmark = pytest.mark.unit
 WORDS = st.text(
     st.one_of(st.characters(exclude_categories=["Cs"]), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF))
 ).map(lambda text: os.fsdecode(os.fsencode(text)))
+DIGITS = st.integers(0, 2**64 - 1).map(str)
 ENTRIES = st.sampled_from(sorted(KINDS)).flatmap(
-    lambda kind: st.tuples(*[WORDS] * len(KINDS[kind])).map(lambda words: Entry(kind, words))
+    lambda kind: st.tuples(*[DIGITS if name in NUMBERS else WORDS for name in KINDS[kind]]).map(
+        lambda words: Entry(kind, words)
+    )
 )
 
 

@@ -127,7 +127,8 @@ def test_a_child_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
         return 0, 0
 
     monkeypatch.setattr(workers, "do_writes", die)
-    assert run_jobs([Job("a", (Write(make_file(tmp_path / "a"), "x"),))], Deadline(10)) == [Result("a", errno.EIO, "")]
+    job = Job("a", (Write(make_file(tmp_path / "a"), "x"),))
+    assert run_jobs([job], Deadline(10)) == [Result("a", errno.EIO, "", started=False)]
 
 
 def test_what_a_child_raises_stays_in_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,27 +138,39 @@ def test_what_a_child_raises_stays_in_the_child(tmp_path: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     monkeypatch.setattr(workers, "do_writes", fail)
-    assert run_jobs([Job("a", (Write(make_file(tmp_path / "a"), "x"),))], Deadline(10)) == [Result("a", errno.EIO, "")]
+    job = Job("a", (Write(make_file(tmp_path / "a"), "x"),))
+    assert run_jobs([job], Deadline(10)) == [Result("a", errno.EIO, "", started=False)]
     assert os.getpid() == parent
 
 
-def test_no_process_to_be_had_is_the_jobs_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("haves", "codes"),
+    [
+        # None can end, so none can be had for the first.
+        ([False, True, True], [errno.EAGAIN, 0, 0]),
+        # One at a time is enough.
+        ([True, False, True, False, True], [0, 0, 0]),
+        ([True, False, False, True], [0, errno.EAGAIN, 0]),
+    ],
+)
+def test_no_process_to_be_had_is_the_jobs_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, haves: list[bool], codes: list[int]
+) -> None:
     real_fork = os.fork
-    forks = iter([real_fork, None, real_fork])
+    forks = iter(haves)
 
     def fork() -> int:
-        one = next(forks)
-        if one is None:
+        if not next(forks):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return one()
+        return real_fork()
 
     monkeypatch.setattr(os, "fork", fork)
     before = count_descriptors(), list_children()
     files = [make_file(tmp_path / name) for name in "abc"]
     results = run_jobs([Job(path, (Write(path, "x"),)) for path in files], Deadline(10))
-    assert [result.code for result in results] == [0, errno.EAGAIN, 0]
-    assert [result.started for result in results] == [True, False, True]
-    assert [Path(path).read_text() for path in files] == ["x", "", "x"]
+    assert [result.code for result in results] == codes
+    assert [result.started for result in results] == [not code for code in codes]
+    assert [Path(path).read_text() for path in files] == ["" if code else "x" for code in codes]
     assert (count_descriptors(), list_children()) == before
 
 

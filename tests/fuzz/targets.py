@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is fuzzed: each reader of something that others write, as a function of bytes that fails only for a defect.
+
+A defect is an exception that is no refusal in words, a reader and a schema of different opinion, or a text that does
+not come back as it was. A target with several files gets them parted by NUL.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import posixpath
+from functools import cache
+from pathlib import Path
+from typing import Any, Callable
+
+import jsonschema
+
+from oci_hooks import (
+    bpf,
+    cgroup,
+    claims,
+    guards,
+    journal,
+    kata_config,
+    mounts,
+    notation,
+    oci,
+    recordfile,
+    request,
+    schema,
+    settings,
+    sysfs,
+)
+from oci_hooks.apply import parse_grant
+from oci_hooks.errors import HookError, InputError
+from oci_hooks.files import Root
+from oci_hooks.holders import Process
+from oci_hooks.hypervisor import read_clh, read_qemu
+from oci_hooks.jsontext import parse_json
+
+ADDRESS = "0000:01:00.0"
+DEVICE = f"{sysfs.PCI_DEVICES}/{ADDRESS}"
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Deeper than this no two JSON readers agree on whether they can read it.
+DEEPEST = 100
+
+
+class MemoryRoot(Root):
+    """A machine whose files are bytes in memory. links: path → target of symbolic links."""
+
+    def __init__(self, files: dict[str, bytes], links: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.files = files
+        self.links = links or {}
+
+    def ask(self, question: Callable[..., Any], path: str, *more: object) -> Any:
+        """Answer what the hooks ask of a path. Raises OSError."""
+        answers: dict[str, Callable[[str], Any]] = {
+            "read_file": self.read,
+            "listdir": self.list,
+            "readlink": self.link,
+            "stat": self.status,
+            "realpath": posixpath.normpath,
+        }
+        if question.__name__ in answers:
+            return answers[question.__name__](posixpath.normpath(path))
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), path)
+
+    def read(self, path: str) -> bytes:
+        """Return a file's content."""
+        if path not in self.files:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return self.files[path]
+
+    def list(self, path: str) -> list[str]:
+        """Return the names below a directory."""
+        inside = [p[len(path) + 1 :].split("/")[0] for p in (*self.files, *self.links) if p.startswith(path + "/")]
+        if not inside:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return sorted(set(inside))
+
+    def link(self, path: str) -> str:
+        """Return a link's target."""
+        if path not in self.links:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return self.links[path]
+
+    def status(self, path: str) -> os.stat_result:
+        """Return a stat of whatever is there."""
+        if path not in self.files and path not in self.links and not any(p.startswith(path + "/") for p in self.files):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return os.stat_result((0o100644, 1, 1, 1, 0, 0, 0, 0, 0, 0))
+
+
+@cache
+def load_validator(name: str) -> Any:
+    """Return the validator of one of the package's schemas."""
+    return jsonschema.Draft7Validator(schema.load_schema(name))
+
+
+def part(data: bytes, count: int) -> list[bytes]:
+    """Return this many pieces of the data, parted by NUL; what is lacking is empty."""
+    pieces = data.split(b"\0", count - 1)
+    return pieces + [b""] * (count - len(pieces))
+
+
+def is_deep(value: Any, depth: int = 0) -> bool:
+    """Tell whether a JSON value is nested deeper than is compared."""
+    if depth > DEEPEST:
+        return True
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(is_deep(item, depth + 1) for item in inner)
+
+
+def check_verdict(data: bytes, name: str, read: Callable[[Any], object]) -> object:
+    """Check that a hand-written reader and its schema have the same opinion of a document, and return what it read."""
+    try:
+        document = parse_json(data, name)
+    except InputError:
+        return None
+    if is_deep(document):
+        return None
+    try:
+        result, taken = read(document), True
+    except oci.Mismatch:
+        result, taken = None, False
+    assert taken == load_validator(name).is_valid(document), (name, document)
+    return result
+
+
+# Targets -------------------------------------------------------------------------------------------------------------
+
+
+def fuzz_json(data: bytes) -> None:
+    """The fast scanner and the json package read the same."""
+    try:
+        expected = json.loads(data.decode())
+    except (ValueError, RecursionError):
+        expected = None
+    try:
+        found = parse_json(data, "x")
+    except InputError:
+        found = None
+    assert repr(found) == repr(expected)
+
+
+def fuzz_state(data: bytes) -> None:
+    """The state on stdin."""
+    check_verdict(data, "state", oci.make_state)
+    try:
+        oci.read_state(data)
+    except InputError:
+        return
+
+
+def fuzz_config(data: bytes) -> None:
+    """config.json, and the request that is made of it."""
+    spec = check_verdict(data, "config", lambda document: oci.make_spec(document, "config.json"))
+    if isinstance(spec, oci.Spec):
+        try:
+            request.read_request(oci.State("c1", "/b", 1, "", {}), spec)
+        except InputError:
+            return
+
+
+def fuzz_annotation(data: bytes) -> None:
+    """The annotation that names devices: what was read is written as it would be read again."""
+    text = data.decode("utf-8", "replace")
+    state = oci.State("c1", "/b", 1, "", {oci.DEVICES_ANNOTATION: text})
+    try:
+        found = request.read_request(state, oci.make_spec({}, "config.json"))
+    except InputError:
+        return
+    assert found is not None
+    for selector in found.selectors:
+        assert request.parse_selector(str(selector), "x") == selector
+
+
+def fuzz_map(data: bytes) -> None:
+    """The predecessor's map."""
+    state = oci.State("c1", "/b", 1, "", {oci.MAP_ANNOTATION: data.decode("utf-8", "replace")})
+    try:
+        request.read_request(state, oci.make_spec({}, "config.json"))
+    except InputError:
+        return
+
+
+def fuzz_settings(data: bytes) -> None:
+    """guest.toml and host.toml: what is taken is what the schema takes."""
+    from oci_hooks.guest_settings import GUEST_SETTINGS, read_guest_settings
+
+    root = MemoryRoot({GUEST_SETTINGS: data, settings.HOST_SETTINGS: data})
+    for read in (
+        lambda: read_guest_settings(root, ""),
+        lambda: settings.read_settings(root, settings.HOST_SETTINGS, "host-settings"),
+    ):
+        try:
+            read()
+        except InputError:
+            continue
+
+
+def fuzz_kata(data: bytes) -> None:
+    """Kata's configuration.toml with two drop-ins and annotations: whatever can't be read is a finding."""
+    main, one, two, annotation = part(data, 4)
+    top = "/etc/kata-containers"
+    files = {
+        f"{top}/configuration.toml": main,
+        f"{top}/config.d/10-one.toml": one,
+        f"{top}/config.d/20-two.toml": two,
+    }
+    text = annotation.decode("utf-8", "replace")
+    annotations = {f"io.katacontainers.config.hypervisor.{key}": text for key in ("enable_iommu", "kernel_params")}
+    root = MemoryRoot(files)
+    for flavour in ("go", "rs"):
+        place = kata_config.make_place(root, f"{top}/configuration.toml", "test")
+        assert place is not None
+        config = kata_config.load_config(root, place, flavour, annotations)
+        for setting in (
+            config.hypervisor_setting("enable_iommu", False),
+            config.runtime_setting("vfio_mode"),
+            config.hypervisor_setting("kernel_params", ""),
+        ):
+            config.describe(setting)
+
+
+def fuzz_sysfs(data: bytes) -> None:
+    """The attributes of a PCI function and its VFIO group."""
+    uevent, override, group, numvfs, vga = part(data, 5)
+    files = {
+        f"{DEVICE}/uevent": uevent,
+        f"{DEVICE}/driver_override": override,
+        f"{sysfs.VFIO_CLASS}/4/dev": group,
+        f"{DEVICE}/sriov_numvfs": numvfs,
+        f"{DEVICE}/boot_vga": vga,
+        "/proc/self/mountinfo": b"",
+    }
+    links = {f"{DEVICE}/iommu_group": "../../../kernel/iommu_groups/4", DEVICE: "../../../devices/pci0000:01/x"}
+    root = MemoryRoot(files, links)
+    picture = sysfs.look(root)
+    sysfs.list_live_groups(root)
+    sysfs.read_override(root, ADDRESS)
+    uses = guards.Uses(root)
+    for device in picture.devices.values():
+        uses.find(device)
+
+
+def fuzz_proc(data: bytes) -> None:
+    """mountinfo, cgroup, swaps, routes, addresses, stat: of this process, of the container's."""
+    mountinfo, groups, swaps, route, route6, inet6, stat = part(data, 7)
+    files = {
+        "/proc/self/mountinfo": mountinfo,
+        "/proc/self/cgroup": groups,
+        "/proc/7/cgroup": groups,
+        "/proc/7/stat": stat,
+        "/proc/swaps": swaps,
+        "/proc/net/route": route,
+        "/proc/net/ipv6_route": route6,
+        "/proc/net/if_inet6": inet6,
+    }
+    root = MemoryRoot(files)
+    mounts.read_mounts(root)
+    guards.look_at_usage(root)
+    claims.read_start_time(root, 7)
+    try:
+        cgroup.find_cgroup(root, 7)
+    except HookError:
+        return
+
+
+def fuzz_devices_list(data: bytes) -> None:
+    """devices.list of version 1."""
+    root = MemoryRoot({"/g/devices.list": data})
+    cgroup.lacks(root, "/g", [cgroup.Node("12", 511, 7)])
+
+
+def fuzz_journal(data: bytes) -> None:
+    """A claim: whatever lies there is read as some entries, and a hook makes of them what it can."""
+    entries = journal.parse_journal(data)
+    claims.make_claim("/run/c", entries, False)
+    for entry in entries:
+        line = journal.format_entry(entry.kind, *entry.words)
+        assert journal.parse_journal(line) == [entry]
+        if entry.kind == "permit":
+            try:
+                parse_grant(entry)
+            except ValueError:
+                continue
+
+
+def fuzz_record(data: bytes) -> None:
+    """A record, unpacked: its members, its JSON, the values of its events."""
+    try:
+        members = recordfile.read_members(data)
+        about = recordfile.parse(members, "record.json")
+        recordfile.check_version(about)
+        events = [recordfile.load(line, "x") for line in members.get("events.jsonl", b"").splitlines()]
+        recordfile.check_schema({"about": about, "events": events})
+    except recordfile.RecordError:
+        return
+
+
+def fuzz_packed(data: bytes) -> None:
+    """A record as the file that it is."""
+    try:
+        recordfile.unpack(data)
+    except recordfile.RecordError:
+        return
+
+
+def fuzz_notation(data: bytes) -> None:
+    """A value of a record, which may be an object."""
+    try:
+        notation.decode(recordfile.load(data, "x"))
+    except (notation.NotationError, recordfile.RecordError, RecursionError):
+        return
+
+
+def fuzz_program(data: bytes) -> None:
+    """A dumped device program: with the prefix taken away and put before, it is what it was."""
+    # The kernel's dump is one of whole instructions.
+    data = data[: len(data) // bpf.SIZE * bpf.SIZE]
+    plain = bpf.strip_prefix(data)
+    nodes = [(511, 7), (10, 196)]
+    prefixed = bpf.make_prefix(nodes) + plain
+    assert sorted(bpf.read_prefix(prefixed)) == sorted(nodes)
+    assert bpf.strip_prefix(prefixed) == plain
+    try:
+        bpf.make_loadable(data)
+    except bpf.ProgramError:
+        return
+
+
+def fuzz_command_line(data: bytes) -> None:
+    """The command line of a hypervisor, which a sandbox's annotations have a part in."""
+    arguments = tuple(data.decode("utf-8", "replace").split("\0"))
+    process = Process(7, "qemu-system-x86", arguments)
+    read_qemu(process)
+    read_clh(process)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    name[len("fuzz_") :]: value for name, value in sorted(globals().items()) if name.startswith("fuzz_")
+}
+
+# What the fuzzer begins with: one good example each, so that it need not find out what TOML is.
+SEEDS: dict[str, list[bytes]] = {
+    "annotation": [b"0000:02:00.0,id:8086:10d3,class:0200,path:02/00,cdev", b"auto", b"path:0001:80:02.1/00"],
+    "command_line": [
+        b"qemu\0-machine\0q35,kernel_irqchip=split\0-device\0intel-iommu,intremap=on\0-device\0vfio-pci,host=01:00.0",
+        b"cloud-hypervisor\0--api-socket\0/run/x/clh.sock\0--platform\0iommu_segments=1",
+    ],
+    "config": [
+        b'{"annotations":{"io.katacontainers.x.vfio.devices":"auto"},"root":{"path":"r"},"process":{"user":{"uid":1},'
+        b'"env":["PCIDEVICE_A=0000:01:00.0"]},"linux":{"devices":[{"path":"/dev/vfio/1","type":"c","major":1,"minor":2,'
+        b'"fileMode":438}],"namespaces":[{"type":"user"}],"uidMappings":[{"containerID":0,"hostID":1,"size":2}]}}'
+    ],
+    "devices_list": [b"a *:* rwm\n", b"c 10:196 rw\nb *:* m\n"],
+    "journal": [
+        b"oci-vfio-hooks 1\ncontainer\tc%20\ninit\t7\t70\ngroup\t4\ndevice\t0000:01:00.0\te1000e\t\n"
+        b"permit\t511:7,10:196\t/sys/fs/cgroup/c\t\ndone\n"
+    ],
+    "json": [b'{"a": [1, -2.5e3, "\\u00e9\\n", true, null]}', b" [] ", b"NaN"],
+    "kata": [
+        b'[hypervisor.qemu]\npath="/q"\nenable_iommu=true\nkernel_params="a=b"\nenable_annotations=["kernel_.*"]\n'
+        b'[runtime]\nvfio_mode="vfio"\n\0[hypervisor.qemu]\nenable_iommu=false\n\0[runtime]\n\0true'
+    ],
+    "map": [b'[{"host-group":12,"devices":[{"host-address":"0000:3b:00.0","guest-path":{"Path":["02.0","00.0"]}}]}]'],
+    "notation": [
+        b'{"!":"workers.Result","address":"a","code":0,"path":"","started":true}',
+        b'{"!":"stat","st_mode":33188}',
+        b'[{"!":"bytes","text":"x"},{"!":"claims.Claim"},{"!":"journal.Journal"}]',
+    ],
+    "packed": [b"\x1f\x8b\x08\0\0\0\0\0\x02\x03\x03\0\0\0\0\0\0\0\0\0"],
+    "proc": [
+        b"22 1 0:21 / / rw shared:1 - cgroup2 cgroup rw\\040,x\n\x000::/c\n\0"
+        b"Filename Type\n/dev/vda partition 1 2 3\n\0"
+        b"Iface Destination Gateway Flags\neth0 00000000 0102A8C0 0003 0 0 0 00000000\n\0"
+        b"00000000000000000000000000000000 00 0 0 0 ffffffff 1 0 00200200 lo\n\0"
+        b"fe80000000000000 02 40 20 80 eth0\n\x007 (a) R 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 70 0\n"
+    ],
+    "program": [bpf.make_prefix([(511, 7)]) + bpf.make_instruction(0x95)],
+    "record": [],
+    "settings": [
+        b'deadline=8.0\non_failure="kill"\nforce=["0000:01:00.0"]\n[auto]\nids=["8086"]\nnever=["id:1af4"]\n[node]\nmode=438\n',
+        b'deadline=8\n[kata]\nmode="auto"\n',
+    ],
+    "state": [
+        b'{"ociVersion":"1","id":"c","status":"created","pid":7,"bundle":"/b","root":"/r","annotations":{"a":"b"}}'
+    ],
+    "sysfs": [b"DRIVER=e1000e\nPCI_CLASS=20000\nPCI_ID=8086:10D3\n\0(null)\n\x00511:7\n\x000\n\x001\n"],
+}
+
+
+def list_seeds(name: str) -> list[bytes]:
+    """Return what to begin a target with; a record's examples are the kept ones."""
+    if name != "record":
+        return SEEDS[name]
+    kept = sorted((REPOSITORY / "tests/data/records").glob("*.tar.gz"))[:4]
+    return [recordfile.unpack(path.read_bytes()) for path in kept]

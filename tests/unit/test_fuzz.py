@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fuzzing found stays found, and it goes on: two minutes in each run of the tests, guided by coverage."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.targets import TARGETS, list_seeds
+
+pytestmark = pytest.mark.unit
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+KEPT = sorted((REPOSITORY / "tests/data/fuzz").glob("*/*"))
+# Seconds on each processor: two minutes of processor time on the two that CI has.
+SECONDS = 60
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_what_was_found_stays_found(path: Path) -> None:
+    TARGETS[path.parent.name](path.read_bytes())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_examples_are_read(name: str) -> None:
+    for data in list_seeds(name):
+        TARGETS[name](data)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(max_examples=30)
+@given(st.data())
+def test_an_example_with_some_bytes_changed(name: str, data: st.DataObject) -> None:
+    """What atheris does, as far as it goes without atheris."""
+    example = data.draw(st.sampled_from(list_seeds(name) or [b""]))[:4096]
+    at = data.draw(st.integers(0, len(example)))
+    to = data.draw(st.integers(at, min(len(example), at + 8)))
+    TARGETS[name](example[:at] + data.draw(st.binary(max_size=8)) + example[to:])
+
+
+def test_guided_by_coverage() -> None:
+    done = subprocess.run(
+        ["/usr/bin/python3", "-m", "tests.fuzz", "--seconds", str(SECONDS)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    if done.returncode == 3 and not os.environ.get("OCI_VFIO_NEEDS_ATHERIS"):
+        pytest.skip(f"no atheris for this interpreter: {done.stderr[-300:]}")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    counted = re.search(r"(\d+) executions, (\d+) targets, 0 failed", done.stdout)
+    assert counted
+    assert int(counted[2]) == len(TARGETS)
+    assert int(counted[1]) > 10_000
