@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 
@@ -123,6 +124,8 @@ def run_hook(
     program: name of the executable; argv: its arguments; seconds: the deadline; work: the hook itself;
     add_options: gives the parser the hook's own options; kmsg: whether findings also go to /dev/kmsg.
     """
+    # A run is over before there is garbage worth looking for.
+    gc.disable()
     guard_descriptors()
     try:
         arguments = parse_arguments(program, argv, add_options)

@@ -26,6 +26,8 @@ NOIOMMU_SWITCH = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 BRIDGE_CLASSES = ("0604", "0607", "0609")
 # Drivers whose devices vfio calls viable although they are not vfio drivers (kernel: driver_managed_dma).
 HARMLESS_DRIVERS = ("pci-stub", "pcieport")
+# Whether a driver is one of vfio's, where nobody has to ask: of "", no driver, and of vfio-pci.
+KNOWN_DRIVERS = {"": False, "vfio-pci": True}
 # Two numbers of 32 bits and a colon.
 DEV_LENGTH = 22
 
@@ -88,8 +90,9 @@ def look(root: Root, noiommu: bool = False) -> Picture:
     noiommu: give each endpoint without a group a group of its own, `noiommu:BDF`, as vfio's no-IOMMU mode does.
     """
     devices = {}
+    drivers = dict(KNOWN_DRIVERS)
     for address in root.list_names(PCI_DEVICES):
-        device = read_device(root, address)
+        device = read_device(root, address, drivers)
         # A device may be unplugged between the listing and the reading.
         if device is not None:
             if noiommu and not device.group and not device.is_bridge:
@@ -102,8 +105,12 @@ def look(root: Root, noiommu: bool = False) -> Picture:
     return Picture(devices, {name: IommuGroup(name, tuple(group)) for name, group in members.items()})
 
 
-def read_device(root: Root, address: str) -> PciDevice | None:
-    """Return one PCI function, or None where there is none at this address (any more)."""
+def read_device(root: Root, address: str, drivers: dict[str, bool] | None = None) -> PciDevice | None:
+    """Return one PCI function, or None where there is none at this address (any more).
+
+    drivers: whether each is vfio's; grows, so that the question is asked of the first function of a driver only.
+    """
+    drivers = dict(KNOWN_DRIVERS) if drivers is None else drivers
     path = f"{PCI_DEVICES}/{address}"
     try:
         # One read gives driver, class and ids; each attribute by itself would be four.
@@ -113,6 +120,8 @@ def read_device(root: Root, address: str) -> PciDevice | None:
         return None
     vendor, _, device = uevent.get("PCI_ID", "").lower().partition(":")
     driver = uevent.get("DRIVER", "")
+    if driver not in drivers:
+        drivers[driver] = root.exists(f"{path}/vfio-dev")
     return PciDevice(
         address,
         vendor,
@@ -121,7 +130,7 @@ def read_device(root: Root, address: str) -> PciDevice | None:
         driver,
         root.link_name(f"{path}/iommu_group"),
         "/sys/" + target.lstrip("./") if target else path,
-        driver == "vfio-pci" or (driver != "" and root.exists(f"{path}/vfio-dev")),
+        drivers[driver],
     )
 
 

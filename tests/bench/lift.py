@@ -18,18 +18,27 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from tests.bench.timing import ENVIRONMENT, BenchError, Case
-from tests.provision import REPOSITORY
+from tests.provision import PYTHON, REPOSITORY
 
 # Below /usr, so that the hooks lie where the programs beside them lie.
 HOOKS = Path("/usr/local/lib/oci-vfio-hooks")
+# The guest hook's own deadline, to be replaced by one that does not end a measurement where the machine is busy. A
+# guest.toml would do the same, and have the time of reading it in every figure.
+DEADLINES = {"guest.py": "SECONDS = 8.0\n", "guest_settings.py": "deadline: float = 8.0\n"}
 OVERLAYS = ("/usr/", "/etc/")
 QUOTED_PATH = re.compile(r'"(/[^"]+)"')
 
 
 def install_hooks() -> None:
-    """Copy the hooks, byte-compiled as they are, and have the tests' helpers use the copy."""
+    """Copy the hooks, have them wait longer, byte-compile them, and have the tests' helpers use the copy."""
     for name in ("hooks", "oci_hooks"):
         shutil.copytree(REPOSITORY / name, HOOKS / name)
+    for name, line in DEADLINES.items():
+        module = HOOKS / "oci_hooks" / name
+        if line not in module.read_text():
+            raise BenchError(f"{module} does not say {line!r} any more")
+        module.write_text(module.read_text().replace(line, line.replace("8.0", "100.0")))
+    subprocess.run([PYTHON, "-m", "compileall", "-q", str(HOOKS / "oci_hooks")], check=True)
     os.environ["OCI_VFIO_HOOKS_DIR"] = str(HOOKS / "hooks")
 
 
@@ -48,7 +57,9 @@ def list_files(case: Case) -> set[str]:
     """Return the files that a case opens in the overlays."""
     with NamedTemporaryFile("r") as trace:
         case.prepare()
-        command = ["strace", "-f", "-qq", "-e", "trace=%file", "-o", trace.name, *case.command]
+        # With seccomp only these calls are slowed: the hook has a deadline.
+        options = ["-f", "--seccomp-bpf", "-qq", "-e", "trace=open,openat,execve", "-o", trace.name]
+        command = ["strace", *options, *case.command]
         done = subprocess.run(command, input=case.stdin, capture_output=True, env=ENVIRONMENT, check=False)
         if done.returncode:
             raise BenchError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.decode()}")
