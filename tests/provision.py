@@ -55,6 +55,7 @@ TEST_PACKAGES = {
     "dmsetup": "a volume on a disk that must not be taken",
     "podman": "a container engine that knows hooks.d",
     "procps": "processes",
+    "linux-libc-dev": "the numbers of system calls and capabilities",
     "python3-jsonschema": "the hooks' own dependency",
     "python3-pyudev": "the hooks' own dependency",
     "python3-tenacity": "the hooks' own dependency",
