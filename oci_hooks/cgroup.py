@@ -137,7 +137,7 @@ def find_hierarchies(root: Root) -> dict[str, list[tuple[str, str]]]:
 def read_paths(root: Root, process: str) -> dict[str, str]:
     """Return a process's path in the "cgroup2" and the "devices" hierarchy, as far as there are these."""
     paths = {}
-    for line in root.read_text(f"/proc/{process}/cgroup").splitlines():
+    for line in root.read_text(f"/proc/{process}/cgroup").split("\n"):
         hierarchy, controllers, path = (line.split(":", 2) + ["", ""])[:3]
         if hierarchy == "0" and not controllers:
             paths["cgroup2"] = path

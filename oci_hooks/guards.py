@@ -165,8 +165,9 @@ def read_mounted(root: Root, blocks: dict[str, str]) -> dict[str, str]:
 
 def read_swaps(root: Root, blocks: dict[str, str]) -> frozenset[str]:
     """Return the names of the block devices that are swap. A swap file's disk is mounted."""
-    lines = root.read_text_or("/proc/swaps", "").splitlines()[1:]
-    paths = (unescape(line.split()[0]) for line in lines if line)
+    # The kernel escapes blanks, tabs and line feeds in a path, and nothing else: no splitlines() or bare split() here.
+    lines = root.read_text_or("/proc/swaps", "").split("\n")[1:]
+    paths = (unescape(line.partition(" ")[0]) for line in lines)
     return frozenset(name_block(root, path, blocks) for path in paths if path.startswith("/dev/"))
 
 

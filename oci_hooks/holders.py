@@ -119,7 +119,8 @@ def read_process(root: Root, pid: int) -> Process:
 
 def read_status(root: Root, pid: int, key: str) -> int:
     """Return a number from /proc/PID/status, e.g. "PPid" or "Tgid"; 0 where there is none."""
-    for line in root.read_text_or(f"/proc/{pid}/status", "").splitlines():
+    # Not splitlines(): a process may call itself what would then be a line of its own.
+    for line in root.read_text_or(f"/proc/{pid}/status", "").split("\n"):
         name, _, value = line.partition(":")
         if name == key and value.strip().isdigit():
             return int(value)

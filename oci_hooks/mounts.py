@@ -29,7 +29,8 @@ class Mount(Record):
 def read_mounts(root: Root, process: str = "self") -> list[Mount]:
     """Return the mounts in the namespace of a process, in the order in which they were made. Raises OSError."""
     mounts = []
-    for line in root.read_text(f"/proc/{process}/mountinfo").splitlines():
+    # The kernel escapes a line feed in a path, but no other character that splitlines() would end a line at.
+    for line in root.read_text(f"/proc/{process}/mountinfo").split("\n"):
         # A number of optional fields ends with a lone dash.
         place, _, rest = line.partition(" - ")
         fields, types = place.split(" "), rest.split(" ")

@@ -197,6 +197,8 @@ def test_a_disk_that_nobody_uses_is_free(tree: Tree) -> None:
         ("40 22 0:44 /@ /mnt rw - btrfs /dev/nvme0n1p1 rw", "holds /dev/nvme0n1p1, mounted on /mnt"),
         ("40 22 0:44 /@ /mnt rw - btrfs /dev/disk/by-label/data rw", "holds /dev/nvme0n1p2, mounted on /mnt"),
         ("40 22 0:44 / /mnt rw - overlay overlay rw,lowerdir=/dev/nvme0n1", ""),
+        # A path may hold what is the end of a line to others than the kernel.
+        ("40 22 259:2 / /a\x0cb rw - xfs /dev/root rw", "holds /dev/nvme0n1p1, mounted on /a\x0cb"),
         ("40 22 259:11 / /mnt rw - ext4 /dev/sda rw", ""),
         ("40 22 0:44 / /mnt rw - btrfs /dev/nvme0n10 rw", ""),
         ("40 22 0:44 / /mnt rw - tmpfs nvme0n1 rw", ""),
@@ -215,6 +217,8 @@ def test_a_mounted_disk(tree: Tree, process: str, line: str, use: str) -> None:
         ("/dev/nvme0n1p2", "holds /dev/nvme0n1p2, which is swap"),
         ("/dev/disk/by-label/swap", "holds /dev/nvme0n1p1, which is swap"),
         ("/swapfile", ""),
+        ("/swap\x1cfile", ""),
+        ("\x1d", ""),
         ("/dev/sda2", ""),
     ],
 )
