@@ -21,6 +21,8 @@ ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 # GNU time forks from a process of its own small size: the peak of a child that Python starts is Python's at least.
 TIME = "/usr/bin/time"
 Samples = dict[str, list[float]]
+# After this many seconds a user wants to hear that something is going on.
+PATIENCE = 15.0
 
 
 class BenchError(Exception):
@@ -65,12 +67,15 @@ def take_turns(cases: Iterable[Case], runs: int, about: str) -> Samples:
     """Return seconds of each case, as many as there are runs, after one run that is not counted."""
     cases = list(cases)
     samples: Samples = {case.name: [] for case in cases}
-    started = time.monotonic()
+    started = told = time.monotonic()
     for number in range(runs + 1):
         for case in cases:
             seconds = case.take()
             if number:
                 samples[case.name].append(seconds)
+        if time.monotonic() - told > PATIENCE:
+            told = time.monotonic()
+            say(f"{about}: turn {number} of {runs} is over after {told - started:.0f} s")
     say(f"{about}: {len(cases)} cases, {runs} runs each, {time.monotonic() - started:.0f} s")
     return samples
 
