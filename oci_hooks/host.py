@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
 
 def add_options(parser: ArgumentParser) -> None:
     """Give the parser this hook's own options."""
+    parser.description = "Say what is wrong with a container's VFIO groups on this host; change nothing."
     parser.add_argument("--pid", type=int, default=0, metavar="PID", help="with --bundle: the sandbox's hypervisor")
     parser.add_argument("--all", action="store_true", help="no container: list every IOMMU group of this host")
     parser.add_argument(

@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 PROGRAM = "vfio-hook-replay"
 EXIT_SAME, EXIT_DIFFERENT, EXIT_UNUSABLE = 0, 1, 2
 EPILOG = """\
-A hook that failed leaves a record in /var/lib/oci-vfio-hooks/records. REC is a
-file, the beginning of a name that `list` shows, or a container's id; without
-it, the newest record is meant. A record is never trusted, nor unpacked. Values
-of environment variables, arguments and foreign annotations were left out when
-it was written, unless io.katacontainers.x.vfio.record was "full".
+A failed hook leaves a record in /var/lib/oci-vfio-hooks/records. REC is a file,
+the beginning of a name that `list` shows, or a container's id; without it, the
+newest is meant. A record is never trusted, nor unpacked. It holds the values of
+environment, arguments and foreign annotations only if it was taken with "full".
 
 exit code: 0 done, or the same as recorded; 1 different; 2 unusable
 """

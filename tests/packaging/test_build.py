@@ -67,6 +67,12 @@ def test_executables_are_as_in_the_tree(dist: Path, tmp_path: Path, kind: str, p
         assert path.read_bytes() == (REPOSITORY / "hooks" / path.name).read_bytes()
         assert path.read_text().startswith("#!/usr/bin/python3 -IS\n")
     commands = {path.name for path in (tmp_path / "payload/usr/bin").iterdir()}
+    completions = tmp_path / "payload/usr/share/bash-completion/completions"
+    assert {path.name for path in completions.iterdir()} == commands
+    for path in completions.iterdir():
+        done = run("bash", "-c", f'. {path} && complete -p "$0"', path.name)
+        assert "--help" in done
+        assert (" export " in done) == (path.name == "vfio-hook-replay")
     pages = {path.name.partition(".")[0] for path in (tmp_path / "payload/usr/share/man/man1").iterdir()}
     assert commands == pages != set()
     assert not list((tmp_path / "payload").rglob("*.toml.pyc"))

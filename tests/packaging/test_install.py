@@ -71,7 +71,7 @@ def test_debs_on_a_fresh_debian(installed: MakeRoot, name: str) -> None:
     assert compiled == {path.stem for path in (REPOSITORY / "oci_hooks").glob("*.py")}
     # The hooks use what was compiled on installation and leave nothing behind: no file of ours is new.
     assert not [path for path in root.list_changes() if "__pycache__" in path]
-    assert "records" in root.run("vfio-hook-replay", "--help").stdout
+    replay_a_record(root)
     for library in ("jsonschema", "pyudev", "tenacity"):
         root.run("python3", "-I", "-c", f"import {library}")
 
@@ -184,10 +184,21 @@ def test_units_on_the_floor(dist: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
 
 
+def replay_a_record(root: Root) -> None:
+    """Have the replay tool run a hook again that failed on another machine, as an ordinary user."""
+    record = REPOSITORY / "tests/data/records/guest-in-use.tar.gz"
+    shutil.copy(record, root.changes / "record.tar.gz")
+    bound = Root(root.layers, root.changes, ((root.changes, "/mnt/records"), *root.binds))
+    tool = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "vfio-hook-replay"]
+    assert "[in-use]" in bound.run(*tool, "run", "/mnt/records/record.tar.gz").stdout
+    assert "in-use" in bound.run(*tool, "explain", "/mnt/records/record.tar.gz").stdout
+
+
 def test_debs_on_debian_11(dist: Path, tmp_path: Path) -> None:
     root = Root((packages.ensure_root("debian-11"),), tmp_path / "root", ((dist, "/mnt/dist"),))
     root.run("sh", "-ec", "dpkg -i /mnt/dist/*.deb")
     use_hooks(root, HOOKS)
+    replay_a_record(root)
 
 
 def test_kata_guest_image(dist: Path, bare: MakeRoot, capsys: pytest.CaptureFixture[str]) -> None:

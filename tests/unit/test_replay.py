@@ -392,10 +392,8 @@ def test_wrong_use_is_told(words: list[str], told: str, directory: Path) -> None
     assert told in done.stderr
 
 
-def test_help_fits_a_screen() -> None:
+def test_help_names_every_command() -> None:
     text = run_tool("--help").stdout
-    assert len(text.splitlines()) <= 34
-    assert max(map(len, text.splitlines())) <= 80
     for word in ("list", "explain", "show", "run", "diff", "export"):
         assert f"    {word} " in text
 
