@@ -36,8 +36,8 @@ PACKAGES = {
     "python3-wheel": "installing from source",
 }
 DEPENDENCIES = ("kmod", "python3-jsonschema", "python3-pyudev", "python3-tenacity")
-# The runtimes that use an installed hook in the machine.
-RUNTIMES = ("runc", "crun")
+# What uses the installed hooks in the machine.
+RUNTIMES = ("runc", "crun", "podman")
 # Each root: release, what is installed, what is only downloaded for a test to install, what pip puts into /opt/tests.
 # The last two are what pytest needs below Python 3.11, which a pip that runs under a newer one does not see.
 FLOOR = (
@@ -65,9 +65,12 @@ class Root:
     binds: tuple[tuple[Path, str], ...] = ()
 
     def run(
-        self, *command: str, text: str = "", code: int | None = 0, cwd: str = "/"
+        self, *command: str, text: str = "", code: int | None = 0, cwd: str = "/", limit: float | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in it. text: its standard input; code: the exit code it must end with, None for any."""
+        """Run a command in it.
+
+        text: its standard input; code: the exit code it must end with, None for any; limit: seconds that it has.
+        """
         done = subprocess.run(
             ["unshare", "--mount", "--propagation", "private", "sh", "-ec", self.make_script(cwd), "sh", *command],
             input=text,
@@ -75,6 +78,7 @@ class Root:
             text=True,
             errors="replace",
             env={**ENVIRONMENT, "DEBIAN_FRONTEND": "noninteractive"},
+            timeout=limit,
             check=False,
         )
         if code is not None and done.returncode != code:
@@ -91,10 +95,10 @@ class Root:
             f"mount -t overlay -o {layers} root {place}",
             f"mount -t proc proc {place}/proc",
             f"mount --rbind /dev {place}/dev",
-            f"mount --bind /sys {place}/sys",
+            f"mount --rbind /sys {place}/sys",
         ]
         for source, target in self.binds:
-            lines += [f"mkdir -p {place}{target}", f"mount --bind {source} {place}{target}"]
+            lines += [f"mkdir -p {place}{target}", f"mount --rbind {source} {place}{target}"]
         return "\n".join([*lines, f'exec chroot {place} sh -c \'cd "$0" && exec "$@"\' {cwd} "$@"'])
 
     def list_changes(self) -> set[str]:
@@ -219,11 +223,14 @@ def ensure_installed(name: str = "debian-12") -> tuple[Path, Path]:
     return place, base
 
 
+def are_wanted_by(files: Sequence[Path]) -> bool:
+    """Return whether a file of tests for the machine says PACKAGES = True."""
+    return any("\nPACKAGES = True\n" in file.read_text() for file in files)
+
+
 def make_environment(files: Sequence[Path]) -> dict[str, str]:
     """Return what tests in the machine find in their environment if a file among them says PACKAGES = True."""
-    if not any("\nPACKAGES = True\n" in file.read_text() for file in files):
-        return {}
-    return {"OCI_VFIO_DIST": str(ensure_dist()), "OCI_VFIO_INSTALLED": ":".join(map(str, ensure_installed()))}
+    return {"OCI_VFIO_INSTALLED": ":".join(map(str, ensure_installed()))} if are_wanted_by(files) else {}
 
 
 def install_debs(root: Root, *more: str) -> None:
