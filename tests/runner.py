@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests/run does: sets up, runs the kinds of tests asked for, counts.
 
-    tests/run                                          lint, unit, runtime, vm
-    tests/run packaging                                the packages, in Debian 11, 12 and 13 roots: only when asked for
+    tests/run                                          lint, unit, runtime, packaging, vm
     tests/run lint unit                                these kinds
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
     tests/run --in MACHINE [--kernel 6.12] COMMAND...  any command in a machine
@@ -21,7 +20,9 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Callable
 from xml.etree import ElementTree
 
 from tests import packages, provision
@@ -29,8 +30,8 @@ from tests.provision import REPOSITORY, MissingError, say
 from tests.vm import machines, rig
 
 KINDS = ("lint", "unit", "runtime", "packaging", "vm")
-# They build packages twice and fill three roots: minutes that a change elsewhere need not pay for.
-ON_REQUEST = ("packaging",)
+# The long ones: side by side, as many jobs at a time as there are processors.
+TOGETHER = ("packaging", "vm")
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 1200.0
 # A directory for the records that tests of the machine make (tests/vm/recording.py).
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> int:
         if any(argument not in KINDS for argument in arguments):
             print(__doc__)
             return 0 if arguments in (["-h"], ["--help"]) else 2
-        return run_kinds(arguments or [kind for kind in KINDS if kind not in ON_REQUEST])
+        return run_kinds(arguments or list(KINDS))
     except MissingError as error:
         return provision.die(error)
 
@@ -80,8 +81,13 @@ def run_kinds(kinds: list[str]) -> int:
     provision.compile_hooks()
     counts: dict[str, Count] = {}
     for kind in kinds:
-        say(f"== {kind}")
-        counts[kind] = run_kind(kind)
+        if kind not in TOGETHER:
+            say(f"== {kind}")
+            counts[kind] = run_lint() if kind == "lint" else run_here(REPOSITORY / "tests" / kind)
+    together = [kind for kind in TOGETHER if kind in kinds]
+    if together:
+        say(f"== {', '.join(together)}")
+        counts |= run_together(together)
     print()
     for kind, count in counts.items():
         print(f"{kind + ':':9} {count}")
@@ -102,13 +108,39 @@ def judge(total: Count, vm: Count | None) -> int:
     return 0
 
 
-def run_kind(kind: str) -> Count:
-    """Run one kind of tests."""
-    if kind == "lint":
-        return run_lint()
-    if kind == "vm":
-        return run_in_machines(sorted((REPOSITORY / "tests/vm").glob("test_*.py")), [])
-    return run_here(REPOSITORY / "tests" / kind)
+def run_together(kinds: list[str]) -> dict[str, Count]:
+    """Run kinds of tests that consist of long jobs, the longest first, and return how many there were of each."""
+    jobs: list[tuple[str, Callable[[], Count]]] = []
+    if "packaging" in kinds:
+        # Before the first machine is up: its root is this machine's, and must not change under it.
+        provision.ensure_packages(packages.PACKAGES)
+        packages.ensure_dist()
+        jobs.append(("packaging", partial(run_here, REPOSITORY / "tests/packaging", "packaging: ")))
+    if "vm" in kinds:
+        jobs += [("vm", job) for job in make_boot_jobs(find_machine_tests(), [])]
+    counts = dict.fromkeys(kinds, Count())
+    for (kind, _), count in zip(jobs, run_jobs([job for _, job in jobs])):
+        counts[kind] += count
+    return counts
+
+
+def run_jobs(jobs: list[Callable[[], Count]]) -> list[Count]:
+    """Run jobs, as many at a time as there are processors, and return what each counted.
+
+    An emulated machine keeps one processor busy: a test does one thing after another. Building packages does, too.
+    """
+    pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
+    futures = [pool.submit(job) for job in jobs]
+    try:
+        return [future.result() for future in futures]
+    except KeyboardInterrupt:
+        # At once, without waiting for the threads: the leashes take the machines down.
+        os._exit(130)
+
+
+def find_machine_tests() -> list[Path]:
+    """Return all files of tests for the machine."""
+    return sorted((REPOSITORY / "tests/vm").glob("test_*.py"))
 
 
 def find_tool(name: str) -> str:
@@ -126,16 +158,19 @@ def run_lint() -> Count:
     return count
 
 
-def run_here(directory: Path) -> Count:
-    """Run a directory of tests on this machine."""
+def run_here(directory: Path, prefix: str = "") -> Count:
+    """Run a directory of tests on this machine. prefix: put before each line, where others talk at the same time."""
     if not list(directory.glob("test_*.py")):
         say(f"no tests in {directory.relative_to(REPOSITORY)}")
         return Count()
     with tempfile.TemporaryDirectory(prefix="tests-") as scratch:
         report = Path(scratch) / "junit.xml"
         command = [find_tool("python"), "-m", "pytest", "-q", f"--junitxml={report}", str(directory)]
-        done = subprocess.run([*hide_records(), *command], cwd=REPOSITORY, stdin=subprocess.DEVNULL, check=False)
-        return read_report(report, done.returncode)
+        command, output = [*hide_records(), *command], subprocess.PIPE if prefix else None
+        with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=output) as process:
+            for line in process.stdout or ():
+                say(f"{prefix}{line.decode(errors='replace').rstrip()}")
+        return read_report(report, process.returncode)
 
 
 def hide_records() -> list[str]:
@@ -159,21 +194,14 @@ class Boot:
     files: tuple[Path, ...]
 
 
-def run_in_machines(files: list[Path], options: list[str]) -> Count:
-    """Run files of tests in the machines they ask for, as many machines at a time as there are processors.
-
-    An emulated machine keeps one processor busy: a test does one thing after another.
-    """
+def make_boot_jobs(files: list[Path], options: list[str]) -> list[Callable[[], Count]]:
+    """Return the jobs that run files of tests in the machines they ask for."""
     boots = plan_boots(files)
     for boot in boots:
         provision.ensure_kernel(boot.kernel)
-    pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
-    counts = [pool.submit(run_boot, boot, options, len(boots) > 1) for boot in boots]
-    try:
-        return sum((count.result() for count in counts), Count())
-    except KeyboardInterrupt:
-        # At once, without waiting for the threads: the leashes take the machines down.
-        os._exit(130)
+    if any(packages.are_wanted_by(boot.files) for boot in boots):
+        packages.ensure_dist()
+    return [partial(run_boot, boot, options, len(boots) > 1) for boot in boots]
 
 
 def plan_boots(files: list[Path]) -> list[Boot]:
@@ -284,7 +312,7 @@ def run_selected(arguments: list[str]) -> int:
     options = [word for word in arguments if not word.partition("::")[0].endswith(".py")]
     provision.ensure_packages(provision.TEST_PACKAGES)
     provision.compile_hooks()
-    count = run_in_machines(files or sorted((REPOSITORY / "tests/vm").glob("test_*.py")), options)
+    count = sum(run_jobs(make_boot_jobs(files or find_machine_tests(), options)), Count())
     code = judge(count, count)
     print(count)
     return code

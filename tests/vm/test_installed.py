@@ -59,9 +59,11 @@ def fresh() -> Root:
         path = changes / "top/etc/containers" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    # A link to where the rig keeps the kernel, which leads nowhere in there.
+    modules = Path("/lib/modules", os.uname().release)
     # The settings hold a deadline for a machine that is emulated.
-    shared = (bundles.BUNDLES, Path("/lib/modules"), bundles.SETTINGS)
-    root = Root(layers, changes, tuple((path, str(path)) for path in shared))
+    shared = (bundles.BUNDLES, bundles.SETTINGS, modules)
+    root = Root(layers, changes, tuple((path.resolve(), str(path)) for path in shared))
     root.run("test", "!", "-e", str(bundles.REPOSITORY))
     return root
 
