@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests/run does: sets up, runs the kinds of tests asked for, counts.
 
-    tests/run                                          lint, unit, runtime, packaging, vm
+    tests/run                                          lint, unit, runtime, packaging, chain, vm
     tests/run lint unit                                these kinds
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
     tests/run --in MACHINE [--kernel 6.12] COMMAND...  any command in a machine
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +27,15 @@ from typing import Callable
 from xml.etree import ElementTree
 
 from tests import packages, provision
+from tests.chain import image
 from tests.provision import REPOSITORY, MissingError, say
 from tests.vm import machines, rig
 
-KINDS = ("lint", "unit", "runtime", "packaging", "vm")
+KINDS = ("lint", "unit", "runtime", "packaging", "chain", "vm")
+# Run in the rig's machines, where nothing may be skipped.
+IN_MACHINES = ("chain", "vm")
 # The long ones: side by side, as many jobs at a time as there are processors.
-TOGETHER = ("packaging", "vm")
+TOGETHER = ("packaging", *IN_MACHINES)
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 1200.0
 # A directory for the records that tests of the machine make (tests/vm/recording.py).
@@ -90,21 +94,22 @@ def run_kinds(kinds: list[str]) -> int:
         counts |= run_together(together)
     print()
     for kind, count in counts.items():
-        print(f"{kind + ':':9} {count}")
-    print(f"{'time:':9} {time.monotonic() - started:.0f} s")
+        print(f"{kind + ':':10} {count}")
+    print(f"{'time:':10} {time.monotonic() - started:.0f} s")
     total = sum(counts.values(), Count())
-    code = judge(total, counts.get("vm"))
+    code = judge(total, *(counts[kind] for kind in kinds if kind in IN_MACHINES))
     print(total)
     return code
 
 
-def judge(total: Count, vm: Count | None) -> int:
-    """Return the exit code: a test of the machine that did not run is as bad as one that failed."""
+def judge(total: Count, *inside: Count) -> int:
+    """Return the exit code: a test of a machine (inside) that did not run is as bad as one that failed."""
     if total.failed:
         return 1
-    if vm is not None and (vm.skipped or not vm.passed):
-        print(f"tests/run: {vm.skipped} tests of vm were skipped and {vm.passed} ran: that is a failure")
-        return 1
+    for count in inside:
+        if count.skipped or not count.passed:
+            print(f"tests/run: {count.skipped} tests in a machine were skipped, {count.passed} ran: that is a failure")
+            return 1
     return 0
 
 
@@ -112,12 +117,13 @@ def run_together(kinds: list[str]) -> dict[str, Count]:
     """Run kinds of tests that consist of long jobs, the longest first, and return how many there were of each."""
     jobs: list[tuple[str, Callable[[], Count]]] = []
     if "packaging" in kinds:
-        # Before the first machine is up: its root is this machine's, and must not change under it.
+        # As all that the machines need: before the first is up, as its root is this machine's and must not change.
         provision.ensure_packages(packages.PACKAGES)
         packages.ensure_dist()
         jobs.append(("packaging", partial(run_here, REPOSITORY / "tests/packaging", "packaging: ")))
-    if "vm" in kinds:
-        jobs += [("vm", job) for job in make_boot_jobs(find_machine_tests(), [])]
+    for kind in IN_MACHINES:
+        if kind in kinds:
+            jobs += [(kind, job) for job in make_boot_jobs(find_machine_tests(kind), [])]
     counts = dict.fromkeys(kinds, Count())
     for (kind, _), count in zip(jobs, run_jobs([job for _, job in jobs])):
         counts[kind] += count
@@ -138,9 +144,9 @@ def run_jobs(jobs: list[Callable[[], Count]]) -> list[Count]:
         os._exit(130)
 
 
-def find_machine_tests() -> list[Path]:
-    """Return all files of tests for the machine."""
-    return sorted((REPOSITORY / "tests/vm").glob("test_*.py"))
+def find_machine_tests(kind: str = "vm") -> list[Path]:
+    """Return all files of tests of a kind that runs in a machine."""
+    return sorted((REPOSITORY / "tests" / kind).glob("test_*.py"))
 
 
 def find_tool(name: str) -> str:
@@ -195,13 +201,12 @@ class Boot:
 
 
 def make_boot_jobs(files: list[Path], options: list[str]) -> list[Callable[[], Count]]:
-    """Return the jobs that run files of tests in the machines they ask for."""
+    """Return the jobs that run files of tests in the machines they ask for, all made ready that these will need."""
     boots = plan_boots(files)
     for boot in boots:
         provision.ensure_kernel(boot.kernel)
-    if any(packages.are_wanted_by(boot.files) for boot in boots):
-        packages.ensure_dist()
-    return [partial(run_boot, boot, options, len(boots) > 1) for boot in boots]
+    environments = [make_environment(boot.files) for boot in boots]
+    return [partial(run_boot, boot, options, environment) for boot, environment in zip(boots, environments)]
 
 
 def plan_boots(files: list[Path]) -> list[Boot]:
@@ -234,28 +239,25 @@ def read_wishes(file: Path) -> tuple[str, tuple[str, ...]]:
     return str(machine), kernels
 
 
-def run_boot(boot: Boot, options: list[str], prefixed: bool) -> Count:
-    """Boot once and run the files' tests inside. prefixed: put the machine's name before each line."""
+def run_boot(boot: Boot, options: list[str], environment: dict[str, str]) -> Count:
+    """Boot once and run the files' tests inside. Each line bears the machine's name: others may talk as well."""
     label = f"{boot.machine} {boot.kernel}"
     say(f"-- {label}: {' '.join(file.name for file in boot.files)}")
-    printer = LinePrinter(f"{label}: ") if prefixed else None
-    write = rig.write_output if printer is None else printer.write
+    printer = LinePrinter(f"{label}: ")
     with tempfile.TemporaryDirectory(prefix="rig-share-") as directory:
         share = Path(directory)
         report = rig.SHARE / "junit.xml"
         command = [find_tool("python"), "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command += ["-o", "faulthandler_timeout=240", *options, *(str(file) for file in boot.files)]
-        environment = {**make_environment(), **packages.make_environment(boot.files)}
         job = rig.Job(tuple(command), share, VM_LIMIT, environment)
         try:
             kernel = provision.ensure_kernel(boot.kernel)
-            outcome = rig.run_in_vm(machines.MACHINES[boot.machine], kernel, job, write)
+            outcome = rig.run_in_vm(machines.MACHINES[boot.machine], kernel, job, printer.write)
         except rig.BootError as error:
             say(f"rig: {label}: {error}")
             return Count(failed=1)
         say(f"-- {label}: up after {outcome.boot_seconds:.0f} s, off after {outcome.seconds:.0f} s")
-        if printer is not None:
-            printer.write(b"\n" if printer.rest else b"")
+        printer.write(b"\n" if printer.rest else b"")
         if KEEP_RECORDS in os.environ:
             for record in share.glob("*.tar.gz"):
                 shutil.copy(record, os.environ[KEEP_RECORDS])
@@ -276,8 +278,8 @@ class LinePrinter:
             say(f"{self.prefix}{line}")
 
 
-def make_environment() -> dict[str, str]:
-    """Return what tests inside the machine find in their environment."""
+def make_environment(files: Sequence[Path]) -> dict[str, str]:
+    """Return what these files of tests find in their environment inside the machine; it is made where it is missing."""
     return {
         "OCI_VFIO_ROOTFS": str(provision.ensure_rootfs()),
         # Each import is dear in there, and nothing can be written beside the sources.
@@ -286,6 +288,8 @@ def make_environment() -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         **{name: value for name, value in os.environ.items() if name == "OCI_VFIO_HOOKS_DIR"},
         **({KEEP_RECORDS: str(rig.SHARE)} if KEEP_RECORDS in os.environ else {}),
+        **packages.make_environment(files),
+        **image.make_environment(files),
     }
 
 
@@ -328,7 +332,7 @@ def run_command(arguments: list[str]) -> int:
         kernel, command = command[1], command[2:]
     provision.ensure_packages(provision.TEST_PACKAGES)
     with tempfile.TemporaryDirectory(prefix="rig-share-") as share:
-        job = rig.Job(tuple(command), Path(share), VM_LIMIT, make_environment())
+        job = rig.Job(tuple(command), Path(share), VM_LIMIT, make_environment([]))
         try:
             return rig.run_in_vm(
                 machines.MACHINES[name], provision.ensure_kernel(kernel), job, rig.write_output

@@ -37,19 +37,21 @@ def test_no_report_is_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "vm", "code"),
+    ("total", "inside", "code"),
     [
-        (Count(5), None, 0),
-        (Count(5), Count(2), 0),
-        (Count(5, 0, 1), None, 0),
-        (Count(5, 1), None, 1),
-        (Count(5, 0, 1), Count(2, 0, 1), 1),
-        (Count(5), Count(), 1),
+        (Count(5), (), 0),
+        (Count(5), (Count(2),), 0),
+        (Count(5), (Count(2), Count(3)), 0),
+        (Count(5, 0, 1), (), 0),
+        (Count(5, 1), (), 1),
+        (Count(5, 0, 1), (Count(2, 0, 1),), 1),
+        (Count(5), (Count(),), 1),
+        (Count(5), (Count(2), Count()), 1),
     ],
 )
-def test_exit_code(total: Count, vm: Count | None, code: int) -> None:
-    """A test of the machine that was skipped, or none at all, is a failure."""
-    assert runner.judge(total, vm) == code
+def test_exit_code(total: Count, inside: tuple[Count, ...], code: int) -> None:
+    """A test of a machine that was skipped, or none at all, is a failure."""
+    assert runner.judge(total, *inside) == code
 
 
 def test_last_line_is_for_programs() -> None:

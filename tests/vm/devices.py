@@ -93,6 +93,17 @@ def add_wired_nics(board: Board) -> None:
         board.add("-device", f"e1000e,{NO_ROM},bus={add_root_port(board)},netdev={name}")
 
 
+def add_two_function_nics(board: Board) -> None:
+    """Add a card with two NICs as its functions, which are one group, wired to each other."""
+    hub, port = board.take_number("hub"), add_root_port(board)
+    # Function 0 last: it makes the others known.
+    for function in (1, 0):
+        name = f"net{board.take_number('net')}"
+        board.add("-netdev", f"hubport,id={name},hubid={hub}")
+        place = f"bus={port},addr=0.{function},multifunction=on"
+        board.add("-device", f"e1000e,{NO_ROM},{place},netdev={name}")
+
+
 def add_edu(board: Board) -> None:
     """Add a device that no driver wants."""
     board.add("-device", f"edu,bus={add_root_port(board)}")

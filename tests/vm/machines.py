@@ -54,6 +54,13 @@ def plug_bench(board: Board) -> None:
     devices.add_hotplug_port(board)
 
 
+def plug_chain(board: Board) -> None:
+    """Plug in what is passed on to a virtual machine inside: two NICs, a card with two, one to plug in later."""
+    devices.add_wired_nics(board)
+    devices.add_two_function_nics(board)
+    devices.add_nic(board)
+
+
 MACHINES = {
     machine.name: machine
     for machine in (
@@ -62,7 +69,7 @@ MACHINES = {
         Machine("no-iommu", "as standard, without a virtual IOMMU", plug_standard, iommu=False),
         Machine("many", "sixteen NICs in sixteen groups", plug_many),
         Machine("bench", "what the benchmarks bind: sixteen groups, and eight NICs in one", plug_bench),
-        Machine("wired", "two NICs wired to each other", devices.add_wired_nics),
+        Machine("chain", "NICs for a virtual machine inside: tests/chain", plug_chain, memory="4G"),
         Machine(
             "cgroup-v1",
             "as single, with the device controller of cgroup v1",
