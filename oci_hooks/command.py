@@ -14,7 +14,7 @@ from oci_hooks.records import Record
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from oci_hooks.oci import Spec, State
@@ -132,13 +132,17 @@ def run_hook(
     except InputError as error:
         from oci_hooks.log import report
 
+        # Whoever reads JSON is told in JSON, whatever else there is that can't be read.
+        if "--json" in argv:
+            print_json(program, error.exit_code, error.findings, {})
         report(program, "", error.findings, kmsg)
         return error.exit_code
     root = NotingRoot()
     call = Call(program, arguments, Deadline(seconds), [], [], [], {}, root, {})
     outcome = carry(call, work)
     if arguments.json:
-        print_json(call, outcome.code, outcome.findings)
+        more = {**call.details, "plan": call.plan} if arguments.dry_run else call.details
+        print_json(program, outcome.code, outcome.findings, more)
     container = call.container[-1] if call.container else ""
     if arguments.debug or "log" in call.wishes:
         from oci_hooks.account import list_steps
@@ -260,17 +264,14 @@ def read_input(deadline: Deadline) -> bytes:
     return b"".join(chunks)
 
 
-def print_json(call: Call, code: int, findings: list[Finding]) -> None:
-    """Print findings for a program that reads them. Schema: schemas/findings.json."""
+def print_json(program: str, code: int, findings: Iterable[Finding], more: dict[str, Any]) -> None:
+    """Print findings for a program that reads them. more: other members, by key. Schema: schemas/findings.json."""
     import json
 
     from oci_hooks.log import write_stdout
 
     told = [finding.as_dict() for finding in findings]
-    answer: dict[str, object] = {"version": 1, "program": call.program, "exit": code, "findings": told}
-    answer.update(call.details)
-    if call.arguments.dry_run:
-        answer["plan"] = call.plan
+    answer = {"version": 1, "program": program, "exit": code, "findings": told, **more}
     write_stdout(json.dumps(answer, indent=2) + "\n")
 
 

@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
-from oci_hooks import checks, command, host, preflight
+from oci_hooks import checks, command, guest, host, preflight
 from oci_hooks.files import Root
 from oci_hooks.schema import load_schema
 from tests.unit.host_tree import HostTree
@@ -317,6 +318,22 @@ def test_json_has_its_schema(bench: Bench) -> None:
     jsonschema.validate(answer, load_schema("findings"))
     assert (code, answer["exit"]) == (1, 1)
     assert answer["findings"][0]["code"] == "group-not-viable"
+
+
+@pytest.mark.parametrize("main", [host.main, guest.main], ids=["host", "guest"])
+@pytest.mark.parametrize("argv", [("--frob",), ("start",), ("--pid", "x"), ("--bundle",)], ids=" ".join)
+@pytest.mark.parametrize("first", [True, False])
+def test_bad_arguments_are_told_in_json(
+    capfd: pytest.CaptureFixture[str], main: Callable[[list[str]], int], argv: tuple[str, ...], first: bool
+) -> None:
+    code = main(["--json", *argv] if first else [*argv, "--json"])
+    told = capfd.readouterr()
+    answer = json.loads(told.out)
+    jsonschema.validate(answer, load_schema("findings"))
+    (finding,) = answer["findings"]
+    assert (code, answer["exit"], finding["code"], bool(finding["hint"])) == (2, 2, "bad-arguments", True)
+    assert told.err.count("\n") == 1
+    assert finding["problem"] in told.err
 
 
 def test_the_executable_with_an_empty_environment(tmp_path: Path) -> None:
