@@ -179,22 +179,36 @@ def wait_for_answer(worker: Worker, seconds: float) -> bool:
 
 
 def end_worker(worker: Worker) -> None:
-    """Kill a child unless it has answered, and reap it, unless it hangs in the kernel.
+    """Kill a child unless it has answered, and reap it, unless it hangs in the kernel. Twice is as once.
 
     The kill takes effect when the kernel lets go of it, so that the job's remaining writes are not done late.
     """
-    if not worker.pid:
+    if not worker.pid or not is_open(worker.pipe):
         return
-    try:
-        if not wait_for_answer(worker, 0):
-            import signal
+    if not wait_for_answer(worker, 0):
+        import signal
 
-            os.kill(worker.pid, signal.SIGKILL)
-        # What has answered, or can be killed, ends at once; its end closes the pipe.
-        if wait_for_answer(worker, KILL_SECONDS):
-            os.waitpid(worker.pid, 0)
+        os.kill(worker.pid, signal.SIGKILL)
+    # What has answered, or can be killed, ends at once; its end closes the pipe.
+    if wait_for_answer(worker, KILL_SECONDS):
+        reap(worker.pid)
+    # Last: as long as it is open, the child has still to be ended.
+    os.close(worker.pipe)
+
+
+def reap(pid: int) -> None:
+    """Take a child's exit code from the kernel."""
+    try:
+        os.waitpid(pid, 0)
     except ChildProcessError:
-        # The runtime ignores its children (SIGCHLD, inherited), and so the kernel has reaped it.
+        # The runtime ignores its children (SIGCHLD, inherited), and so the kernel has; or a signal came right after.
         return
-    finally:
-        os.close(worker.pipe)
+
+
+def is_open(fd: int) -> bool:
+    """Tell whether a descriptor is open."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True

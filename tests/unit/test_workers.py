@@ -218,6 +218,25 @@ def test_an_interruption_ends_the_children_before_anything_is_put_back(tmp_path:
     assert Path(last).read_text() == "y"
 
 
+@pytest.mark.parametrize("name", ["waitpid", "close"])
+def test_an_interruption_while_a_child_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A signal comes right after a child was reaped, or right after its pipe was closed: that is what is told."""
+    parent, before = os.getpid(), (count_descriptors(), list_children())
+    real, pipe = getattr(os, name), os.pipe()
+    monkeypatch.setattr(os, "pipe", lambda: pipe)
+
+    def interrupted(number: int, *more: int) -> None:
+        real(number, *more)
+        if os.getpid() == parent and number != pipe[1]:
+            monkeypatch.undo()
+            raise InterruptedError("told to end")
+
+    monkeypatch.setattr(os, name, interrupted)
+    with pytest.raises(InterruptedError):
+        run_jobs([Job("a", (Write(make_file(tmp_path / "a"), "x"),))], Deadline(10))
+    assert (count_descriptors(), list_children()) == before
+
+
 def test_a_runtime_that_ignores_its_children_does_no_harm(tmp_path: Path) -> None:
     # SIG_IGN for SIGCHLD is inherited through exec, and the kernel then reaps the children by itself.
     path = make_file(tmp_path / "a")
