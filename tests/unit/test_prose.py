@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README and its companions point to is there, and where two of them give the same list it is the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [
+    *REPOSITORY.glob("*.md"),
+    *(path for top in ("docs", "examples", "tests") for path in REPOSITORY.glob(f"{top}/**/*.md")),
+]
+CAPABILITY = r"CAP_[A-Z_]+"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_readme_names_the_capabilities_that_were_tried() -> None:
+    """tests/vm/test_guest_privilege.py runs the hooks with the lists of docs/privileges.md."""
+    text = (REPOSITORY / "docs/privileges.md").read_text()
+    lists = {
+        title: set(re.findall(CAPABILITY, block))
+        for title, block in re.findall(r"^### (.*)\n\n((?:    .*\n)+)", text, re.MULTILINE)
+    }
+    section = (REPOSITORY / "README.md").read_text().partition("\n## With how little\n")[2].partition("\n## ")[0]
+    rows = {
+        hook: [set(re.findall(CAPABILITY, part)) for part in re.split(r"[|;]", cells)]
+        for hook, cells in re.findall(r"^\| `(\S+)` \|(.*)\|$", section, re.MULTILINE)
+    }
+    always, user, user_namespace = rows["vfio-guest-bind"]
+    assert always == lists["Guest hook"]
+    assert user == lists["Guest hook, a container whose user is not root"]
+    assert user | user_namespace == lists["Guest hook, a container with a user namespace"]
+    assert rows["vfio-host-check"][0] == lists["Host check"]
