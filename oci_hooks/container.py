@@ -22,7 +22,7 @@ FOLLOW_NOTHING = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class FoundNode(Record):
-    """What lies in the container's /dev/vfio under a name. kind: "char", "directory", "link" or "other"."""
+    """What lies in the container under a name. kind: "char", "file", "directory", "link", "special file"."""
 
     kind: str
     major: int
@@ -127,8 +127,8 @@ def look_at_node(directory: int, name: str) -> FoundNode | None:
         found = os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return None
-    kinds = {stat.S_IFCHR: "char", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
-    kind = kinds.get(stat.S_IFMT(found.st_mode), "other")
+    kinds = {stat.S_IFCHR: "char", stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
+    kind = kinds.get(stat.S_IFMT(found.st_mode), "special file")
     numbers = (os.major(found.st_rdev), os.minor(found.st_rdev))
     return FoundNode(kind, *numbers, stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
 
@@ -191,8 +191,26 @@ def write_file(directory: int, name: str, data: bytes) -> None:
         os.close(fd)
 
 
+def read_head(directory: int, name: str, size: int) -> bytes:
+    """Return the first bytes of a regular file, none of anything else. Raises OSError.
+
+    It is looked at before it is opened, and is what was looked at: to open a device may do something, a pipe waits.
+    """
+    place = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if not stat.S_ISREG(os.fstat(place).st_mode):
+            return b""
+        fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, size)
+        finally:
+            os.close(fd)
+    finally:
+        os.close(place)
+
+
 def remove_file(directory: int, name: str) -> None:
     """Remove a regular file; anything else under that name is not the hook's. Raises OSError."""
     found = look_at_node(directory, name)
-    if found and found.kind == "other":
+    if found and found.kind == "file":
         os.unlink(name, dir_fd=directory)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # vfio registers its control device with this fixed minor (kernel: include/linux/miscdevice.h, VFIO_MINOR).
 CONTROL_NUMBERS = (10, 196)
+# How a map begins, which tells it from a file of the image.
+MAP_HEAD = b'{\n  "version": 1,\n  "devices": [\n'
 # Entries of a journal that this module writes and undoes.
 UNDOABLE = ("directory", "node", "stale", "file", "mount")
 
@@ -263,18 +265,25 @@ def is_there(directory: int, place: Place) -> bool:
 
 
 def write_map(directory: int, entries: tuple[MapEntry, ...], target: Target, journal: Journal) -> None:
-    """Write the map of the container's devices. Raises StepError, OSError.
+    """Write the map of the container's devices. Raises StepError where another file lies there, OSError.
 
     PCIDEVICE_* variables hold the host's addresses, and a hook can't change a container's environment.
     """
     name = MAP_PATH.rpartition("/")[2]
+    data = format_map(entries)
     found = container.look_at_node(directory, name)
-    if found and found.kind != "other":
-        raise StepError("node-in-the-way", MAP_PATH, f"a {found.kind} lies there in the container", "take it away")
     if found:
-        os.unlink(name, dir_fd=directory)
+        known = container.read_head(directory, name, len(data) + 1)
+        if known == data and journal.kept:
+            # An earlier run wrote it, and its journal says so.
+            return
+        # One of the hook's own gives way: it is an earlier run's, or was left in an image by a machine that lost power.
+        if not known.startswith(MAP_HEAD):
+            hint = "take it out of the image, or set map = false in guest.toml"
+            raise StepError("node-in-the-way", MAP_PATH, f"a {found.kind} lies there that is not the hook's", hint)
     journal.note("file", target.rootfs, f"vfio/{name}")
-    container.write_file(directory, name, format_map(entries))
+    container.remove_file(directory, name)
+    container.write_file(directory, name, data)
 
 
 def format_map(entries: tuple[MapEntry, ...]) -> bytes:
@@ -283,7 +292,7 @@ def format_map(entries: tuple[MapEntry, ...]) -> bytes:
     for entry in entries:
         pairs = ", ".join(f'"{key}": "{value}"' for key, value in entry.as_dict().items())
         lines.append(f"    {{{pairs}}}")
-    return ('{\n  "version": 1,\n  "devices": [\n' + ",\n".join(lines) + "\n  ]\n}\n").encode()
+    return MAP_HEAD + (",\n".join(lines) + "\n  ]\n}\n").encode()
 
 
 # Undoing -------------------------------------------------------------------------------------------------------------

@@ -168,7 +168,12 @@ def put_anothers(path: Path) -> None:
 @pytest.mark.parametrize("put", [os.mkfifo, put_socket, put_anothers])
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("dev", "hostile-tree"), ("dev/vfio", "hostile-tree"), ("dev/vfio/12", "node-in-the-way")],
+    [
+        ("dev", "hostile-tree"),
+        ("dev/vfio", "hostile-tree"),
+        ("dev/vfio/12", "node-in-the-way"),
+        ("dev/vfio/devices.json", "node-in-the-way"),
+    ],
 )
 def test_no_directory_and_no_node(tmp_path: Path, put: Callable[[Path], None], name: str, code: str) -> None:
     """A pipe is not opened either: that would wait for its other end."""

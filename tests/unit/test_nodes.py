@@ -71,6 +71,11 @@ class Tree:
             found[str(path.relative_to(self.rootfs))] = (at.st_mode, at.st_uid, at.st_gid, at.st_rdev)
         return found
 
+    def read_map(self) -> bytes:
+        """Return what lies at the map's place, nothing if that is no file."""
+        place = self.dev / "vfio/devices.json"
+        return place.read_bytes() if place.is_file() else b""
+
 
 @pytest.fixture(name="tree")
 def make_tree(tmp_path: Path) -> Tree:
@@ -125,8 +130,39 @@ def test_twice_is_the_same_and_notes_nothing_more_of_the_nodes(tree: Tree) -> No
 
 def test_the_map_is_json_that_says_which_device_is_which(tree: Tree) -> None:
     tree.expose()
-    told = json.loads((tree.dev / "vfio/devices.json").read_text())
+    told = json.loads(tree.read_map())
     assert told == {"version": 1, "devices": [MAP.as_dict()]}
+
+
+def test_a_map_of_an_earlier_run_stays(tree: Tree) -> None:
+    tree.expose()
+    once, noted = (tree.dev / "vfio/devices.json").stat().st_ctime_ns, tree.entries()
+    tree.journal.kept = os.fstat(tree.journal.fd).st_size
+    tree.expose()
+    assert ((tree.dev / "vfio/devices.json").stat().st_ctime_ns, tree.entries()) == (once, noted)
+    # The devices are others now.
+    tree.expose(map=(MAP, MAP))
+    assert len(json.loads(tree.read_map())["devices"]) == 2
+    tree.undo()
+    assert list(tree.list_all()) == ["dev"]
+
+
+@pytest.mark.parametrize("entries", [(MAP,), (MAP, MAP)])
+def test_a_map_that_was_left_in_an_image_gives_way_and_is_gone_after(tree: Tree, entries: tuple[MapEntry, ...]) -> None:
+    (tree.dev / "vfio").mkdir()
+    (tree.dev / "vfio/devices.json").write_bytes(nodes.format_map(entries))
+    tree.expose()
+    assert len(json.loads(tree.read_map())["devices"]) == 1
+    tree.undo()
+    assert list(tree.list_all()) == ["dev", "dev/vfio"]
+
+
+def test_another_file_in_the_maps_place_is_as_good_as_none_without_a_map(tree: Tree) -> None:
+    file_map(tree, tree.rootfs)
+    before = tree.read_map()
+    tree.expose(map=())
+    tree.undo()
+    assert tree.read_map() == before != b""
 
 
 def test_a_node_with_the_hosts_numbers_gives_way_and_comes_back(tree: Tree) -> None:
@@ -254,6 +290,29 @@ def link_map(tree: Tree, outside: Path) -> None:
     (tree.dev / "vfio/devices.json").symlink_to(outside / "file")
 
 
+def link_own_map(tree: Tree, _: Path) -> None:
+    """Have the map be a link to one of the hook's own."""
+    (tree.dev / "vfio").mkdir()
+    (tree.rootfs / "map").write_bytes(nodes.format_map((MAP,)))
+    (tree.dev / "vfio/devices.json").symlink_to(tree.rootfs / "map")
+
+
+def file_map(tree: Tree, _: Path) -> None:
+    """Have another file where the map belongs."""
+    (tree.dev / "vfio").mkdir()
+    (tree.dev / "vfio/devices.json").write_text('{"version": 1, "devices": []}')
+
+
+def directory_map(tree: Tree, _: Path) -> None:
+    """Have a directory where the map belongs."""
+    (tree.dev / "vfio/devices.json").mkdir(parents=True)
+
+
+def node_map(tree: Tree, _: Path) -> None:
+    """Have a device where the map belongs, which must not be opened: no driver has these numbers."""
+    put_node(tree.dev / "vfio/devices.json", 240, 77)
+
+
 HOSTILE = [
     (link_dev, "hostile-tree"),
     (file_dev, "hostile-tree"),
@@ -268,6 +327,10 @@ HOSTILE = [
     (directory_node, "node-in-the-way"),
     (block_node, "node-in-the-way"),
     (link_map, "node-in-the-way"),
+    (link_own_map, "node-in-the-way"),
+    (file_map, "node-in-the-way"),
+    (directory_map, "node-in-the-way"),
+    (node_map, "node-in-the-way"),
 ]
 
 
@@ -279,14 +342,14 @@ def test_a_hostile_tree_is_refused_and_nothing_outside_is_touched(
     outside.mkdir()
     (outside / "file").write_text("secret")
     spoil(tree, outside)
-    before, fds = tree.list_all(), len(os.listdir("/proc/self/fd"))
+    before, text, fds = tree.list_all(), tree.read_map(), len(os.listdir("/proc/self/fd"))
     with pytest.raises(StepError) as caught:
         tree.expose()
     (finding,) = caught.value.findings
     assert finding.code == code
     assert finding.hint
     tree.undo()
-    assert tree.list_all() == before
+    assert (tree.list_all(), tree.read_map()) == (before, text)
     assert (sorted(os.listdir(outside)), (outside / "file").read_text()) == (["file"], "secret")
     assert len(os.listdir("/proc/self/fd")) == fds
 

@@ -125,7 +125,7 @@ def take_stock(name: str, pid: int, address: str) -> tuple[object, ...]:
     """Return what a second run must leave as it is: the binding, the nodes, the cgroup's program, the journal."""
     link = (guest.PCI / address / "driver").lstat()
     made = Path(f"/proc/{pid}/root/dev/vfio")
-    nodes = sorted((path.name, path.stat().st_ino) for path in made.iterdir() if path.name != "devices.json")
+    nodes = sorted((path.name, path.stat().st_ino) for path in made.iterdir())
     journal = (calls.CLAIMS / name).read_text()
-    rebinds = [line for line in journal.splitlines() if line.startswith(("device", "node", "permit"))]
-    return link.st_ino, nodes, calls.list_programs(f"/sys/fs/cgroup/{name}"), rebinds
+    changes = [line for line in journal.splitlines() if line != "done"]
+    return link.st_ino, nodes, calls.list_programs(f"/sys/fs/cgroup/{name}"), changes
