@@ -262,5 +262,7 @@ def make_command(image: Image, place: Path, iommu: bool, ports: list[str]) -> li
         command += ["-device", f"virtserialport,chardev={name},name={name}"]
     for number, port in enumerate(ports, 1):
         command += ["-device", f"pcie-root-port,id={port},chassis={number},slot={number}"]
-    command += ["-device", f"pci-bridge,id={BRIDGE_SLOT.bus},chassis_nr={len(ports) + 1},shpc=off"]
+    # Without a reserve, firmware gives an empty bridge no room for what is plugged in later (Kata: qemu.BridgeDevice).
+    reserve = "io-reserve=4k,mem-reserve=1m,pref64-reserve=1m"
+    command += ["-device", f"pci-bridge,id={BRIDGE_SLOT.bus},chassis_nr={len(ports) + 1},shpc=off,{reserve}"]
     return command
