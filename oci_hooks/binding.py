@@ -188,11 +188,12 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
     settings = work.settings
     # Both have to say so: guest.toml for this hook, the kernel's switch for the whole guest.
     noiommu = settings.allow_noiommu and work.root.read_text_or(sysfs.NOIOMMU_SWITCH, "N") == "Y"
-    picture = sysfs.look(work.root, noiommu)
+    picture, live = sysfs.look(work.root, noiommu), sysfs.list_live_groups(work.root)
+    picture, live = sysfs.name_bare_groups(picture, live, noiommu)
     pool = selection.Pool(
         picture,
         dict(list_owners(claims, but=work.state.id)),
-        sysfs.list_live_groups(work.root),
+        live,
         Uses(work.root).find,
         settings.never,
         settings.auto_ids,

@@ -12,6 +12,7 @@ from oci_hooks.oci import CDEV_PREFIX, GROUP_PREFIX
 from oci_hooks.records import Record
 from oci_hooks.sysfs import (
     IOMMU_GROUPS,
+    NOIOMMU_PREFIX,
     PCI_DRIVERS,
     VFIO_CLASS,
     Picture,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 CDEV_CLASS = "/sys/class/vfio-dev"
 # Modules that use vfio_pci_core are vfio drivers, also where the kernel shows no vfio-dev directory yet (before 6.1).
 CORE_HOLDERS = "/sys/module/vfio_pci_core/holders"
-NOIOMMU_PREFIX = "noiommu-"
 NOIOMMU_NAME = "vfio-noiommu"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from oci_hooks.errors import Refusal
 from oci_hooks.oci import DEVICES_ANNOTATION
 from oci_hooks.records import Record
+from oci_hooks.sysfs import NOIOMMU_GROUP, NOIOMMU_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -182,13 +183,19 @@ def choose_listed(request: Request, pool: Pool) -> dict[str, Choice]:
     for entry in request.entries:
         name = pool.live.get((entry.major, entry.minor), "")
         # Numbers of another container's group are the host's by accident, unless the path says that group too.
-        if name in pool.picture.groups and (name not in pool.claims or entry.path.rpartition("/")[2] == name):
+        if name in pool.picture.groups and (name not in pool.claims or says_group(entry, name)):
             choices.setdefault(name, Choice(pool.picture.groups[name], entry))
         else:
             rest.append(entry)
     if rest:
         choices.update(choose_counted(request, rest, set(choices), pool))
     return choices
+
+
+def says_group(entry: Device, name: str) -> bool:
+    """Tell whether an entry has the path of a group's node, which has a number of its own without an IOMMU."""
+    node = entry.path.rpartition("/")[2]
+    return node == name or (node.startswith(NOIOMMU_PREFIX) and name.startswith(NOIOMMU_GROUP))
 
 
 def choose_counted(request: Request, entries: list[Device], taken: set[str], pool: Pool) -> dict[str, Choice]:

@@ -20,6 +20,8 @@ VFIO_CLASS = "/sys/class/vfio"
 
 # Stands before the BDF of a device without an IOMMU, which vfio gives a group of its own only when it is bound.
 NOIOMMU_GROUP = "noiommu:"
+# Stands before the number of that group in the name of its node; its device is the only one in it.
+NOIOMMU_PREFIX = "noiommu-"
 NOIOMMU_SWITCH = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 
 # Header type 1 and 2 (PCI Local Bus Specification, 6.1): PCI-to-PCI, CardBus and semi-transparent bridges.
@@ -98,6 +100,11 @@ def look(root: Root, noiommu: bool = False) -> Picture:
             if noiommu and not device.group and not device.is_bridge:
                 device = device.replace(group=NOIOMMU_GROUP + address)
             devices[address] = device
+    return make_picture(devices)
+
+
+def make_picture(devices: dict[str, PciDevice]) -> Picture:
+    """Return the picture of these PCI functions."""
     members: dict[str, list[PciDevice]] = {}
     for device in devices.values():
         if device.group:
@@ -170,6 +177,26 @@ def list_live_groups(root: Root) -> dict[tuple[int, int], str]:
     """Return the VFIO groups that have a node now, by major and minor."""
     numbers = ((read_group_number(root, name), name) for name in root.list_names(VFIO_CLASS))
     return {number: name for number, name in numbers if number is not None}
+
+
+def name_bare_groups(
+    picture: Picture, live: dict[tuple[int, int], str], noiommu: bool
+) -> tuple[Picture, dict[tuple[int, int], str]]:
+    """Return picture and live groups with a device that is bound without an IOMMU in the group it had before.
+
+    vfio's no-IOMMU mode gives it group N and node noiommu-N, for as long as it is bound. noiommu: as for look; without
+    it the device has no group, whoever bound it.
+    """
+    nodes = {name: number for number, name in live.items() if name.startswith(NOIOMMU_PREFIX)}
+    if not nodes:
+        return picture, live
+    devices, named = dict(picture.devices), dict(live)
+    for address, device in picture.devices.items():
+        node = NOIOMMU_PREFIX + device.group
+        if node in nodes:
+            named[nodes[node]] = NOIOMMU_GROUP + address
+            devices[address] = device.replace(group=NOIOMMU_GROUP + address if noiommu else "")
+    return make_picture(devices), named
 
 
 def is_viable_member(device: PciDevice) -> bool:

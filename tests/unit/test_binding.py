@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import apply, binding, oci, selection
+from oci_hooks import apply, binding, oci, selection, sysfs
 from oci_hooks.claims import STATE_DIRECTORY, Claim, ClaimDirectory
 from oci_hooks.command import Arguments, Call, Deadline
 from oci_hooks.errors import Finding, HookError, Refusal
@@ -311,3 +311,64 @@ def test_a_killed_hook_is_repaired_by_the_next(machine: Machine, hook: subproces
     assert binding.release(machine.root, make_state(), Deadline(5)) == []
     assert list_claims(machine) == []
     assert machine.read(f"{DEVICE}/driver_override").startswith("\n")
+
+
+# Without an IOMMU ----------------------------------------------------------------------------------------------------
+
+BOUND, FREE = "0000:05:00.0", "0000:06:00.0"
+
+
+@pytest.fixture(name="bare")
+def make_bare_machine(tmp_path: Path) -> Machine:
+    """Return a machine without an IOMMU: one network card bound to vfio-pci, so that it has a group, and one not."""
+    machine = Machine(tmp_path)
+    machine.add(BOUND, driver="vfio-pci", group="5")
+    machine.add_group_node("noiommu-5", "511:5")
+    machine.add(FREE, driver="e1000e")
+    machine.write(sysfs.NOIOMMU_SWITCH, "Y\n")
+    machine.write("/proc/self/mountinfo", "22 1 0:21 / / rw - 9p root rw\n")
+    return machine
+
+
+def choose(
+    machine: Machine, selector: str = "", entry: str = "", *, owner: str = "", allowed: bool = True
+) -> list[str]:
+    """Return the groups of a container that asks so, while another one may have the bound device."""
+    listed = {"path": entry, "type": "c", "major": 511, "minor": 5}
+    spec = oci.make_spec({"linux": {"devices": [listed] if entry else []}}, "config.json")
+    state = make_state(selector=selector) if selector else oci.State("c1", "/nowhere", INIT, "created", {})
+    request = read_request(state, spec)
+    assert request is not None
+    settings = GuestSettings(allow_noiommu=allowed)
+    work = binding.Work(make_call(machine), machine.root, state, spec, request, settings, ClaimDirectory("/nowhere"), 0)
+    held = [Claim("", owner, 1, 1, (f"noiommu:{BOUND}",), (), True, False)] if owner else []
+    return [choice.group.name for choice in binding.choose(work, held)]
+
+
+@pytest.mark.parametrize("path", ["/dev/vfio/noiommu-5", "/dev/vfio/12"])
+def test_the_numbers_of_a_live_group_without_an_iommu_are_that_group(bare: Machine, path: str) -> None:
+    assert choose(bare, entry=path) == [f"noiommu:{BOUND}"]
+
+
+def test_a_group_without_an_iommu_has_one_name_bound_or_not(bare: Machine) -> None:
+    assert choose(bare, "auto") == [f"noiommu:{BOUND}", f"noiommu:{FREE}"]
+    assert choose(bare, BOUND) == [f"noiommu:{BOUND}"]
+    # A claim of before it was bound holds.
+    assert choose(bare, "auto", owner="c2") == [f"noiommu:{FREE}"]
+    assert choose(bare, "auto", owner="c1") == [f"noiommu:{BOUND}", f"noiommu:{FREE}"]
+    for asked in ((BOUND, ""), ("", "/dev/vfio/noiommu-5")):
+        with pytest.raises(Refusal, match=r"\[claimed\].*container c2"):
+            choose(bare, *asked, owner="c2")
+    # Without the path, another container's numbers are the host's by accident.
+    assert choose(bare, entry="/dev/vfio/12", owner="c2") == [f"noiommu:{FREE}"]
+
+
+@pytest.mark.parametrize("asked", [(BOUND,), ("auto",), ("", "/dev/vfio/noiommu-5")])
+def test_a_device_that_somebody_bound_without_an_iommu_is_not_taken_unless_allowed(
+    bare: Machine, asked: tuple[str, ...]
+) -> None:
+    with pytest.raises(Refusal, match=r"\[viommu-off\] " + BOUND):
+        choose(bare, *asked, allowed=False)
+    bare.write(sysfs.NOIOMMU_SWITCH, "N\n")
+    with pytest.raises(Refusal, match=r"\[viommu-off\] " + BOUND):
+        choose(bare, *asked)
