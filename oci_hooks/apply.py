@@ -58,10 +58,10 @@ def load_what_follows() -> None:
 def make_bind_writes(root: Root, rebind: Rebind) -> tuple[Write, ...]:
     """Return the writes that bind a function to vfio-pci (Documentation/ABI/testing/sysfs-bus-pci)."""
     path = root.host_path(f"{sysfs.PCI_DEVICES}/{rebind.address}")
-    writes = [Write(f"{path}/driver_override", f"{DRIVER}\n")]
-    if rebind.driver:
-        writes.append(Write(f"{path}/driver/unbind", rebind.address, GONE))
-    return (*writes, make_probe_write(root, rebind.address))
+    override = Write(f"{path}/driver_override", f"{DRIVER}\n")
+    # Also where there was no driver: one comes to a hot-plugged device some milliseconds after the device.
+    unbind = Write(f"{path}/driver/unbind", rebind.address, GONE)
+    return override, unbind, make_probe_write(root, rebind.address)
 
 
 def make_probe_write(root: Root, address: str) -> Write:
