@@ -14,6 +14,7 @@ from oci_hooks.claims import Claim, ClaimDirectory, list_owners, read_start_time
 from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding, HookError, Refusal
 from oci_hooks.guards import Uses
+from oci_hooks.journal import HEADS
 from oci_hooks.modules import load_drivers
 from oci_hooks.records import Record
 from oci_hooks.signals import interruptible, reset_signals
@@ -316,14 +317,26 @@ def end_container(root: Root, state: State) -> None:
 
 def print_plan(call: Call, root: Root, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
     """Print what would be done, and do nothing. Raises HookError as the real run would, without waiting."""
-    from oci_hooks.log import write_stdout
-
     directory = ClaimDirectory(root=root)
     work = Work(call, root, state, spec, request, settings, directory, 0)
     claims = [claim for claim in directory.read_claims() if not claim.is_stale(root)]
     wanted = plan.make_plan(root, choose(work, claims), spec, make_options(work))
     root.note("plan", wanted)
-    actions = plan.list_actions(wanted)
+    print_actions(call, plan.list_actions(wanted))
+
+
+def print_release(call: Call, root: Root, state: State) -> None:
+    """Print what a release would put back, and do nothing."""
+    directory = ClaimDirectory(root=root)
+    claim = directory.read_claim(directory.journal_path(state.id))
+    entries = [entry for entry in reversed(claim.entries) if entry.kind not in HEADS] if claim else []
+    print_actions(call, [("undo", entry.kind, " ".join(entry.words)) for entry in entries])
+
+
+def print_actions(call: Call, actions: list[tuple[str, str, str]]) -> None:
+    """Print a plan, or keep it for --json. actions: (what, on what, how), in order."""
+    from oci_hooks.log import write_stdout
+
     if call.arguments.json:
         call.plan.extend({"action": what, "subject": subject, "detail": how} for what, subject, how in actions)
         return

@@ -108,9 +108,12 @@ def end_if_wanted(call: Call, root: Root, state: State) -> None:
 
 
 def release_groups(call: Call, root: Root, state: State) -> int:
-    """Put back what this container's claim notes, if it has one."""
-    from oci_hooks.binding import release
+    """Put back what this container's claim notes, if it has one. Returns the exit code."""
+    from oci_hooks.binding import print_release, release
 
+    if call.arguments.dry_run:
+        print_release(call, root, state)
+        return EXIT_DONE
     findings = release(root, state, call.deadline)
     call.findings.extend(findings)
     return EXIT_REFUSED if findings else EXIT_DONE

@@ -28,6 +28,8 @@ KINDS = {
     "permit": ("nodes", "unified", "devices"),
     "done": (),
 }
+# Kinds that say whose a journal is, and nothing that was changed.
+HEADS = frozenset({"container", "init", "group", "done"})
 # Words that are numbers, and the digits that one of the kernel's has at most.
 NUMBERS = frozenset({"pid", "start", "major", "minor", "mode", "uid", "gid"})
 DIGITS = 20

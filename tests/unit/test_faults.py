@@ -20,13 +20,15 @@ import pytest
 
 from tests import steps
 from tests.steps import Steps
-from tests.unit.acting import CHANGING, STEPS, ActingMachine, Container
+from tests.unit.acting import CHANGING, NATIVE, STEPS, ActingMachine, Container
 
 pytestmark = pytest.mark.unit
 
 GROUP = ("0000:01:00.0", "0000:01:00.1")
 # The host's nodes, one of which has the name of the guest's group.
 STALE = [{"path": f"/dev/vfio/{name}", "type": "c", "major": 244, "minor": 3} for name in ("77", "1")]
+# The first write to sysfs is that of an override.
+OVERRIDE = {"oci_hooks.workers": ("write_attribute",)}
 CLONE_NEWNS = 0x20000
 MS_PRIVATE, MS_REC, MS_RDONLY, MS_REMOUNT = 1 << 18, 1 << 14, 1, 32
 Act = Callable[[Steps], None]
@@ -168,6 +170,19 @@ def test_told_to_end_at_every_step(machine: ActingMachine, container: Container,
     record_property("faults", count)
 
 
+def test_a_dry_run_of_a_release_releases_nothing(machine: ActingMachine, container: Container) -> None:
+    assert machine.call(container.stopped, "poststop", "--dry-run") == (0, "")
+    assert machine.call(container.state) == (0, "")
+    bound = machine.take_stock()
+    for state, arguments in ((container.stopped, ()), (container.state, ("poststop",))):
+        code, said = machine.call(state, "--dry-run", *arguments)
+        assert (code, machine.take_stock()) == (0, bound)
+        lines = said.splitlines()
+        assert lines[0] == f"undo file: {container.dev.parent} vfio/devices.json" or "vfio/1" in lines[0]
+        assert f"undo device: {GROUP[0]} {NATIVE} " in lines
+        assert not [line for line in lines if line.startswith(("undo done", "undo init", "undo container"))]
+
+
 # Errors of the system ------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +309,19 @@ def test_vfio_refuses_to_bind(machine: ActingMachine, container: Container) -> N
         end, said = machine.call(container.state)
         assert (end, f"[bind-failed] {GROUP[0]}" in said) == (1, True), said
         assert machine.take_stock() == before
+
+
+def test_a_driver_comes_to_a_new_device_meanwhile(machine: ActingMachine, container: Container) -> None:
+    """Hot plug: the kernel tells of a device some milliseconds before it gives it to its driver."""
+    for address in GROUP:
+        machine.kernel.unbind(address)
+    before = machine.take_stock()
+    happening = Steps(0, lambda _: [machine.kernel.probe(address) for address in GROUP], OVERRIDE)  # type: ignore[arg-type]
+    assert machine.call(container.state, prepare=happening.prepare) == (0, "")
+    assert happening.has_fired
+    assert machine.take_stock()["drivers"][GROUP[1]] == ("vfio-pci", "vfio-pci\n")
+    assert machine.call(container.stopped, "poststop") == (0, "")
+    assert machine.take_stock() == before
 
 
 # Where the hook works ------------------------------------------------------------------------------------------------
