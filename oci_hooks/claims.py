@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 
 from oci_hooks.errors import Refusal
 from oci_hooks.files import Descriptor, Root, read_chunks, step
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 STATE_DIRECTORY = "/run/oci-vfio-hooks"
 # A journal has a line a device and a node; this is a thousand devices.
 JOURNAL_LIMIT = 1 << 20
+# How long after an alarm that went unheard the next one comes.
+RING_SECONDS = 0.1
 
 
 class Claim(Record):
@@ -112,8 +115,9 @@ class ClaimDirectory:
     def remove_drafts(self) -> None:
         """Remove the drafts of killed hooks. Call it with the lock held: with it they are made, and get their names."""
         for name in self.list_files():
-            if name.startswith("."):
-                os.unlink(f"{self.path}/claims/{name}")
+            path = f"{self.path}/claims/{name}"
+            if name.startswith(".") and not os.path.isdir(path):
+                os.unlink(path)
 
     def list_files(self) -> list[str]:
         """Return the names of journals and drafts."""
@@ -124,9 +128,12 @@ class ClaimDirectory:
 
     @step
     def read_claim(self, path: str) -> Claim | None:
-        """Return one claim, or None where there is none at this path."""
+        """Return one claim, or None where there is none at this path: nothing, or something that is no file."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                return None
+            # A pipe that came meanwhile would have it wait for its other end.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         try:
@@ -218,7 +225,10 @@ def take_lock(fd: int, deadline: Deadline, path: str) -> None:
 
 
 class alarm:  # noqa: N801 - reads as a statement
-    """Raise TimeoutError out of a blocking system call at the deadline."""
+    """Raise TimeoutError out of a blocking system call at the deadline.
+
+    It rings until it is heard: a signal between Python's last look and the system call itself does not end that.
+    """
 
     def __init__(self, deadline: Deadline) -> None:
         self.deadline = deadline
@@ -227,7 +237,7 @@ class alarm:  # noqa: N801 - reads as a statement
         import signal
 
         signal.signal(signal.SIGALRM, self.ring)
-        signal.setitimer(signal.ITIMER_REAL, max(self.deadline.remaining(), 0.001))
+        signal.setitimer(signal.ITIMER_REAL, max(self.deadline.remaining(), 0.001), RING_SECONDS)
 
     def __exit__(self, *_: object) -> None:
         import signal
@@ -237,6 +247,9 @@ class alarm:  # noqa: N801 - reads as a statement
     @staticmethod
     def ring(*_: object) -> None:
         """Handle SIGALRM."""
+        import signal
+
+        signal.setitimer(signal.ITIMER_REAL, 0)
         raise TimeoutError
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.claims import Claim, ClaimDirectory, list_owners, read_start_time
+from oci_hooks.claims import Claim, ClaimDirectory, alarm, list_owners, read_start_time
 from oci_hooks.command import Deadline
 from oci_hooks.errors import Refusal
 from oci_hooks.files import Root
@@ -143,6 +144,18 @@ def test_a_directory_that_others_could_have_made_is_refused(tmp_path: Path, put:
     assert finding.hint
 
 
+@pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/etc/passwd")])
+def test_what_is_no_file_is_no_claim_and_in_nobodys_way(directory: ClaimDirectory, put: object) -> None:
+    """A pipe would have every hook on the machine wait for its other end."""
+    assert callable(put)
+    for name in ("odd", ".odd"):
+        put(Path(directory.path) / "claims" / name)
+    directory.open_journal("c1", 7, 70, ("4",)).close()
+    directory.remove_drafts()
+    assert [claim.container for claim in directory.read_claims()] == ["c1"]
+    assert directory.read_claim(directory.journal_path("odd")) is None
+
+
 # Locks ---------------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +197,21 @@ def test_the_machines_lock_is_waited_for_until_the_deadline(directory: ClaimDire
     assert "fuser" in caught.value.findings[0].hint
     os.close(held)
     os.close(directory.lock(Deadline(0.2)))
+
+
+def test_an_alarm_that_is_not_heard_rings_again() -> None:
+    """One that comes when Python is about to enter a system call does not end that call."""
+    reader, writer = os.pipe()
+    with pytest.raises(TimeoutError), alarm(Deadline(0.01)):
+        # As if the first had come there: it is taken before anybody hears it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        signal.sigwait({signal.SIGALRM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+        assert select.select([reader], [], [], 30) == ([], [], []), "nobody writes"
+        pytest.fail("it rang once")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_no_descriptor_is_left_of_a_lock_that_was_not_had(directory: ClaimDirectory) -> None:
