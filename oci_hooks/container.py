@@ -15,7 +15,8 @@ import os
 import stat
 
 from oci_hooks.errors import StepError
-from oci_hooks.files import Descriptor, read_file
+from oci_hooks.files import Descriptor, Root, read_file
+from oci_hooks.mounts import read_mounts
 from oci_hooks.records import Record
 
 FOLLOW_NOTHING = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -136,6 +137,25 @@ def look_at_node(directory: int, name: str) -> FoundNode | None:
 def is_guests_own(directory: int) -> bool:
     """Tell whether a directory lies on the guest's own /dev (a bind mount of it), whose nodes are not ours to make."""
     return os.fstat(directory).st_dev == os.stat("/dev").st_dev
+
+
+def is_borrowed(dev: int, rootfs: str) -> bool:
+    """Tell whether a container's /dev is a directory of this machine that is mounted there.
+
+    What is made in one outlives the container, and can't be found again when the container's mounts are gone. A file
+    system of the container's own ends with it; a directory of its root file system is found by the same path.
+
+    dev: descriptor of /dev; rootfs: real path of the root file system. Raises OSError.
+    """
+    at = os.fstat(dev)
+    number = f"{os.major(at.st_dev)}:{os.minor(at.st_dev)}"
+    if all(mount.number != number for mount in read_mounts(Root())):
+        return False
+    own = open_dev(0, rootfs)
+    try:
+        return not is_same_directory(at, os.fstat(own))
+    finally:
+        os.close(own)
 
 
 def is_mounted(parent: int, directory: int) -> bool:

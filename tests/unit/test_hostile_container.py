@@ -221,6 +221,39 @@ def test_a_directory_that_is_mounted_there(machine: ActingMachine, outside: Path
     assert machine.take_stock() == machine_before
 
 
+def test_dev_itself_is_a_directory_of_the_guest(machine: ActingMachine, outside: Path) -> None:
+    """What was made in it could not be found any more when the container's mounts have gone."""
+    container = machine.make_container("c1", NIC)
+    before, machine_before = take_stock(outside), machine.take_stock()
+
+    def prepare() -> None:
+        leave_mounts()
+        mount(container.dev, "", MS_BIND, source=outside)
+
+    code, said = machine.call({**container.state, "pid": machine.share_namespace(container, prepare)})
+    assert (code, "[hostile-tree] /dev: another directory is mounted there" in said) == (1, True), said
+    assert take_stock(outside) == before
+    assert machine.take_stock() == machine_before
+
+
+def test_dev_is_a_file_system_of_the_containers_own(machine: ActingMachine) -> None:
+    """As every runtime makes it: it ends with the container's mounts, and all that was made there."""
+    container = machine.make_container("c1", NIC)
+    before = machine.take_stock()
+
+    def prepare() -> None:
+        leave_mounts()
+        mount(container.dev, "tmpfs")
+
+    pid = machine.share_namespace(container, prepare)
+    assert machine.call(container.state) == (0, "")
+    made = os.listdir(f"/proc/{pid}/root{container.dev}/vfio")
+    assert sorted(made) == ["1", "devices.json", "vfio"]
+    assert machine.call(container.stopped, "poststop") == (0, "")
+    assert os.listdir(f"/proc/{pid}/root{container.dev}") == []
+    assert machine.take_stock() == before
+
+
 # Paths and texts -----------------------------------------------------------------------------------------------------
 
 
