@@ -39,6 +39,8 @@ HINTS = {
     "config": "mend what wrote it: the OCI runtime-spec's config.md and config-linux.md say what it holds",
 }
 
+# Characters of a container's id, which goes into its journal; runc takes 1024.
+LONGEST_NAME = 8192
 HIGHEST_ID = 0xFFFFFFFF
 # chown(2) takes this one for "leave it as it is".
 NO_ID = 0xFFFFFFFF
@@ -111,8 +113,8 @@ class Spec(Record):
 
     @property
     def vfio_devices(self) -> tuple[Device, ...]:
-        """The entries that stand for a VFIO group or device; the control node alone asks for nothing."""
-        return tuple(device for device in self.devices if device.is_group or device.is_cdev)
+        """The entries that stand for a VFIO group or device, each once; the control node alone asks for nothing."""
+        return tuple(dict.fromkeys(device for device in self.devices if device.is_group or device.is_cdev))
 
 
 class Mismatch(Exception):
@@ -222,8 +224,8 @@ def make_state(document: object) -> State:
     bundle = take(document, "bundle", "string", "")
     pid = take_number(document, "pid", "", 0, low=0)
     root = take(document, "root", "string", "", "")
-    if not identity or not is_name(identity):
-        raise Mismatch("id", f"expected a name, found {identity!r}")
+    if not identity or len(identity) > LONGEST_NAME or not is_name(identity):
+        raise Mismatch("id", f"expected a name of {LONGEST_NAME} characters at most, found {identity!r}")
     if not bundle.startswith("/") or not is_name(bundle):
         raise Mismatch("bundle", f"expected an absolute path, found {bundle!r}")
     if not is_name(root):

@@ -66,7 +66,8 @@ def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
     if text is not None:
         source = f"annotation {oci.DEVICES_ANNOTATION}"
         words = [word.strip() for word in text.split(",")]
-        selectors = tuple(parse_selector(word, source) for word in words if word != "cdev")
+        # Each once: what is looked for a thousand times costs a thousand times.
+        selectors = tuple(dict.fromkeys(parse_selector(word, source) for word in words if word != "cdev"))
         if not selectors:
             raise InputError("bad-annotation", source, f"{text!r} names no device", SYNTAX)
         known = parse_map(old_map) if old_map is not None else ()

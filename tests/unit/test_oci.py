@@ -78,6 +78,8 @@ STATES_BY_HAND: list[tuple[Any, str]] = [
     ({**STATE, "id": 5}, "id"),
     ({**STATE, "id": "a\0b"}, "id"),
     ({**STATE, "id": "\ud800"}, "id"),
+    ({**STATE, "id": "x" * oci.LONGEST_NAME}, ""),
+    ({**STATE, "id": "x" * (oci.LONGEST_NAME + 1)}, "id"),
     ({**STATE, "bundle": "b"}, "bundle"),
     ({**STATE, "bundle": ""}, "bundle"),
     ({**STATE, "bundle": "/b\0"}, "bundle"),

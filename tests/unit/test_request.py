@@ -100,6 +100,17 @@ def test_the_annotation_is_a_list() -> None:
     assert [entry.path for entry in request.entries] == ["/dev/vfio/12"]
 
 
+def test_what_is_asked_for_twice_is_asked_for_once() -> None:
+    """Each `auto` is a look at every device in use: a tenant could ask for thirteen thousand of them."""
+    request = ask({"linux": {"devices": [group_entry()] * 3}}, devices="auto,02:00.0,auto,0000:02:00.0,auto")
+    assert request is not None
+    assert [str(selector) for selector in request.selectors] == ["auto", "0000:02:00.0"]
+    assert [entry.path for entry in request.entries] == ["/dev/vfio/12"]
+    listed = ask({"linux": {"devices": [group_entry()] * 3}})
+    assert listed is not None
+    assert [entry.path for entry in listed.entries] == ["/dev/vfio/12"]
+
+
 @pytest.mark.parametrize("text", ["", " ", ",", "cdev", "auto,", "auto,,auto", "auto cdev"])
 def test_an_annotation_that_names_nothing_is_refused(text: str) -> None:
     with pytest.raises(InputError):
