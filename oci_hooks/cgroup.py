@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 
 from oci_hooks.errors import StepError
 from oci_hooks.files import step
@@ -225,8 +226,7 @@ def try_node(directory: int, node: Node) -> tuple[int, bool]:
 
 def is_device(status: os.stat_result, node: Node) -> bool:
     """Tell whether this is the character device that the node is meant to be."""
-    # S_IFMT and S_IFCHR of inode(7); the stat module is one more import.
-    return status.st_mode & 0o170000 == 0o020000 and status.st_rdev == os.makedev(node.major, node.minor)
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(node.major, node.minor)
 
 
 def ask_child(work: Callable[[], str], deadline: Deadline) -> str:

@@ -18,6 +18,7 @@ from oci_hooks.sysfs import (
     Picture,
     is_viable_member,
     list_live_groups,
+    parse_numbers,
     read_group_number,
 )
 
@@ -152,12 +153,9 @@ def find_target(
 
 def list_cdevs(root: Root) -> dict[tuple[int, int], str]:
     """Return the VFIO devices that have a node of their own, by major and minor: {(511, 0): "vfio0"}."""
-    cdevs = {}
-    for name in root.list_names(CDEV_CLASS):
-        major, _, minor = root.read_text_or(f"{CDEV_CLASS}/{name}/dev", "").partition(":")
-        if minor:
-            cdevs[int(major), int(minor)] = name
-    return cdevs
+    names = root.list_names(CDEV_CLASS)
+    numbers = (parse_numbers(root.read_text_or(f"{CDEV_CLASS}/{name}/dev", "")) for name in names)
+    return {number: name for number, name in zip(numbers, names) if number is not None}
 
 
 def read_cdev_group(root: Root, picture: Picture, cdev: str) -> VfioGroup | None:

@@ -9,6 +9,7 @@ are the same on every architecture but alpha.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 from oci_hooks.errors import StepError
@@ -87,23 +88,28 @@ def detach(pid: int, directory: int, name: str) -> None:
 
     code = run_inside(pid, unmount)
     # EINVAL: nothing is mounted there.
-    if code not in (0, 22):
+    if code not in (0, errno.EINVAL):
         raise OSError(code, os.strerror(code), name)
 
 
 def run_inside(pid: int, work: Callable[[], None]) -> int:
     """Do something in another process's mount namespace, in a child, and return its errno, 0 for success."""
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    child = os.fork()
-    if child == 0:
-        code = 5
-        try:
+    parent = os.getpid()
+    code = errno.EIO
+    try:
+        child = os.fork()
+        if child == 0:
             call("setns", namespace, CLONE_NEWNS)
             work()
             code = 0
-        except OSError as error:
-            code = error.errno or code
-        finally:
+    except OSError as error:
+        if os.getpid() == parent:
+            raise
+        code = error.errno or code
+    finally:
+        # Whatever happens in the child, also a signal's exception: none of the parent's cleaning up is its business.
+        if os.getpid() != parent:
             os._exit(code)
-    os.close(namespace)
+        os.close(namespace)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

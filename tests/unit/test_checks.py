@@ -13,7 +13,7 @@ from oci_hooks import checks
 from oci_hooks.asker import Asker
 from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding
-from oci_hooks.groups import Target, find_targets
+from oci_hooks.groups import Target, find_targets, list_cdevs
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import Hypervisor
 from oci_hooks.oci import Spec
@@ -237,6 +237,12 @@ def test_a_cdev_that_is_not_there(tree: HostTree) -> None:
     (target,) = find(tree, ("/dev/vfio/devices/vfio9", 511, 9))
     tree.write("/dev/iommu")
     assert codes(check_all(tree, target)) == ["error group-missing"]
+
+
+@pytest.mark.parametrize("numbers", ["", ":", "x:y", "511:", "511:3:4"])
+def test_a_cdev_with_odd_numbers_is_none(tree: HostTree, numbers: str) -> None:
+    tree.write("/sys/class/vfio-dev/vfio3/dev", numbers)
+    assert list_cdevs(tree.root) == {}
 
 
 # The host ------------------------------------------------------------------------------------------------------------

@@ -224,6 +224,33 @@ def test_what_becomes_of_work_inside(made: Container, capfd: pytest.CaptureFixtu
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_signal_before_the_work_is_begun_stays_in_the_child(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come as soon as there is a child, which must not put back what its parent did."""
+    parent, fork = os.getpid(), os.fork
+
+    def interrupted() -> int:
+        child = fork()
+        if child == 0:
+            raise KeyboardInterrupt
+        return child
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    try:
+        assert namespaces.run_inside(made.pid, lambda: None) == errno.EIO
+    finally:
+        if os.getpid() != parent:
+            os._exit(99)
+
+
+def test_no_process_to_be_had_is_an_error(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise OSError(errno.EAGAIN, "x")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(OSError, match="x"):
+        namespaces.run_inside(made.pid, lambda: None)
+
+
 def test_a_container_that_is_gone(made: Container) -> None:
     directory = made.open()
     made.init.kill()
