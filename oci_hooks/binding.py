@@ -12,10 +12,11 @@ import os
 from oci_hooks import apply, plan, selection, sysfs
 from oci_hooks.claims import Claim, ClaimDirectory, list_owners, read_start_time, take_lock
 from oci_hooks.command import Deadline
-from oci_hooks.errors import Finding, HookError, Refusal
+from oci_hooks.errors import Finding, HookError, Refusal, make_one_line
 from oci_hooks.guards import Uses
 from oci_hooks.journal import HEADS
 from oci_hooks.modules import load_drivers
+from oci_hooks.oci import find_mappings
 from oci_hooks.records import Record
 from oci_hooks.signals import interruptible, reset_signals
 
@@ -59,7 +60,7 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
         raise Refusal("no-process", f"process {state.pid}", "the container's init is not running", hint)
     directory = ClaimDirectory(root=root)
     directory.prepare()
-    work = Work(call, root, state, spec, request, settings, directory, start)
+    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, start)
     journal, wanted = wait_for_claim(work)
     try:
         with interruptible():
@@ -318,9 +319,9 @@ def end_container(root: Root, state: State) -> None:
 def print_plan(call: Call, root: Root, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
     """Print what would be done, and do nothing. Raises HookError as the real run would, without waiting."""
     directory = ClaimDirectory(root=root)
-    work = Work(call, root, state, spec, request, settings, directory, 0)
+    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, 0)
     claims = [claim for claim in directory.read_claims() if not claim.is_stale(root)]
-    wanted = plan.make_plan(root, choose(work, claims), spec, make_options(work))
+    wanted = plan.make_plan(root, choose(work, claims), work.spec, make_options(work))
     root.note("plan", wanted)
     print_actions(call, plan.list_actions(wanted))
 
@@ -340,4 +341,5 @@ def print_actions(call: Call, actions: list[tuple[str, str, str]]) -> None:
     if call.arguments.json:
         call.plan.extend({"action": what, "subject": subject, "detail": how} for what, subject, how in actions)
         return
-    write_stdout("".join(f"{what} {subject}: {how}\n" for what, subject, how in actions))
+    # Some of the words are a tenant's, and a person's terminal reads them.
+    write_stdout("".join(f"{make_one_line(f'{what} {subject}: {how}')}\n" for what, subject, how in actions))

@@ -179,6 +179,23 @@ def read_spec(root: Root, state: State) -> Spec:
         raise explain(document, mismatch, "config", path, "bad-config") from None
 
 
+def find_mappings(root: Root, state: State, spec: Spec) -> Spec:
+    """Return the spec with the id mappings of the user namespace that the container's init is in (user_namespaces(7)).
+
+    config.json holds none, or a made-up one, where the namespace is joined by its path, as a pod's containers do.
+    """
+    if "user" not in spec.namespaces:
+        return spec
+    uids, gids = (read_mappings(root, f"/proc/{state.pid}/{kind}_map") for kind in ("uid", "gid"))
+    return spec.replace(uid_mappings=uids or spec.uid_mappings, gid_mappings=gids or spec.gid_mappings)
+
+
+def read_mappings(root: Root, path: str) -> tuple[IdMapping, ...]:
+    """Return the mappings in a process's uid_map or gid_map; none where it can't be read."""
+    rows = (line.split() for line in root.read_text_or(path, "").split("\n"))
+    return tuple(IdMapping(*map(int, row)) for row in rows if len(row) == 3 and "".join(row).isdecimal())
+
+
 def find_annotation(state: State, spec: Spec, name: str) -> str | None:
     """Return an annotation's value, from the state or else from config.json; None without one."""
     value = state.annotations.get(name)

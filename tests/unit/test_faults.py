@@ -101,6 +101,17 @@ def sweep(
         nth += 1
 
 
+def test_nodes_belong_to_the_root_of_a_joined_user_namespace(machine: ActingMachine) -> None:
+    """Nobody in the container could open them else."""
+    config = {"linux": {"namespaces": [{"type": "user", "path": "/proc/1/ns/user"}]}}
+    container = machine.make_container("c1", GROUP[0], **config)
+    for kind in ("uid", "gid"):
+        machine.write(f"/proc/{container.init.pid}/{kind}_map", "0 100000 65536\n")
+    code, said = machine.call(container.state, "--dry-run")
+    assert code == 0
+    assert "mount /dev/vfio/1: 0600 100000:100000" in said.splitlines()
+
+
 # Killed --------------------------------------------------------------------------------------------------------------
 
 

@@ -175,6 +175,22 @@ def test_what_a_config_says() -> None:
     assert spec.gid_mappings == ()
 
 
+def test_the_mappings_are_those_that_the_kernel_has(tmp_path: Path) -> None:
+    """A namespace that is joined has other ones than config.json: podman writes 0 0 1 there, others nothing."""
+    state, joined = oci.make_state({**STATE, "pid": 7}), {"namespaces": [{"type": "user", "path": "/proc/3/ns/user"}]}
+    spec = oci.make_spec({"linux": {**joined, "uidMappings": [{"containerID": 0, "hostID": 0, "size": 1}]}}, "c")
+    known = oci.find_mappings(Root(str(tmp_path)), state, spec)
+    assert known == spec
+    (tmp_path / "proc/7").mkdir(parents=True)
+    (tmp_path / "proc/7/uid_map").write_text("         0     100000      65536\n     65536          5          1\n")
+    (tmp_path / "proc/7/gid_map").write_text("0 x 3\nodd\n")
+    known = oci.find_mappings(Root(str(tmp_path)), state, spec)
+    assert known.uid_mappings == (oci.IdMapping(0, 100000, 65536), oci.IdMapping(65536, 5, 1))
+    assert known.gid_mappings == ()
+    alone = oci.make_spec({}, "c")
+    assert oci.find_mappings(Root(str(tmp_path)), state, alone) == alone
+
+
 @pytest.mark.parametrize(
     ("path", "kind", "asks"),
     [
