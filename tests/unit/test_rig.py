@@ -82,8 +82,9 @@ def test_boot_that_hangs_is_killed(wires: tuple[Wire, Wire], tmp_path: Path, mon
     """Never up: stalled, and no process is left, not even a grandchild."""
     monkeypatch.setattr(rig, "BOOT_LIMIT", 0.5)
     with pytest.raises(rig.StalledError, match="not reached"):
-        run_shell(f"sleep 1000 & echo $! > {tmp_path}/pid; wait", wires)
-    assert_dead(int((tmp_path / "pid").read_text()))
+        # Its pid out here: in there it has another.
+        run_shell(f"(cd -P /proc/self; echo $PWD > {tmp_path}/pid; exec sleep 1000) & wait", wires)
+    assert_dead(int(Path((tmp_path / "pid").read_text().strip()).name))
 
 
 def test_command_over_its_limit_is_killed(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
@@ -142,22 +143,21 @@ def test_starved_boot_gets_more_time_but_not_for_ever(
         run_shell("sleep 1000", wires)
 
 
-def test_leash_lets_nothing_outlive_its_holder(tmp_path: Path) -> None:
-    """The holder is killed; what it held goes too."""
-    leash = shlex.join([sys.executable, str(rig.LEASH), "sh", "-c", f"echo $$ > {tmp_path}/pid; echo; exec sleep 1000"])
+@pytest.mark.parametrize("victim", [0, 1, 2], ids=["holder", "leash", "command"])
+def test_leash_lets_nothing_outlive_whoever_is_killed(victim: int) -> None:
+    """Whichever of them gets no chance to say goodbye, all go, also who went into a session of its own."""
+    program = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    script = "setsid sleep 1000 & echo; exec sleep 1000"
     reader, writer = os.pipe()
-    holder = subprocess.Popen(["sh", "-c", f"sleep 1000 | {leash} & wait"], stdout=writer, start_new_session=True)
+    holder = subprocess.Popen([sys.executable, "-c", program, *rig.LEASH, "sh", "-c", script], stdout=writer)
     os.close(writer)
-    with os.fdopen(reader) as output:
-        output.readline()
-        # `sleep` holds the other end of the leash's standard input, as the rig does. It gets no chance to say goodbye.
-        for child in Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split():
-            if Path(f"/proc/{child}/comm").read_text() == "sleep\n":
-                os.kill(int(child), signal.SIGKILL)
-        # The end of the output: nobody of the leashed is left.
-        assert output.read() == ""
-    assert_dead(int((tmp_path / "pid").read_text()))
-    holder.kill()
+    with os.fdopen(reader, "rb", buffering=0) as output:
+        assert output.readline() == b"\n"
+        os.kill(list(starvation.find_family(holder.pid, starvation.PROC))[victim], signal.SIGKILL)
+        # Whoever lives has the other end of the pipe.
+        ended, _, _ = select.select([output], [], [], 10)
+        assert ended
+        assert output.read() == b""
     holder.wait()
 
 

@@ -37,7 +37,9 @@ KERNEL_ARGUMENTS = ("no_timer_check",)
 SHARE = Path("/run/rig")
 CONSOLE_KEPT = 16384
 INSIDE = Path(__file__).resolve().parent / "inside.sh"
-LEASH = Path(__file__).resolve().parent / "leash.py"
+# What is held so outlives nobody: kill -9 of the caller, of unshare or of virtme-ng takes its PID namespace along.
+# A virtual machine left behind would eat a processor for ever.
+LEASH = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child")
 
 
 class BootError(Exception):
@@ -176,17 +178,18 @@ class Run:
         self.up_at: float | None = None
         self.console = b""
         self.selector = selectors.DefaultSelector()
+        # In a session of its own: it hears nothing of Ctrl-C, which reaches its caller.
         self.process = subprocess.Popen(
-            [provision.PYTHON, "-I", str(LEASH), *command],
-            stdin=subprocess.PIPE,
+            [*LEASH, *command],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
+            start_new_session=True,
         )
 
     def watch(self, limit: float) -> Outcome:
         """Serve the machine until it powers off or runs over its limit. No process of it is left after that."""
-        assert self.process.stdin is not None
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         self.selector.register(self.process.stdout, selectors.EVENT_READ, self.read_output)
@@ -199,8 +202,7 @@ class Run:
                 for key, _ in self.selector.select(timeout=1.0):
                     key.data(key.fileobj)
         finally:
-            # The leash lets go: the whole process group is killed, if it is still there.
-            self.process.stdin.close()
+            self.process.kill()
             self.process.wait()
             self.process.stdout.close()
             self.process.stderr.close()
