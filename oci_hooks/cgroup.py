@@ -18,7 +18,7 @@ import os
 import stat
 
 from oci_hooks.errors import StepError
-from oci_hooks.files import step
+from oci_hooks.files import read_pipe, step
 from oci_hooks.mounts import read_mounts
 from oci_hooks.records import Record
 
@@ -234,8 +234,6 @@ def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
 
     Raises StepError where it does not answer.
     """
-    import select
-
     reader, writer = os.pipe()
     parent = os.getpid()
     try:
@@ -250,15 +248,10 @@ def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
             os._exit(0)
         os.close(writer)
     try:
-        poller = select.poll()
-        poller.register(reader, select.POLLIN)
-        chunks: list[bytes] = []
-        while poller.poll(deadline.remaining() * 1000):
-            chunk = os.read(reader, 65536)
-            if not chunk:
-                return b"".join(chunks).decode()
-            chunks.append(chunk)
-        raise fail(f"process {child}", "opening the nodes inside the container's cgroup was not done in time")
+        answer = read_pipe(reader, deadline)
+        if answer is None:
+            raise fail(f"process {child}", "opening the nodes inside the container's cgroup was not done in time")
+        return answer.decode()
     finally:
         end_child(child, reader)
         os.close(reader)

@@ -8,7 +8,7 @@ import os
 import time
 
 from oci_hooks.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
-from oci_hooks.files import NotingRoot, Root
+from oci_hooks.files import NotingRoot, Root, read_pipe
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -242,26 +242,15 @@ def read_input(deadline: Deadline) -> bytes:
         raise InputError(
             "no-state", "stdin", "is a terminal, and an OCI state is expected there", "by hand: --bundle DIR"
         )
-    import select
-
-    poller = select.poll()
-    poller.register(0, select.POLLIN | select.POLLHUP)
-    chunks = []
-    total = 0
-    while True:
-        if not poller.poll(deadline.remaining() * 1000):
-            raise InputError("no-state", "stdin", "was not closed in time", "write the OCI state and close the pipe")
-        try:
-            chunk = os.read(0, 65536)
-        except OSError as error:
-            raise InputError("no-state", "stdin", error.strerror or str(error), "an OCI state is expected") from None
-        if not chunk:
-            break
-        chunks.append(chunk)
-        total += len(chunk)
-        if total > STATE_LIMIT:
-            raise InputError("no-state", "stdin", f"is longer than {STATE_LIMIT} bytes", "an OCI state is expected")
-    return b"".join(chunks)
+    try:
+        data = read_pipe(0, deadline, STATE_LIMIT)
+    except OSError as error:
+        raise InputError("no-state", "stdin", error.strerror or str(error), "an OCI state is expected") from None
+    if data is None:
+        raise InputError("no-state", "stdin", "was not closed in time", "write the OCI state and close the pipe")
+    if len(data) > STATE_LIMIT:
+        raise InputError("no-state", "stdin", f"is longer than {STATE_LIMIT} bytes", "an OCI state is expected")
+    return data
 
 
 def print_json(program: str, code: int, findings: Iterable[Finding], more: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import ParamSpec
 
+    from oci_hooks.command import Deadline
+
     T = TypeVar("T")
     P = ParamSpec("P")
 
@@ -154,6 +156,25 @@ def read_chunks(fd: int, limit: int, name: str) -> Iterator[bytes]:
         if total > limit:
             raise OSError(EFBIG, f"more than {limit} bytes", name)
         yield chunk
+
+
+def read_pipe(fd: int, deadline: Deadline, limit: int = DEFAULT_LIMIT) -> bytes | None:
+    """Return what comes through a pipe until its other end is closed, None where that is not before the deadline.
+
+    limit: bytes after which no more is read, so that more than these come back. Raises OSError.
+    """
+    import select
+
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    chunks = []
+    total = 0
+    while poller.poll(deadline.remaining() * 1000):
+        chunks.append(os.read(fd, 65536))
+        total += len(chunks[-1])
+        if not chunks[-1] or total > limit:
+            return b"".join(chunks)
+    return None
 
 
 def open_exclusively(path: str) -> None:

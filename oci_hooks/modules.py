@@ -7,6 +7,7 @@ import os
 
 from oci_hooks import sysfs
 from oci_hooks.errors import StepError, make_one_line
+from oci_hooks.files import read_pipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ def run_modprobe(path: str, modules: list[str], deadline: Deadline) -> str:
 
     Raises StepError at the deadline.
     """
-    import select
     import signal
 
     reader, writer = os.pipe()
@@ -61,16 +61,11 @@ def run_modprobe(path: str, modules: list[str], deadline: Deadline) -> str:
     finally:
         os.close(writer)
     try:
-        poller = select.poll()
-        poller.register(reader, select.POLLIN)
-        said = b""
-        while poller.poll(deadline.remaining() * 1000):
-            chunk = os.read(reader, 65536)
-            if not chunk:
-                os.waitpid(pid, 0)
-                return make_one_line(said.decode("utf-8", "replace").strip())
-            said += chunk
+        said = read_pipe(reader, deadline)
     finally:
         os.close(reader)
+    if said is not None:
+        os.waitpid(pid, 0)
+        return make_one_line(said.decode("utf-8", "replace").strip())
     os.kill(pid, signal.SIGKILL)
     raise StepError("no-vfio-driver", "vfio-pci", "modprobe did not end in time", "load vfio-pci when the guest starts")
