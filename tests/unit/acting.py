@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import importlib
 import json
 import os
 import resource
@@ -25,7 +24,7 @@ from oci_hooks.files import NotingRoot
 from oci_hooks.sysfs import PCI_DEVICES
 from tests.steps import CHANGES
 from tests.unit.machine import Machine
-from tests.vm.calls import import_hook
+from tests.vm.calls import be_hook, import_hook
 
 NATIVE = "e1000e"
 T = TypeVar("T")
@@ -193,14 +192,7 @@ class Run:
             stdin.seek(0)
             self.pid = os.fork()
             if self.pid == 0:
-                try:
-                    for target, fd in enumerate((stdin.fileno(), self.said.fileno(), self.said.fileno())):
-                        os.dup2(fd, target)
-                    machine.enter()
-                    prepare()
-                    os._exit(importlib.import_module("oci_hooks.guest").main(list(arguments)))
-                finally:
-                    os._exit(70)
+                be_hook((stdin, self.said, self.said), arguments, machine.enter, prepare)
 
     def finish(self) -> tuple[int, str]:
         """Wait for its end; return its exit code, negative for a signal, and what it said."""

@@ -7,11 +7,11 @@ import importlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Callable
+from typing import IO, Any, Callable, NoReturn
 
 import pytest
 
@@ -37,7 +37,7 @@ def call_hook(state: dict[str, Any] | None, *arguments: str, hook: str = "", **m
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def fork_hook(state: dict[str, Any] | None, *arguments: str, prepare: Callable[[], None] | None = None) -> Done:
+def fork_hook(state: dict[str, Any] | None, *arguments: str, prepare: Callable[[], None] = lambda: None) -> Done:
     """Run the guest hook's code in a fork of this process, which has it imported: ten times as fast as starting it.
 
     prepare: called in the child first, for example to have it break at some step. A signal that ends the hook is its
@@ -49,19 +49,27 @@ def fork_hook(state: dict[str, Any] | None, *arguments: str, prepare: Callable[[
         stdin.seek(0)
         child = os.fork()
         if child == 0:
-            try:
-                for target, file in enumerate((stdin, stdout, stderr)):
-                    os.dup2(file.fileno(), target)
-                if prepare:
-                    prepare()
-                os._exit(importlib.import_module("oci_hooks.guest").main(list(arguments)))
-            finally:
-                # An exception that the hook let through must not come back as another pytest.
-                os._exit(70)
+            be_hook((stdin, stdout, stderr), arguments, prepare)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         stdout.seek(0)
         stderr.seek(0)
         return Done(code, stdout.read().decode(), stderr.read().decode())
+
+
+def be_hook(streams: Iterable[IO[bytes]], arguments: Iterable[str], *prepare: Callable[[], None]) -> NoReturn:
+    """Be the guest hook in this process, a fork, to its end.
+
+    streams: standard input, output and error; prepare: called first.
+    """
+    try:
+        for target, file in enumerate(streams):
+            os.dup2(file.fileno(), target)
+        for preparation in prepare:
+            preparation()
+        os._exit(importlib.import_module("oci_hooks.guest").main(list(arguments)))
+    finally:
+        # An exception that the hook let through must not come back as another pytest.
+        os._exit(70)
 
 
 def import_hook() -> None:

@@ -133,25 +133,19 @@ class Container:
 
     def open(self, node: Node, flags: int = os.O_RDWR) -> int:
         """Return errno of opening a node from inside, 0 when it opens: the test's own proof."""
-        child = os.fork()
-        if child == 0:
-            try:
-                (self.path / "cgroup.procs").write_text("0")
-                os.open(NODES / node.name, flags)
-                os._exit(0)
-            except OSError as error:
-                os._exit(error.errno or 255)
-            finally:
-                os._exit(254)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return self.attempt(lambda: os.open(NODES / node.name, flags))
 
     def mknod(self, node: Node, kind: int = 0o20600) -> int:
         """Return errno of making a node from inside, 0 when it can be made."""
+        return self.attempt(lambda: os.mknod(NODES / "new", kind, os.makedev(node.major, node.minor)))
+
+    def attempt(self, work: Callable[[], object]) -> int:
+        """Return errno of doing something from inside, 0 when it succeeds."""
         child = os.fork()
         if child == 0:
             try:
                 (self.path / "cgroup.procs").write_text("0")
-                os.mknod(NODES / "new", kind, os.makedev(node.major, node.minor))
+                work()
                 os._exit(0)
             except OSError as error:
                 os._exit(error.errno or 255)
