@@ -27,7 +27,7 @@ def show_inside() -> int:
     nics = host.find_nics()
     for address in nics.wired:
         guest.bind(address, "vfio-pci")
-    config = host.make_config(["/bin/sh", "-c", f"exec {host.FORWARD}"], nics.wired)
+    config = host.make_config(["/bin/sh", "-c", f"ls -d /dev/vfio/[0-9]*; exec {host.FORWARD}"], nics.wired)
     with tempfile.TemporaryDirectory(prefix="chain-") as directory:
         bundle = host.write_bundle(Path(directory) / "bundle", config)
         stopped = show_stopped(bundle, Path(directory), nics)
@@ -70,7 +70,7 @@ def show_forwarded(bundle: Path, scratch: Path, nics: host.Nics) -> bool:
         print(done.output)
         return False
     print_arrow("│ vfio-guest-bind")
-    print_rows("container", [f"/dev/vfio/{nic.group}" for nic in before.values()])
+    print_rows("container", [line for line in done.output.splitlines() if line.startswith("/dev/vfio/")])
     print_arrow("│ dpdk-testpmd, its own counters")
     print_rows("packets", [f"{port.received} in, {port.sent} out" for port in counters.values()])
     print_arrow("│ the container has ended")
