@@ -48,7 +48,8 @@ def read_guest_settings(root: Root, path: str) -> GuestSettings:
 
     values = read_settings(root, path or GUEST_SETTINGS, "guest-settings", required=bool(path))
     auto = values.pop("auto", {})
-    owner = NodeOwner(**values.pop("node", {}))
+    # To the schema 384.0 is a whole number, to the kernel it is none.
+    owner = NodeOwner(**{name: int(number) for name, number in values.pop("node", {}).items()})
     force = tuple(map(normalize_address, values.pop("force", ())))
     return GuestSettings(
         **values,

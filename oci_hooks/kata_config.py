@@ -317,7 +317,8 @@ def format_value(value: Any) -> str:
     """Return a value as TOML writes it."""
     import json
 
-    return json.dumps(value) if not isinstance(value, (dict, list)) else "..."
+    # default: dates and times, which JSON has not.
+    return json.dumps(value, default=str) if not isinstance(value, (dict, list)) else "..."
 
 
 def find_place(source: Source, keys: tuple[str, ...]) -> str:

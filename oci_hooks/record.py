@@ -55,9 +55,9 @@ def read_setting(call: Call) -> str:
 
 def keep_record(call: Call, outcome: Outcome, notes: list[Note]) -> list[Finding]:
     """Write the record of a run, and return what there is to say of it: where it is, or why it is not."""
-    if "record" not in call.wishes and read_setting(call) == "never":
-        return []
     try:
+        if "record" not in call.wishes and read_setting(call) == "never":
+            return []
         data = pack(make_members(call, outcome, notes))
         path = save(data, make_name(call))
     except Exception as error:  # noqa: BLE001 - the hook's answer stands, whatever happens to its record

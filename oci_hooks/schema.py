@@ -95,5 +95,6 @@ def describe_value(value: object) -> str:
     """Return a short account of a JSON value, for an error message."""
     import json
 
-    text = json.dumps(value, ensure_ascii=True)
+    # TOML has dates and times, which JSON has not.
+    text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

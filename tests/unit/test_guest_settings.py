@@ -79,6 +79,11 @@ def test_a_part_leaves_the_rest_as_it_is(tmp_path: Path) -> None:
     assert read_guest_settings(write(tmp_path / "x", "[auto]\nnever = []\n"), "").never == ()
 
 
+def test_a_whole_number_with_a_point_is_one(tmp_path: Path) -> None:
+    owner = read_guest_settings(write(tmp_path, "[node]\nmode = 384.0\nuid = 1000.0\n"), "").owner
+    assert (oct(owner.mode), str(owner.uid), owner.gid) == ("0o600", "1000", -1)
+
+
 def test_the_file_of_the_command_line_is_used(tmp_path: Path) -> None:
     root = write(tmp_path, 'on_failure = "kill"\n')
     write(tmp_path, "deadline = 3\n", "/other/x.toml")
@@ -99,6 +104,9 @@ def test_the_file_of_the_command_line_is_used(tmp_path: Path) -> None:
         ("deadline = nan", "nan"),
         ("deadline = inf", "inf"),
         ("deadline = true", "deadline: expected number"),
+        ("deadline = 2026-11-22", 'deadline: expected number, found "2026-11-22"'),
+        ("force = [2026-11-22T21:00:00Z]", "force[0]: expected string"),
+        ("x = 21:00:00", "unknown key x"),
         ('on_failure = "die"', "on_failure: expected one of report, kill"),
         ("map = 1", "map: expected boolean"),
         ('record = "sometimes"', "record: expected one of"),

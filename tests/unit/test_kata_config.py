@@ -99,6 +99,12 @@ def test_the_file_alone_decides(tmp_path: Path) -> None:
     assert config.describe(setting) == told
 
 
+def test_a_date_is_shown_as_it_is_written(tmp_path: Path) -> None:
+    """TOML has dates, in any place."""
+    config = load(HostTree(tmp_path), "[hypervisor.qemu]\nenable_iommu = 2026-11-22\n")
+    assert 'enable_iommu = "2026-11-22"' in config.hypervisor_setting("enable_iommu").describe()
+
+
 def test_a_key_that_is_not_set(tmp_path: Path) -> None:
     config = load(HostTree(tmp_path), "[hypervisor.qemu]\n#enable_iommu = true\n")
     setting = config.hypervisor_setting("enable_iommu", False)

@@ -319,6 +319,16 @@ def test_somebody_elses_directory_is_not_written_to(tmp_path: Path, monkeypatch:
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+def test_another_users_directory_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "records").mkdir()
+    os.chown(tmp_path / "records", 1234, 1234)
+    monkeypatch.setattr(record, "DIRECTORY", f"{tmp_path}/records")
+    monkeypatch.setattr(record, "SPARE_DIRECTORY", f"{tmp_path}/records")
+    (said,) = record.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    assert (said.code, "another user's" in said.problem or "not permitted" in said.problem) == ("not-recorded", True)
+    assert list((tmp_path / "records").iterdir()) == []
+
+
 def test_a_defect_leaves_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "DIRECTORY", str(tmp_path))
     try:
@@ -362,6 +372,19 @@ def test_the_admins_never_holds_for_a_run_that_did_not_read_it(tmp_path: Path, m
     call = make_call().replace(arguments=Arguments(settings=str(settings)), wishes={})
     assert record.keep_record(call, Outcome(2, [FINDING], 0.5), []) == []
     assert not (tmp_path / "records").exists()
+
+
+def test_whatever_befalls_a_record_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hook's answer stands: it must not become a traceback here."""
+
+    def explode(_call: Call) -> str:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(record, "read_setting", explode)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    (said,) = record.keep_record(make_call().replace(wishes={}), Outcome(2, [FINDING], 0.5), [])
+    assert (said.level, said.code) == ("warning", "not-recorded")
+    assert "ZeroDivisionError" in said.problem
 
 
 # What it costs --------------------------------------------------------------------------------------------------------
