@@ -101,9 +101,9 @@ def make_directory_as_owner(directory: int, name: str) -> None:
     """
     owner = os.fstat(directory)
     uid, gid = os.geteuid(), os.getegid()
-    os.setegid(owner.st_gid)
-    os.seteuid(owner.st_uid)
     try:
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
         os.mkdir(name, 0o755, dir_fd=directory)
     finally:
         os.seteuid(uid)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,9 +19,11 @@ from oci_hooks import apply, binding, oci, selection, sysfs
 from oci_hooks.claims import STATE_DIRECTORY, Claim, ClaimDirectory
 from oci_hooks.command import Arguments, Call, Deadline
 from oci_hooks.errors import Finding, HookError, Refusal
+from oci_hooks.files import Root
 from oci_hooks.guest_settings import GuestSettings
 from oci_hooks.journal import Journal
 from oci_hooks.request import read_request
+from oci_hooks.signals import Interrupted, interruptible
 from oci_hooks.sysfs import PCI_DEVICES
 from tests.unit.machine import NIC, Machine
 from tests.unit.test_claims import STAT
@@ -164,6 +166,50 @@ def test_a_stuck_claim_keeps_its_group_and_leaves_time(machine: Machine, directo
     assert error.findings[0].code == "claimed"
     assert list_claims(machine) == ["other"]
     assert call.deadline.remaining() > 0.2
+
+
+def test_a_stale_claim_is_undone_without_its_process_and_without_the_lock(
+    machine: Machine, directory: ClaimDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pid may be another container's by now; and a child that hangs must not stop every hook on the machine."""
+    start_process(machine, 8, 81)
+    make_claim(directory, "other", 8, 80)
+    seen = []
+
+    def undo(
+        _root: Root, _entries: object, pid: int, _deadline: Deadline, private: tuple[int, ...] = ()
+    ) -> list[Finding]:
+        seen.append((pid, [os.readlink(f"/proc/self/fd/{fd}") for fd in private]))
+        return []
+
+    monkeypatch.setattr(apply, "undo", undo)
+    bind(machine, make_state())
+    assert seen == [(0, [f"{directory.path}/lock"]), (INIT, [])]
+
+
+@pytest.mark.parametrize("pid", [0, 1])
+def test_no_container_is_ended_that_is_none(machine: Machine, monkeypatch: pytest.MonkeyPatch, pid: int) -> None:
+    """0 is the hook's own process group, 1 this machine's init."""
+    start_process(machine, pid, START)
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("killed"))
+    binding.end_container(machine.root, make_state(pid=pid))
+
+
+def test_what_is_waited_for_leaves_time_to_bind_it() -> None:
+    assert binding.wait(cast(Any, None), Deadline(binding.BIND_SECONDS / 2)) == ""
+
+
+def test_only_the_first_signal_to_end_is_heard() -> None:
+    """What puts things back is not disturbed by the next one."""
+    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGHUP)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        assert signal.signal(number, signal.SIG_DFL) == signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_living_container_of_the_same_id_is_not_robbed(machine: Machine, directory: ClaimDirectory) -> None:

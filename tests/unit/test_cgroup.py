@@ -146,6 +146,23 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     assert proof.error == errno.ENODEV
 
 
+@pytest.mark.parametrize(("swapped", "error"), [("zero", errno.ENODEV), ("link", errno.ELOOP), ("pipe", errno.ENODEV)])
+def test_what_was_swapped_after_the_look_is_no_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: str, error: int
+) -> None:
+    """Between the look and the opening somebody in the container puts something else there."""
+    os.mknod(tmp_path / "null", 0o20600, os.makedev(1, 3))
+    os.mknod(tmp_path / "zero", 0o20600, os.makedev(1, 5))
+    (tmp_path / "link").symlink_to(tmp_path / "null")
+    os.mkfifo(tmp_path / "pipe")
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda _name, **more: stat("null", **more))
+    directory = os.open(tmp_path, os.O_PATH)
+    assert cgroup.try_node(directory, Node(swapped, 1, 3)) == (error, False)
+    assert cgroup.try_node(directory, Node("null", 1, 3)) == (0, True)
+    os.close(directory)
+
+
 @pytest.mark.parametrize(("flags", "viable"), [(1, True), (3, True), (0, False), (2, False)])
 def test_a_group_is_asked_whether_it_is_viable(
     dev: int, monkeypatch: pytest.MonkeyPatch, flags: int, viable: bool

@@ -18,9 +18,10 @@ from typing import Any, Callable
 
 import pytest
 
+from oci_hooks import cgroup
 from tests import steps
 from tests.steps import Steps
-from tests.unit.acting import CHANGING, NATIVE, STEPS, ActingMachine, Container
+from tests.unit.acting import CHANGING, NATIVE, STEPS, ActingMachine, Container, answer_open
 
 pytestmark = pytest.mark.unit
 
@@ -331,6 +332,24 @@ def test_a_driver_comes_to_a_new_device_meanwhile(machine: ActingMachine, contai
     assert machine.call(container.state, prepare=happening.prepare) == (0, "")
     assert happening.has_fired
     assert machine.take_stock()["drivers"][GROUP[1]] == ("vfio-pci", "vfio-pci\n")
+    assert machine.call(container.stopped, "poststop") == (0, "")
+    assert machine.take_stock() == before
+
+
+def test_a_group_that_is_open_elsewhere_is_busy_but_for_its_own_container(
+    machine: ActingMachine, container: Container
+) -> None:
+    def hold() -> None:
+        busy = lambda directory, node: (errno.EBUSY, False) if node.is_group else answer_open(directory, node)  # noqa: E731
+        setattr(cgroup, "try_node", busy)  # noqa: B010
+
+    before = machine.take_stock()
+    code, said = machine.call(container.state, prepare=hold)
+    assert (code, "[group-busy] /dev/vfio/vfio/1" in said or "[group-busy] /dev/vfio/1" in said) == (1, True), said
+    assert machine.take_stock() == before
+    assert machine.call(container.state) == (0, "")
+    # Its program may have it open by now.
+    assert machine.call(container.state, prepare=hold) == (0, "")
     assert machine.call(container.stopped, "poststop") == (0, "")
     assert machine.take_stock() == before
 

@@ -236,6 +236,21 @@ def test_dev_itself_is_a_directory_of_the_guest(machine: ActingMachine, outside:
     assert machine.take_stock() == machine_before
 
 
+def test_dev_is_the_guests_own(machine: ActingMachine) -> None:
+    """Whoever shares it has the kernel's nodes there; one of group 1 is not among them on this machine."""
+    container = machine.make_container("c1", NIC)
+    before, guests = machine.take_stock(), sorted(os.listdir("/dev"))
+
+    def prepare() -> None:
+        leave_mounts()
+        mount(container.dev, "", MS_BIND, source=Path("/dev"))
+
+    code, said = machine.call({**container.state, "pid": machine.share_namespace(container, prepare)})
+    assert (code, "[node-missing] /dev/vfio" in said) == (1, True), said
+    assert sorted(os.listdir("/dev")) == guests
+    assert machine.take_stock() == before
+
+
 def test_dev_is_a_file_system_of_the_containers_own(machine: ActingMachine) -> None:
     """As every runtime makes it: it ends with the container's mounts, and all that was made there."""
     container = machine.make_container("c1", NIC)

@@ -385,6 +385,24 @@ def test_the_guests_own_dev_gets_no_nodes(tree: Tree, monkeypatch: pytest.Monkey
     assert not (tree.dev / "vfio/devices.json").exists()
 
 
+def test_a_node_that_the_guests_own_dev_lacks_is_not_made(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be there for everybody, and outlive the device."""
+    (tree.dev / "vfio").mkdir()
+    put_node(tree.dev / "vfio/vfio", 10, 196)
+    before = tree.list_all()
+    monkeypatch.setattr(container, "is_guests_own", lambda _: True)
+    with pytest.raises(StepError) as caught:
+        tree.expose()
+    assert (caught.value.findings[0].code, caught.value.findings[0].subject) == ("node-missing", "/dev/vfio/12")
+    assert tree.list_all() == before
+    # Nor is one taken away that has other numbers.
+    put_node(tree.dev / "vfio/12", 244, 3)
+    before = tree.list_all()
+    with pytest.raises(StepError):
+        tree.expose()
+    assert tree.list_all() == before
+
+
 def test_whose_dev_it_is_goes_by_its_file_system(tree: Tree) -> None:
     for path, own in (("/dev", True), (str(tree.dev), os.stat("/dev").st_dev == tree.dev.stat().st_dev)):
         fd = os.open(path, os.O_RDONLY)
@@ -459,6 +477,15 @@ def test_undo_removes_only_what_it_made(tree: Tree) -> None:
     (tree.dev / "vfio/own").write_text("")
     tree.undo()
     assert sorted(path.name for path in (tree.dev / "vfio").iterdir()) == ["12", "devices.json", "own"]
+
+
+def test_undo_leaves_the_guests_own_dev_alone(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was mounted there since: nothing in it is of the hook's making."""
+    tree.expose()
+    before = tree.list_all()
+    monkeypatch.setattr(container, "is_guests_own", lambda _: True)
+    tree.undo()
+    assert tree.list_all() == before
 
 
 def test_undo_does_not_follow_a_link_that_came_meanwhile(tree: Tree, tmp_path: Path) -> None:
