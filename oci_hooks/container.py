@@ -151,7 +151,10 @@ def is_borrowed(dev: int, rootfs: str) -> bool:
     number = f"{os.major(at.st_dev)}:{os.minor(at.st_dev)}"
     if all(mount.number != number for mount in read_mounts(Root())):
         return False
-    own = open_dev(0, rootfs)
+    try:
+        own = open_dev(0, rootfs)
+    except OSError:
+        return True
     try:
         return not is_same_directory(at, os.fstat(own))
     finally:

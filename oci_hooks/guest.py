@@ -73,7 +73,7 @@ def read_call_state(call: Call) -> State:
     bundle = os.path.abspath(arguments.bundle)
     if not arguments.pid and not arguments.dry_run and arguments.phase != "poststop":
         raise InputError("bad-arguments", "--bundle", "needs the container's init process", "add --pid PID")
-    return oci.State(os.path.basename(bundle), bundle, arguments.pid, "", {})
+    return oci.State(os.path.basename(bundle) or "bundle", bundle, arguments.pid, "", {})
 
 
 def bind_groups(call: Call, root: Root, state: State, spec: Spec, request: Request) -> None:

@@ -132,15 +132,23 @@ def test_a_child_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_a_child_raises_stays_in_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its parent does on the way out is done once, by the parent."""
     parent = os.getpid()
+    trace = tmp_path / "trace"
 
     def fail(_: Job) -> tuple[int, int]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(workers, "do_writes", fail)
     job = Job("a", (Write(make_file(tmp_path / "a"), "x"),))
-    assert run_jobs([job], Deadline(10)) == [Result("a", errno.EIO, "", started=False)]
-    assert os.getpid() == parent
+    try:
+        assert run_jobs([job], Deadline(10)) == [Result("a", errno.EIO, "", started=False)]
+    finally:
+        with trace.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        if os.getpid() != parent:
+            os._exit(1)
+    assert trace.read_text() == f"{parent}\n"
 
 
 @pytest.mark.parametrize(
