@@ -230,7 +230,8 @@ def check_go_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
     cold = config.hypervisor_setting("cold_plug_vfio")
     if hot.value is None and cold.value is None:
         return ()
-    used = {hot.value, cold.value} - {None, NO_PORT}
+    # No set: TOML may have a list or a table there.
+    used = [value for value in (hot.value, cold.value) if value not in (None, NO_PORT)]
     if not used:
         problem = f"{config.describe(hot if hot.value else cold)}, and no other plug setting names a port"
         hint = f'set hot_plug_vfio = "root-port" in [hypervisor.{config.hypervisor}] of {config.place.real}'

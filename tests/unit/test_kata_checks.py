@@ -379,6 +379,37 @@ def test_hooks_dropped(tmp_path: Path, hooks: dict[str, Any], path: str, kind: s
     assert codes(check(HostTree(tmp_path), text, kind=kind, spec=make_spec(hooks=hooks))) == expected
 
 
+KEYS = (
+    "enable_iommu",
+    "kernel_params",
+    "machine_type",
+    "pcie_root_port",
+    "pcie_switch_port",
+    "cold_plug_vfio",
+    "hot_plug_vfio",
+    "enable_annotations",
+    "confidential_guest",
+    "rootless",
+    "guest_hook_path",
+    "path",
+)
+VALUES = ("1", "-5", "true", '"x"', '""', "[]", '["(["]', "{}", "{a=1}", "2026-11-22", "21:00:00", "1.5", "1" * 30)
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("beside", ["", "enable_iommu = true\n", 'cold_plug_vfio = "root-port"\n'])
+def test_a_value_of_any_kind_is_no_defect(tmp_path: Path, key: str, beside: str) -> None:
+    """Kata may refuse it; it is not for the hook to stumble over."""
+    tree, asked = HostTree(tmp_path), target(member(), member("0000:03:00.1"))
+    for value in VALUES:
+        text = (
+            f"[hypervisor.qemu]\n{beside if key not in beside else ''}{key} = {value}\n[runtime]\nvfio_mode = {value}\n"
+        )
+        for kind in ("kata", "kata-go", "kata-rs"):
+            lines = [finding.as_line() for finding in check(tree, text, kind=kind, targets=(asked,))]
+            assert all("\n" not in line for line in lines)
+
+
 def test_vfio_mode_is_told_with_its_place(tmp_path: Path) -> None:
     tree = HostTree(tmp_path)
     tree.write("/c.toml", '[hypervisor.qemu]\n[runtime]\nvfio_mode = "guest-kernel"\n')
