@@ -23,6 +23,7 @@ from tests.provision import PYTHON, REPOSITORY, find_cache, find_mirror, locked,
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import Any
 
 # What packaging/build installs by itself is not here.
 PACKAGES = {
@@ -56,6 +57,12 @@ KEPT_SECONDS = 7200.0
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/root"}
 
 
+def run_mounted(script: str, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in a mount namespace of its own. more: for subprocess.run."""
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, **more)
+
+
 @dataclass(frozen=True)
 class Root:
     """A root file system for one test: layers, the topmost first, and a directory that takes what is changed."""
@@ -71,16 +78,8 @@ class Root:
 
         text: its standard input; code: the exit code it must end with, None for any; limit: seconds that it has.
         """
-        done = subprocess.run(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-ec", self.make_script(cwd), "sh", *command],
-            input=text,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env={**ENVIRONMENT, "DEBIAN_FRONTEND": "noninteractive"},
-            timeout=limit,
-            check=False,
-        )
+        environment = {**ENVIRONMENT, "DEBIAN_FRONTEND": "noninteractive"}
+        done = run_mounted(self.make_script(cwd), *command, input=text, env=environment, timeout=limit)
         if code is not None and done.returncode != code:
             raise AssertionError(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
         return done

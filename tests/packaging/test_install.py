@@ -131,12 +131,7 @@ def run_rpm(root: Root, *arguments: str) -> None:
     place = root.changes / "root"
     # Kept in the root, so that the next call knows what is installed.
     command = f'{script}\nexec rpm --root {place} --dbpath /var/lib/rpm "$@"'
-    done = subprocess.run(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-ec", command, "sh", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = packages.run_mounted(command, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -166,7 +161,10 @@ def test_an_executable_without_its_options_takes_them(tmp_path: Path) -> None:
     (tmp_path / "oci_hooks").mkdir()
     for name, text in (
         ("__init__", ""),
-        ("host", "import sys\ndef main(argv): print(sys.flags.isolated, sys.flags.no_site, argv)"),
+        (
+            "host",
+            "import sys\ndef main(argv): print(sys.flags.isolated, sys.flags.no_site, argv, flush=True); return 0",
+        ),
     ):
         (tmp_path / f"oci_hooks/{name}.py").write_text(text)
     done = subprocess.run([hook, "a b"], capture_output=True, text=True, check=True)
@@ -209,12 +207,7 @@ def test_kata_guest_image(dist: Path, bare: MakeRoot, capsys: pytest.CaptureFixt
     mounted = root.make_script("/").rpartition("mount -t proc")[0]
     debs = [next(dist.glob(f"{package}_*.deb")) for package in ("python3-oci-vfio-hooks", "oci-vfio-hooks-guest")]
     command = f"{mounted}\nmount --rbind /dev {place}/dev\nexec {script} {place} {debs[0]} {debs[1]}"
-    done = subprocess.run(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-ec", command],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = packages.run_mounted(command)
     assert done.returncode == 0, done.stdout + done.stderr
     added = re.search(r": (\d+) MB$", done.stdout, re.MULTILINE)
     assert added, done.stdout

@@ -26,7 +26,7 @@ from oci_hooks.request import read_request
 from oci_hooks.signals import Interrupted, interruptible
 from oci_hooks.sysfs import PCI_DEVICES
 from tests.unit.machine import NIC, Machine
-from tests.unit.test_claims import STAT
+from tests.unit.test_claims import STAT, make_claim
 
 pytestmark = pytest.mark.unit
 
@@ -85,19 +85,6 @@ def bind(machine: Machine, state: oci.State, call: Call | None = None) -> tuple[
 def list_claims(machine: Machine) -> list[str]:
     """Return the files of claims."""
     return sorted(os.listdir(machine.place(f"{STATE_DIRECTORY}/claims")))
-
-
-def make_claim(
-    directory: ClaimDirectory, container: str, pid: int, start: int, *entries: tuple[str, ...], done: bool = True
-) -> str:
-    """Write another container's claim on group 4."""
-    journal = directory.open_journal(container, pid, start, ("4",))
-    for kind, *words in entries:
-        journal.note(kind, *words)
-    if done:
-        journal.note("done")
-    journal.close()
-    return journal.path
 
 
 def test_a_failure_leaves_no_claim_no_override_no_descriptor(machine: Machine) -> None:

@@ -66,10 +66,18 @@ def write_stat(top: Path, pid: int, start: int, state: str = "S") -> Root:
 
 
 def make_claim(
-    directory: ClaimDirectory, container: str, groups: tuple[str, ...] = ("4",), *, done: bool = True
+    directory: ClaimDirectory,
+    container: str,
+    pid: int = 7,
+    start: int = 70,
+    *entries: tuple[str, ...],
+    groups: tuple[str, ...] = ("4",),
+    done: bool = True,
 ) -> str:
-    """Make a claim of process 7 that started at 70, its hook ended, and return where it lies."""
-    journal = directory.open_journal(container, 7, 70, groups)
+    """Make the claim of a container whose hook has ended, and return where it lies."""
+    journal = directory.open_journal(container, pid, start, groups)
+    for kind, *words in entries:
+        journal.note(kind, *words)
     if done:
         journal.note("done")
     journal.close()
@@ -344,8 +352,8 @@ def test_what_this_run_added_is_told_from_what_was_there(directory: ClaimDirecto
 
 
 def test_owners_are_those_of_others(directory: ClaimDirectory) -> None:
-    make_claim(directory, "c1", ("4", "5"))
-    make_claim(directory, "c2", ("6",))
+    make_claim(directory, "c1", groups=("4", "5"))
+    make_claim(directory, "c2", groups=("6",))
     claims = directory.read_claims()
     assert dict(list_owners(claims, but="c3")) == {"4": "c1", "5": "c1", "6": "c2"}
     assert dict(list_owners(claims, but="c1")) == {"6": "c2"}
