@@ -10,6 +10,7 @@ drop-ins.
 from __future__ import annotations
 
 from oci_hooks.errors import Finding
+from oci_hooks.oci import is_name
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -161,7 +162,8 @@ def find_default_places(root: Root, flavour: str, shim: str) -> tuple[Place, ...
 
 def make_place(root: Root, path: str, reason: str) -> Place | None:
     """Return the place of a file that is there, None where there is none."""
-    return Place(path, root.real_path(path), reason) if path.startswith("/") and root.exists(path) else None
+    is_there = path.startswith("/") and is_name(path) and root.exists(path)
+    return Place(path, root.real_path(path), reason) if is_there else None
 
 
 # Its content ---------------------------------------------------------------------------------------------------------

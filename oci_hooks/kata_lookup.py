@@ -17,6 +17,7 @@ from oci_hooks.kata_config import (
     load_config,
     make_place,
 )
+from oci_hooks.oci import is_name
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -106,7 +107,9 @@ def find_engines(asker: Asker) -> tuple[str, ...]:
 def starts(root: Root, config: KataConfig, pid: int) -> bool:
     """Tell whether a configuration names the executable of the running hypervisor."""
     path = config.hypervisor_setting("path", "").value
-    return isinstance(path, str) and path != "" and root.real_path(path) == root.read_link(f"/proc/{pid}/exe")
+    if not isinstance(path, str) or not path or not is_name(path):
+        return False
+    return root.real_path(path) == root.read_link(f"/proc/{pid}/exe")
 
 
 def read_major(root: Root) -> int:

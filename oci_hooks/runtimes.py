@@ -7,6 +7,7 @@ Kata's shim gets it as the option ConfigPath and tells nobody. Sources: containe
 
 from __future__ import annotations
 
+from oci_hooks.oci import is_name
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -64,8 +65,8 @@ def list_containerd(root: Root) -> Iterator[Handler]:
                 if is_kata(name, dig(runtime).get("runtime_type")):
                     yield Handler(name, "containerd", text_of(dig(runtime, "options").get("ConfigPath")), path)
         imports = values.get("imports")
-        for pattern in imports if isinstance(imports, list) else []:
-            waiting.extend(expand(root, str(pattern), path))
+        for pattern in filter(is_name, map(str, imports if isinstance(imports, list) else ())):
+            waiting.extend(expand(root, pattern, path))
 
 
 def list_crio(root: Root) -> Iterator[Handler]:
@@ -113,7 +114,7 @@ def read_toml(root: Root, path: str) -> dict[str, Any]:
 
     try:
         return load_toml(root.read_bytes(path).decode("utf-8"))
-    except (OSError, ValueError, ImportError):
+    except (OSError, ValueError, RecursionError, ImportError):
         return {}
 
 

@@ -99,6 +99,21 @@ def test_the_annotation_of_one_to_three(tmp_path: Path) -> None:
     assert place(tree, ask(tree), path="/mine.toml") == (ETC, True)
 
 
+@pytest.mark.parametrize("path", ["/c\0", "/\ud800", "\0", ""])
+def test_a_path_that_can_be_none_is_passed_over(tmp_path: Path, path: str) -> None:
+    """JSON and TOML can write NUL and lone surrogates; an annotation's may be a tenant's."""
+    tree = host(tmp_path, ETC)
+    assert place(tree, ask(tree), path=path) == (ETC, True)
+    assert place(tree, ask(tree), named=path or "x") == ("", False)
+
+
+def test_odd_files_of_an_engine_say_nothing(tmp_path: Path) -> None:
+    tree = host(tmp_path, ETC)
+    tree.write("/etc/containerd/config.toml", 'imports = ["/etc/\\u0000/*.toml", "\\u0000", 3]\n')
+    tree.write("/etc/crio/crio.conf", f"a = {'[' * 5000}")
+    assert list_kata_handlers(tree.root) == ()
+
+
 def test_settings_go_first(tmp_path: Path) -> None:
     tree = host(tmp_path, ETC, "/mine.toml", "/host.toml")
     assert place(tree, ask(tree), "/host.toml", path="/mine.toml") == ("/host.toml", True)
