@@ -52,7 +52,7 @@ def load_what_follows() -> None:
     """Import what making and permitting nodes needs; ctypes, for bpf(2), is the dearest import of a whole run."""
     import ctypes  # noqa: F401
 
-    from oci_hooks import bpf, cgroup, nodes  # noqa: F401
+    from oci_hooks import bpf, cgroup, container, nodes  # noqa: F401
 
 
 def make_bind_writes(root: Root, rebind: Rebind) -> tuple[Write, ...]:

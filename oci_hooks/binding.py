@@ -141,6 +141,8 @@ def wait_for_claim(work: Work) -> tuple[Journal, plan.Plan]:
                 try:
                     # Nothing is missed: it listens now, and the next look comes after.
                     listener = root.do(Listener)
+                    # Nobody waits for it now; when the device is there, its driver keeps it for a while anyway.
+                    apply.load_what_follows()
                 except HookError as error:
                     # What is missing is the news; that it can't be waited for comes after.
                     error.findings = missing.findings + error.findings

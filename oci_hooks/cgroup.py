@@ -127,7 +127,7 @@ def find_hierarchies(root: Root) -> dict[str, list[tuple[str, str]]]:
     Raises OSError.
     """
     found: dict[str, list[tuple[str, str]]] = {"cgroup2": [], "devices": []}
-    for mount in read_mounts(root):
+    for mount in read_mounts(root, " - cgroup"):
         if mount.kind == "cgroup2":
             found["cgroup2"].append((mount.top, mount.point))
         elif mount.kind == "cgroup" and "devices" in mount.options:

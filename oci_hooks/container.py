@@ -149,7 +149,7 @@ def is_borrowed(dev: int, rootfs: str) -> bool:
     """
     at = os.fstat(dev)
     number = f"{os.major(at.st_dev)}:{os.minor(at.st_dev)}"
-    if all(mount.number != number for mount in read_mounts(Root())):
+    if all(mount.number != number for mount in read_mounts(Root(), f" {number} ")):
         return False
     try:
         own = open_dev(0, rootfs)

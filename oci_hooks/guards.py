@@ -7,7 +7,7 @@ net/ipv4/fib_trie.c and net/ipv6/route.c for /proc/net.
 
 from __future__ import annotations
 
-from oci_hooks.mounts import read_mounts, unescape
+from oci_hooks.mounts import parse_mounts, unescape
 from oci_hooks.records import Record
 from oci_hooks.sysfs import PCI_DEVICES
 
@@ -150,13 +150,11 @@ def read_mounted(root: Root, blocks: dict[str, str]) -> dict[str, str]:
 
     Both, because btrfs and others mount under an anonymous number. Raises OSError.
     """
-    try:
-        of_init = read_mounts(root, "1")
-    except OSError:
-        # Hidden by an option of /proc's mount; what init alone has mounted is then found by its disk being held.
-        of_init = []
+    # Init's may be hidden by an option of /proc's mount: what it alone has mounted is found by its disk being held.
+    texts = (root.read_text_or("/proc/1/mountinfo", ""), root.read_text("/proc/self/mountinfo"))
     mounted: dict[str, str] = {}
-    for mount in of_init + read_mounts(root):
+    # Mostly it is one namespace, and one text.
+    for mount in (mount for text in dict.fromkeys(texts) for mount in parse_mounts(text)):
         mounted.setdefault(mount.number, mount.point)
         if mount.source.startswith("/dev/"):
             mounted.setdefault(name_block(root, mount.source, blocks), mount.point)

@@ -51,6 +51,8 @@ FIGURES = (
     Figure("guest hook, 8 devices in one group / in 8 groups", "guest 8 in one group", "guest 8"),
     Figure("guest hook, device bound already / 1 device", "guest bound", "guest 1"),
     Figure("uevent to node in the container / bare interpreter's start", "hotplug", "hotplug bare", 0.5),
+    Figure("uevent to the native driver's bind, no hook at all / the same", "hotplug native", "hotplug bare"),
+    Figure("shell, 8 devices one after another / 1 device", "shell 8", "shell 1"),
     Figure("host check, 64 groups on 500 devices / 1 group", "host 64", "host 1", 3.0),
     Figure("host check, 1 group on 500 devices / bare interpreter", "host 1", "plain bare"),
     Figure("`runc run`, both hooks, no VFIO / without hooks", "runc hooks", "runc"),

@@ -59,13 +59,13 @@ def listen() -> socket.socket:
     return heard
 
 
-def wait_for_device(events: socket.socket, wanted: str = "") -> str:
-    """Return the address of the next PCI function that appears; of this one if it is given."""
+def wait_for_device(events: socket.socket, wanted: str = "", happening: str = "add") -> str:
+    """Return the address of the next PCI function that appears, or that something else happens to; wanted: only its."""
     while True:
         wait(events.fileno(), "the kernel's event")
         action, _, path = events.recv(65536).partition(b"\0")[0].decode().partition("@")
         address = path.rpartition("/")[2]
-        if action == "add" and (guest.PCI / address).exists() and wanted in ("", address):
+        if action == happening and (guest.PCI / address).exists() and wanted in ("", address):
             return address
 
 
@@ -117,6 +117,21 @@ def measure(command: Sequence[str], state: bytes, address: str, directory: Path)
             check_exit(command, os.waitpid(pid, 0)[1], said.name)
         finally:
             os.close(created)
+    guest.settle()
+    return seconds
+
+
+def measure_native(address: str) -> float:
+    """Return the seconds from the event of this device until its native driver has it, which no hook can come before.
+
+    The kernel takes no device from a driver that is still taking it up.
+    """
+    with listen() as events:
+        plug()
+        wait_for_device(events, address)
+        begun = time.perf_counter()
+        wait_for_device(events, address, "bind")
+        seconds = time.perf_counter() - begun
     guest.settle()
     return seconds
 

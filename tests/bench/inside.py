@@ -159,7 +159,9 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
         nic = hotplug.find_address()
         waiting = Waiting("bench-hotplug", (nic,))
         case = Case("hotplug", measure=functools.partial(measure_hotplug, waiting, nic), restore=hotplug.unplug)
-        samples |= take_turns([case, Case("hotplug bare", BARE)], runs, "hot plug")
+        native = functools.partial(hotplug.measure_native, nic)
+        cases = [case, Case("hotplug native", measure=native, restore=hotplug.unplug), Case("hotplug bare", BARE)]
+        samples |= take_turns(cases, runs, "hot plug")
     if "runc" in parts:
         cases = list_runc_cases()
         lift.lift(cases)
