@@ -8,11 +8,12 @@ mount. The hook runs in a fork of the test with these calls wrapped. They are co
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib
 import mmap
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from tempfile import TemporaryFile
 from typing import Any, Callable
@@ -30,7 +31,7 @@ class Steps:
     """Calls `act` before the nth step of a hook. wrapped: module → functions that are steps."""
 
     def __init__(
-        self, nth: int, act: Callable[[Steps], None], wrapped: dict[str, tuple[str, ...]] | None = None
+        self, nth: int, act: Callable[[Steps], None], wrapped: Mapping[str, tuple[str, ...]] | None = None
     ) -> None:
         self.nth = nth
         self.act = act
@@ -51,8 +52,11 @@ class Steps:
         """Return the step with the event before it."""
 
         def counted(*arguments: Any, **named: Any) -> Any:
+            # Two of its processes may be at a step at once, and only one of them is at the nth.
+            fcntl.lockf(self.log, fcntl.LOCK_EX)
             done = self.read(COUNT)
             self.write(COUNT, done + 1)
+            fcntl.lockf(self.log, fcntl.LOCK_UN)
             write(self.log.fileno(), f"{name} {' '.join(map(describe, arguments))}\n".encode())
             if done == self.nth:
                 self.write(FIRED, 1)

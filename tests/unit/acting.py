@@ -15,6 +15,8 @@ import os
 import resource
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Callable, TypeVar
@@ -66,10 +68,9 @@ class Kernel:
 
     def write(self, path: Path, data: str) -> int:
         """Do one write, alone on the machine. Returns errno."""
-        if not path.exists():
-            return errno.ENOENT
-        with (self.top / "kernel-lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self.alone():
+            if not path.exists():
+                return errno.ENOENT
             if path.name == "driver_override":
                 path.write_text(data if data.strip() else "(null)\n")
             elif path.name == "unbind":
@@ -77,6 +78,13 @@ class Kernel:
             elif path.name == "drivers_probe":
                 return self.probe(data)
         return 0
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have nothing else happen on the machine."""
+        with (self.top / "kernel-lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def unbind(self, address: str) -> int:
         """Take a function from its driver."""
@@ -275,6 +283,11 @@ class ActingMachine(Machine):
 
     def unplug(self, address: str) -> None:
         """Take a function away, as the kernel does: its VFIO group, its group, its directory."""
+        with self.kernel.alone():
+            self.take_away(address)
+
+    def take_away(self, address: str) -> None:
+        """Remove what sysfs has of a function."""
         place = self.place(f"{PCI_DEVICES}/{address}")
         if not place.is_symlink():
             return

@@ -331,7 +331,13 @@ def test_a_driver_comes_to_a_new_device_meanwhile(machine: ActingMachine, contai
     for address in GROUP:
         machine.kernel.unbind(address)
     before = machine.take_stock()
-    happening = Steps(0, lambda _: [machine.kernel.probe(address) for address in GROUP], OVERRIDE)  # type: ignore[arg-type]
+
+    def give_to_driver(_: Steps) -> None:
+        with machine.kernel.alone():
+            for address in GROUP:
+                machine.kernel.probe(address)
+
+    happening = Steps(0, give_to_driver, OVERRIDE)
     assert machine.call(container.state, prepare=happening.prepare) == (0, "")
     assert happening.has_fired
     assert machine.take_stock()["drivers"][GROUP[1]] == ("vfio-pci", "vfio-pci\n")
