@@ -37,7 +37,7 @@ IN_MACHINES = ("chain", "vm")
 # The long ones: side by side, as many jobs at a time as there are processors.
 TOGETHER = ("packaging", *IN_MACHINES)
 # One boot serves many files; all of them together must end in this time.
-VM_LIMIT = 1200.0
+VM_LIMIT = 1500.0
 # A directory for the records that tests of the machine make (tests/vm/recording.py).
 KEEP_RECORDS = "OCI_VFIO_KEEP_RECORDS"
 # More files than this that ask for the same machine are given to two.
