@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from oci_hooks import cgroup, workers
+
 settings.register_profile("unit", deadline=None)
 settings.load_profile("unit")
 
@@ -18,3 +20,10 @@ def garbage_is_collected() -> Iterator[None]:
     """Switch the collector on again after a hook that ran in this process: a test run is not over as soon."""
     yield
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def time_to_die(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a killed child more time to end: where others are at work too, a tenth of a second may not be enough."""
+    monkeypatch.setattr(workers, "KILL_SECONDS", 5.0)
+    monkeypatch.setattr(cgroup, "KILL_GRACE", 5000)
