@@ -21,6 +21,7 @@ from oci_hooks.errors import StepError
 from oci_hooks.files import read_pipe, step
 from oci_hooks.mounts import read_mounts
 from oci_hooks.records import Record
+from oci_hooks.workers import detach
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
         child = os.fork()
         if child == 0:
             os.close(reader)
-            silence_stdio()
+            detach(())
             os.write(writer, work().encode())
     finally:
         # Whatever happens in the child, also a signal's exception, none of the parent's cleaning up is its business.
@@ -255,13 +256,6 @@ def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
     finally:
         end_child(child, reader)
         os.close(reader)
-
-
-def silence_stdio() -> None:
-    """Point descriptors 0 to 2 at /dev/null: the runtime may wait for whoever holds its pipes."""
-    null = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
 
 
 def end_child(child: int, reader: int) -> None:

@@ -12,14 +12,15 @@ from oci_hooks.oci import CDEV_PREFIX, GROUP_PREFIX
 from oci_hooks.records import Record
 from oci_hooks.sysfs import (
     IOMMU_GROUPS,
+    NOIOMMU_NAME,
     NOIOMMU_PREFIX,
     PCI_DRIVERS,
     VFIO_CLASS,
     Picture,
     is_viable_member,
     list_live_groups,
-    parse_numbers,
     read_group_number,
+    read_numbers,
 )
 
 TYPE_CHECKING = False
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 CDEV_CLASS = "/sys/class/vfio-dev"
 # Modules that use vfio_pci_core are vfio drivers, also where the kernel shows no vfio-dev directory yet (before 6.1).
 CORE_HOLDERS = "/sys/module/vfio_pci_core/holders"
-NOIOMMU_NAME = "vfio-noiommu"
 
 
 class Member(Record):
@@ -154,7 +154,7 @@ def find_target(
 def list_cdevs(root: Root) -> dict[tuple[int, int], str]:
     """Return the VFIO devices that have a node of their own, by major and minor: {(511, 0): "vfio0"}."""
     names = root.list_names(CDEV_CLASS)
-    numbers = (parse_numbers(root.read_text_or(f"{CDEV_CLASS}/{name}/dev", "")) for name in names)
+    numbers = (read_numbers(root, f"{CDEV_CLASS}/{name}") for name in names)
     return {number: name for number, name in zip(numbers, names) if number is not None}
 
 

@@ -154,10 +154,11 @@ def read_mounted(root: Root, blocks: dict[str, str]) -> dict[str, str]:
     texts = (root.read_text_or("/proc/1/mountinfo", ""), root.read_text("/proc/self/mountinfo"))
     mounted: dict[str, str] = {}
     # Mostly it is one namespace, and one text.
-    for mount in (mount for text in dict.fromkeys(texts) for mount in parse_mounts(text)):
-        mounted.setdefault(mount.number, mount.point)
-        if mount.source.startswith("/dev/"):
-            mounted.setdefault(name_block(root, mount.source, blocks), mount.point)
+    for text in dict.fromkeys(texts):
+        for mount in parse_mounts(text):
+            mounted.setdefault(mount.number, mount.point)
+            if mount.source.startswith("/dev/"):
+                mounted.setdefault(name_block(root, mount.source, blocks), mount.point)
     return mounted
 
 

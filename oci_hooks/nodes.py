@@ -72,8 +72,8 @@ def find_group_place(root: Root, group: str) -> Place:
     if group.startswith(sysfs.NOIOMMU_GROUP):
         address = group[len(sysfs.NOIOMMU_GROUP) :]
         name = root.link_name(f"{sysfs.PCI_DEVICES}/{address}/iommu_group") or group
-    if root.read_text_or(f"{sysfs.IOMMU_GROUPS}/{name}/name", "") == "vfio-noiommu":
-        name = f"noiommu-{name}"
+    if root.read_text_or(f"{sysfs.IOMMU_GROUPS}/{name}/name", "") == sysfs.NOIOMMU_NAME:
+        name = sysfs.NOIOMMU_PREFIX + name
     numbers = sysfs.read_group_number(root, name)
     if numbers is None and name.isdigit() and not root.exists(f"{sysfs.IOMMU_GROUPS}/{name}"):
         problem = "its devices were unplugged while they were being bound"
@@ -86,7 +86,7 @@ def find_group_place(root: Root, group: str) -> Place:
 
 def read_numbers(root: Root, path: str, subject: str) -> tuple[int, int]:
     """Return major and minor of a device in sysfs. Raises StepError [no-cdev]."""
-    numbers = sysfs.parse_numbers(root.read_text_or(f"{path}/dev", ""))
+    numbers = sysfs.read_numbers(root, path)
     if numbers is None:
         problem = "this kernel has no VFIO device nodes of iommufd"
         hint = "Linux 6.6 with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV has; or take cdev out of the annotation"

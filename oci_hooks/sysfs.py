@@ -22,6 +22,8 @@ VFIO_CLASS = "/sys/class/vfio"
 NOIOMMU_GROUP = "noiommu:"
 # Stands before the number of that group in the name of its node; its device is the only one in it.
 NOIOMMU_PREFIX = "noiommu-"
+# What the kernel names it.
+NOIOMMU_NAME = "vfio-noiommu"
 NOIOMMU_SWITCH = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 
 # Header type 1 and 2 (PCI Local Bus Specification, 6.1): PCI-to-PCI, CardBus and semi-transparent bridges.
@@ -162,11 +164,12 @@ def read_group_number(root: Root, group: str) -> tuple[int, int] | None:
 
     From sysfs, because a guest without devtmpfs has no node to look at.
     """
-    return parse_numbers(root.read_text_or(f"{VFIO_CLASS}/{group}/dev", ""))
+    return read_numbers(root, f"{VFIO_CLASS}/{group}")
 
 
-def parse_numbers(text: str) -> tuple[int, int] | None:
-    """Return major and minor as sysfs writes them, "511:7"; None for what is none."""
+def read_numbers(root: Root, path: str) -> tuple[int, int] | None:
+    """Return major and minor of a device in sysfs, whose file `dev` says "511:7"; None where there is no such thing."""
+    text = root.read_text_or(f"{path}/dev", "")
     major, _, minor = text.partition(":")
     if not (text.isascii() and major.isdigit() and minor.isdigit() and len(text) < DEV_LENGTH):
         return None
