@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -42,23 +42,33 @@ VM_LIMIT = 1500.0
 KEEP_RECORDS = "OCI_VFIO_KEEP_RECORDS"
 # More files than this that ask for the same machine are given to two.
 FILES_PER_BOOT = 6
+# What is told of each failure at the end; all of it stands where it happened.
+LINES_TOLD = 20
 
 
 @dataclass(frozen=True)
 class Count:
-    """How many tests passed, failed and were skipped."""
+    """How many tests passed, failed and were skipped. failures: what to tell of those that failed, some lines each."""
 
     passed: int = 0
     failed: int = 0
     skipped: int = 0
+    failures: tuple[str, ...] = field(default=(), compare=False)
 
     def __add__(self, other: Count) -> Count:
         """Return the sums."""
-        return Count(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+        failures = self.failures + other.failures
+        return Count(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped, failures)
 
     def __str__(self) -> str:
         """Return the line that programs read."""
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+    def print_failures(self) -> None:
+        """Print what failed, once more: of a long run, many see the end only."""
+        for failure in self.failures:
+            first, *rest = failure.splitlines()
+            print("\n".join(["", f"FAILED {first}", *(f"    {line}" for line in rest[-LINES_TOLD:])]))
 
 
 def main(arguments: list[str]) -> int:
@@ -92,11 +102,12 @@ def run_kinds(kinds: list[str]) -> int:
     if together:
         say(f"== {', '.join(together)}")
         counts |= run_together(together)
+    total = sum(counts.values(), Count())
+    total.print_failures()
     print()
     for kind, count in counts.items():
         print(f"{kind + ':':10} {count}")
     print(f"{'time:':10} {time.monotonic() - started:.0f} s")
-    total = sum(counts.values(), Count())
     code = judge(total, *(counts[kind] for kind in kinds if kind in IN_MACHINES))
     print(total)
     return code
@@ -160,7 +171,7 @@ def run_lint() -> Count:
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
         say(f"$ {' '.join(command)}")
         done = subprocess.run([find_tool(command[0]), *command[1:]], cwd=REPOSITORY, check=False)
-        count += Count(passed=1) if done.returncode == 0 else Count(failed=1)
+        count += Count(failed=1, failures=(" ".join(command),)) if done.returncode else Count(passed=1)
     return count
 
 
@@ -255,7 +266,7 @@ def run_boot(boot: Boot, options: list[str], environment: dict[str, str]) -> Cou
             outcome = rig.run_in_vm(machines.MACHINES[boot.machine], kernel, job, printer.write)
         except rig.BootError as error:
             say(f"rig: {label}: {error}")
-            return Count(failed=1)
+            return Count(failed=1, failures=(f"{label}: after {printer.last!r}: {error}",))
         say(f"-- {label}: up after {outcome.boot_seconds:.0f} s, off after {outcome.seconds:.0f} s")
         printer.write(b"\n" if printer.rest else b"")
         if KEEP_RECORDS in os.environ:
@@ -269,13 +280,14 @@ class LinePrinter:
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        self.rest = ""
+        self.rest = self.last = ""
 
     def write(self, data: bytes) -> None:
         """Take some output; print the lines that are complete."""
         *lines, self.rest = (self.rest + data.decode(errors="replace")).split("\n")
         for line in lines:
             say(f"{self.prefix}{line}")
+            self.last = line.strip() or self.last
 
 
 def make_environment(files: Sequence[Path]) -> dict[str, str]:
@@ -296,18 +308,23 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
 def read_report(report: Path, code: int) -> Count:
     """Count a junit report. A pytest that ended badly without a failed test counts as one failure."""
     if not report.exists():
-        print(f"tests/run: no report was written (exit code {code})", flush=True)
-        return Count(failed=1)
+        problem = f"tests/run: no report was written (exit code {code})"
+        print(problem, flush=True)
+        return Count(failed=1, failures=(problem,))
     count = Count()
     for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - we wrote it ourselves
-        if case.find("failure") is not None or case.find("error") is not None:
-            count += Count(failed=1)
+        problems = [*case.iter("failure"), *case.iter("error")]
+        if problems:
+            name = f"{case.get('classname')}::{case.get('name')}"
+            count += Count(failed=1, failures=("\n".join([name, *(problem.text or "" for problem in problems)]),))
         elif case.find("skipped") is not None:
             count += Count(skipped=1)
         else:
             count += Count(passed=1)
     # 5: no test was collected, which is the caller's to judge.
-    return count + Count(failed=1) if code not in (0, 1, 5) or (code == 1 and not count.failed) else count
+    if code in (0, 5) or (code == 1 and count.failed):
+        return count
+    return count + Count(failed=1, failures=(f"pytest ended with {code}",))
 
 
 def run_selected(arguments: list[str]) -> int:
@@ -317,6 +334,7 @@ def run_selected(arguments: list[str]) -> int:
     provision.ensure_packages(provision.TEST_PACKAGES)
     provision.compile_hooks()
     count = sum(run_jobs(make_boot_jobs(files or find_machine_tests(), options)), Count())
+    count.print_failures()
     code = judge(count, count)
     print(count)
     return code

@@ -11,7 +11,8 @@ from tests import provision, runner
 from tests.runner import Boot, Count
 
 REPORT = """<testsuites><testsuite>
-<testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><error/></testcase>
+<testcase name="a"/><testcase classname="t" name="b"><failure>assert 1 == 2</failure></testcase>
+<testcase name="c"><error/></testcase>
 <testcase name="d"><skipped/></testcase>
 </testsuite></testsuites>"""
 
@@ -52,6 +53,14 @@ def test_no_report_is_a_failure(tmp_path: Path) -> None:
 def test_exit_code(total: Count, inside: tuple[Count, ...], code: int) -> None:
     """A test of a machine that was skipped, or none at all, is a failure."""
     assert runner.judge(total, *inside) == code
+
+
+def test_what_failed_is_told_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its name and the end of its traceback."""
+    report = tmp_path / "junit.xml"
+    report.write_text(REPORT)
+    runner.read_report(report, 1).print_failures()
+    assert "FAILED t::b\n    assert 1 == 2\n" in capsys.readouterr().out
 
 
 def test_last_line_is_for_programs() -> None:
