@@ -40,6 +40,8 @@ TOGETHER = ("packaging", *IN_MACHINES)
 VM_LIMIT = 1500.0
 # A directory for the records that tests of the machine make (tests/vm/recording.py).
 KEEP_RECORDS = "OCI_VFIO_KEEP_RECORDS"
+# What tests ask their environment, in the machine too: which hooks to run, and whether to leave nothing out.
+HANDED_ON = ("OCI_VFIO_HOOKS_DIR", "OCI_VFIO_FULL")
 # More files than this that ask for the same machine are given to two.
 FILES_PER_BOOT = 6
 # What is told of each failure at the end; all of it stands where it happened.
@@ -260,7 +262,7 @@ def run_boot(boot: Boot, options: list[str], environment: dict[str, str]) -> Cou
         report = rig.SHARE / "junit.xml"
         command = [find_tool("python"), "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command += ["-o", "faulthandler_timeout=240", *options, *(str(file) for file in boot.files)]
-        job = rig.Job(tuple(command), share, VM_LIMIT, environment)
+        job = rig.Job(tuple(command), share, VM_LIMIT, environment, repeatable=True)
         try:
             kernel = provision.ensure_kernel(boot.kernel)
             outcome = rig.run_in_vm(machines.MACHINES[boot.machine], kernel, job, printer.write)
@@ -298,7 +300,7 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
-        **{name: value for name, value in os.environ.items() if name == "OCI_VFIO_HOOKS_DIR"},
+        **{name: value for name, value in os.environ.items() if name in HANDED_ON},
         **({KEEP_RECORDS: str(rig.SHARE)} if KEEP_RECORDS in os.environ else {}),
         **packages.make_environment(files),
         **image.make_environment(files),

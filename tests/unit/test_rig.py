@@ -48,10 +48,13 @@ def read_line(connection: socket.socket) -> Any:
         return json.loads(file.readline())
 
 
-def run_shell(script: str, wires: tuple[Wire, Wire], limit: float = 60.0) -> tuple[rig.Outcome, bytes]:
+def run_shell(
+    script: str, wires: tuple[Wire, Wire], limit: float = 60.0, repeatable: bool = False
+) -> tuple[rig.Outcome, bytes]:
     """Run a shell script in the place of a machine; return what came of it and what it printed."""
     printed = bytearray()
-    outcome = rig.Run(["sh", "-c", script], dict(os.environ), Relay(*wires), printed.extend).watch(limit)
+    job = rig.Job((), Path("/nowhere"), limit, repeatable=repeatable)
+    outcome = rig.Run(["sh", "-c", script], dict(os.environ), Relay(*wires), printed.extend).watch(job)
     return outcome, bytes(printed)
 
 
@@ -74,14 +77,14 @@ def test_exit_code_and_output_come_back(wires: tuple[Wire, Wire], tmp_path: Path
 
 def test_boot_that_ends_early_says_what_it_said(wires: tuple[Wire, Wire]) -> None:
     """A wrong option of QEMU's is readable."""
-    with pytest.raises(rig.StalledError, match="no such device"):
+    with pytest.raises(rig.MachineError, match="no such device"):
         run_shell("echo no such device >&2; exit 1", wires)
 
 
 def test_boot_that_hangs_is_killed(wires: tuple[Wire, Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never up: stalled, and no process is left, not even a grandchild."""
     monkeypatch.setattr(rig, "BOOT_LIMIT", 0.5)
-    with pytest.raises(rig.StalledError, match="not reached"):
+    with pytest.raises(rig.MachineError, match="not reached"):
         # Its pid out here: in there it has another.
         run_shell(f"(cd -P /proc/self; echo $PWD > {tmp_path}/pid; exec sleep 1000) & wait", wires)
     assert_dead(int(Path((tmp_path / "pid").read_text().strip()).name))
@@ -93,10 +96,26 @@ def test_command_over_its_limit_is_killed(wires: tuple[Wire, Wire], tmp_path: Pa
         run_shell(f"{say_through(tmp_path / 'control', {'up': True})}; exec sleep 1000", wires, limit=0.5)
 
 
-def test_machine_that_dies_under_its_command_is_no_success(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
-    """A kernel panic: up, no exit code."""
-    with pytest.raises(rig.BootError, match="went down"):
-        run_shell(say_through(tmp_path / "control", {"up": True}), wires)
+@pytest.mark.parametrize(("repeatable", "error"), [(False, rig.BootError), (True, rig.MachineError)])
+def test_machine_that_dies_under_its_command_is_no_success(
+    wires: tuple[Wire, Wire], tmp_path: Path, repeatable: bool, error: type[rig.BootError]
+) -> None:
+    """A kernel panic: up, no exit code. What may be run twice may be tried again."""
+    with pytest.raises(rig.BootError, match="went down") as raised:
+        run_shell(say_through(tmp_path / "control", {"up": True}), wires, repeatable=repeatable)
+    assert raised.type is error
+
+
+@pytest.mark.parametrize("repeatable", [False, True])
+def test_machine_that_falls_silent_is_given_up(
+    wires: tuple[Wire, Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repeatable: bool
+) -> None:
+    """Not while it talks; and a developer's own command may be silent for as long as it likes."""
+    monkeypatch.setattr(rig, "SILENCE_LIMIT", 1.5)
+    script = f"{say_through(tmp_path / 'control', {'up': True})}; sleep 1; echo here; sleep 1; echo here; sleep 1000"
+    error, words = (rig.MachineError, "nothing was heard of it") if repeatable else (rig.BootError, "hard limit")
+    with pytest.raises(error, match=words):
+        run_shell(script, wires, 4.0, repeatable)
 
 
 def assert_dead(pid: int) -> None:
@@ -139,7 +158,7 @@ def test_starved_boot_gets_more_time_but_not_for_ever(
     late = f"sleep 1.2; {say_through(tmp_path / 'control', {'up': True}, {'exit': 0})}"
     assert run_shell(late, wires)[0].exit_code == 0
     monkeypatch.setattr(rig, "PATIENCE", 2)
-    with pytest.raises(rig.StalledError, match="not reached"):
+    with pytest.raises(rig.MachineError, match="not reached"):
         run_shell("sleep 1000", wires)
 
 
@@ -167,14 +186,14 @@ def make_job(tmp_path: Path) -> rig.Job:
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2])
-def test_stalled_boot_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+def test_machine_that_failed_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
     """Once, not twice."""
     boots: list[int] = []
 
     def boot(*_arguments: object) -> rig.Outcome:
         boots.append(1)
         if len(boots) <= failures:
-            raise rig.StalledError("not reached")
+            raise rig.MachineError("not reached")
         return rig.Outcome(0, 1.0, 2.0)
 
     monkeypatch.setattr(rig, "boot", boot)
@@ -183,7 +202,7 @@ def test_stalled_boot_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.Mon
     if failures < 2:
         assert rig.run_in_vm(machine, KERNEL, make_job(tmp_path), print).exit_code == 0
     else:
-        with pytest.raises(rig.StalledError):
+        with pytest.raises(rig.MachineError):
             rig.run_in_vm(machine, KERNEL, make_job(tmp_path), print)
     assert len(boots) == min(failures + 1, 2)
 
