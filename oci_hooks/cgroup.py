@@ -17,11 +17,11 @@ import errno
 import os
 import stat
 
+from oci_hooks.children import end_child, start_child
 from oci_hooks.errors import StepError
 from oci_hooks.files import read_pipe, step
 from oci_hooks.mounts import read_mounts
 from oci_hooks.records import Record
-from oci_hooks.workers import detach
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ VFIO_GROUP_FLAGS_VIABLE = 1
 
 # Read and write is what a program that drives a device needs; mknod is never given.
 ACCESS = "rw"
-# Milliseconds to wait for a killed child: only one that hangs inside a driver needs more, and nothing ends that.
-KILL_GRACE = 500
 # One entry of linux.resources.devices (runtime-spec, config-linux.md).
 RULE = '{{"allow": true, "type": "c", "major": {}, "minor": {}, "access": "rw"}}'
 
@@ -235,41 +233,19 @@ def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
 
     Raises StepError where it does not answer.
     """
-    reader, writer = os.pipe()
-    parent = os.getpid()
+    child = start_child(lambda writer: write_answer(writer, work()))
     try:
-        child = os.fork()
-        if child == 0:
-            os.close(reader)
-            detach(())
-            os.write(writer, work().encode())
-    finally:
-        # Whatever happens in the child, also a signal's exception, none of the parent's cleaning up is its business.
-        if os.getpid() != parent:
-            os._exit(0)
-        os.close(writer)
-    try:
-        answer = read_pipe(reader, deadline)
+        answer = read_pipe(child.pipe, deadline)
         if answer is None:
-            raise fail(f"process {child}", "opening the nodes inside the container's cgroup was not done in time")
+            raise fail(f"process {child.pid}", "opening the nodes inside the container's cgroup was not done in time")
         return answer.decode()
     finally:
-        end_child(child, reader)
-        os.close(reader)
+        end_child(child)
 
 
-def end_child(child: int, reader: int) -> None:
-    """Kill a child, whether or not it has answered, and wait for its end. One that hangs in a driver is left.
-
-    reader: the end of a pipe that only the child can still write to: it hangs up when the child's files are closed.
-    """
-    import select
-
-    os.kill(child, 9)
-    poller = select.poll()
-    poller.register(reader, 0)
-    if poller.poll(KILL_GRACE):
-        os.waitpid(child, 0)
+def write_answer(writer: int, answer: str) -> None:
+    """Write a child's answer."""
+    os.write(writer, answer.encode())
 
 
 # Permitting -----------------------------------------------------------------------------------------------------------

@@ -7,14 +7,16 @@ mount. The hook runs in a fork of the test with these calls wrapped. They are co
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import importlib
 import mmap
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from tempfile import TemporaryFile
 from typing import Any, Callable
 
@@ -37,6 +39,7 @@ class Steps:
         self.act = act
         self.wrapped = wrapped or CHANGES
         self.shared = mmap.mmap(-1, 24)
+        self.turn = threading.Lock()
         self.log = TemporaryFile("a+b", buffering=0)  # noqa: SIM115 - lives as long as this object
 
     def prepare(self) -> None:
@@ -52,11 +55,12 @@ class Steps:
         """Return the step with the event before it."""
 
         def counted(*arguments: Any, **named: Any) -> Any:
-            # Two of its processes may be at a step at once, and only one of them is at the nth.
-            fcntl.lockf(self.log, fcntl.LOCK_EX)
-            done = self.read(COUNT)
-            self.write(COUNT, done + 1)
-            fcntl.lockf(self.log, fcntl.LOCK_UN)
+            # Two of its processes or threads may be at a step at once, and only one of them is at the nth.
+            with self.turn:
+                fcntl.lockf(self.log, fcntl.LOCK_EX)
+                done = self.read(COUNT)
+                self.write(COUNT, done + 1)
+                fcntl.lockf(self.log, fcntl.LOCK_UN)
             write(self.log.fileno(), f"{name} {' '.join(map(describe, arguments))}\n".encode())
             if done == self.nth:
                 self.write(FIRED, 1)
@@ -82,11 +86,11 @@ class Steps:
 
     def wait_for_children(self) -> None:
         """Wait for what a killed hook left running. Call it with orphans_are_ours around the hook's run."""
-        while True:
-            try:
-                os.waitpid(-self.leader, 0)
-            except ChildProcessError:
-                return
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                # Asked again and again: the kernel wakes nobody for a child that leaves the group before it ends.
+                if os.waitpid(-self.leader, os.WNOHANG) == (0, 0):
+                    time.sleep(0.002)
 
     def read(self, place: slice) -> int:
         """Return a number that the hook's processes have in common."""
@@ -134,7 +138,7 @@ def fail_with(code: int) -> Callable[[Steps], None]:
     return fail
 
 
-@contextmanager
+@contextlib.contextmanager
 def orphans_are_ours() -> Iterator[None]:
     """Have the children of a killed hook become this process's, so that it can wait for their end."""
     library = ctypes.CDLL(None)

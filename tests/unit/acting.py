@@ -51,40 +51,50 @@ class Kernel:
     def write_attribute(self, path: str, data: str) -> None:
         """Stand in for workers.write_attribute: a write that is begun is finished. Raises OSError."""
         os.close(UNWRAPPED["open"](path, os.O_WRONLY | os.O_CLOEXEC))
-        child = UNWRAPPED["fork"]()
-        if child == 0:
-            os.setsid()
-            # The hook's limits are not the kernel's.
-            resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
-            vars(os).update(UNWRAPPED)
-            code = errno.EIO
-            try:
-                code = self.write(Path(path), data)
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with self.alone():
+            child = UNWRAPPED["fork"]()
+            if child == 0:
+                # It has the lock, too, and so keeps it to its end when the hook is killed.
+                os.setsid()
+                # The hook's limits are not the kernel's.
+                resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+                vars(os).update(UNWRAPPED)
+                code = errno.EIO
+                try:
+                    code = self.write(Path(path), data)
+                finally:
+                    os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code:
             raise OSError(code, os.strerror(code), path)
 
     def write(self, path: Path, data: str) -> int:
-        """Do one write, alone on the machine. Returns errno."""
-        with self.alone():
-            if not path.exists():
-                return errno.ENOENT
-            if path.name == "driver_override":
-                path.write_text(data if data.strip() else "(null)\n")
-            elif path.name == "unbind":
-                return self.unbind(data)
-            elif path.name == "drivers_probe":
-                return self.probe(data)
+        """Do one write. Returns errno."""
+        if not path.exists():
+            return errno.ENOENT
+        if path.name == "driver_override":
+            path.write_text(data if data.strip() else "(null)\n")
+        elif path.name == "unbind":
+            return self.unbind(data)
+        elif path.name == "drivers_probe":
+            return self.probe(data)
         return 0
+
+    def wait(self) -> None:
+        """Wait until the writes that were begun are finished, also those of a hook that was killed."""
+        with self.alone():
+            return
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Have nothing else happen on the machine."""
         with (self.top / "kernel-lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:
+                # Not by closing alone: who was forked meanwhile has it open, too.
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
     def unbind(self, address: str) -> int:
         """Take a function from its driver."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from oci_hooks import cgroup, workers
+from oci_hooks import children
 
 settings.register_profile("unit", deadline=None)
 settings.load_profile("unit")
@@ -24,6 +24,5 @@ def garbage_is_collected() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def time_to_die(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give a killed child more time to end: where others are at work too, a tenth of a second may not be enough."""
-    monkeypatch.setattr(workers, "KILL_SECONDS", 5.0)
-    monkeypatch.setattr(cgroup, "KILL_GRACE", 5000)
+    """Give a killed child more time to end: where others are at work too, half a second may not be enough."""
+    monkeypatch.setattr(children, "KILL_SECONDS", 5.0)

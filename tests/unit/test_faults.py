@@ -95,6 +95,7 @@ def sweep(
         with steps.orphans_are_ours():
             code, said = machine.call(state, *arguments, prepare=happening.prepare)
             happening.wait_for_children()
+            machine.kernel.wait()
         if not happening.has_fired:
             assert code == 0, (nth, said)
             return

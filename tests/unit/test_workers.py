@@ -6,6 +6,7 @@ A FIFO without a reader stands for a sysfs attribute whose driver hangs: opening
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,35 +153,71 @@ def test_what_a_child_raises_stays_in_the_child(tmp_path: Path, monkeypatch: pyt
     assert trace.read_text() == f"{parent}\n"
 
 
-@pytest.mark.parametrize(
-    ("haves", "codes"),
-    [
-        # None can end, so none can be had for the first.
-        ([False, True, True], [errno.EAGAIN, 0, 0]),
-        # One at a time is enough.
-        ([True, False, True, False, True], [0, 0, 0]),
-        ([True, False, False, True], [0, errno.EAGAIN, 0]),
-    ],
-)
-def test_no_process_to_be_had_is_the_jobs_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, haves: list[bool], codes: list[int]
-) -> None:
-    real_fork = os.fork
-    forks = iter(haves)
-
+def test_no_process_to_be_had_is_each_jobs_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fork() -> int:
-        if not next(forks):
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return real_fork()
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(os, "fork", fork)
     before = count_descriptors(), list_children()
+    files = [make_file(tmp_path / name) for name in "ab"]
+    results = run_jobs([Job(path, (Write(path, "x"),)) for path in files], Deadline(10))
+    assert results == [Result(path, errno.EAGAIN, "", started=False) for path in files]
+    assert [Path(path).read_text() for path in files] == ["", ""]
+    assert (count_descriptors(), list_children()) == before
+
+
+@pytest.mark.parametrize("haves", [[False, False], [True, False], [False, True]])
+def test_what_has_no_thread_is_done_when_the_others_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, haves: list[bool]
+) -> None:
+    start, supply = _thread.start_new_thread, iter(haves)
+
+    def start_new_thread(*arguments: Any) -> int:
+        if not next(supply):
+            raise RuntimeError("can't start new thread")
+        return start(*arguments)
+
+    monkeypatch.setattr(_thread, "start_new_thread", start_new_thread)
     files = [make_file(tmp_path / name) for name in "abc"]
     results = run_jobs([Job(path, (Write(path, "x"),)) for path in files], Deadline(10))
-    assert [result.code for result in results] == codes
-    assert [result.started for result in results] == [not code for code in codes]
-    assert [Path(path).read_text() for path in files] == ["" if code else "x" for code in codes]
-    assert (count_descriptors(), list_children()) == before
+    assert results == [Result(path, 0, "") for path in files]
+    assert [Path(path).read_text() for path in files] == ["x", "x", "x"]
+
+
+def test_jobs_are_done_side_by_side(tmp_path: Path) -> None:
+    """A pipe takes a writer when it has a reader: each of these waits for the others, and none is the first."""
+    pipes = [make_blocking(tmp_path / name) for name in "abcd"]
+
+    def read_backwards() -> None:
+        for pipe in reversed(pipes):
+            assert Path(pipe).read_text() == "x"
+
+    jobs = [Job(pipe, (Write(pipe, "x"),)) for pipe in pipes]
+    assert run_jobs(jobs, Deadline(20), meanwhile=read_backwards) == [Result(pipe, 0, "") for pipe in pipes]
+
+
+def test_fewer_descriptors_than_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds none free gives way, and has its turn when the others have closed theirs."""
+    others = workers.do_jobs
+
+    def do_jobs(jobs: tuple[Job, ...], writer: int) -> None:
+        limit = count_descriptors() - 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit + 2, limit + 2))
+        others(jobs, writer)
+
+    monkeypatch.setattr(workers, "do_jobs", do_jobs)
+    pipes = [make_blocking(tmp_path / name) for name in "abcdefgh"]
+    free = make_file(tmp_path / "free")
+    # Two at a time at most are open: these wait until both the first two are read.
+    jobs = [Job(pipe, (Write(pipe, "x"),)) for pipe in pipes[:2]] + [Job(free, (Write(free, "x"),))] * 6
+
+    def read_late() -> None:
+        time.sleep(0.2)
+        for pipe in pipes[:2]:
+            assert Path(pipe).read_text() == "x"
+
+    results = run_jobs(jobs, Deadline(20), meanwhile=read_late)
+    assert [result.code for result in results] == [0] * 8
 
 
 def test_no_descriptor_to_be_had_is_the_jobs_failure(tmp_path: Path) -> None:
