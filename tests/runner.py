@@ -46,21 +46,32 @@ HANDED_ON = ("OCI_VFIO_HOOKS_DIR", "OCI_VFIO_FULL")
 FILES_PER_BOOT = 6
 # What is told of each failure at the end; all of it stands where it happened.
 LINES_TOLD = 20
+# Tests that ran beside others are tried once more alone when they failed, unless they are more than this.
+TRIED_AGAIN = 5
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What failed. test: its pytest node id, "" for what is no single test; words: what to tell of it, some lines."""
+
+    test: str
+    words: str
 
 
 @dataclass(frozen=True)
 class Count:
-    """How many tests passed, failed and were skipped. failures: what to tell of those that failed, some lines each."""
+    """How many tests passed, failed and were skipped. failures: what failed; again: what passed the second time."""
 
     passed: int = 0
     failed: int = 0
     skipped: int = 0
-    failures: tuple[str, ...] = field(default=(), compare=False)
+    failures: tuple[Failure, ...] = field(default=(), compare=False)
+    again: tuple[Failure, ...] = field(default=(), compare=False)
 
     def __add__(self, other: Count) -> Count:
         """Return the sums."""
-        failures = self.failures + other.failures
-        return Count(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped, failures)
+        numbers = self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped
+        return Count(*numbers, self.failures + other.failures, self.again + other.again)
 
     def __str__(self) -> str:
         """Return the line that programs read."""
@@ -68,9 +79,14 @@ class Count:
 
     def print_failures(self) -> None:
         """Print what failed, once more: of a long run, many see the end only."""
-        for failure in self.failures:
-            first, *rest = failure.splitlines()
-            print("\n".join(["", f"FAILED {first}", *(f"    {line}" for line in rest[-LINES_TOLD:])]))
+        told = [("FAILED BESIDE OTHER WORK, PASSED ALONE", failure) for failure in self.again]
+        for what, failure in [*told, *(("FAILED", failure) for failure in self.failures)]:
+            first, *rest = failure.words.splitlines()
+            print("\n".join(["", f"{what} {first}", *(f"    {line}" for line in rest[-LINES_TOLD:])]))
+
+
+# Runs tests: all of a job's, or those with these node ids.
+Job = Callable[[Sequence[str]], Count]
 
 
 def main(arguments: list[str]) -> int:
@@ -128,28 +144,44 @@ def judge(total: Count, *inside: Count) -> int:
 
 def run_together(kinds: list[str]) -> dict[str, Count]:
     """Run kinds of tests that consist of long jobs, the longest first, and return how many there were of each."""
-    jobs: list[tuple[str, Callable[[], Count]]] = []
+    jobs: list[tuple[str, Job]] = []
     if "packaging" in kinds:
         # As all that the machines need: before the first is up, as its root is this machine's and must not change.
         provision.ensure_packages(packages.PACKAGES)
         packages.ensure_dist()
-        jobs.append(("packaging", partial(run_here, REPOSITORY / "tests/packaging", "packaging: ")))
+        jobs.append(("packaging", partial(run_here, REPOSITORY / "tests/packaging", prefix="packaging: ")))
     for kind in IN_MACHINES:
         if kind in kinds:
             jobs += [(kind, job) for job in make_boot_jobs(find_machine_tests(kind), [])]
     counts = dict.fromkeys(kinds, Count())
-    for (kind, _), count in zip(jobs, run_jobs([job for _, job in jobs])):
-        counts[kind] += count
+    for (kind, job), count in zip(jobs, run_jobs([job for _, job in jobs])):
+        counts[kind] += try_again(job, count)
     return counts
 
 
-def run_jobs(jobs: list[Callable[[], Count]]) -> list[Count]:
+def try_again(job: Job, first: Count) -> Count:
+    """Return what a job comes to when those of its tests that failed are run once more, alone.
+
+    A test that two emulated processors beside it starved into some time limit passes then, and is told with its words;
+    a defect fails twice. Many failures are no accident, and what is no single test is not run again.
+    """
+    tests = [failure.test for failure in first.failures]
+    if not tests or not all(tests) or len(tests) > TRIED_AGAIN:
+        return first
+    say(f"-- once more, alone: {' '.join(tests)}")
+    second = job(tests)
+    failed = {failure.test for failure in second.failures}
+    again = () if "" in failed else tuple(failure for failure in first.failures if failure.test not in failed)
+    return Count(first.passed + second.passed, second.failed, first.skipped + second.skipped, second.failures, again)
+
+
+def run_jobs(jobs: list[Job]) -> list[Count]:
     """Run jobs, as many at a time as there are processors, and return what each counted.
 
     An emulated machine keeps one processor busy: a test does one thing after another. Building packages does, too.
     """
     pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
-    futures = [pool.submit(job) for job in jobs]
+    futures = [pool.submit(job, ()) for job in jobs]
     try:
         return [future.result() for future in futures]
     except KeyboardInterrupt:
@@ -173,18 +205,21 @@ def run_lint() -> Count:
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
         say(f"$ {' '.join(command)}")
         done = subprocess.run([find_tool(command[0]), *command[1:]], cwd=REPOSITORY, check=False)
-        count += Count(failed=1, failures=(" ".join(command),)) if done.returncode else Count(passed=1)
+        count += Count(failed=1, failures=(Failure("", " ".join(command)),)) if done.returncode else Count(passed=1)
     return count
 
 
-def run_here(directory: Path, prefix: str = "") -> Count:
-    """Run a directory of tests on this machine. prefix: put before each line, where others talk at the same time."""
+def run_here(directory: Path, tests: Sequence[str] = (), prefix: str = "") -> Count:
+    """Run a directory of tests on this machine, or some of them by node id.
+
+    prefix: put before each line, where others talk at the same time.
+    """
     if not list(directory.glob("test_*.py")):
         say(f"no tests in {directory.relative_to(REPOSITORY)}")
         return Count()
     with tempfile.TemporaryDirectory(prefix="tests-") as scratch:
         report = Path(scratch) / "junit.xml"
-        command = [find_tool("python"), "-m", "pytest", "-q", f"--junitxml={report}", str(directory)]
+        command = [find_tool("python"), "-m", "pytest", "-q", f"--junitxml={report}", *(tests or [str(directory)])]
         command, output = [*hide_records(), *command], subprocess.PIPE if prefix else None
         with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=output) as process:
             for line in process.stdout or ():
@@ -213,7 +248,7 @@ class Boot:
     files: tuple[Path, ...]
 
 
-def make_boot_jobs(files: list[Path], options: list[str]) -> list[Callable[[], Count]]:
+def make_boot_jobs(files: list[Path], options: list[str]) -> list[Job]:
     """Return the jobs that run files of tests in the machines they ask for, all made ready that these will need."""
     boots = plan_boots(files)
     for boot in boots:
@@ -252,8 +287,11 @@ def read_wishes(file: Path) -> tuple[str, tuple[str, ...]]:
     return str(machine), kernels
 
 
-def run_boot(boot: Boot, options: list[str], environment: dict[str, str]) -> Count:
-    """Boot once and run the files' tests inside. Each line bears the machine's name: others may talk as well."""
+def run_boot(boot: Boot, options: list[str], environment: dict[str, str], tests: Sequence[str] = ()) -> Count:
+    """Boot once and run the files' tests inside, or those of them with these node ids.
+
+    Each line bears the machine's name: others may talk as well.
+    """
     label = f"{boot.machine} {boot.kernel}"
     say(f"-- {label}: {' '.join(file.name for file in boot.files)}")
     printer = LinePrinter(f"{label}: ")
@@ -261,14 +299,14 @@ def run_boot(boot: Boot, options: list[str], environment: dict[str, str]) -> Cou
         share = Path(directory)
         report = rig.SHARE / "junit.xml"
         command = [find_tool("python"), "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        command += ["-o", "faulthandler_timeout=240", *options, *(str(file) for file in boot.files)]
+        command += ["-o", "faulthandler_timeout=240", *options, *(tests or map(str, boot.files))]
         job = rig.Job(tuple(command), share, VM_LIMIT, environment, repeatable=True)
         try:
             kernel = provision.ensure_kernel(boot.kernel)
             outcome = rig.run_in_vm(machines.MACHINES[boot.machine], kernel, job, printer.write)
         except rig.BootError as error:
             say(f"rig: {label}: {error}")
-            return Count(failed=1, failures=(f"{label}: after {printer.last!r}: {error}",))
+            return Count(failed=1, failures=(Failure("", f"{label}: after {printer.last!r}: {error}"),))
         say(f"-- {label}: up after {outcome.boot_seconds:.0f} s, off after {outcome.seconds:.0f} s")
         printer.write(b"\n" if printer.rest else b"")
         if KEEP_RECORDS in os.environ:
@@ -312,13 +350,14 @@ def read_report(report: Path, code: int) -> Count:
     if not report.exists():
         problem = f"tests/run: no report was written (exit code {code})"
         print(problem, flush=True)
-        return Count(failed=1, failures=(problem,))
+        return Count(failed=1, failures=(Failure("", problem),))
     count = Count()
     for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - we wrote it ourselves
         problems = [*case.iter("failure"), *case.iter("error")]
         if problems:
-            name = f"{case.get('classname')}::{case.get('name')}"
-            count += Count(failed=1, failures=("\n".join([name, *(problem.text or "" for problem in problems)]),))
+            test = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+            words = "\n".join([test, *(problem.text or "" for problem in problems)])
+            count += Count(failed=1, failures=(Failure(test, words),))
         elif case.find("skipped") is not None:
             count += Count(skipped=1)
         else:
@@ -326,7 +365,7 @@ def read_report(report: Path, code: int) -> Count:
     # 5: no test was collected, which is the caller's to judge.
     if code in (0, 5) or (code == 1 and count.failed):
         return count
-    return count + Count(failed=1, failures=(f"pytest ended with {code}",))
+    return count + Count(failed=1, failures=(Failure("", f"pytest ended with {code}"),))
 
 
 def run_selected(arguments: list[str]) -> int:

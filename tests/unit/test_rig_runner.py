@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests import provision, runner
-from tests.runner import Boot, Count
+from tests.runner import Boot, Count, Failure
 
 REPORT = """<testsuites><testsuite>
-<testcase name="a"/><testcase classname="t" name="b"><failure>assert 1 == 2</failure></testcase>
+<testcase name="a"/><testcase classname="tests.unit.t" name="b[x.y]"><failure>assert 1 == 2</failure></testcase>
 <testcase name="c"><error/></testcase>
 <testcase name="d"><skipped/></testcase>
 </testsuite></testsuites>"""
@@ -60,7 +61,44 @@ def test_what_failed_is_told_at_the_end(tmp_path: Path, capsys: pytest.CaptureFi
     report = tmp_path / "junit.xml"
     report.write_text(REPORT)
     runner.read_report(report, 1).print_failures()
-    assert "FAILED t::b\n    assert 1 == 2\n" in capsys.readouterr().out
+    assert "FAILED tests/unit/t.py::b[x.y]\n    assert 1 == 2\n" in capsys.readouterr().out
+
+
+def make_failures(*tests: str) -> tuple[Failure, ...]:
+    """Return a failure of each of these tests."""
+    return tuple(Failure(test, f"{test}\nassert") for test in tests)
+
+
+def test_what_failed_beside_others_is_tried_once_more(capsys: pytest.CaptureFixture[str]) -> None:
+    """One passes alone, and that is told; the other fails for good."""
+    asked: list[str] = []
+
+    def run(tests: Sequence[str]) -> Count:
+        asked.extend(tests)
+        return Count(1, 1, 0, make_failures("b"))
+
+    count = runner.try_again(run, Count(7, 2, 1, make_failures("a", "b")))
+    assert (asked, str(count)) == (["a", "b"], "8 passed, 1 failed, 1 skipped")
+    count.print_failures()
+    out = capsys.readouterr().out
+    assert "FAILED BESIDE OTHER WORK, PASSED ALONE a\n    assert\n" in out
+    assert "FAILED b\n    assert\n" in out
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [(), make_failures("a", ""), make_failures(*"abcdefgh")],
+    ids=["none failed", "the machine failed", "too many for an accident"],
+)
+def test_what_is_not_tried_again(failures: tuple[Failure, ...]) -> None:
+    first = Count(1, len(failures), 0, failures)
+    assert runner.try_again(lambda _: pytest.fail("was tried"), first) is first
+
+
+def test_a_second_try_that_goes_wrong_excuses_nothing() -> None:
+    """The machine does not come up: what failed has not passed."""
+    count = runner.try_again(lambda _: Count(0, 1, 0, make_failures("")), Count(7, 2, 0, make_failures("a", "b")))
+    assert (count.again, runner.judge(count)) == ((), 1)
 
 
 def test_last_line_is_for_programs() -> None:
