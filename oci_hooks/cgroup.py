@@ -37,6 +37,8 @@ VFIO_GROUP_FLAGS_VIABLE = 1
 
 # Read and write is what a program that drives a device needs; mknod is never given.
 ACCESS = "rw"
+# How long a killed child may take to end. Until then it is in the container's cgroup, which can't be removed.
+KILL_SECONDS = 0.5
 # One entry of linux.resources.devices (runtime-spec, config-linux.md).
 RULE = '{{"allow": true, "type": "c", "major": {}, "minor": {}, "access": "rw"}}'
 
@@ -240,7 +242,7 @@ def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
             raise fail(f"process {child.pid}", "opening the nodes inside the container's cgroup was not done in time")
         return answer.decode()
     finally:
-        end_child(child)
+        end_child(child, KILL_SECONDS)
 
 
 def write_answer(writer: int, answer: str) -> None:

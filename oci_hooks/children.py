@@ -15,9 +15,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# How long a killed child may take to end. Only one that hangs inside a driver needs more, and nothing ends that.
-KILL_SECONDS = 0.5
-
 
 class Child(Record):
     """A child at work. pipe: what it has to say; only the child has the other end, so that its end closes that."""
@@ -63,9 +60,10 @@ def detach(private: tuple[int, ...]) -> None:
         os.close(fd)
 
 
-def end_child(child: Child) -> None:
+def end_child(child: Child, seconds: float) -> None:
     """Kill a child unless it has ended, and reap it, unless it hangs in the kernel. Twice is as once.
 
+    seconds: how long it may take to end. Only one that hangs inside a driver needs more, and nothing ends that.
     The kill takes effect when the kernel lets go of it, so that what it had still to do is not done late.
     """
     if not is_open(child.pipe):
@@ -73,7 +71,7 @@ def end_child(child: Child) -> None:
     if not has_ended(child, 0):
         # As a number: the signal module costs an import.
         os.kill(child.pid, 9)
-    if has_ended(child, KILL_SECONDS):
+    if has_ended(child, seconds):
         reap(child.pid)
     # Last: as long as it is open, the child has still to be ended.
     os.close(child.pipe)

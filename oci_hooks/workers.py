@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from oci_hooks.command import Deadline
 
+# How long a killed child may take to end: it comes off the time that is left to put things back.
+KILL_SECONDS = 0.1
 # What a thread needs, and not the 8 MiB that are usual: where memory is limited they count.
 STACK_BYTES = 1 << 18
 # No descriptor is free for a thread: what others have open, they close.
@@ -79,10 +81,10 @@ def run_jobs(
         if meanwhile:
             meanwhile()
         answers, ended = read_answers(child.pipe, len(jobs), deadline)
-        end_child(child)
+        end_child(child, KILL_SECONDS)
     finally:
         # After an interruption, also of ending it: nothing may still be written while what was done is put back.
-        end_child(child)
+        end_child(child, KILL_SECONDS)
     return [make_result(job, answers.get(index), ended) for index, job in enumerate(jobs)]
 
 

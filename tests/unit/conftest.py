@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from oci_hooks import children
+from oci_hooks import cgroup, workers
 
 settings.register_profile("unit", deadline=None)
 settings.load_profile("unit")
@@ -24,5 +24,6 @@ def garbage_is_collected() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def time_to_die(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give a killed child more time to end: where others are at work too, half a second may not be enough."""
-    monkeypatch.setattr(children, "KILL_SECONDS", 5.0)
+    """Give a killed child more time to end: where others are at work too, a tenth of a second may not be enough."""
+    for module in (cgroup, workers):
+        monkeypatch.setattr(module, "KILL_SECONDS", 5.0)
