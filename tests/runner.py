@@ -52,9 +52,9 @@ TRIED_AGAIN = 5
 
 @dataclass(frozen=True)
 class Failure:
-    """What failed. test: its pytest node id, "" for what is no single test; words: what to tell of it, some lines."""
+    """What failed. tests: what to give to pytest to try it again, if anything; words: what to tell, some lines."""
 
-    test: str
+    tests: tuple[str, ...]
     words: str
 
 
@@ -160,18 +160,18 @@ def run_together(kinds: list[str]) -> dict[str, Count]:
 
 
 def try_again(job: Job, first: Count) -> Count:
-    """Return what a job comes to when those of its tests that failed are run once more, alone.
+    """Return what a job comes to when what failed of it is run once more, alone.
 
     A test that two emulated processors beside it starved into some time limit passes then, and is told with its words;
-    a defect fails twice. Many failures are no accident, and what is no single test is not run again.
+    a defect fails twice. Many failures are no accident.
     """
-    tests = [failure.test for failure in first.failures]
-    if not tests or not all(tests) or len(tests) > TRIED_AGAIN:
+    if not all(failure.tests for failure in first.failures) or not 0 < len(first.failures) <= TRIED_AGAIN:
         return first
+    tests = [test for failure in first.failures for test in failure.tests]
     say(f"-- once more, alone: {' '.join(tests)}")
     second = job(tests)
-    failed = {failure.test for failure in second.failures}
-    again = () if "" in failed else tuple(failure for failure in first.failures if failure.test not in failed)
+    failed = {test for failure in second.failures for test in failure.tests or tests}
+    again = tuple(failure for failure in first.failures if failed.isdisjoint(failure.tests))
     return Count(first.passed + second.passed, second.failed, first.skipped + second.skipped, second.failures, again)
 
 
@@ -205,7 +205,7 @@ def run_lint() -> Count:
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
         say(f"$ {' '.join(command)}")
         done = subprocess.run([find_tool(command[0]), *command[1:]], cwd=REPOSITORY, check=False)
-        count += Count(failed=1, failures=(Failure("", " ".join(command)),)) if done.returncode else Count(passed=1)
+        count += Count(failed=1, failures=(Failure((), " ".join(command)),)) if done.returncode else Count(passed=1)
     return count
 
 
@@ -293,20 +293,21 @@ def run_boot(boot: Boot, options: list[str], environment: dict[str, str], tests:
     Each line bears the machine's name: others may talk as well.
     """
     label = f"{boot.machine} {boot.kernel}"
+    files = tuple(tests) or tuple(map(str, boot.files))
     say(f"-- {label}: {' '.join(file.name for file in boot.files)}")
     printer = LinePrinter(f"{label}: ")
     with tempfile.TemporaryDirectory(prefix="rig-share-") as directory:
         share = Path(directory)
         report = rig.SHARE / "junit.xml"
         command = [find_tool("python"), "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        command += ["-o", "faulthandler_timeout=240", *options, *(tests or map(str, boot.files))]
+        command += ["-o", "faulthandler_timeout=240", *options, *files]
         job = rig.Job(tuple(command), share, VM_LIMIT, environment, repeatable=True)
         try:
             kernel = provision.ensure_kernel(boot.kernel)
             outcome = rig.run_in_vm(machines.MACHINES[boot.machine], kernel, job, printer.write)
         except rig.BootError as error:
             say(f"rig: {label}: {error}")
-            return Count(failed=1, failures=(Failure("", f"{label}: after {printer.last!r}: {error}"),))
+            return Count(failed=1, failures=(Failure(files, f"{label}: after {printer.last!r}: {error}"),))
         say(f"-- {label}: up after {outcome.boot_seconds:.0f} s, off after {outcome.seconds:.0f} s")
         printer.write(b"\n" if printer.rest else b"")
         if KEEP_RECORDS in os.environ:
@@ -350,14 +351,14 @@ def read_report(report: Path, code: int) -> Count:
     if not report.exists():
         problem = f"tests/run: no report was written (exit code {code})"
         print(problem, flush=True)
-        return Count(failed=1, failures=(Failure("", problem),))
+        return Count(failed=1, failures=(Failure((), problem),))
     count = Count()
     for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - we wrote it ourselves
         problems = [*case.iter("failure"), *case.iter("error")]
         if problems:
             test = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
             words = "\n".join([test, *(problem.text or "" for problem in problems)])
-            count += Count(failed=1, failures=(Failure(test, words),))
+            count += Count(failed=1, failures=(Failure((test,), words),))
         elif case.find("skipped") is not None:
             count += Count(skipped=1)
         else:
@@ -365,7 +366,7 @@ def read_report(report: Path, code: int) -> Count:
     # 5: no test was collected, which is the caller's to judge.
     if code in (0, 5) or (code == 1 and count.failed):
         return count
-    return count + Count(failed=1, failures=(Failure("", f"pytest ended with {code}"),))
+    return count + Count(failed=1, failures=(Failure((), f"pytest ended with {code}"),))
 
 
 def run_selected(arguments: list[str]) -> int:

@@ -66,7 +66,7 @@ def test_what_failed_is_told_at_the_end(tmp_path: Path, capsys: pytest.CaptureFi
 
 def make_failures(*tests: str) -> tuple[Failure, ...]:
     """Return a failure of each of these tests."""
-    return tuple(Failure(test, f"{test}\nassert") for test in tests)
+    return tuple(Failure((test,) if test else (), f"{test}\nassert") for test in tests)
 
 
 def test_what_failed_beside_others_is_tried_once_more(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,11 +88,23 @@ def test_what_failed_beside_others_is_tried_once_more(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     "failures",
     [(), make_failures("a", ""), make_failures(*"abcdefgh")],
-    ids=["none failed", "the machine failed", "too many for an accident"],
+    ids=["none failed", "no test failed", "too many for an accident"],
 )
 def test_what_is_not_tried_again(failures: tuple[Failure, ...]) -> None:
     first = Count(1, len(failures), 0, failures)
     assert runner.try_again(lambda _: pytest.fail("was tried"), first) is first
+
+
+def test_a_machine_that_failed_runs_all_of_its_files_again() -> None:
+    """They fail by themselves now, and what the machine said is not excused."""
+    first = Count(0, 1, 0, (Failure(("x.py", "y.py"), "the hard limit was reached"),))
+    asked: list[str] = []
+
+    def run(tests: Sequence[str]) -> Count:
+        asked.extend(tests)
+        return Count(5)
+
+    assert (str(runner.try_again(run, first)), asked) == ("5 passed, 0 failed, 0 skipped", ["x.py", "y.py"])
 
 
 def test_a_second_try_that_goes_wrong_excuses_nothing() -> None:
