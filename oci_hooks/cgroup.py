@@ -235,7 +235,7 @@ def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
 
     Raises StepError where it does not answer.
     """
-    child = start_child(lambda writer: write_answer(writer, work()))
+    child = start_child(lambda writer: os.write(writer, work().encode()))
     try:
         answer = read_pipe(child.pipe, deadline)
         if answer is None:
@@ -243,11 +243,6 @@ def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
         return answer.decode()
     finally:
         end_child(child, KILL_SECONDS)
-
-
-def write_answer(writer: int, answer: str) -> None:
-    """Write a child's answer."""
-    os.write(writer, answer.encode())
 
 
 # Permitting -----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class Child(Record):
     pipe: int
 
 
-def start_child(work: Callable[[int], None], private: tuple[int, ...] = ()) -> Child:
+def start_child(work: Callable[[int], object], private: tuple[int, ...] = ()) -> Child:
     """Start a child that does some work and ends. Raises OSError where there is no process or descriptor to be had.
 
     work: is given the descriptor to write its answer to; what it raises ends the child; private: descriptors that the

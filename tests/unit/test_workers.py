@@ -199,22 +199,22 @@ def test_jobs_are_done_side_by_side(tmp_path: Path) -> None:
 
 def test_fewer_descriptors_than_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who finds none free gives way, and has its turn when the others have closed theirs."""
-    others = workers.do_jobs
+    real = workers.do_jobs
 
     def do_jobs(jobs: tuple[Job, ...], writer: int) -> None:
-        limit = count_descriptors() - 1
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit + 2, limit + 2))
-        others(jobs, writer)
+        limit = count_descriptors() + 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        real(jobs, writer)
 
     monkeypatch.setattr(workers, "do_jobs", do_jobs)
-    pipes = [make_blocking(tmp_path / name) for name in "abcdefgh"]
+    pipes = [make_blocking(tmp_path / name) for name in "ab"]
     free = make_file(tmp_path / "free")
-    # Two at a time at most are open: these wait until both the first two are read.
-    jobs = [Job(pipe, (Write(pipe, "x"),)) for pipe in pipes[:2]] + [Job(free, (Write(free, "x"),))] * 6
+    # Two at a time at most are open: the others wait until both pipes are read.
+    jobs = [Job(pipe, (Write(pipe, "x"),)) for pipe in pipes] + [Job(free, (Write(free, "x"),))] * 6
 
     def read_late() -> None:
         time.sleep(0.2)
-        for pipe in pipes[:2]:
+        for pipe in pipes:
             assert Path(pipe).read_text() == "x"
 
     results = run_jobs(jobs, Deadline(20), meanwhile=read_late)
