@@ -64,6 +64,7 @@ TEST_PACKAGES = {
 RIG_REQUIREMENTS = ("virtme-ng>=1.42",)
 TEST_REQUIREMENTS = (
     "pytest>=7.4",
+    "pytest-timeout>=2.1",
     "pyfakefs>=5.3",
     "hypothesis>=6.80",
     "ruff>=0.12",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +71,7 @@ def make_failures(*tests: str) -> tuple[Failure, ...]:
     return tuple(Failure((test,) if test else (), f"{test}\nassert") for test in tests)
 
 
-def test_what_failed_beside_others_is_tried_once_more(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_failed_is_tried_once_more(capsys: pytest.CaptureFixture[str]) -> None:
     """One passes alone, and that is told; the other fails for good."""
     asked: list[str] = []
 
@@ -81,7 +83,7 @@ def test_what_failed_beside_others_is_tried_once_more(capsys: pytest.CaptureFixt
     assert (asked, str(count)) == (["a", "b"], "8 passed, 1 failed, 1 skipped")
     count.print_failures()
     out = capsys.readouterr().out
-    assert "FAILED BESIDE OTHER WORK, PASSED ALONE a\n    assert\n" in out
+    assert "FAILED, PASSED WHEN TRIED AGAIN a\n    assert\n" in out
     assert "FAILED b\n    assert\n" in out
 
 
@@ -155,12 +157,46 @@ def test_one_boot_serves_files_that_ask_for_the_same(tmp_path: Path) -> None:
     ]
 
 
-def test_many_files_are_shared_by_two_boots(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("more", "wanted"), [(0, 1), (1, 2), (runner.FILES_PER_BOOT + 1, 3)])
+def test_many_files_are_shared_by_several_boots(tmp_path: Path, more: int, wanted: int) -> None:
     """Each file once."""
-    files = [make_file(tmp_path, f"test_{number}.py", "standard") for number in range(runner.FILES_PER_BOOT + 1)]
+    files = [make_file(tmp_path, f"test_{number:02}.py", "standard") for number in range(runner.FILES_PER_BOOT + more)]
     boots = runner.plan_boots(files)
-    assert len(boots) == 2
-    assert sorted(boots[0].files + boots[1].files) == files
+    assert len(boots) == wanted
+    assert sorted(sum((boot.files for boot in boots), ())) == files
+
+
+def test_a_test_that_hangs_fails_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told by its name, instead of holding up the run until somebody ends it from outside."""
+    directory = tmp_path / "tests"
+    directory.mkdir()
+    (directory / "test_x.py").write_text(
+        f"import os\ndef test_hangs(): open({str(tmp_path / 'pipe')!r})\ndef test_goes_on(): pass\n"
+    )
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(runner, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(runner, "find_tool", lambda _: sys.executable)
+    monkeypatch.setattr(runner, "TEST_LIMIT", 1)
+    count = runner.run_here(directory, prefix="x: ")
+    assert str(count) == "1 passed, 1 failed, 0 skipped"
+    count.print_failures()
+    assert "FAILED tests/test_x.py::test_hangs" in capsys.readouterr().out
+
+
+def test_a_pytest_that_hangs_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before its first test: no report, which is a failure."""
+    directory = tmp_path / "tests"
+    directory.mkdir()
+    (directory / "test_x.py").write_text("import time\ntime.sleep(100)\n")
+    monkeypatch.setattr(runner, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(runner, "find_tool", lambda _: sys.executable)
+    monkeypatch.setattr(runner, "HERE_LIMIT", 3)
+    count = runner.run_here(directory, prefix="x: ")
+    assert (count.failed, "exit code 124" in capsys.readouterr().out) == (1, True)
 
 
 def test_lines_of_two_machines_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:

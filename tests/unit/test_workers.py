@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -185,16 +186,36 @@ def test_what_has_no_thread_is_done_when_the_others_have_ended(
     assert [Path(path).read_text() for path in files] == ["x", "x", "x"]
 
 
-def test_jobs_are_done_side_by_side(tmp_path: Path) -> None:
-    """A pipe takes a writer when it has a reader: each of these waits for the others, and none is the first."""
-    pipes = [make_blocking(tmp_path / name) for name in "abcd"]
+def open_reading(pipes: list[str]) -> list[int]:
+    """Open pipes for reading, without waiting for a writer: one that never comes must not keep the test."""
+    return [os.open(pipe, os.O_RDONLY | os.O_NONBLOCK) for pipe in pipes]
 
-    def read_backwards() -> None:
-        for pipe in reversed(pipes):
-            assert Path(pipe).read_text() == "x"
+
+def read_all(fds: list[int]) -> list[bytes]:
+    """Read and close descriptors."""
+    contents = [os.read(fd, 100) for fd in fds]
+    for fd in fds:
+        os.close(fd)
+    return contents
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_jobs_are_done_side_by_side(tmp_path: Path, first: int) -> None:
+    """A pipe takes a writer when it has a reader: each is done while all others still wait."""
+    pipes = [make_blocking(tmp_path / name) for name in "abcd"]
+    readers: list[int] = []
+
+    def read_the_others_later() -> None:
+        readers.extend(open_reading([pipes[first]]))
+        poller = select.poll()
+        poller.register(readers[0], select.POLLIN)
+        assert poller.poll(10000), "nothing was written while others waited"
+        readers.extend(open_reading(pipes[:first] + pipes[first + 1 :]))
 
     jobs = [Job(pipe, (Write(pipe, "x"),)) for pipe in pipes]
-    assert run_jobs(jobs, Deadline(20), meanwhile=read_backwards) == [Result(pipe, 0, "") for pipe in pipes]
+    results = run_jobs(jobs, Deadline(20), meanwhile=read_the_others_later)
+    assert results == [Result(pipe, 0, "") for pipe in pipes]
+    assert read_all(readers) == [b"x"] * 4
 
 
 def test_fewer_descriptors_than_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,16 +230,17 @@ def test_fewer_descriptors_than_devices(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(workers, "do_jobs", do_jobs)
     pipes = [make_blocking(tmp_path / name) for name in "ab"]
     free = make_file(tmp_path / "free")
-    # Two at a time at most are open: the others wait until both pipes are read.
+    # Two at a time at most are open: the others wait until both pipes have a reader.
     jobs = [Job(pipe, (Write(pipe, "x"),)) for pipe in pipes] + [Job(free, (Write(free, "x"),))] * 6
+    readers: list[int] = []
 
     def read_late() -> None:
         time.sleep(0.2)
-        for pipe in pipes:
-            assert Path(pipe).read_text() == "x"
+        readers.extend(open_reading(pipes))
 
     results = run_jobs(jobs, Deadline(20), meanwhile=read_late)
     assert [result.code for result in results] == [0] * 8
+    assert read_all(readers) == [b"x", b"x"]
 
 
 def test_no_descriptor_to_be_had_is_the_jobs_failure(tmp_path: Path) -> None:
@@ -295,12 +317,12 @@ def test_a_runtime_that_ignores_its_children_does_no_harm(tmp_path: Path) -> Non
 
 
 def test_meanwhile_is_done_while_the_children_are_at_work(tmp_path: Path) -> None:
-    """A pipe holds its writer until somebody reads: neither side gets on without the other."""
-    os.mkfifo(tmp_path / "pipe")
-    read: list[str] = []
-    job = Job("0000:01:00.0", (Write(f"{tmp_path}/pipe", "x"),))
-    results = run_jobs([job], Deadline(10), meanwhile=lambda: read.append((tmp_path / "pipe").read_text()))
-    assert ([result.code for result in results], read) == ([0], ["x"])
+    """A pipe holds its writer until it has a reader."""
+    pipe = make_blocking(tmp_path / "pipe")
+    readers: list[int] = []
+    job = Job("0000:01:00.0", (Write(pipe, "x"),))
+    results = run_jobs([job], Deadline(10), meanwhile=lambda: readers.extend(open_reading([pipe])))
+    assert ([result.code for result in results], read_all(readers)) == ([0], [b"x"])
 
 
 def test_without_a_job_there_is_no_meanwhile() -> None:
