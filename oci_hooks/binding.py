@@ -12,7 +12,7 @@ import os
 from oci_hooks import apply, plan, selection, sysfs
 from oci_hooks.claims import Claim, ClaimDirectory, list_owners, read_start_time, take_lock
 from oci_hooks.command import Deadline
-from oci_hooks.errors import Finding, HookError, Refusal, make_one_line
+from oci_hooks.errors import Finding, HookError, InputError, Refusal, make_one_line
 from oci_hooks.guards import Uses
 from oci_hooks.journal import HEADS
 from oci_hooks.modules import load_drivers
@@ -101,13 +101,17 @@ def find_rootfs(state: State, spec: Spec) -> str:
     return os.path.realpath(os.path.join(state.bundle, path))
 
 
-def release(root: Root, state: State, deadline: Deadline) -> list[Finding]:
-    """Put back what a container's claim notes and return what went wrong; nothing to do without a claim."""
+def release(root: Root, state: State, deadline: Deadline, settings: str = "") -> list[Finding]:
+    """Put back what a container's claim notes and return what went wrong; nothing to do without a claim.
+
+    settings: path of the file, if named on the command line.
+    """
     directory = ClaimDirectory(root=root)
     path = directory.journal_path(state.id)
     if not root.do(os.path.exists, path):
         return []
     reset_signals()
+    extend_deadline(root, deadline, settings)
     directory.prepare()
     while True:
         lock = directory.lock(deadline)
@@ -122,6 +126,17 @@ def release(root: Root, state: State, deadline: Deadline) -> list[Finding]:
         finally:
             os.close(lock)
         root.do(wait_for_hook, claim, deadline)
+
+
+def extend_deadline(root: Root, deadline: Deadline, settings: str) -> None:
+    """Give a release the time that the settings give to the hook."""
+    from oci_hooks.guest_settings import read_guest_settings
+
+    try:
+        deadline.extend(read_guest_settings(root, settings).deadline)
+    except InputError:
+        # Told to who starts a container. What has to be put back is the same without it.
+        return
 
 
 # Deciding ------------------------------------------------------------------------------------------------------------

@@ -114,6 +114,6 @@ def release_groups(call: Call, root: Root, state: State) -> int:
     if call.arguments.dry_run:
         print_release(call, root, state)
         return EXIT_DONE
-    findings = release(root, state, call.deadline)
+    findings = release(root, state, call.deadline, call.arguments.settings)
     call.findings.extend(findings)
     return EXIT_REFUSED if findings else EXIT_DONE

@@ -148,7 +148,7 @@ def test_a_stuck_claim_keeps_its_group_and_leaves_time(machine: Machine, directo
     unbind.unlink()
     os.mkfifo(unbind)
     make_claim(directory, "other", 8, 80, ("device", NIC, "igb", ""))
-    call, error = bind(machine, make_state(), make_call(machine, 1.0))
+    call, error = bind(machine, make_state(), make_call(machine, 3.0))
     assert [(finding.level, finding.code) for finding in call.findings] == [("warning", "unbind-blocked")]
     assert error.findings[0].code == "claimed"
     assert list_claims(machine) == ["other"]
@@ -252,7 +252,21 @@ def test_a_release_without_a_claim_changes_nothing(machine: Machine) -> None:
     assert not machine.place(STATE_DIRECTORY).exists()
 
 
+@pytest.mark.parametrize(("text", "seconds"), [("deadline = 20", 20), ("deadline = -1", 5), (None, 8)])
+def test_a_release_has_the_time_that_the_settings_give(
+    machine: Machine, directory: ClaimDirectory, text: str | None, seconds: float
+) -> None:
+    """Settings that are wrong keep nothing from being put back."""
+    make_claim(directory, "c1", INIT, START, ("device", NIC, "e1000e", "before"))
+    if text:
+        machine.write("/etc/oci-vfio-hooks/guest.toml", text)
+    deadline = Deadline(5)
+    assert binding.release(machine.root, make_state(), deadline) == []
+    assert (deadline.seconds, list_claims(machine)) == (seconds, [])
+
+
 def test_a_release_that_is_stuck_keeps_the_claim(machine: Machine, directory: ClaimDirectory) -> None:
+    machine.write("/etc/oci-vfio-hooks/guest.toml", "deadline = 0.2")
     unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
     unbind.unlink()
     os.mkfifo(unbind)
