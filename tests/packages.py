@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # What packaging/build installs by itself is not here.
 PACKAGES = {
+    "git": "which files go into the packages",
     "debootstrap": "Debian roots to install packages in",
     "lintian": "what Debian thinks of a package",
     "rpmlint": "what Fedora and openSUSE think of a package",
@@ -45,7 +46,15 @@ FLOOR = (
     "bullseye",
     (*DEPENDENCIES, "python3-venv"),
     (),
-    ("pytest>=7.4", "pyfakefs>=5.3", "hypothesis>=6.80", "tomli", "exceptiongroup", "typing-extensions"),
+    (
+        "pytest>=7.4",
+        "pytest-timeout>=2.1",
+        "pyfakefs>=5.3",
+        "hypothesis>=6.80",
+        "tomli",
+        "exceptiongroup",
+        "typing-extensions",
+    ),
 )
 ROOTS = {
     "debian-11": FLOOR,

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,9 +36,9 @@ KINDS = ("lint", "unit", "runtime", "packaging", "chain", "vm")
 # Run in the rig's machines, where nothing may be skipped.
 IN_MACHINES = ("chain", "vm")
 # The long ones: side by side, as many jobs at a time as there are processors.
-TOGETHER = ("packaging", *IN_MACHINES)
+TOGETHER = ("unit", "packaging", *IN_MACHINES)
 # One boot serves many files; all of them together must end in this time.
-VM_LIMIT = 1500.0
+VM_LIMIT = 2400.0
 # A directory for the records that tests of the machine make (tests/vm/recording.py).
 KEEP_RECORDS = "OCI_VFIO_KEEP_RECORDS"
 # What tests ask their environment, in the machine too: which hooks to run, and whether to leave nothing out.
@@ -49,10 +49,12 @@ FILES_PER_BOOT = 6
 LINES_TOLD = 20
 # Tests that failed are tried once more alone, unless they are more than this.
 TRIED_AGAIN = 5
-# How long, in seconds, one test may take: the slowest takes a fifth of it. It then fails, and the others go on.
-TEST_LIMIT = 400
+# How long, in seconds, one test may take: it then fails, and the others go on. The slowest takes a fifth of it.
+TEST_LIMIT = 600
+# One of packaging is all unit tests on Debian 11.
+PACKAGING_TEST_LIMIT = 2000
 # How long pytest as a whole may take outside the machines.
-HERE_LIMIT = 1800
+HERE_LIMIT = 3000
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def run_kinds(kinds: list[str]) -> int:
     for kind in kinds:
         if kind not in TOGETHER:
             say(f"== {kind}")
-            counts[kind] = run_lint() if kind == "lint" else run_kind_here(kind)
+            counts[kind] = run_lint() if kind == "lint" else run_here(REPOSITORY / "tests" / kind)
     together = [kind for kind in TOGETHER if kind in kinds]
     if together:
         say(f"== {', '.join(together)}")
@@ -147,27 +149,33 @@ def judge(total: Count, *inside: Count) -> int:
     return 0
 
 
-def run_kind_here(kind: str) -> Count:
-    """Run one kind of tests on this machine."""
-    job = partial(run_here, REPOSITORY / "tests" / kind)
-    return try_again(job, job())
-
-
 def run_together(kinds: list[str]) -> dict[str, Count]:
-    """Run kinds of tests that consist of long jobs, the longest first, and return how many there were of each."""
-    jobs: list[tuple[str, Job]] = []
-    if "packaging" in kinds:
-        # As all that the machines need: before the first is up, as its root is this machine's and must not change.
-        provision.ensure_packages(packages.PACKAGES)
-        packages.ensure_dist()
-        jobs.append(("packaging", partial(run_here, REPOSITORY / "tests/packaging", prefix="packaging: ")))
-    for kind in IN_MACHINES:
-        if kind in kinds:
-            jobs += [(kind, job) for job in make_boot_jobs(find_machine_tests(kind), [])]
+    """Run kinds of tests that consist of long jobs and return how many there were of each."""
     counts = dict.fromkeys(kinds, Count())
-    for (kind, job), count in zip(jobs, run_jobs([job for _, job in jobs])):
+    for kind, job, count in run_jobs(make_jobs(kinds)):
         counts[kind] += try_again(job, count)
     return counts
+
+
+def make_jobs(kinds: list[str]) -> Iterator[tuple[str, Job]]:
+    """Yield the jobs of these kinds, each with its kind, the longest first.
+
+    What the others need is made ready while the unit tests are at work, and before the first machine is up: its root is
+    this machine's and must not change.
+    """
+    if "packaging" in kinds:
+        provision.ensure_packages(packages.PACKAGES)
+    if "unit" in kinds:
+        yield "unit", partial(run_here, REPOSITORY / "tests/unit", prefix="unit: " if len(kinds) > 1 else "")
+    if "packaging" in kinds:
+        packages.ensure_roots()
+        packages.ensure_dist()
+    inside = {kind: make_boot_jobs(find_machine_tests(kind), []) for kind in IN_MACHINES if kind in kinds}
+    if "packaging" in kinds:
+        here = partial(run_here, REPOSITORY / "tests/packaging", prefix="packaging: ", limit=PACKAGING_TEST_LIMIT)
+        yield "packaging", here
+    for kind, jobs in inside.items():
+        yield from ((kind, job) for job in jobs)
 
 
 def try_again(job: Job, first: Count) -> Count:
@@ -186,15 +194,15 @@ def try_again(job: Job, first: Count) -> Count:
     return Count(first.passed + second.passed, second.failed, first.skipped + second.skipped, second.failures, again)
 
 
-def run_jobs(jobs: list[Job]) -> list[Count]:
-    """Run jobs, as many at a time as there are processors, and return what each counted.
+def run_jobs(jobs: Iterable[tuple[str, Job]]) -> list[tuple[str, Job, Count]]:
+    """Run jobs of some kinds, as many at a time as there are processors, and return each with what it counted.
 
     An emulated machine keeps one processor busy: a test does one thing after another. Building packages does, too.
     """
     pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
-    futures = [pool.submit(job, ()) for job in jobs]
     try:
-        return [future.result() for future in futures]
+        futures = [(kind, job, pool.submit(job, ())) for kind, job in jobs]
+        return [(kind, job, future.result()) for kind, job, future in futures]
     except KeyboardInterrupt:
         # At once, without waiting for the threads: the leashes take the machines down.
         os._exit(130)
@@ -220,17 +228,18 @@ def run_lint() -> Count:
     return count
 
 
-def run_here(directory: Path, tests: Sequence[str] = (), prefix: str = "") -> Count:
+def run_here(directory: Path, tests: Sequence[str] = (), prefix: str = "", limit: int | None = None) -> Count:
     """Run a directory of tests on this machine, or some of them by node id.
 
-    prefix: put before each line, where others talk at the same time.
+    prefix: put before each line, where others talk at the same time; limit: seconds that a test may take, if not
+    TEST_LIMIT.
     """
     if not list(directory.glob("test_*.py")):
         say(f"no tests in {directory.relative_to(REPOSITORY)}")
         return Count()
     with tempfile.TemporaryDirectory(prefix="tests-") as scratch:
         report = Path(scratch) / "junit.xml"
-        command = [find_tool("python"), "-m", "pytest", "-q", f"--junitxml={report}", *limit_tests()]
+        command = [find_tool("python"), "-m", "pytest", "-q", f"--junitxml={report}", *limit_tests(limit)]
         command += tests or [str(directory)]
         # In the foreground: Ctrl-C reaches what it runs.
         command = ["timeout", "--foreground", "--kill-after=20", str(HERE_LIMIT), *hide_records(), *command]
@@ -241,9 +250,12 @@ def run_here(directory: Path, tests: Sequence[str] = (), prefix: str = "") -> Co
         return read_report(report, process.returncode)
 
 
-def limit_tests() -> list[str]:
-    """Return pytest's options that end a test which hangs, unless nothing is left out: some then take very long."""
-    return [] if "OCI_VFIO_FULL" in os.environ else ["-p", "timeout", f"--timeout={TEST_LIMIT}"]
+def limit_tests(limit: int | None = None) -> list[str]:
+    """Return pytest's options that end a test which hangs, unless nothing is left out: some then take very long.
+
+    limit: seconds, if not TEST_LIMIT.
+    """
+    return [] if "OCI_VFIO_FULL" in os.environ else ["-p", "timeout", f"--timeout={limit or TEST_LIMIT}"]
 
 
 def hide_records() -> list[str]:
@@ -394,7 +406,8 @@ def run_selected(arguments: list[str]) -> int:
     options = [word for word in arguments if not word.partition("::")[0].endswith(".py")]
     provision.ensure_packages(provision.TEST_PACKAGES)
     provision.compile_hooks()
-    count = sum(run_jobs(make_boot_jobs(files or find_machine_tests(), options)), Count())
+    jobs = make_boot_jobs(files or find_machine_tests(), options)
+    count = sum((count for _, _, count in run_jobs(("vm", job) for job in jobs)), Count())
     count.print_failures()
     code = judge(count, count)
     print(count)

@@ -28,11 +28,11 @@ from tests.vm.machines import Machine
 from tests.vm.starvation import measure_starvation
 
 # A boot takes 25 s on two idle processors, and several times that where others are at work beside it.
-BOOT_LIMIT = 150.0
+BOOT_LIMIT = 200.0
 # A machine that gets hardly any processor is given up all the same, after this many times its limit.
 PATIENCE = 4
 # One test may hang in the kernel until its own limits end it, but not for so long (seconds).
-SILENCE_LIMIT = 600.0
+SILENCE_LIMIT = 900.0
 # An emulated timer that starves on a busy machine looks broken to the kernel, which then gives up the boot. And the
 # first cpuset that a runtime makes for a container, as the end of the last, has the kernel patch its page allocator
 # while the other emulated processor runs that: two panics were seen at such places.
