@@ -138,6 +138,12 @@ def fail_with(code: int) -> Callable[[Steps], None]:
     return fail
 
 
+def list_children() -> set[int]:
+    """Return the children of this process, zombies too."""
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return set(map(int, file.read().split()))
+
+
 @contextlib.contextmanager
 def orphans_are_ours() -> Iterator[None]:
     """Have the children of a killed hook become this process's, so that it can wait for their end."""

@@ -67,8 +67,8 @@ def fuzz(python: Path, name: str, limit: list[str]) -> int:
         program += f"for n, data in enumerate(list_seeds({name!r})): open(f'{corpus}/{{n}}', 'wb').write(data)"
         provision.run([str(python), "-c", program], cwd=REPOSITORY)
         command = [str(python), "-m", "tests.fuzz.one", name, corpus, *([str(kept)] if kept.is_dir() else [])]
-        # A reader that takes a second for four thousand bytes is a defect too.
-        command += [*limit, "-max_len=4096", "-timeout=5", "-print_final_stats=1", f"-artifact_prefix={corpus}/found-"]
+        # A reader that takes many seconds for four thousand bytes is a defect too.
+        command += [*limit, "-max_len=4096", "-timeout=25", "-print_final_stats=1", f"-artifact_prefix={corpus}/found-"]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, errors="replace", check=False)
         said = done.stdout + done.stderr
         for path in Path(corpus).glob("found-*"):

@@ -18,6 +18,7 @@ from oci_hooks.cgroup import Cgroup, Grant, Node, NodeProof
 from oci_hooks.command import Deadline
 from oci_hooks.errors import StepError
 from oci_hooks.files import Root
+from tests.steps import list_children
 
 pytestmark = pytest.mark.unit
 
@@ -189,29 +190,21 @@ def test_a_cgroup_that_cannot_be_entered_is_an_error(dev: int, tmp_path: Path) -
         cgroup.prove(Root(str(tmp_path)), Cgroup(42, "/v2", ""), dev, [Node("null", 1, 3)], Deadline(5))
 
 
-def has_children() -> bool:
-    """Tell whether this process has a child, running or not waited for."""
-    try:
-        os.waitpid(-1, os.WNOHANG)
-    except ChildProcessError:
-        return False
-    return True
-
-
 def test_a_child_that_hangs_is_killed_at_the_deadline() -> None:
     def hang() -> str:
         signal.pause()
         return ""
 
+    before = list_children()
     with pytest.raises(StepError, match="not done in time"):
         cgroup.ask_child(hang, Deadline(0.2))
-    assert not has_children()
+    assert list_children() == before
 
 
 @pytest.mark.parametrize("what", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(0), OSError(5, "x")])
 def test_the_child_never_cleans_up_for_the_parent(tmp_path: Path, what: BaseException) -> None:
     """Whatever happens in the child, what the caller does on the way out happens once, in the caller."""
-    trace = tmp_path / "trace"
+    trace, before = tmp_path / "trace", list_children()
 
     def explode() -> str:
         raise what
@@ -221,8 +214,7 @@ def test_the_child_never_cleans_up_for_the_parent(tmp_path: Path, what: BaseExce
     finally:
         with trace.open("a") as file:
             file.write(f"{os.getpid()}\n")
-    assert answer == ""
-    assert not has_children()
+    assert (answer, list_children()) == ("", before)
     assert trace.read_text() == f"{os.getpid()}\n"
 
 
@@ -232,9 +224,10 @@ def test_a_child_that_dies_is_an_error(dev: int, monkeypatch: pytest.MonkeyPatch
         return ""
 
     monkeypatch.setattr(cgroup, "answer_for", die)
+    before = list_children()
     with pytest.raises(StepError, match="died without an answer"):
         cgroup.prove(Root(), NOWHERE, dev, [Node("null", 1, 3)], Deadline(5))
-    assert not has_children()
+    assert list_children() == before
 
 
 def test_the_child_holds_nothing_of_the_runtimes() -> None:

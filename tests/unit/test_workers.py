@@ -24,6 +24,7 @@ import pytest
 from oci_hooks import workers
 from oci_hooks.command import Deadline
 from oci_hooks.workers import Job, Result, Write, run_jobs
+from tests.steps import list_children
 
 pytestmark = pytest.mark.unit
 
@@ -45,11 +46,6 @@ def make_blocking(path: Path) -> str:
 def count_descriptors() -> int:
     """Return how many files this process has open."""
     return len(os.listdir("/proc/self/fd"))
-
-
-def list_children() -> set[int]:
-    """Return the children of this process, zombies too."""
-    return set(map(int, Path("/proc/self/task", str(os.getpid()), "children").read_text().split()))
 
 
 def test_writes_are_done_in_order_each_in_one(tmp_path: Path) -> None:
@@ -89,8 +85,8 @@ def test_a_write_that_blocks_ends_at_the_deadline(tmp_path: Path, order: int) ->
     before = count_descriptors()
     begun = time.monotonic()
     jobs = [Job("stuck", (Write(blocking, "x"), Write(free, "late"))), Job("free", (Write(free, "y"),))]
-    stuck, other = run_jobs(jobs[::order], Deadline(0.3))[::order]
-    assert 0.25 < time.monotonic() - begun < 5
+    stuck, other = run_jobs(jobs[::order], Deadline(1))[::order]
+    assert 0.9 < time.monotonic() - begun < 20
     assert (stuck.blocked, stuck.code, stuck.started) == (True, errno.ETIMEDOUT, True)
     assert other == Result("free", 0, "")
     assert count_descriptors() == before
@@ -111,14 +107,14 @@ from oci_hooks.command import Deadline
 private = os.open({str(tmp_path)!r}, os.O_RDONLY)
 os.kill = lambda *_: None  # a child in a driver's remove() outlives SIGKILL
 job = workers.Job("stuck", (workers.Write({blocking!r}, "x"),))
-(result,) = workers.run_jobs([job], Deadline(0.3), (private,))
+(result,) = workers.run_jobs([job], Deadline(2), (private,))
 (child,) = open(f"/proc/self/task/{{os.getpid()}}/children").read().split()
 links = [os.readlink(f"/proc/{{child}}/fd/{{fd}}") for fd in os.listdir(f"/proc/{{child}}/fd")]
 print(result.blocked, child, {str(tmp_path)!r} in links, [links.count("/dev/null") >= 3])
 """
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 25
     blocked, child, has_private, has_null = done.stdout.split()
     os.kill(int(child), signal.SIGKILL)
     assert (blocked, has_private, has_null) == ("True", "False", "[True]")
@@ -270,14 +266,17 @@ def test_an_interruption_ends_the_children_before_anything_is_put_back(tmp_path:
     def tell(*_: object) -> None:
         raise Told
 
+    def interrupt_soon() -> None:
+        while Path(last).read_text() != "y":
+            time.sleep(0.01)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+
     old = signal.signal(signal.SIGALRM, tell)
     before = count_descriptors(), list_children()
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    jobs = [Job("a", (Write(blocking, "x"), Write(last, "late"))), Job("b", (Write(last, "y"),))]
     try:
         with pytest.raises(Told):
-            run_jobs(
-                [Job("a", (Write(blocking, "x"), Write(last, "late"))), Job("b", (Write(last, "y"),))], Deadline(20)
-            )
+            run_jobs(jobs, Deadline(20), meanwhile=interrupt_soon)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)

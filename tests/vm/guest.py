@@ -116,7 +116,7 @@ def disks_of(address: str) -> list[Path]:
 
 def settle() -> None:
     """Wait until udev has nothing left to do."""
-    subprocess.run(["udevadm", "settle", "--timeout=60"], check=True)
+    subprocess.run(["udevadm", "settle", "--timeout=300"], check=True)
 
 
 def bind(address: str, driver: str) -> None:

@@ -222,7 +222,7 @@ def test_the_runtimes_own_timeout(containers: Containers) -> None:
     hook = Path("/run/hanging-hook")
     hook.write_text(HANGING.format(repository=str(bundles.REPOSITORY)))
     hook.chmod(0o755)
-    hooks = {"createRuntime": [bundles.make_hook(str(hook), timeout=20)]}
+    hooks = {"createRuntime": [bundles.make_hook(str(hook), timeout=40)]}
     container = containers.make("/bin/true", hooks=hooks, annotations=ask(nic))
     assert container.create().code != 0
     # It had come so far, and nobody has put anything back yet.

@@ -69,7 +69,7 @@ def test_a_device_that_does_not_come(containers: Containers) -> None:
     """Waited for in vain: the uevent that came meanwhile is in the record, and when."""
     nic = guest.find_device(devices.NIC_E1000E)
     _, state = calls.make_created(containers, annotations=ask(ABSENT))
-    with calls.settings("deadline = 8"), meanwhile(lambda: (guest.PCI / nic / "uevent").write_text("add")):
+    with calls.settings("deadline = 25"), meanwhile(lambda: (guest.PCI / nic / "uevent").write_text("add")):
         done = calls.fork_hook(state)
     record = check_record(done, "no-such-device")
     waits = [event for event in record.events if event.get("do") == "wait"]
