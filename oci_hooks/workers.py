@@ -124,12 +124,12 @@ def do_jobs(jobs: tuple[Job, ...], writer: int) -> None:
     """Do the jobs, each in a thread, the last in this one; tell how each ended, as soon as it has."""
     left: list[int] = []
     locks = []
+    never = make_locked()
     _thread.stack_size(STACK_BYTES)
     for number in range(len(jobs) - 1):
-        lock = _thread.allocate_lock()
-        lock.acquire()
+        lock = make_locked()
         try:
-            _thread.start_new_thread(do_job, (jobs, number, writer, left, lock))
+            _thread.start_new_thread(do_job_aside, (jobs, number, writer, left, lock, never))
             locks.append(lock)
         except RuntimeError:
             # There is no thread to be had.
@@ -142,19 +142,35 @@ def do_jobs(jobs: tuple[Job, ...], writer: int) -> None:
         tell(writer, number, do_writes(jobs[number]))
 
 
-def do_job(
-    jobs: tuple[Job, ...], number: int, writer: int, left: list[int], lock: _thread.LockType | None = None
+def make_locked() -> _thread.LockType:
+    """Return a lock that somebody has."""
+    lock = _thread.allocate_lock()
+    lock.acquire()
+    return lock
+
+
+def do_job_aside(
+    jobs: tuple[Job, ...], number: int, writer: int, left: list[int], lock: _thread.LockType, never: _thread.LockType
 ) -> None:
-    """Do one job and tell how it ended, or leave it for later; then release the lock."""
+    """Do one job in a thread, then release the lock and wait for the one that is never released: the child's end.
+
+    A thread that ends by itself opens libgcc in Python before 3.9.6 (bpo-44434), and without a descriptor for that the
+    C library aborts the process.
+    """
     try:
-        answer = do_writes(jobs[number])
-        if answer[0] in CROWDED:
-            left.append(number)
-        else:
-            tell(writer, number, answer)
+        do_job(jobs, number, writer, left)
     finally:
-        if lock:
-            lock.release()
+        lock.release()
+        never.acquire()
+
+
+def do_job(jobs: tuple[Job, ...], number: int, writer: int, left: list[int]) -> None:
+    """Do one job and tell how it ended, or leave it for later."""
+    answer = do_writes(jobs[number])
+    if answer[0] in CROWDED:
+        left.append(number)
+    else:
+        tell(writer, number, answer)
 
 
 def tell(writer: int, number: int, answer: tuple[int, int]) -> None:
