@@ -160,16 +160,18 @@ def run_together(kinds: list[str]) -> dict[str, Count]:
 def make_jobs(kinds: list[str]) -> Iterator[tuple[str, Job]]:
     """Yield the jobs of these kinds, each with its kind, the longest first.
 
-    What the others need is made ready while the unit tests are at work, and before the first machine is up: its root is
-    this machine's and must not change.
+    What apt installs comes first: all of them see this machine, the emulated ones as their root. Kernels and Debian
+    roots are made ready while the unit tests are at work.
     """
+    if "chain" in kinds:
+        provision.ensure_packages(image.PACKAGES)
     if "packaging" in kinds:
         provision.ensure_packages(packages.PACKAGES)
+        packages.ensure_dist()
     if "unit" in kinds:
         yield "unit", partial(run_here, REPOSITORY / "tests/unit", prefix="unit: " if len(kinds) > 1 else "")
     if "packaging" in kinds:
         packages.ensure_roots()
-        packages.ensure_dist()
     inside = {kind: make_boot_jobs(find_machine_tests(kind), []) for kind in IN_MACHINES if kind in kinds}
     if "packaging" in kinds:
         here = partial(run_here, REPOSITORY / "tests/packaging", prefix="packaging: ", limit=PACKAGING_TEST_LIMIT)
