@@ -37,7 +37,9 @@ PACKAGES = {
     "python3-venv": "installing from source",
     "python3-wheel": "installing from source",
 }
-DEPENDENCIES = ("kmod", "python3-jsonschema", "python3-pyudev", "python3-tenacity")
+# What the hooks can do without: docs/libraries.md.
+RECOMMENDED = ("python3-jsonschema", "python3-pyudev", "python3-tenacity")
+DEPENDENCIES = ("kmod", *RECOMMENDED)
 # What uses the installed hooks in the machine.
 RUNTIMES = ("runc", "crun", "podman")
 # Each root: release, what is installed, what is only downloaded for a test to install, what pip puts into /opt/tests.
@@ -225,7 +227,7 @@ def ensure_installed(name: str = "debian-12") -> tuple[Path, Path]:
                 forget_old("installed-*")
                 partial = make_partial(place)
                 runtimes = RUNTIMES if set(RUNTIMES) <= set(ROOTS[name][2]) else ()
-                install_debs(Root((base,), partial, ((dist, "/mnt/dist"),)), *runtimes)
+                install_debs(Root((base,), partial, ((dist, "/mnt/dist"),)), *RECOMMENDED, *runtimes)
                 (partial / "top").rename(place)
                 shutil.rmtree(partial)
     return place, base

@@ -78,6 +78,30 @@ def test_debs_on_a_fresh_debian(installed: MakeRoot, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEBIANS)
+def test_debs_without_what_they_recommend(bare: MakeRoot, name: str) -> None:
+    """Python and its own library: the hooks with settings, and the replay tool, which says what it lacks."""
+    root = bare(name)
+    packages.install_debs(root)
+    for library in ("jsonschema", "pyudev", "tenacity"):
+        root.run("python3", "-I", "-c", f"import {library}", code=1)
+    root.run(
+        "sh",
+        "-ec",
+        "mkdir -p /etc/oci-vfio-hooks; cd /etc/oci-vfio-hooks; echo 'deadline = 20' | tee host.toml > guest.toml",
+    )
+    use_hooks(root, HOOKS)
+    root.run("sh", "-ec", "cd /etc/oci-vfio-hooks; echo 'dead_line = 20' | tee host.toml > guest.toml")
+    state = make_bundle(root, {"path": "/dev/vfio/4711", "type": "c", "major": 511, "minor": 4711})
+    bound = Root(root.layers, root.changes, ((root.changes / "bundle", str(root.changes / "bundle")),))
+    for hook in HOOKS:
+        assert "line 1: dead_line: unknown key; " in bound.run(hook, text=state, code=2).stderr
+    said = bound.run("vfio-hook-replay", "explain", code=2).stderr
+    assert said.startswith("vfio-hook-replay: ")
+    assert said.endswith("apt install python3-jsonschema\n")
+    root.run("apt-get", "purge", "-y", "python3-oci-vfio-hooks", "oci-vfio-hooks", "oci-vfio-hooks-guest")
+
+
+@pytest.mark.parametrize("name", DEBIANS)
 def test_purging_debs_leaves_nothing(installed: MakeRoot, name: str) -> None:
     root = installed(name)
     root.run(
