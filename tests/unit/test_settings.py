@@ -201,7 +201,10 @@ def test_good_settings_load_no_library(tmp_path: Path, name: str, plain: bool) -
     command = [sys.executable, "-IS", "-c", script]
     modules = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert "oci_hooks.settings" in modules
-    assert {"jsonschema", "json", "site", "oci_hooks.schema"} & modules == set()
+    assert "jsonschema" not in modules
+    # Below 3.11 the TOML reader is a package, for which the site-packages are needed.
+    if plain or sys.version_info >= (3, 11):
+        assert {"json", "site", "oci_hooks.schema"} & modules == set()
     assert plain == ("re" not in modules)
 
 
