@@ -118,6 +118,13 @@ MUTATIONS = [
         "test_bad_settings.py -k fifo",
     ),
     ("mounts", "nodes", "            check_mount(dev, directory, place)", "", "test_hostile_container.py -k mounted"),
+    (
+        "a library that is not there",
+        "command",
+        'isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("oci_hooks")',
+        "False",
+        "test_newcomer.py -k no_defect",
+    ),
 ]
 
 
