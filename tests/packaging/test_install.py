@@ -16,7 +16,8 @@ from tests import packages, provision
 from tests.packages import Root
 from tests.packaging.conftest import MakeRoot
 from tests.provision import REPOSITORY
-from tests.runner import limit_tests
+from tests.runner import limit_tests, read_report
+from tests.skips import find_unknown
 
 LIBEXEC = "/usr/libexec/oci/hooks.d"
 HOOKS = [
@@ -204,6 +205,7 @@ def test_units_on_the_floor(dist: Path, tmp_path: Path) -> None:
     pytest_command = ["/opt/tests/bin/python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", *limit_tests()]
     # What says something of the tests, not of the hooks, is as true there.
     pytest_command += [
+        "--junitxml=/root/junit.xml",
         "--ignore=tests/unit/test_mutations.py",
         "--deselect=tests/unit/test_fuzz.py::test_guided_by_coverage",
         "tests/unit",
@@ -211,6 +213,9 @@ def test_units_on_the_floor(dist: Path, tmp_path: Path) -> None:
     done = root.run(*pytest_command, cwd="/mnt/repository", code=None)
     print(done.stdout.strip().splitlines()[-1])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    skipped = read_report(root.changes / "top/root/junit.xml", 0).skips
+    print("\n".join(map(str, skipped)))
+    assert find_unknown(skipped) == []
 
 
 def replay_a_record(root: Root) -> None:
