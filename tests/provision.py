@@ -88,8 +88,8 @@ ROOTFS_PACKAGES = {"probe": ("python3-minimal",)}
 KERNEL_SUITES = {"6.1": "bookworm", "6.12": "trixie"}
 DEFAULT_KERNEL = "6.1"
 
-# As in .gitignore.
-MADE_HERE = re.compile(r"/(\.[^/]*|__pycache__|dist|build|[^/]*\.egg-info)/")
+# As in .gitignore, and git's own: a directory, in a second work tree a file.
+MADE_HERE = re.compile(r"/(\.git$|(\.[a-z]+_cache|\.git|\.hypothesis|__pycache__|[^/]*\.egg-info)/)|^/(build|dist)/")
 # No command that is run here (apt, debootstrap, pip) takes as many seconds on the slowest mirror that was seen.
 COMMAND_LIMIT = 1800.0
 

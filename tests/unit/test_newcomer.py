@@ -262,6 +262,16 @@ def test_a_clone_has_what_git_lists_and_changes(tmp_path: Path) -> None:
     assert not list((tmp_path / "clone").rglob("__pycache__"))
 
 
+def test_without_git_the_tree_has_what_is_not_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an unpacked tarball, or where git isn't installed: all that git lists, and neither caches nor git's own."""
+    by_git = set(provision.list_tree())
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    names = set(provision.list_tree())
+    assert by_git <= names
+    assert {"README.md", ".ci/run", ".gitignore", "packaging/build", "tests/vm/inside.sh"} <= names
+    assert [name for name in names if ".git" in name.split("/") or "__pycache__" in name] == []
+
+
 @pytest.mark.parametrize(("name", "hint"), [("json", "python3-minimal"), ("oci_hooks.x", "report"), (None, "python3")])
 def test_a_library_that_is_not_there_is_no_defect_to_report(name: str | None, hint: str) -> None:
     """But a module of our own that is not there is one."""
