@@ -57,6 +57,7 @@ TEST_PACKAGES = {
     "dmsetup": "a volume on a disk that must not be taken",
     "podman": "a container engine that knows hooks.d",
     "procps": "processes",
+    "locales": "character maps, for tests of odd encodings",
     "git": "which files are the tree's: packages are named by their contents",
     "strace": "which files a hook opens",
     "linux-libc-dev": "the numbers of system calls and capabilities",
