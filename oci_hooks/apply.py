@@ -108,7 +108,11 @@ def probe_again(root: Root, address: str, deadline: Deadline) -> str:
         import tenacity
     except ImportError:
         # Once is most of it.
-        return probe()
+        found = probe()
+        if found:
+            return found
+        problem = f"{DRIVER} did not take it, and trying that for longer needs tenacity, which is not installed"
+        raise StepError("bind-failed", address, problem, "apt install python3-tenacity; see dmesg") from None
     # A device that is still busy with its old driver's teardown is free after some tens of milliseconds or not at all.
     seconds = min(1.0, deadline.remaining() / 2)
     retrying = tenacity.Retrying(

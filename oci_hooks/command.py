@@ -191,6 +191,8 @@ def make_internal(error: Exception) -> Finding:
         where = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
         trace = trace.tb_next
     hint = "please report it with the output of a run with --debug"
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("oci_hooks"):
+        hint = "this Python has not its whole library: install it (Debian: python3; python3-minimal is not enough)"
     return Finding("error", "internal", where, f"{type(error).__name__}: {error}", hint)
 
 

@@ -34,7 +34,7 @@ class Listener:
             self.monitor.start()
         except (ImportError, OSError) as error:
             # Without libudev its absence shows when a context is made; a socket may be denied.
-            hint = "install it (python3-pyudev), or have the device there before the container starts"
+            hint = "apt install python3-pyudev, or have the device there before the container starts"
             problem = f"is needed to wait for a device and can't be used: {error}"
             raise StepError("no-pyudev", "pyudev", problem, hint) from None
 

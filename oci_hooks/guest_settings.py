@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from oci_hooks.plan import NodeOwner
 from oci_hooks.records import Record
-from oci_hooks.request import normalize_address
+from oci_hooks.request import HEX, is_hex_list, normalize_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.files import Root
+    from oci_hooks.settings import Table
 
 GUEST_SETTINGS = "/etc/oci-vfio-hooks/guest.toml"
+# (uid_t)-1 means "leave as it is" to chown(2).
+MOST_ID = 0xFFFFFFFE
 # What a virtual machine itself is made of: virtio and QEMU's own devices, bridges, system management bus, base system
 # peripherals, and on the root bus the chipset's SATA and ISA functions.
 NEVER = ("id:1af4", "id:1b36", "class:06", "class:0c05", "class:08", "root:0106", "root:0601")
@@ -42,20 +45,53 @@ def read_guest_settings(root: Root, path: str) -> GuestSettings:
 
     Raises InputError [bad-settings] or [settings-unreadable].
     """
-    if not path and not root.exists(GUEST_SETTINGS):
-        return GuestSettings()
     from oci_hooks.settings import read_settings
 
-    values = read_settings(root, path or GUEST_SETTINGS, "guest-settings", required=bool(path))
-    auto = values.pop("auto", {})
-    # To the schema 384.0 is a whole number, to the kernel it is none.
-    owner = NodeOwner(**{name: int(number) for name, number in values.pop("node", {}).items()})
-    force = tuple(map(normalize_address, values.pop("force", ())))
+    return read_settings(root, path or GUEST_SETTINGS, make_guest_settings, required=bool(path))
+
+
+def make_guest_settings(table: Table) -> GuestSettings:
+    """Return the settings in guest.toml, of which each key is taken here; schemas/guest-settings.json says the same."""
+    usual = GuestSettings()
+    auto, node = table.table("auto"), table.table("node")
+    most = "a number above 0 and not above 3600"
+    force = table.texts("force", (), is_address, "an address as sysfs writes it, e.g. 0000:02:00.0")
     return GuestSettings(
-        **values,
-        force=force,
-        auto_ids=tuple(auto.get("ids", ())),
-        auto_classes=tuple(auto.get("classes", ())),
-        never=tuple(auto.get("never", NEVER)),
-        owner=owner,
+        deadline=table.number("deadline", usual.deadline, lambda seconds: 0 < seconds <= 3600, most),
+        on_failure=table.word("on_failure", usual.on_failure, "report", "kill"),
+        allow_noiommu=table.switch("allow_noiommu", usual.allow_noiommu),
+        widen_parent_cgroups=table.switch("widen_parent_cgroups", usual.widen_parent_cgroups),
+        map=table.switch("map", usual.map),
+        record=table.word("record", usual.record, "failure", "always", "never"),
+        force=tuple(normalize_address(text) for text in force if isinstance(text, str)),
+        auto_ids=auto.texts("ids", (), is_id, "a vendor or vendor:device in lower case, e.g. 8086:10d3"),
+        auto_classes=auto.texts("classes", (), is_class, "a class of 2, 4 or 6 digits in lower case, e.g. 0200"),
+        never=auto.texts("never", NEVER, is_kind, "id:VENDOR, id:VENDOR:DEVICE, class:CLASS or root:CLASS"),
+        owner=NodeOwner(
+            node.whole("mode", usual.owner.mode, 0o777, "permission bits from 0o000 to 0o777"),
+            node.whole("uid", usual.owner.uid, MOST_ID, f"a number from 0 to {MOST_ID}"),
+            node.whole("gid", usual.owner.gid, MOST_ID, f"a number from 0 to {MOST_ID}"),
+        ),
     )
+
+
+def is_address(text: str) -> bool:
+    """Tell whether a text is a BDF as sysfs writes it, or with a longer domain."""
+    return text.count(":") == 2 and text == text.strip().lower() and bool(normalize_address(text))
+
+
+def is_id(text: str) -> bool:
+    """Tell whether a text is VENDOR or VENDOR:DEVICE."""
+    words = text.split(":")
+    return len(words) <= 2 and is_hex_list(words, (4, 4)[: len(words)])
+
+
+def is_class(text: str) -> bool:
+    """Tell whether a text is a class code of one, two or three bytes."""
+    return len(text) in (2, 4, 6) and HEX.issuperset(text)
+
+
+def is_kind(text: str) -> bool:
+    """Tell whether a text names devices of a kind, for `auto.never`."""
+    kind, _, value = text.partition(":")
+    return is_id(value) if kind == "id" else kind in ("class", "root") and is_class(value)

@@ -12,13 +12,13 @@ from oci_hooks.oci import is_sandbox, mend_bundle, read_spec, read_state
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
-    from typing import Any
 
     from oci_hooks.asker import Asker
     from oci_hooks.command import Call, Deadline
     from oci_hooks.errors import Finding
     from oci_hooks.files import Root
     from oci_hooks.groups import Target
+    from oci_hooks.host_settings import HostSettings
     from oci_hooks.oci import Spec, State
     from oci_hooks.sysfs import Picture
 
@@ -87,7 +87,7 @@ def check_container(call: Call, root: Root, state: State, spec: Spec) -> int:
     from oci_hooks.verdict import choose_exit, excuse_privileged, settle
 
     settings = take_settings(call, root)
-    asker = find_asker(root, state, spec, settings.get("kata", {}).get("mode", "auto"), bool(call.arguments.bundle))
+    asker = find_asker(root, state, spec, settings.kata_mode, bool(call.arguments.bundle))
     picture = look(root)
     targets = find_targets(root, picture, spec.vfio_devices)
     findings = check_host(root, picture, targets)
@@ -104,14 +104,13 @@ def check_container(call: Call, root: Root, state: State, spec: Spec) -> int:
     return code
 
 
-def take_settings(call: Call, root: Root) -> dict[str, Any]:
+def take_settings(call: Call, root: Root) -> HostSettings:
     """Return the settings of host.toml, or of the file that the command line names. Raises InputError."""
-    from oci_hooks.settings import HOST_SETTINGS, read_settings
+    from oci_hooks.host_settings import read_host_settings
 
-    named = call.arguments.settings
-    settings = read_settings(root, named or HOST_SETTINGS, "host-settings", required=bool(named))
-    call.deadline.extend(settings.get("deadline", DEADLINE))
-    call.wishes["record"] = settings.get("record", "failure")
+    settings = read_host_settings(root, call.arguments.settings)
+    call.deadline.extend(settings.deadline)
+    call.wishes["record"] = settings.record
     return settings
 
 
@@ -160,7 +159,7 @@ def check_sandbox(
     spec: Spec,
     asker: Asker,
     targets: tuple[Target, ...],
-    settings: dict[str, Any],
+    settings: HostSettings,
     deadline: Deadline,
 ) -> list[Finding]:
     """Return what Kata's configuration, or the hypervisor that runs, makes impossible."""
@@ -170,7 +169,7 @@ def check_sandbox(
     from oci_hooks.verdict import run_check
 
     annotations = {**spec.annotations, **state.annotations}
-    found = find_config(root, asker, annotations, settings.get("kata", {}).get("config", ""))
+    found = find_config(root, asker, annotations, settings.kata_config)
     attached = all(checks.is_attached(root, target, asker, deadline) for target in targets)
     view = view_sandbox(root, asker, found, annotations, attached)
     findings = [*run_check(check_kata, view, spec, targets)]

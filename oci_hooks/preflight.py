@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from oci_hooks.files import Root
     from oci_hooks.groups import Member, VfioGroup
     from oci_hooks.holders import Process
+    from oci_hooks.host_settings import HostSettings
     from oci_hooks.kata_checks import KataView
     from oci_hooks.sysfs import Picture
 
@@ -70,7 +71,7 @@ def survey(call: Call, root: Root) -> int:
         groups = list_groups(root, picture)
         findings = [*checks.check_iommu(root, picture), *find_half_bound(groups)]
     lines = tuple(make_line(root, group, holders) for group in groups)
-    views = () if settings.get("kata", {}).get("mode") == "never" else view_configs(root, settings)
+    views = () if settings.kata_mode == "never" else view_configs(root, settings)
     findings += [finding for view in views for finding in check_view(view)]
     told = settle(findings, settings)
     for finding in told:
@@ -166,14 +167,14 @@ def name_state(group: VfioGroup, holders: tuple[Process, ...]) -> str:
 # Kata ----------------------------------------------------------------------------------------------------------------
 
 
-def view_configs(root: Root, settings: dict[str, Any]) -> tuple[KataView, ...]:
+def view_configs(root: Root, settings: HostSettings) -> tuple[KataView, ...]:
     """Return Kata's configurations on this host: those that container engines name, and the default one."""
     from oci_hooks.kata_checks import view_sandbox
     from oci_hooks.kata_config import find_default_places, load_config, make_place
     from oci_hooks.kata_lookup import Found
     from oci_hooks.runtimes import list_kata_handlers
 
-    named = settings.get("kata", {}).get("config", "")
+    named = settings.kata_config
     candidates = [make_place(root, named, "named in host.toml")] if named else []
     for handler in list_kata_handlers(root):
         candidates.append(make_place(root, handler.config_path, f"runtime {handler.name} of {handler.engine}"))

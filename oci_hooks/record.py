@@ -37,18 +37,14 @@ RUNTIMES = ("runc", "crun", "youki", "kata-agent", "kata-runtime", "containerd-s
 
 def read_setting(call: Call) -> str:
     """Return the setting `record` for a run that failed before it came to its settings; "" where they are unusable."""
-    from oci_hooks import settings
     from oci_hooks.errors import InputError
     from oci_hooks.files import Root
+    from oci_hooks.guest_settings import read_guest_settings
+    from oci_hooks.host_settings import read_host_settings
 
-    if call.program == "vfio-guest-bind":
-        from oci_hooks.guest_settings import GUEST_SETTINGS
-
-        path, schema = GUEST_SETTINGS, "guest-settings"
-    else:
-        path, schema = settings.HOST_SETTINGS, "host-settings"
+    read = read_guest_settings if call.program == "vfio-guest-bind" else read_host_settings
     try:
-        return str(settings.read_settings(Root(), call.arguments.settings or path, schema).get("record", ""))
+        return read(Root(), call.arguments.settings).record
     except InputError:
         return ""
 

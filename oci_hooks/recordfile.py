@@ -132,7 +132,10 @@ def check_version(about: Any) -> None:
 
 def check_schema(document: dict[str, Any]) -> None:
     """Raise RecordError unless a record's JSON is as schemas/record.json says."""
-    import jsonschema
+    try:
+        import jsonschema
+    except ImportError:
+        raise RecordError("can't be checked, and is not trusted without: apt install python3-jsonschema") from None
 
     from oci_hooks.schema import describe, format_path, load_schema
 

@@ -95,6 +95,10 @@ def describe_value(value: object) -> str:
     """Return a short account of a JSON value, for an error message."""
     import json
 
-    # TOML has dates and times, which JSON has not.
-    text = json.dumps(value, ensure_ascii=True, default=str)
+    try:
+        # TOML has dates and times, which JSON has not.
+        text = json.dumps(value, ensure_ascii=True, default=str)
+    except (ValueError, RecursionError):
+        # TOML can write a number in hexadecimal that Python refuses to write in decimal (sys.set_int_max_str_digits).
+        return "a value too large to show"
     return text if len(text) <= 60 else text[:57] + "..."

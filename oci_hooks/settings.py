@@ -1,62 +1,128 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of the machine: /etc/oci-vfio-hooks/host.toml and guest.toml.
 
-Read only where the file exists and only after VFIO was asked for: tomllib and jsonschema cost more than a whole hook.
-A file that is there must be right: a misspelt key that is silently ignored is a setting that is not in force.
+Read only where the file exists and only after VFIO was asked for. A file that is there must be right: a misspelt key
+that is silently ignored is a setting that is not in force. Nothing but the interpreter's own library reads and checks
+it; schemas/*-settings.json say the same for other programs, and a test holds both to one verdict.
 """
 
 from __future__ import annotations
 
-from oci_hooks.errors import InputError
+import os
+import stat
+
+from oci_hooks.errors import Finding, InputError
+from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
+    from typing import Any, TypeVar
 
     from oci_hooks.files import Root
 
-HOST_SETTINGS = "/etc/oci-vfio-hooks/host.toml"
+    T = TypeVar("T")
+
+# A file with every key and a comment for each has some thousand bytes.
+MOST_BYTES = 64 << 10
+# More than a screen of mistakes in one file helps nobody.
+MOST_FINDINGS = 10
+# How the owner of a file looks in a user namespace that has no number for him (proc_sys_kernel(5), overflowuid).
+OVERFLOW_UID = 65534
+ALL_USERS = ["0", "0", "4294967295"]
 
 
-def read_settings(root: Root, path: str, schema_name: str, *, required: bool = False) -> dict[str, Any]:
-    """Return the settings in a TOML file; empty where there is no such file.
+def read_settings(root: Root, path: str, make: Callable[[Table], T], *, required: bool = False) -> T:
+    """Return the settings in a TOML file; what `make` makes of an empty one where there is no such file.
 
-    path: absolute, below the root; schema_name: the schema in schemas/ that says which keys there are, e.g.
-    "host-settings"; required: a file that is not there is an error, for one that was named on the command line.
+    path: absolute, below the root; make: takes each value out of the table by its kind; required: a file that is not
+    there is an error, for one that was named on the command line.
     Raises InputError [bad-settings] with every mistake, or [settings-unreadable].
     """
+    text = read_text(root, path, required)
+    table = Table(parse_toml(text, path))
+    settings = make(table)
+    mistakes = table.list_mistakes()
+    if mistakes:
+        findings = (make_finding(path, text, mistake) for mistake in mistakes[:MOST_FINDINGS])
+        raise InputError.from_findings(tuple(findings))
+    return settings
+
+
+# The file ------------------------------------------------------------------------------------------------------------
+
+
+def read_text(root: Root, path: str, required: bool) -> str:
+    """Return the text of a settings file; "" where there is none. Raises InputError."""
     try:
-        data = root.read_bytes(path)
+        check_file(root, path)
+        data = root.read_bytes(path, MOST_BYTES)
     except FileNotFoundError:
         if not required:
-            return {}
-        raise unreadable(path, "No such file or directory") from None
+            return ""
+        raise InputError(
+            "settings-unreadable", path, "No such file or directory", "create it, or run without --settings"
+        ) from None
     except OSError as error:
-        raise unreadable(path, error.strerror or str(error)) from None
-    values = parse_toml(data, path)
-    check_settings(values, path, schema_name)
-    return values
-
-
-def unreadable(path: str, problem: str) -> InputError:
-    """Return the error for a settings file that can't be read."""
-    return InputError(
-        "settings-unreadable", path, problem, f"make it readable for root: ls -lL {path}; or run without it"
-    )
-
-
-def parse_toml(data: bytes, name: str) -> dict[str, Any]:
-    """Return the value of a TOML text. name: what to call it. Raises InputError [bad-settings] with the line."""
+        hint = f"make it readable for root: ls -lL {path}; or remove it"
+        raise InputError("settings-unreadable", path, error.strerror or str(error), hint) from None
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise InputError("bad-settings", path, "begins with a byte order mark", "save it as UTF-8 without one")
     try:
-        return load_toml(data.decode("utf-8"))
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError("bad-settings", name, f"byte {error.start} is not UTF-8", "TOML must be UTF-8") from None
+        raise InputError("bad-settings", path, f"byte {error.start} is not UTF-8", "TOML must be UTF-8") from None
+
+
+def check_file(root: Root, path: str) -> None:
+    """Raise InputError unless a path is a file that only root, or the user that runs the hook, can write.
+
+    A hook that runs as root takes devices in use from others if `force` names them: no other user may have it say so.
+    Root reads any file, whatever its mode, so a file that others can't read is fine. Raises OSError.
+    """
+    found = root.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a FIFO, a socket or a device"
+        raise InputError("settings-unreadable", path, f"is {kind}, not a file", "put a file there, or remove it")
+    if found.st_size > MOST_BYTES:
+        problem = f"has {found.st_size} bytes, more than the {MOST_BYTES} that settings can have"
+        raise InputError("settings-unreadable", path, problem, "is it the right file? take out what is no setting")
+    if found.st_uid and found.st_uid != root.do(os.geteuid) and not is_unmapped(root, found.st_uid):
+        problem = f"belongs to user {found.st_uid}, who could change what the hook does"
+        raise InputError("bad-settings", path, problem, f"chown root:root {path}")
+    # The group of root is root.
+    if found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid):
+        problem = (
+            f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o}), who could change what the hook does"
+        )
+        raise InputError("bad-settings", path, problem, f"chmod go-w {path}")
+
+
+def is_unmapped(root: Root, uid: int) -> bool:
+    """Tell whether an owner has no number in this user namespace: a rootless container's hook has the user's rights."""
+    return uid == OVERFLOW_UID and root.read_text_or("/proc/self/uid_map", "").split() not in ([], ALL_USERS)
+
+
+# TOML ----------------------------------------------------------------------------------------------------------------
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """Return the value of a TOML text. name: what to call it. Raises InputError [bad-settings] with the line."""
+    from oci_hooks.plaintoml import read_plain
+
+    values = read_plain(text)
+    if values is not None:
+        return values
+    try:
+        return load_toml(text)
     except (ValueError, RecursionError) as error:
         raise InputError("bad-settings", name, f"is not TOML: {error}", "mend the line or remove the file") from None
     except ImportError:
-        raise InputError(
-            "settings-unreadable", name, "needs a TOML reader", "install it: pip install tomli, or use Python 3.11"
-        ) from None
+        problem = "holds more than plain `key = value` lines, and no TOML reader is installed"
+        hint = (
+            "apt install python3-tomli (pip: tomli), use Python 3.11, or write each value on one line without escapes"
+        )
+        raise InputError("settings-unreadable", name, problem, hint) from None
 
 
 def load_toml(text: str) -> dict[str, Any]:
@@ -82,17 +148,125 @@ def read_float(text: str) -> float:
     return value
 
 
-def check_settings(values: dict[str, Any], path: str, schema_name: str) -> None:
-    """Raise InputError [bad-settings] unless the settings are as their schema says."""
-    if not values:
-        return
-    try:
-        from oci_hooks.schema import find_mistakes
+# Values --------------------------------------------------------------------------------------------------------------
 
-        findings = find_mistakes(values, schema_name, path, "bad-settings", "mend it or take it out")
+
+class Mistake(Record):
+    """A value that is wrong. keys: tables and key, as in ("auto", "ids"); item: its number in a list, -1: none."""
+
+    keys: tuple[str, ...]
+    item: int
+    problem: str
+
+
+class Table:
+    """A table of a settings file. Its values are taken key by key; a wrong one is noted, and its default taken.
+
+    keys: of the tables around it and its own, () for the file itself; rule: which keys it has, where no list says it.
+    """
+
+    def __init__(self, values: dict[str, Any], keys: tuple[str, ...] = (), rule: str = "") -> None:
+        self.values = values
+        self.keys = keys
+        self.rule = rule
+        self.mistakes: list[Mistake] = []
+        self.known: list[str] = []
+        self.tables: list[Table] = []
+
+    def find(self, key: str) -> Any:
+        """Return the value of a key, which is thereby known; None where it is absent: TOML has no null."""
+        self.known.append(key)
+        return self.values.get(key)
+
+    def refuse(self, key: str, expected: str, value: object, item: int = -1) -> None:
+        """Note that a value is not what is expected."""
+        from oci_hooks.schema import describe_value
+
+        problem = f"expected {expected}, found {describe_value(value)}"
+        self.mistakes.append(Mistake((*self.keys, key), item, problem))
+
+    def number(self, key: str, default: float, is_right: Callable[[float], bool], expected: str) -> float:
+        """Return a number, whole or not."""
+        value = self.find(key)
+        if type(value) in (int, float) and is_right(value):
+            return float(value)
+        return self.default(key, default, expected, value)
+
+    def whole(self, key: str, default: int, most: int, expected: str) -> int:
+        """Return a whole number from 0 to `most`; 384.0 is one, as it is to JSON schemas."""
+        value = self.find(key)
+        if (type(value) is int or (type(value) is float and value.is_integer())) and 0 <= value <= most:
+            return int(value)
+        return self.default(key, default, expected, value)
+
+    def switch(self, key: str, default: bool) -> bool:
+        """Return a truth value."""
+        value = self.find(key)
+        return value if type(value) is bool else self.default(key, default, "true or false", value)
+
+    def word(self, key: str, default: str, *words: str) -> str:
+        """Return one of these words, of which the first is the default if none is given."""
+        value = self.find(key)
+        expected = f"one of {', '.join(words)}"
+        return value if type(value) is str and value in words else self.default(key, default, expected, value)
+
+    def text(self, key: str, default: str, is_right: Callable[[str], bool], expected: str) -> str:
+        """Return a string."""
+        value = self.find(key)
+        return value if type(value) is str and is_right(value) else self.default(key, default, expected, value)
+
+    def texts(
+        self, key: str, default: tuple[str, ...], is_right: Callable[[str], bool], expected: str
+    ) -> tuple[str, ...]:
+        """Return a list of strings."""
+        value = self.find(key)
+        if type(value) is not list:
+            return self.default(key, default, f"a list, each item {expected}", value)
+        for number, item in enumerate(value):
+            if type(item) is not str or not is_right(item):
+                self.refuse(key, expected, item, number)
+        return tuple(value)
+
+    def default(self, key: str, default: T, expected: str, value: object) -> T:
+        """Return the default of a key, and note a mistake unless it is absent."""
+        if value is not None:
+            self.refuse(key, expected, value)
+        return default
+
+    def table(self, key: str, rule: str = "") -> Table:
+        """Return a table in this one, an empty one where it is absent. rule: see the class."""
+        value = self.find(key)
+        if value is not None and type(value) is not dict:
+            self.refuse(key, f"a table, [{key}]", value)
+        table = Table(value if type(value) is dict else {}, (*self.keys, key), rule)
+        self.tables.append(table)
+        return table
+
+    def list_mistakes(self) -> list[Mistake]:
+        """Return what is wrong in this table and those in it: keys that nobody asked for, and values."""
+        rule = self.rule or f"known here are {', '.join(sorted(self.known))}"
+        unknown = [
+            Mistake((*self.keys, key), -1, f"unknown key; {rule}") for key in self.values if key not in self.known
+        ]
+        return unknown + self.mistakes + [mistake for table in self.tables for mistake in table.list_mistakes()]
+
+
+def make_finding(path: str, text: str, mistake: Mistake) -> Finding:
+    """Return what to report of a mistake in a file with this text."""
+    from oci_hooks.tomllines import find_line
+
+    try:
+        line = find_line(text, mistake.keys)
     except ImportError:
-        raise InputError(
-            "settings-unreadable", path, "can't be checked without jsonschema", "apt install python3-jsonschema"
-        ) from None
-    if findings:
-        raise InputError.from_findings(findings)
+        line = 0
+    where = f"{path} line {line}" if line else path
+    item = f"[{mistake.item}]" if mistake.item >= 0 else ""
+    key = f"{'.'.join(map(format_key, mistake.keys))}{item}"
+    return Finding("error", "bad-settings", f"{where}: {key}", mistake.problem, "mend it or take it out")
+
+
+def format_key(key: str) -> str:
+    """Return a key as TOML writes it."""
+    import json
+
+    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else json.dumps(key)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
+    from oci_hooks.host_settings import HostSettings
     from oci_hooks.oci import Spec
 
 # Nodes that nobody gives to a container one by one: where they are listed, everything is.
@@ -27,7 +28,7 @@ def run_check(check: Callable[..., tuple[Finding, ...]], *values: Any) -> tuple[
         return (Finding("warning", "check-failed", check.__name__, problem, hint),)
 
 
-def settle(findings: Iterable[Finding], settings: dict[str, Any]) -> tuple[Finding, ...]:
+def settle(findings: Iterable[Finding], settings: HostSettings) -> tuple[Finding, ...]:
     """Return the findings as host.toml wants them, errors first, each once.
 
     settings: `mode` for all checks ("enforce" or "warn"), `checks` for single ones by their code: "warn" tells an error
@@ -35,7 +36,7 @@ def settle(findings: Iterable[Finding], settings: dict[str, Any]) -> tuple[Findi
     """
     kept = []
     for finding in findings:
-        level = choose_level(finding, settings.get("mode", ""), settings.get("checks", {}).get(finding.code, ""))
+        level = choose_level(finding, settings.mode, settings.find_mode(finding.code))
         changed = finding.replace(level=level)
         if level and changed not in kept:
             kept.append(changed)

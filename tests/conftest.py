@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-MARKERS = {"unit": "unit", "runtime": "runtime", "packaging": "packaging", "vm": "vm", "chain": "chain"}
+MARKERS = {name: name for name in ("unit", "runtime", "packaging", "newcomer", "vm", "chain")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

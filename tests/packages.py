@@ -18,7 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.provision import PYTHON, REPOSITORY, find_cache, find_mirror, locked, make_partial, make_stamp, run, say
+from tests.provision import (
+    PYTHON,
+    REPOSITORY,
+    find_cache,
+    list_tree,
+    locked,
+    make_partial,
+    make_stamp,
+    run,
+    run_debootstrap,
+    run_twice,
+    say,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +39,6 @@ if TYPE_CHECKING:
 
 # What packaging/build installs by itself is not here.
 PACKAGES = {
-    "git": "which files go into the packages",
     "debootstrap": "Debian roots to install packages in",
     "lintian": "what Debian thinks of a package",
     "rpmlint": "what Fedora and openSUSE think of a package",
@@ -37,7 +48,9 @@ PACKAGES = {
     "python3-venv": "installing from source",
     "python3-wheel": "installing from source",
 }
-DEPENDENCIES = ("kmod", "python3-jsonschema", "python3-pyudev", "python3-tenacity")
+# What the hooks can do without: docs/libraries.md.
+RECOMMENDED = ("python3-jsonschema", "python3-pyudev", "python3-tenacity")
+DEPENDENCIES = ("kmod", *RECOMMENDED)
 # What uses the installed hooks in the machine.
 RUNTIMES = ("runc", "crun", "podman")
 # Each root: release, what is installed, what is only downloaded for a test to install, what pip puts into /opt/tests.
@@ -60,6 +73,11 @@ ROOTS = {
     "debian-11": FLOOR,
     "debian-12": ("bookworm", (), (*DEPENDENCIES, *RUNTIMES), ()),
     "debian-13": ("trixie", (), DEPENDENCIES, ()),
+}
+# What a newcomer has: Debian's smallest, and the same with the Python that other packages bring along.
+BARE_ROOTS = {
+    "bare": ("bookworm", (), (), ()),
+    "bare-python": ("bookworm", ("python3-minimal",), (), ()),
 }
 # Roots with packages in them are made anew with every change: an older one is of no use, after the runs that have it.
 KEPT_SECONDS = 7200.0
@@ -135,20 +153,10 @@ def ensure_dist() -> Path:
 
 def stamp_tree() -> str:
     """Return a name for the contents of all files that go into the packages."""
-    command = [
-        "git",
-        "-c",
-        f"safe.directory={REPOSITORY}",
-        "ls-files",
-        "-z",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-    ]
     digest = hashlib.sha256()
-    for name in sorted(run(command, cwd=REPOSITORY).split("\0")):
+    for name in list_tree():
         path = REPOSITORY / name
-        # What is deleted and not committed yet is still listed. Tests are in the source tarball only.
+        # Tests are in the source tarball only.
         if path.is_file() and not name.startswith("tests/"):
             digest.update(f"{name} {path.stat().st_mode:o}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:10]
@@ -161,15 +169,15 @@ def forget_old(pattern: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def ensure_roots() -> None:
+def ensure_roots(names: Sequence[str] = tuple(ROOTS)) -> None:
     """Make the roots that are missing, side by side: most of the time is the mirror's."""
     with ThreadPoolExecutor() as pool:
-        list(pool.map(ensure_root, ROOTS))
+        list(pool.map(ensure_root, names))
 
 
 def ensure_root(name: str) -> Path:
     """Return a Debian root of this name, made once."""
-    suite, installed, downloaded, requirements = ROOTS[name]
+    suite, installed, downloaded, requirements = {**ROOTS, **BARE_ROOTS}[name]
     place = find_cache() / f"root-{name}-{make_stamp(suite, *installed, *downloaded, *requirements)}"
     if not place.exists():
         with locked(place):
@@ -185,15 +193,14 @@ def make_root(
     say(f"making a root of Debian {suite} with debootstrap: minbase{''.join(f', {name}' for name in installed)}")
     started = time.monotonic()
     partial = make_partial(place)
-    include = [f"--include={','.join(installed)}"] if installed else []
-    run(["debootstrap", "--variant=minbase", *include, suite, str(partial), find_mirror()])
+    run_debootstrap(partial, suite, installed)
     shutil.copy("/etc/resolv.conf", partial / "etc/resolv.conf")
     run(["chroot", str(partial), "apt-get", "clean"])
     if downloaded:
         # apt finds them in its cache when a test installs them, in seconds and also where there is no network.
         options = ["-o", "Acquire::Languages=none", "-o", "APT::Sandbox::User=root"]
-        run(["chroot", str(partial), "apt-get", *options, "update"])
-        run(["chroot", str(partial), "apt-get", "install", "-y", "--no-install-recommends", "-d", *downloaded])
+        run_twice(["chroot", str(partial), "apt-get", *options, "update"])
+        run_twice(["chroot", str(partial), "apt-get", "install", "-y", "--no-install-recommends", "-d", *downloaded])
     if requirements:
         install_requirements(partial, requirements)
     partial.rename(place)
@@ -225,7 +232,7 @@ def ensure_installed(name: str = "debian-12") -> tuple[Path, Path]:
                 forget_old("installed-*")
                 partial = make_partial(place)
                 runtimes = RUNTIMES if set(RUNTIMES) <= set(ROOTS[name][2]) else ()
-                install_debs(Root((base,), partial, ((dist, "/mnt/dist"),)), *runtimes)
+                install_debs(Root((base,), partial, ((dist, "/mnt/dist"),)), *RECOMMENDED, *runtimes)
                 (partial / "top").rename(place)
                 shutil.rmtree(partial)
     return place, base

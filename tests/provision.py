@@ -12,14 +12,16 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.progress import PROGRESS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,6 +57,9 @@ TEST_PACKAGES = {
     "dmsetup": "a volume on a disk that must not be taken",
     "podman": "a container engine that knows hooks.d",
     "procps": "processes",
+    "locales": "character maps, for tests of odd encodings",
+    "git": "which files are the tree's: packages are named by their contents",
+    "strace": "which files a hook opens",
     "linux-libc-dev": "the numbers of system calls and capabilities",
     "python3-jsonschema": "the hooks' own dependency",
     "python3-pyudev": "the hooks' own dependency",
@@ -84,15 +89,44 @@ ROOTFS_PACKAGES = {"probe": ("python3-minimal",)}
 KERNEL_SUITES = {"6.1": "bookworm", "6.12": "trixie"}
 DEFAULT_KERNEL = "6.1"
 
+# As in .gitignore, and git's own: a directory, in a second work tree a file.
+MADE_HERE = re.compile(r"/(\.git$|(\.[a-z]+_cache|\.git|\.hypothesis|__pycache__|[^/]*\.egg-info)/)|^/(build|dist)/")
+# No command that is run here (apt, debootstrap, pip) takes as many seconds on the slowest mirror that was seen.
+COMMAND_LIMIT = 1800.0
+
 
 class MissingError(Exception):
     """Something that is needed is not there and could not be had. The text says what a user can do."""
 
 
 def say(text: str) -> None:
-    """Tell the user what is going on, at once. One write a line: several threads may have something to say."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    """Tell the user what is going on, at once."""
+    PROGRESS.say(text)
+
+
+def list_tree() -> list[str]:
+    """Return the names of all files of the work tree that a clone would have if all were committed, sorted.
+
+    Without git, as in an unpacked tarball: all files but what is made here.
+    """
+    command = [
+        "git",
+        "-c",
+        f"safe.directory={REPOSITORY}",
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
+    if (REPOSITORY / ".git").exists() and shutil.which("git"):
+        names = run(command, cwd=REPOSITORY).split("\0")
+    else:
+        paths = [Path(top, name) for top, _, files in os.walk(REPOSITORY) for name in files]
+        names = [str(path.relative_to(REPOSITORY)) for path in paths]
+        names = [name for name in names if not MADE_HERE.search(f"/{name}")]
+    # What is deleted and not committed yet is still listed.
+    return sorted(name for name in names if name and os.path.lexists(REPOSITORY / name))
 
 
 def find_cache() -> Path:
@@ -115,13 +149,26 @@ def run(command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | N
             text=True,
             errors="replace",
             check=False,
+            timeout=COMMAND_LIMIT,
         )
     except FileNotFoundError as error:
         raise MissingError(f"{command[0]}: command not found") from error
+    except subprocess.TimeoutExpired as error:
+        raise MissingError(f"`{shlex.join(command)}` did not end in {COMMAND_LIMIT:.0f} s") from error
+    PROGRESS.note(f"$ {shlex.join(command)}\n{done.stdout}{done.stderr}")
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         raise MissingError(f"`{shlex.join(command)}` ended with {done.returncode}:\n{tail}")
     return done.stdout
+
+
+def run_twice(command: Sequence[str]) -> str:
+    """Run a command that asks a mirror, once more when it fails: a mirror that is being updated does."""
+    try:
+        return run(command)
+    except MissingError as error:
+        say(f"  once more: {error}")
+        return run(command)
 
 
 def find_missing_packages(names: Iterable[str]) -> list[str]:
@@ -146,12 +193,27 @@ def ensure_packages(packages: dict[str, str]) -> None:
     if os.geteuid() != 0:
         reasons = "\n".join(f"  {name}: {packages[name]}" for name in missing)
         raise MissingError(f"missing Debian packages:\n{reasons}\ninstall them as root: {shlex.join(command)}")
-    say(f"installing {len(missing)} Debian packages: {' '.join(missing)}")
-    started = time.monotonic()
-    run(["apt-get", "update", "-q"])
-    # A fresh machine may be at its own updates.
-    run([*command, "-o", "DPkg::Lock::Timeout=600"])
-    say(f"  done in {time.monotonic() - started:.0f} s")
+    if shutil.which("apt-get") is None:
+        raise MissingError(f"there is no apt-get here: what is needed is named as in Debian: {' '.join(missing)}")
+    with PROGRESS.step("package lists", "getting apt's package lists"):
+        run_twice(["apt-get", "update", "-q"])
+    what = f"installing {len(missing)} Debian packages{measure_packages(missing)}: {' '.join(missing)}"
+    with PROGRESS.step("packages", what):
+        # A fresh machine may be at its own updates.
+        run_twice([*command, "-o", "DPkg::Lock::Timeout=600"])
+
+
+def measure_packages(names: Sequence[str]) -> str:
+    """Return how much apt will load and how much room that takes, for the middle of a line; empty where it isn't known.
+
+    apt prints it when it has to ask, and the answer is no.
+    """
+    command = ["apt-get", "install", "--assume-no", "--no-install-recommends", *names]
+    environment = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_LIMIT)
+    load = re.search(r"^Need to get (\S+ [kMG]?B)[ /]", done.stdout, re.MULTILINE)
+    room = re.search(r"^After this operation, (\S+ \S+) of additional disk space", done.stdout, re.MULTILINE)
+    return f" ({load[1]} to load, {room[1]} on disk)" if load and room else ""
 
 
 def make_stamp(*parts: str) -> str:
@@ -164,33 +226,47 @@ def locked(place: Path) -> Iterator[None]:
     """Hold the right to make a place in the cache: two runs may need the same at the same time."""
     with (find_cache() / f"{place.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        except BaseException:
+            # Broken off, by Ctrl-C too: half a root is of no use, and large.
+            shutil.rmtree(place.with_name(f"{place.name}.partial"), ignore_errors=True)
+            raise
+
+
+def find_venv(name: str, requirements: Sequence[str]) -> Path:
+    """Return where the virtual environment of that name lies when it is made."""
+    version = run([PYTHON, "-c", "import sys; print(sys.version)"])
+    return find_cache() / f"venv-{name}-{make_stamp(version, *requirements)}"
 
 
 def ensure_venv(name: str, requirements: Sequence[str]) -> Path:
     """Return a virtual environment of the system's Python that has the requirements."""
-    version = run([PYTHON, "-c", "import sys; print(sys.version)"])
-    place = find_cache() / f"venv-{name}-{make_stamp(version, *requirements)}"
+    place = find_venv(name, requirements)
     # A virtual environment knows its own path, so it is made in place and marked when it is whole.
     mark = place / "complete"
     if mark.exists():
         return place
     with locked(place):
         if not mark.exists():
-            say(f"making a virtual environment with {', '.join(requirements)}")
-            started = time.monotonic()
-            shutil.rmtree(place, ignore_errors=True)
-            run([PYTHON, "-m", "venv", str(place)])
-            run([str(place / "bin/pip"), "install", "--disable-pip-version-check", "-q", *requirements])
-            mark.touch()
-            say(f"  virtual environment {name}: done in {time.monotonic() - started:.0f} s")
+            what = f"making a virtual environment with {', '.join(requirements)}"
+            with PROGRESS.step(f"virtual environment {name}", what):
+                shutil.rmtree(place, ignore_errors=True)
+                run([PYTHON, "-m", "venv", str(place)])
+                run_twice([str(place / "bin/pip"), "install", "--disable-pip-version-check", "-q", *requirements])
+                mark.touch()
     return place
+
+
+def find_rootfs(name: str = "probe") -> Path:
+    """Return where the root file system of that name lies when it is made."""
+    return find_cache() / f"rootfs-{name}-{make_stamp(*ROOTFS_PACKAGES[name])}"
 
 
 def ensure_rootfs(name: str = "probe") -> Path:
     """Return the root file system for containers of this name, made once with debootstrap."""
     packages = ROOTFS_PACKAGES[name]
-    place = find_cache() / f"rootfs-{name}-{make_stamp(*packages)}"
+    place = find_rootfs(name)
     if place.exists():
         return place
     with locked(place):
@@ -201,15 +277,30 @@ def ensure_rootfs(name: str = "probe") -> Path:
 
 def make_rootfs(place: Path, packages: Sequence[str]) -> None:
     """Make a root file system of Debian's smallest and these packages."""
-    say(f"making the containers' root file system with debootstrap: minbase, {', '.join(packages)}")
-    started = time.monotonic()
-    partial = make_partial(place)
-    include = f"--include={','.join(packages)}"
-    run(["debootstrap", "--variant=minbase", include, "bookworm", str(partial), find_mirror()])
-    for useless in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"):
-        shutil.rmtree(partial / useless, ignore_errors=True)
-    partial.rename(place)
-    say(f"  root file system: done in {time.monotonic() - started:.0f} s")
+    what = f"making the containers' root file system with debootstrap: minbase, {', '.join(packages)}"
+    with PROGRESS.step("root file system", what):
+        partial = make_partial(place)
+        run_debootstrap(partial, "bookworm", packages)
+        for useless in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale"):
+            shutil.rmtree(partial / useless, ignore_errors=True)
+        partial.rename(place)
+
+
+def run_debootstrap(place: Path, suite: str, packages: Sequence[str]) -> None:
+    """Make Debian's smallest root and these packages in an empty directory; once more when the mirror fails.
+
+    In a mount namespace: what it mounts in there is gone with it, however it ends.
+    """
+    include = [f"--include={','.join(packages)}"] if packages else []
+    command = ["debootstrap", "--variant=minbase", *include, suite, str(place), find_mirror()]
+    command = ["unshare", "--mount", "--propagation", "private", *command]
+    try:
+        run(command)
+    except MissingError as error:
+        say(f"  once more: {error}")
+        shutil.rmtree(place)
+        place.mkdir()
+        run(command)
 
 
 def make_partial(place: Path) -> Path:
@@ -257,11 +348,16 @@ def ensure_kernel(version: str = DEFAULT_KERNEL) -> Kernel:
 
 
 def unpack_kernel(place: Path, version: str) -> None:
-    """Get a kernel's package with apt and unpack it, its modules' index made."""
+    """Make the directory of a kernel."""
     suite = KERNEL_SUITES[version]
-    say(f"getting Debian's kernel {version} from {suite}")
-    started = time.monotonic()
-    partial = make_partial(place)
+    with PROGRESS.step(f"kernel {version}", f"getting Debian's kernel {version} from {suite}"):
+        partial = make_partial(place)
+        unpack_package(partial, suite)
+        partial.rename(place)
+
+
+def unpack_package(partial: Path, suite: str) -> None:
+    """Get the kernel's package of a Debian release and unpack it in a directory, its modules' index made."""
     options = read_apt_options(suite)
     package = find_kernel_package(options)
     run(["apt-get", *options, "-q", "download", package], cwd=partial)
@@ -273,8 +369,6 @@ def unpack_kernel(place: Path, version: str) -> None:
         (partial / "lib").symlink_to("usr/lib")
     release = package.split("-", 2)[2]
     run([DEPMOD, "-b", str(partial), release])
-    partial.rename(place)
-    say(f"  {release}, done in {time.monotonic() - started:.0f} s")
 
 
 def find_kernel_package(apt_options: Sequence[str]) -> str:
@@ -313,6 +407,12 @@ def read_apt_options(suite: str) -> list[str]:
     options = [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
     run(["apt-get", *options, "-q", "update"])
     return options
+
+
+def is_rig_made() -> bool:
+    """Return whether all is there that ensure_rig makes."""
+    marks = (find_venv("rig", RIG_REQUIREMENTS) / "complete", find_cache() / f"kernel-{DEFAULT_KERNEL}", find_rootfs())
+    return all(mark.exists() for mark in marks)
 
 
 def ensure_rig() -> tuple[Kernel, Path]:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests/run does: sets up, runs the kinds of tests asked for, counts.
 
-    tests/run                                          lint, unit, runtime, packaging, chain, vm
+    tests/run                                          lint, unit, runtime, packaging, newcomer, chain, vm
     tests/run lint unit                                these kinds
+    tests/run --list [KIND...]                         installs what they need, and names their tests
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
     tests/run --in MACHINE [--kernel 6.12] COMMAND...  any command in a machine
 
-Exits with 0 when all passed, 1 when something failed or a test of the machine was skipped, 3 when something is missing.
+Exits with 0 when all passed, 1 when something failed or a test of the machine was skipped (with CI=true: any test that
+tests/skips.py does not know), 3 when something is missing.
 """
 
 from __future__ import annotations
@@ -29,14 +31,18 @@ from xml.etree import ElementTree
 
 from tests import packages, provision
 from tests.chain import image
+from tests.newcomer import bare
 from tests.provision import REPOSITORY, MissingError, say
+from tests.skips import Skip, find_unknown
 from tests.vm import machines, rig
 
-KINDS = ("lint", "unit", "runtime", "packaging", "chain", "vm")
+KINDS = ("lint", "unit", "runtime", "packaging", "newcomer", "chain", "vm")
 # Run in the rig's machines, where nothing may be skipped.
 IN_MACHINES = ("chain", "vm")
 # The long ones: side by side, as many jobs at a time as there are processors.
-TOGETHER = ("unit", "packaging", *IN_MACHINES)
+TOGETHER = ("unit", "packaging", "newcomer", *IN_MACHINES)
+# What apt has to have installed for a kind, beside provision.TEST_PACKAGES.
+PACKAGES = {"packaging": packages.PACKAGES, "newcomer": bare.PACKAGES, "chain": image.PACKAGES}
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 2400.0
 # A directory for the records that tests of the machine make (tests/vm/recording.py).
@@ -53,6 +59,8 @@ TRIED_AGAIN = 5
 TEST_LIMIT = 600
 # One of packaging is all unit tests on Debian 11.
 PACKAGING_TEST_LIMIT = 2000
+# One of a newcomer's tests is a whole first run of the demo: apt, debootstrap, a boot.
+NEWCOMER_TEST_LIMIT = 1500
 # How long pytest as a whole may take outside the machines.
 HERE_LIMIT = 3000
 
@@ -67,18 +75,22 @@ class Failure:
 
 @dataclass(frozen=True)
 class Count:
-    """How many tests passed, failed and were skipped. failures: what failed; again: what passed the second time."""
+    """How many tests passed, failed and were skipped.
+
+    failures: what failed; again: what passed the second time; skips: what was skipped, and why.
+    """
 
     passed: int = 0
     failed: int = 0
     skipped: int = 0
     failures: tuple[Failure, ...] = field(default=(), compare=False)
     again: tuple[Failure, ...] = field(default=(), compare=False)
+    skips: tuple[Skip, ...] = field(default=(), compare=False)
 
     def __add__(self, other: Count) -> Count:
         """Return the sums."""
         numbers = self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped
-        return Count(*numbers, self.failures + other.failures, self.again + other.again)
+        return Count(*numbers, self.failures + other.failures, self.again + other.again, self.skips + other.skips)
 
     def __str__(self) -> str:
         """Return the line that programs read."""
@@ -90,8 +102,11 @@ class Count:
         for what, failure in [*told, *(("FAILED", failure) for failure in self.failures)]:
             first, *rest = failure.words.splitlines()
             print("\n".join(["", f"{what} {first}", *(f"    {line}" for line in rest[-LINES_TOLD:])]))
+        for skip in self.skips:
+            print(skip)
 
 
+LINTERS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 # Runs tests: all of a job's, or those with these node ids.
 Job = Callable[[Sequence[str]], Count]
 
@@ -105,6 +120,8 @@ def main(arguments: list[str]) -> int:
             return run_selected(arguments[1:])
         if arguments[:1] == ["--in"]:
             return run_command(arguments[1:])
+        if arguments[:1] == ["--list"] and set(arguments[1:]) <= set(KINDS):
+            return list_kinds(arguments[1:] or list(KINDS))
         if any(argument not in KINDS for argument in arguments):
             print(__doc__)
             return 0 if arguments in (["-h"], ["--help"]) else 2
@@ -116,7 +133,7 @@ def main(arguments: list[str]) -> int:
 def run_kinds(kinds: list[str]) -> int:
     """Run these kinds of tests and print how many there were of each."""
     started = time.monotonic()
-    provision.ensure_packages(provision.TEST_PACKAGES)
+    install_packages(kinds)
     provision.compile_hooks()
     counts: dict[str, Count] = {}
     for kind in kinds:
@@ -138,9 +155,40 @@ def run_kinds(kinds: list[str]) -> int:
     return code
 
 
+def install_packages(kinds: Sequence[str]) -> None:
+    """Install what these kinds need, all at once, before the first test is at work.
+
+    All of them see this machine, the emulated ones as their root.
+    """
+    wanted = dict(provision.TEST_PACKAGES)
+    for kind in kinds:
+        wanted |= PACKAGES.get(kind, {})
+    provision.ensure_packages(wanted)
+
+
+def list_kinds(kinds: Sequence[str]) -> int:
+    """Install what these kinds need, print the names of their tests, and return the exit code."""
+    install_packages(kinds)
+    for kind in kinds:
+        say(f"== {kind}")
+        directory = REPOSITORY / "tests" / kind
+        if kind == "lint":
+            say("\n".join(map(" ".join, LINTERS)))
+        elif directory.is_dir():
+            command = [find_tool("python"), "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+            done = subprocess.run([*command, str(directory)], cwd=REPOSITORY, timeout=TEST_LIMIT, check=False)
+            if done.returncode:
+                return 1
+    return 0
+
+
 def judge(total: Count, *inside: Count) -> int:
     """Return the exit code: a test of a machine (inside) that did not run is as bad as one that failed."""
     if total.failed:
+        return 1
+    unknown = find_unknown(total.skips)
+    if unknown:
+        print(f"tests/run: {len(unknown)} skips are not in tests/skips.py: with CI=true that is a failure")
         return 1
     for count in inside:
         if count.skipped or not count.passed:
@@ -160,24 +208,31 @@ def run_together(kinds: list[str]) -> dict[str, Count]:
 def make_jobs(kinds: list[str]) -> Iterator[tuple[str, Job]]:
     """Yield the jobs of these kinds, each with its kind, the longest first.
 
-    What apt installs comes first: all of them see this machine, the emulated ones as their root. Kernels and Debian
-    roots are made ready while the unit tests are at work.
+    What building the packages installs comes first, too. Kernels and Debian roots are made ready while the unit tests
+    are at work.
     """
-    if "chain" in kinds:
-        provision.ensure_packages(image.PACKAGES)
     if "packaging" in kinds:
-        provision.ensure_packages(packages.PACKAGES)
         packages.ensure_dist()
     if "unit" in kinds:
         yield "unit", partial(run_here, REPOSITORY / "tests/unit", prefix="unit: " if len(kinds) > 1 else "")
-    if "packaging" in kinds:
-        packages.ensure_roots()
+    packages.ensure_roots(
+        [*(packages.ROOTS if "packaging" in kinds else ()), *(packages.BARE_ROOTS if "newcomer" in kinds else ())]
+    )
     inside = {kind: make_boot_jobs(find_machine_tests(kind), []) for kind in IN_MACHINES if kind in kinds}
     if "packaging" in kinds:
         here = partial(run_here, REPOSITORY / "tests/packaging", prefix="packaging: ", limit=PACKAGING_TEST_LIMIT)
         yield "packaging", here
+    if "newcomer" in kinds:
+        yield from (("newcomer", job) for job in make_newcomer_jobs())
     for kind, jobs in inside.items():
         yield from ((kind, job) for job in jobs)
+
+
+def make_newcomer_jobs() -> Iterator[partial[Count]]:
+    """Yield a job for each file of a newcomer's tests: each has machines of its own."""
+    for file in find_machine_tests("newcomer"):
+        prefix = f"newcomer {file.stem.partition('_')[2]}: "
+        yield partial(run_here, file, prefix=prefix, limit=NEWCOMER_TEST_LIMIT)
 
 
 def try_again(job: Job, first: Count) -> Count:
@@ -193,7 +248,8 @@ def try_again(job: Job, first: Count) -> Count:
     second = job(tests)
     failed = {test for failure in second.failures for test in failure.tests or tests}
     again = tuple(failure for failure in first.failures if failed.isdisjoint(failure.tests))
-    return Count(first.passed + second.passed, second.failed, first.skipped + second.skipped, second.failures, again)
+    numbers = first.passed + second.passed, second.failed, first.skipped + second.skipped
+    return Count(*numbers, second.failures, again, first.skips + second.skips)
 
 
 def run_jobs(jobs: Iterable[tuple[str, Job]]) -> list[tuple[str, Job, Count]]:
@@ -223,26 +279,26 @@ def find_tool(name: str) -> str:
 def run_lint() -> Count:
     """Run the linters: each counts as one test."""
     count = Count()
-    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
+    for command in LINTERS:
         say(f"$ {' '.join(command)}")
         done = subprocess.run([find_tool(command[0]), *command[1:]], cwd=REPOSITORY, check=False)
         count += Count(failed=1, failures=(Failure((), " ".join(command)),)) if done.returncode else Count(passed=1)
     return count
 
 
-def run_here(directory: Path, tests: Sequence[str] = (), prefix: str = "", limit: int | None = None) -> Count:
-    """Run a directory of tests on this machine, or some of them by node id.
+def run_here(place: Path, tests: Sequence[str] = (), prefix: str = "", limit: int | None = None) -> Count:
+    """Run a directory of tests on this machine, or a file, or some of them by node id.
 
     prefix: put before each line, where others talk at the same time; limit: seconds that a test may take, if not
     TEST_LIMIT.
     """
-    if not list(directory.glob("test_*.py")):
-        say(f"no tests in {directory.relative_to(REPOSITORY)}")
+    if not place.is_file() and not list(place.glob("test_*.py")):
+        say(f"no tests in {place.relative_to(REPOSITORY)}")
         return Count()
     with tempfile.TemporaryDirectory(prefix="tests-") as scratch:
         report = Path(scratch) / "junit.xml"
         command = [find_tool("python"), "-m", "pytest", "-q", f"--junitxml={report}", *limit_tests(limit)]
-        command += tests or [str(directory)]
+        command += tests or [str(place)]
         # In the foreground: Ctrl-C reaches what it runs.
         command = ["timeout", "--foreground", "--kill-after=20", str(HERE_LIMIT), *hide_records(), *command]
         output = subprocess.PIPE if prefix else None
@@ -389,17 +445,22 @@ def read_report(report: Path, code: int) -> Count:
     for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - we wrote it ourselves
         problems = [*case.iter("failure"), *case.iter("error")]
         if problems:
-            test = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+            test = name_test(case)
             words = "\n".join([test, *(problem.text or "" for problem in problems)])
             count += Count(failed=1, failures=(Failure((test,), words),))
-        elif case.find("skipped") is not None:
-            count += Count(skipped=1)
+        elif (skipped := case.find("skipped")) is not None:
+            count += Count(skipped=1, skips=(Skip(name_test(case), skipped.get("message", "")),))
         else:
             count += Count(passed=1)
     # 5: no test was collected, which is the caller's to judge.
     if code in (0, 5) or (code == 1 and count.failed):
         return count
     return count + Count(failed=1, failures=(Failure((), f"pytest ended with {code}"),))
+
+
+def name_test(case: ElementTree.Element) -> str:
+    """Return the node id of a test case of a report."""
+    return f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
 
 
 def run_selected(arguments: list[str]) -> int:

@@ -36,6 +36,12 @@ class Figure:
 FIGURES = (
     Figure("container without VFIO: guest hook / bare interpreter", "plain guest none", "plain bare", 1.4),
     Figure("container without VFIO: host check / bare interpreter", "plain host none", "plain bare", 1.4),
+    Figure(
+        "guest hook with guest.toml / without (dry run, nothing free)", "settings guest", "settings guest none", 1.2
+    ),
+    Figure("host check with host.toml / without", "settings host", "settings host none", 1.2),
+    Figure("the same with TOML that is not plain: guest hook", "settings guest any", "settings guest none"),
+    Figure("the same with TOML that is not plain: host check", "settings host any", "settings host none"),
     Figure("the same in the VM: guest hook / bare interpreter", "guest none", "bare", 1.4),
     Figure("the same in the VM: host check / bare interpreter", "host none", "bare", 1.4),
     Figure("guest hook, 1 device / driverctl, 1 device", "guest 1", "driverctl 1", 1.0),

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Callable
 
 from tests.bench.timing import Case, Samples, list_imports, take_turns, weigh
 from tests.provision import REPOSITORY
@@ -26,6 +28,14 @@ MORE = 10
 DEVICES = 500
 GROUPS = 64
 CONTROL = {"path": "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196}
+# Where the hooks look, as a runtime starts them.
+SETTINGS = Path("/etc/oci-vfio-hooks")
+# What a user sets; and the same with a sign and a string that only a whole TOML reader knows.
+PLAIN = {
+    "guest": 'deadline = 30\non_failure = "kill"\n[auto]\nids = ["8086:10d3", "15b3"]\n',
+    "host": 'deadline = 30\nmode = "enforce"\n[checks]\nmemlock = "ignore"\n',
+}
+ANY = {name: text.replace("30", "+30").replace('"', "'") for name, text in PLAIN.items()}
 UNLIMITED = {"type": "RLIMIT_MEMLOCK", "hard": 2**64 - 1, "soft": 2**64 - 1}
 
 
@@ -103,6 +113,46 @@ def list_cases_of_host(scratch: Path, nodes: Sequence[tuple[str, int, int]]) -> 
     ]
 
 
+def make_writer(path: Path, text: str) -> Callable[[], None]:
+    """Return a function that writes a file."""
+
+    def write() -> None:
+        path.write_text(text)
+
+    return write
+
+
+def list_cases_of_settings(scratch: Path, nodes: Sequence[tuple[str, int, int]]) -> list[Case]:
+    """Return a check and a dry run, each without settings, with plain ones and with any others."""
+    bundle = scratch / "settings"
+    host = write_bundle(bundle, nodes[:1])
+    config = json.loads((bundle / "config.json").read_text())
+    config["annotations"] = {"io.katacontainers.x.vfio.devices": "0000:00:00.0"}
+    (bundle / "config.json").write_text(json.dumps(config))
+    commands = {"guest": ((GUEST_HOOK, "--dry-run"), host), "host": ((HOST_HOOK,), host)}
+    cases = []
+    for name, (command, state) in commands.items():
+        file = SETTINGS / f"{name}.toml"
+        cases.append(Case(f"settings {name} none", command, state))
+        for kind, texts in (("", PLAIN), (" any", ANY)):
+            cases.append(Case(f"settings {name}{kind}", command, state, make_writer(file, texts[name]), file.unlink))
+    return cases
+
+
+@contextmanager
+def empty_settings() -> Iterator[None]:
+    """Have a directory of settings with nothing in it, for this mount namespace alone."""
+    made = not SETTINGS.exists()
+    SETTINGS.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "settings", str(SETTINGS)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(SETTINGS)], check=True)
+        if made:
+            SETTINGS.rmdir()
+
+
 def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
     """Return samples of these parts ("plain", "host"), memory and imports."""
     samples: Samples = {}
@@ -122,6 +172,8 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
             cases = list_cases_of_host(scratch, nodes)
             samples |= take_turns(cases, runs * MORE, f"host check, {DEVICES} devices")
             memory |= weigh(cases, runs)
+            with empty_settings():
+                samples |= take_turns(list_cases_of_settings(scratch, nodes), runs * MORE, "settings")
             imports[f"vfio-host-check, {GROUPS} groups"] = list_imports(HOST_HOOK, (), cases[-1].stdin)
             for directory_name in ("dev", "sys"):
                 subprocess.run(["umount", f"/{directory_name}"], check=True)

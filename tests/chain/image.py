@@ -27,7 +27,11 @@ from tests.provision import locked, make_partial, make_stamp, run, say
 SETTINGS = "deadline = 240\n"
 HERE = Path(__file__).resolve().parent
 # What the containers' root is made of is taken from this machine.
-PACKAGES = {**provision.RIG_PACKAGES, "dpdk-dev": "dpdk-testpmd, the program in the inner machine's containers"}
+PACKAGES = {
+    **provision.RIG_PACKAGES,
+    "git": "which files go into the packages",
+    "dpdk-dev": "dpdk-testpmd, the program in the inner machine's containers",
+}
 ENVIRONMENT = "OCI_VFIO_CHAIN_IMAGE"
 # Directories are taken whole.
 PYTHON = ("/usr/bin/python3", "/usr/bin/python3.11", "/usr/lib/python3.11")

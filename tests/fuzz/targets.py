@@ -188,18 +188,33 @@ def fuzz_map(data: bytes) -> None:
 
 
 def fuzz_settings(data: bytes) -> None:
-    """guest.toml and host.toml: what is taken is what the schema takes."""
+    """guest.toml and host.toml: what is taken is what the schema takes; a plain text is to tomllib what it is here."""
     from oci_hooks.guest_settings import GUEST_SETTINGS, read_guest_settings
+    from oci_hooks.host_settings import HOST_SETTINGS, read_host_settings
+    from oci_hooks.plaintoml import read_plain
 
-    root = MemoryRoot({GUEST_SETTINGS: data, settings.HOST_SETTINGS: data})
-    for read in (
-        lambda: read_guest_settings(root, ""),
-        lambda: settings.read_settings(root, settings.HOST_SETTINGS, "host-settings"),
-    ):
+    plain, values = None, None
+    try:
+        text = data.decode()
+        plain = read_plain(text)
+        values = settings.load_toml(text)
+    except (ValueError, RecursionError):
+        # Whatever was plain would have been read.
+        values = None
+    assert plain is None or repr(plain) == repr(values)
+    if is_deep(values):
+        return
+    root = MemoryRoot({GUEST_SETTINGS: data, HOST_SETTINGS: data})
+    readers: list[tuple[Callable[..., object], str]] = [
+        (read_guest_settings, "guest-settings"),
+        (read_host_settings, "host-settings"),
+    ]
+    for read, name in readers:
         try:
-            read()
+            taken = bool(read(root, ""))
         except InputError:
-            continue
+            taken = False
+        assert taken == (values is not None and load_validator(name).is_valid(values)), (name, values)
 
 
 def fuzz_kata(data: bytes) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import __version__
+from tests import packages
 from tests.packages import list_files
 from tests.provision import REPOSITORY
 
@@ -91,28 +92,35 @@ def test_the_whole_module_is_there(dist: Path, tmp_path: Path, kind: str) -> Non
     assert compiled == ({path.stem for path in wanted if path.suffix == ".py"} if kind == "rpm" else set())
 
 
-def test_debs_need_what_the_hooks_import_and_no_more(dist: Path) -> None:
+def test_debs_need_python_and_recommend_what_the_hooks_import(dist: Path) -> None:
     def read(package: str, field: str) -> list[str]:
         text = run("dpkg-deb", "-f", dist / f"{package}_{__version__}-1_all.deb", field)
         return sorted(text.strip().split(", "))
 
-    module = ["python3-jsonschema", "python3-pyudev", "python3-tenacity", "python3:any"]
-    assert read("python3-oci-vfio-hooks", "Depends") == module
+    assert read("python3-oci-vfio-hooks", "Depends") == ["python3:any"]
+    assert read("python3-oci-vfio-hooks", "Recommends") == [
+        "python3 (>= 3.11~) | python3-tomli",
+        *packages.RECOMMENDED,
+    ]
     for package in EXECUTABLES:
         needed = [*MORE[package], f"python3-oci-vfio-hooks (= {__version__}-1)", "python3:any"]
         assert read(package, "Depends") == needed
         assert read(package, "Recommends") == [""]
 
 
-def test_rpms_need_what_the_hooks_import_and_no_more(dist: Path) -> None:
-    def read(package: str) -> set[str]:
-        lines = run("rpm", "-qp", "--requires", dist / f"{package}-{__version__}-1.noarch.rpm").splitlines()
+def test_rpms_need_python_and_recommend_what_the_hooks_import(dist: Path) -> None:
+    def read(package: str, what: str = "--requires") -> set[str]:
+        lines = run("rpm", "-qp", what, dist / f"{package}-{__version__}-1.noarch.rpm").splitlines()
         # What every RPM needs of rpm itself, and of itself.
         return {line for line in lines if not line.startswith(("rpmlib(", "config("))}
 
     module = {line.partition(" ")[0] for line in read("python3-oci-vfio-hooks")}
-    names = {re.sub(r"^python3[.]\d+dist", "dist", name) for name in module}
-    assert names == {"/bin/sh", "python(abi)", "dist(jsonschema)", "dist(pyudev)", "dist(tenacity)"}
+    assert module == {"/bin/sh", "python(abi)"}
+    libraries = {f"python3dist({name.partition('-')[2]})" for name in packages.RECOMMENDED}
+    assert read("python3-oci-vfio-hooks", "--recommends") == {
+        *libraries,
+        "(python3dist(tomli) if python3 < 3.11)",
+    }
     for package in EXECUTABLES:
         assert read(package) == {*MORE[package], "/usr/bin/python3", f"python3-oci-vfio-hooks = {__version__}-1"}
 

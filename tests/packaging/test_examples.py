@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import tomllib
 
-from oci_hooks import guest_settings, settings
+from oci_hooks import guest_settings, host_settings
 from oci_hooks.schema import find_mistakes
 from tests.provision import REPOSITORY
 
@@ -145,7 +145,7 @@ def test_settings_show_every_default() -> None:
     defaults = guest_settings.GuestSettings()
     for key in ("deadline", "on_failure", "map", "allow_noiommu", "widen_parent_cgroups"):
         assert values["guest"][key] == getattr(defaults, key), key
-    assert settings.HOST_SETTINGS in host
+    assert host_settings.HOST_SETTINGS in host
     assert guest_settings.GUEST_SETTINGS in guest
 
 

@@ -16,7 +16,8 @@ from tests import packages, provision
 from tests.packages import Root
 from tests.packaging.conftest import MakeRoot
 from tests.provision import REPOSITORY
-from tests.runner import limit_tests
+from tests.runner import limit_tests, read_report
+from tests.skips import find_unknown
 
 LIBEXEC = "/usr/libexec/oci/hooks.d"
 HOOKS = [
@@ -75,6 +76,30 @@ def test_debs_on_a_fresh_debian(installed: MakeRoot, name: str) -> None:
     replay_a_record(root)
     for library in ("jsonschema", "pyudev", "tenacity"):
         root.run("python3", "-I", "-c", f"import {library}")
+
+
+@pytest.mark.parametrize("name", DEBIANS)
+def test_debs_without_what_they_recommend(bare: MakeRoot, name: str) -> None:
+    """Python and its own library: the hooks with settings, and the replay tool, which says what it lacks."""
+    root = bare(name)
+    packages.install_debs(root)
+    for library in ("jsonschema", "pyudev", "tenacity"):
+        root.run("python3", "-I", "-c", f"import {library}", code=1)
+    root.run(
+        "sh",
+        "-ec",
+        "mkdir -p /etc/oci-vfio-hooks; cd /etc/oci-vfio-hooks; echo 'deadline = 20' | tee host.toml > guest.toml",
+    )
+    use_hooks(root, HOOKS)
+    root.run("sh", "-ec", "cd /etc/oci-vfio-hooks; echo 'dead_line = 20' | tee host.toml > guest.toml")
+    state = make_bundle(root, {"path": "/dev/vfio/4711", "type": "c", "major": 511, "minor": 4711})
+    bound = Root(root.layers, root.changes, ((root.changes / "bundle", str(root.changes / "bundle")),))
+    for hook in HOOKS:
+        assert "line 1: dead_line: unknown key; " in bound.run(hook, text=state, code=2).stderr
+    said = bound.run("vfio-hook-replay", "explain", code=2).stderr
+    assert said.startswith("vfio-hook-replay: ")
+    assert said.endswith("apt install python3-jsonschema\n")
+    root.run("apt-get", "purge", "-y", "python3-oci-vfio-hooks", "oci-vfio-hooks", "oci-vfio-hooks-guest")
 
 
 @pytest.mark.parametrize("name", DEBIANS)
@@ -180,6 +205,7 @@ def test_units_on_the_floor(dist: Path, tmp_path: Path) -> None:
     pytest_command = ["/opt/tests/bin/python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", *limit_tests()]
     # What says something of the tests, not of the hooks, is as true there.
     pytest_command += [
+        "--junitxml=/root/junit.xml",
         "--ignore=tests/unit/test_mutations.py",
         "--deselect=tests/unit/test_fuzz.py::test_guided_by_coverage",
         "tests/unit",
@@ -187,6 +213,9 @@ def test_units_on_the_floor(dist: Path, tmp_path: Path) -> None:
     done = root.run(*pytest_command, cwd="/mnt/repository", code=None)
     print(done.stdout.strip().splitlines()[-1])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    skipped = read_report(root.changes / "top/root/junit.xml", 0).skips
+    print("\n".join(map(str, skipped)))
+    assert find_unknown(skipped) == []
 
 
 def replay_a_record(root: Root) -> None:

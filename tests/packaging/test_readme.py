@@ -3,23 +3,16 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 from oci_hooks import __version__
+from tests.newcomer import lines
 from tests.packages import Root
 from tests.packaging.conftest import MakeRoot
 from tests.provision import REPOSITORY
-
-
-def read_lines() -> list[str]:
-    """Return the commands of the section, in order."""
-    section = re.search(r"^## Install$(.*?)^## ", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert section
-    return re.findall(r"^    (\S.*)$", section.group(1), re.MULTILINE)
 
 
 def test_every_line_of_the_section_works(dist: Path, bare: MakeRoot, tmp_path: Path) -> None:
@@ -30,8 +23,7 @@ def test_every_line_of_the_section_works(dist: Path, bare: MakeRoot, tmp_path: P
     shutil.copytree(dist, tree / "dist")
     root = bare("debian-12")
     root = Root(root.layers, root.changes, ((tree, "/root/clone"),))
-    lines = read_lines()
-    done = [run_line(line, root, tree, tmp_path) for line in lines]
+    done = [run_line(line, root, tree, tmp_path) for line in lines.read_section("Install")]
     assert len(done) >= 11
     # What the lines promise is there.
     for command in ("vfio-host-check", "vfio-guest-bind", "vfio-hook-replay"):
@@ -65,9 +57,9 @@ def run_line(line: str, root: Root, tree: Path, tmp_path: Path) -> str:
     if words[0] == "podman":
         # tests/vm/test_installed.py runs it, where there are devices.
         return "the machine"
-    if "venv" in words or words[0].endswith("/pip"):
+    if words[:3] == ["python3", "-m", "venv"] or words[0].endswith("/pip"):
         return run_pip_line(words, root, tree)
-    if words[:2] == ["apt", "install"]:
+    if "apt" in words:
         line = line.replace("apt install", "apt install -y --no-install-recommends")
     # There is no IOMMU here, and the check says so.
     code = 1 if "--all" in words else 0
@@ -79,7 +71,7 @@ def run_line(line: str, root: Root, tree: Path, tmp_path: Path) -> str:
 def run_pip_line(words: list[str], root: Root, tree: Path) -> str:
     """Run a line with pip on this machine, which knows its way to PyPI, at the place that the root has it."""
     place = root.changes / "top"
-    if "venv" in words:
+    if words[0] == "python3":
         # The interpreter is the root's, at the same path here.
         subprocess.run(["/usr/bin/python3", *words[1:-1], "--copies", str(place) + words[-1]], check=True)
         return "here"

@@ -109,7 +109,10 @@ def test_without_tenacity_a_probe_is_tried_once_more(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tenacity", None)
     machine.place(f"{DEVICE}/driver").unlink()
-    assert bind(machine, journal, Rebind(NIC, "", "")).code == "bind-failed"
+    finding = bind(machine, journal, Rebind(NIC, "", ""))
+    assert finding.code == "bind-failed"
+    assert "needs tenacity, which is not installed" in finding.problem
+    assert "apt install python3-tenacity" in finding.hint
 
 
 def test_an_unplugged_device_is_told(machine: Machine, journal: Journal) -> None:

@@ -499,28 +499,30 @@ def test_memlock(
         ({"mode": "enforce"}, "warning", "warning"),
         ({"mode": "warn"}, "error", "warning"),
         ({"mode": "warn"}, "info", "info"),
-        ({"checks": {"x": "warn"}}, "error", "warning"),
-        ({"checks": {"x": "enforce"}}, "warning", "error"),
-        ({"checks": {"x": "enforce"}}, "info", "info"),
-        ({"checks": {"x": "ignore"}}, "error", ""),
-        ({"mode": "warn", "checks": {"x": "enforce"}}, "error", "error"),
-        ({"checks": {"y": "ignore"}}, "error", "error"),
+        ({"checks": (("x", "warn"),)}, "error", "warning"),
+        ({"checks": (("x", "enforce"),)}, "warning", "error"),
+        ({"checks": (("x", "enforce"),)}, "info", "info"),
+        ({"checks": (("x", "ignore"),)}, "error", ""),
+        ({"mode": "warn", "checks": (("x", "enforce"),)}, "error", "error"),
+        ({"checks": (("y", "ignore"),)}, "error", "error"),
     ],
 )
 def test_modes(settings: dict[str, Any], level: str, expected: str) -> None:
     from oci_hooks.errors import EXIT_DONE, EXIT_REFUSED
+    from oci_hooks.host_settings import HostSettings
     from oci_hooks.verdict import choose_exit, settle
 
-    told = settle([Finding(level, "x", "s", "p")], settings)
+    told = settle([Finding(level, "x", "s", "p")], HostSettings(**settings))
     assert [finding.level for finding in told] == ([expected] if expected else [])
     assert choose_exit(told) == (EXIT_REFUSED if expected == "error" else EXIT_DONE)
 
 
 def test_errors_come_first_and_once() -> None:
+    from oci_hooks.host_settings import HostSettings
     from oci_hooks.verdict import settle
 
     findings = [Finding("info", "a", "", ""), Finding("error", "b", "", ""), Finding("error", "b", "", "")]
-    assert [finding.code for finding in settle(findings, {})] == ["b", "a"]
+    assert [finding.code for finding in settle(findings, HostSettings())] == ["b", "a"]
 
 
 def test_a_check_that_cannot_look_does_not_refuse() -> None:

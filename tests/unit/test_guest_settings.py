@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import settings
-from oci_hooks.errors import EXIT_BAD_INPUT, InputError
+from oci_hooks.errors import InputError
 from oci_hooks.files import Root
 from oci_hooks.guest_settings import GUEST_SETTINGS, NEVER, GuestSettings, read_guest_settings
 from oci_hooks.plan import NodeOwner
@@ -43,7 +43,7 @@ def write(tmp_path: Path, text: str, path: str = GUEST_SETTINGS) -> Root:
 
 
 def test_without_a_file_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "read_settings", lambda *_: pytest.fail("settings were read for nothing"))
+    monkeypatch.setattr(settings, "load_toml", lambda _text: pytest.fail("a TOML reader was loaded for nothing"))
     assert read_guest_settings(Root(str(tmp_path)), "") == GuestSettings()
 
 
@@ -92,49 +92,3 @@ def test_the_file_of_the_command_line_is_used(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_guest_settings(root, "/no/such.toml")
     assert caught.value.findings[0].code == "settings-unreadable"
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("deadlin = 3", "unknown key deadlin"),
-        ("deadline = 0", "deadline: expected a number above 0"),
-        ("deadline = -1", "deadline: expected a number above 0"),
-        ("deadline = 3601", "deadline: expected a number not above 3600"),
-        ("deadline = nan", "nan"),
-        ("deadline = inf", "inf"),
-        ("deadline = true", "deadline: expected number"),
-        ("deadline = 2026-11-22", 'deadline: expected number, found "2026-11-22"'),
-        ("force = [2026-11-22T21:00:00Z]", "force[0]: expected string"),
-        ("x = 21:00:00", "unknown key x"),
-        ('on_failure = "die"', "on_failure: expected one of report, kill"),
-        ("map = 1", "map: expected boolean"),
-        ('record = "sometimes"', "record: expected one of"),
-        ('force = "0000:02:00.0"', "force: expected array"),
-        ('force = ["02:00.0"]', "force[0]: expected"),
-        ('force = ["0000:02:00.0\\n"]', "force[0]: expected"),
-        ('force = ["0000:3B:00.0"]', "force[0]: expected"),
-        ("[auto]\nid = []", "auto: unknown key id"),
-        ('[auto]\nids = ["10DE"]', "auto.ids[0]: expected"),
-        ('[auto]\nids = [""]', "auto.ids[0]: expected"),
-        ('[auto]\nclasses = ["020"]', "auto.classes[0]: expected"),
-        ('[auto]\nnever = ["1af4"]', "auto.never[0]: expected"),
-        ('[auto]\nnever = ["id:"]', "auto.never[0]: expected"),
-        ("[node]\nmode = 0o7777", "node.mode: expected a number not above 511"),
-        ("[node]\nmode = -1", "node.mode: expected a number not below 0"),
-        ('[node]\nmode = "0660"', "node.mode: expected integer"),
-        ("[node]\nuid = 4294967295", "node.uid: expected a number not above"),
-        ("node = 3", "node: expected object"),
-        ("a = ", "is not TOML"),
-        ("a = " + "[" * 5000, "is not TOML"),
-    ],
-)
-def test_a_mistake_is_refused_with_its_place(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(InputError) as caught:
-        read_guest_settings(write(tmp_path, text + "\n"), "")
-    (finding,) = caught.value.findings
-    assert caught.value.exit_code == EXIT_BAD_INPUT
-    assert finding.code == "bad-settings"
-    assert finding.subject.startswith(GUEST_SETTINGS)
-    assert said in f"{finding.subject.partition('toml: ')[2]}: {finding.problem}"
-    assert finding.hint

@@ -272,7 +272,7 @@ def test_wrong_settings_are_told_once_vfio_is_asked_for(bench: Bench) -> None:
     bench.tree.write("/etc/oci-vfio-hooks/host.toml", 'moed = "warn"\n')
     code, _, err = bench.run(state())
     assert code == 2
-    assert "[bad-settings] /etc/oci-vfio-hooks/host.toml: (the whole): unknown key moed" in err
+    assert "[bad-settings] /etc/oci-vfio-hooks/host.toml line 1: moed: unknown key; known here are checks, " in err
 
 
 @pytest.mark.parametrize(

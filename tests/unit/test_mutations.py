@@ -79,7 +79,52 @@ MUTATIONS = [
         'found.kind != "char"',
         "test_nodes.py",
     ),
+    (
+        "unknown keys of settings",
+        "settings",
+        "for key in self.values if key not in self.known\n",
+        "for key in self.values if False\n",
+        "test_settings.py -k every_mistake",
+    ),
+    (
+        "settings without jsonschema",
+        "settings",
+        "    table = Table(parse_toml(text, path))",
+        "    import oci_hooks.schema as schema\n\n"
+        '    schema.find_mistakes(parse_toml(text, path), "guest-settings", path, "bad-settings", "")\n'
+        "    table = Table(parse_toml(text, path))",
+        "test_settings.py -k load_no_library",
+    ),
+    (
+        "plain settings without tomllib",
+        "settings",
+        "    values = read_plain(text)",
+        "    values = read_plain(text) and None",
+        "test_settings.py -k load_no_library",
+    ),
+    (
+        "owner of settings",
+        "settings",
+        "    if found.st_uid and found.st_uid != root.do(os.geteuid) and not",
+        "    if False and not",
+        "test_settings.py -k could_write_it",
+    ),
+    ("settings of others", "settings", "found.st_mode & stat.S_IWOTH", "False", "test_settings.py -k could_write_it"),
+    (
+        "a FIFO for settings",
+        "settings",
+        "if not stat.S_ISREG(found.st_mode)",
+        "if False",
+        "test_bad_settings.py -k fifo",
+    ),
     ("mounts", "nodes", "            check_mount(dev, directory, place)", "", "test_hostile_container.py -k mounted"),
+    (
+        "a library that is not there",
+        "command",
+        'isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("oci_hooks")',
+        "False",
+        "test_newcomer.py -k no_defect",
+    ),
 ]
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import provision, runner
+from tests import provision, runner, skips
+from tests.provision import REPOSITORY
 from tests.runner import Boot, Count, Failure
+from tests.skips import Skip
 
 REPORT = """<testsuites><testsuite>
 <testcase name="a"/><testcase classname="tests.unit.t" name="b[x.y]"><failure>assert 1 == 2</failure></testcase>
@@ -56,6 +58,76 @@ def test_no_report_is_a_failure(tmp_path: Path) -> None:
 def test_exit_code(total: Count, inside: tuple[Count, ...], code: int) -> None:
     """A test of a machine that was skipped, or none at all, is a failure."""
     assert runner.judge(total, *inside) == code
+
+
+KNOWN = Skip("tests/unit/test_fuzz.py::test_guided_by_coverage", "no atheris for this interpreter: pip")
+UNKNOWN = Skip("tests/unit/test_x.py::test_y", "the author was in a hurry")
+
+
+@pytest.mark.parametrize(
+    ("skips", "environment", "code"),
+    [
+        ((), "true", 0),
+        ((KNOWN,), "true", 0),
+        ((UNKNOWN,), "", 0),
+        ((KNOWN, UNKNOWN), "true", 1),
+        ((UNKNOWN,), "1", 1),
+        ((Skip(KNOWN.test, "another reason"),), "true", 1),
+    ],
+)
+def test_a_skip_that_is_not_known_fails_in_ci(
+    skips: tuple[Skip, ...], environment: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known is a test with its reason: the same test skipped for another one is not."""
+    monkeypatch.setenv("CI", environment)
+    assert runner.judge(Count(5, 0, len(skips), skips=skips)) == code
+
+
+def test_what_was_skipped_is_told_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By name, with its reason; also where nothing failed."""
+    report = tmp_path / "junit.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="tests.unit.test_x" name="y"><skipped message="no x"/></testcase>'
+        '<testcase classname="tests.unit.test_fuzz" name="test_guided_by_coverage">'
+        '<skipped message="no atheris for this interpreter"/></testcase></testsuite></testsuites>'
+    )
+    (runner.read_report(report, 0) + Count(1)).print_failures()
+    out = capsys.readouterr().out
+    assert "SKIPPED tests/unit/test_x.py::y: no x (NOT KNOWN)\n" in out
+    assert "SKIPPED tests/unit/test_fuzz.py::test_guided_by_coverage: no atheris for this interpreter (known: " in out
+
+
+def test_a_skip_is_not_forgotten_when_something_is_tried_again() -> None:
+    first = Count(1, 1, 1, make_failures("a"), skips=(UNKNOWN,))
+    assert runner.try_again(lambda _: Count(1), first).skips == (UNKNOWN,)
+
+
+@pytest.mark.parametrize("known", skips.KNOWN, ids=lambda known: known.test)
+def test_each_known_skip_has_a_test_that_has_its_words(known: skips.Known) -> None:
+    """Else it would excuse what is not there any more."""
+    file, _, name = known.test.partition("::")
+    text = (REPOSITORY / file).read_text()
+    assert known.reason in text
+    assert f"def {name}" in text
+
+
+def test_each_kind_installs_what_it_needs_before_the_first_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, and no kind's packages for another."""
+    asked: list[set[str]] = []
+    monkeypatch.setattr(provision, "ensure_packages", lambda packages: asked.append(set(packages)))
+    runner.install_packages(["unit"])
+    runner.install_packages(runner.KINDS)
+    few, all_ = asked
+    assert few == set(provision.TEST_PACKAGES)
+    assert all_ >= {*few, "git", "debootstrap", "lintian", "dpdk-dev"}
+
+
+def test_a_newcomers_files_are_jobs_of_their_own() -> None:
+    """Side by side, each with its name before its lines."""
+    jobs = list(runner.make_newcomer_jobs())
+    assert [job.keywords["prefix"] for job in jobs] == ["newcomer demo: ", "newcomer install: ", "newcomer tests: "]
+    assert {job.keywords["limit"] for job in jobs} == {runner.NEWCOMER_TEST_LIMIT}
+    assert {"newcomer"} <= set(runner.KINDS) & set(runner.TOGETHER)
 
 
 def test_what_failed_is_told_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

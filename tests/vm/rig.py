@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Callable
 
 from tests import provision
+from tests.progress import PROGRESS
 from tests.provision import MissingError
 from tests.vm.control import PORT_NAME, Relay, Wire
 from tests.vm.devices import Board
@@ -40,6 +41,8 @@ KERNEL_ARGUMENTS = ("no_timer_check", "cgroup_disable=cpuset")
 # Where the job's shared directory is inside.
 SHARE = Path("/run/rig")
 CONSOLE_KEPT = 16384
+# Seconds that what was killed has to be gone: one that the kernel holds longer is not waited for.
+KILLED_LIMIT = 20.0
 INSIDE = Path(__file__).resolve().parent / "inside.sh"
 # What is held so outlives nobody: kill -9 of the caller, of unshare or of virtme-ng takes its PID namespace along.
 # A virtual machine left behind would eat a processor for ever.
@@ -118,18 +121,21 @@ def boot(machine: Machine, kernel: provision.Kernel, job: Job, write: Callable[[
         machine.plug(board)
         write_script(job, board, machine, kernel)
         command = make_vng_command(machine, kernel, job, board)
-        return Run(command, make_environment(), Relay(control, qmp), write).watch(job)
+        return Run(command, make_environment(scratch), Relay(control, qmp), write).watch(job)
     finally:
         control.close()
         qmp.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def make_environment() -> dict[str, str]:
-    """Return the environment for virtme-ng, whose programs call each other by name."""
+def make_environment(scratch: Path) -> dict[str, str]:
+    """Return the environment for virtme-ng, whose programs call each other by name.
+
+    scratch: the directory for its temporary files, which it leaves behind when it is killed.
+    """
     venv = provision.ensure_venv("rig", provision.RIG_REQUIREMENTS)
     path = f"{venv / 'bin'}:{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
-    return {**os.environ, "PATH": path, "LC_ALL": "C.UTF-8"}
+    return {**os.environ, "PATH": path, "LC_ALL": "C.UTF-8", "TMPDIR": str(scratch)}
 
 
 def write_script(job: Job, board: Board, machine: Machine, kernel: provision.Kernel) -> None:
@@ -174,6 +180,14 @@ def make_vng_command(machine: Machine, kernel: provision.Kernel, job: Job, board
     return command
 
 
+def wait_for_end(stream: IO[bytes]) -> None:
+    """Wait until no process has the other end of a pipe any more: those that the leash kills take a moment to die."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        while selector.select(timeout=KILLED_LIMIT) and os.read(stream.fileno(), 65536):
+            pass
+
+
 class Run:
     """A machine that is running: its output, its two wires and its process, watched by one loop."""
 
@@ -213,6 +227,7 @@ class Run:
         finally:
             self.process.kill()
             self.process.wait()
+            wait_for_end(self.process.stdout)
             self.process.stdout.close()
             self.process.stderr.close()
             self.selector.close()
@@ -257,6 +272,7 @@ class Run:
             self.selector.unregister(stream)
             return
         self.console = (self.console + data)[-CONSOLE_KEPT:]
+        PROGRESS.note(data.decode(errors="replace"))
         if is_verbose():
             sys.stderr.buffer.write(data)
             sys.stderr.buffer.flush()

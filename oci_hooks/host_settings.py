@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What host.toml may say, and what holds where it says nothing."""
+
+from __future__ import annotations
+
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.files import Root
+    from oci_hooks.settings import Table
+
+HOST_SETTINGS = "/etc/oci-vfio-hooks/host.toml"
+LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
+CODE = LETTERS | frozenset("0123456789-")
+
+
+class HostSettings(Record):
+    """Settings of the host check; schemas/host-settings.json describes the file.
+
+    mode: "enforce", or "warn" for no error at all; deadline: seconds; record: "failure", "always" or "never";
+    checks: codes of findings, each with a mode of its own ("enforce", "warn", "ignore"); kata_mode: "auto", "always" or
+    "never" check Kata's configuration; kata_config: path of Kata's configuration file, "" for Kata's own lookup.
+    """
+
+    mode: str = "enforce"
+    deadline: float = 8.0
+    record: str = "failure"
+    checks: tuple[tuple[str, str], ...] = ()
+    kata_mode: str = "auto"
+    kata_config: str = ""
+
+    def find_mode(self, code: str) -> str:
+        """Return the mode of a single check by its code; "" where it has none of its own."""
+        return dict(self.checks).get(code, "")
+
+
+def read_host_settings(root: Root, path: str) -> HostSettings:
+    """Return the host's settings. path: named on the command line, "" for the usual file, which need not be there.
+
+    Raises InputError [bad-settings] or [settings-unreadable].
+    """
+    from oci_hooks.settings import read_settings
+
+    return read_settings(root, path or HOST_SETTINGS, make_host_settings, required=bool(path))
+
+
+def make_host_settings(table: Table) -> HostSettings:
+    """Return the settings in host.toml, of which each key is taken here; schemas/host-settings.json says the same."""
+    usual = HostSettings()
+    checks = table.table("checks", "here stand codes of findings, e.g. group-busy")
+    kata = table.table("kata")
+    return HostSettings(
+        mode=table.word("mode", usual.mode, "enforce", "warn"),
+        deadline=table.number("deadline", usual.deadline, lambda s: 0.1 <= s <= 600, "a number from 0.1 to 600"),
+        record=table.word("record", usual.record, "failure", "always", "never"),
+        # A key that is no code stays unknown.
+        checks=tuple(
+            (code, checks.word(code, "", "enforce", "warn", "ignore")) for code in filter(is_code, checks.values)
+        ),
+        kata_mode=kata.word("mode", usual.kata_mode, "auto", "always", "never"),
+        kata_config=kata.text("config", usual.kata_config, is_path, "an absolute path"),
+    )
+
+
+def is_code(text: str) -> bool:
+    """Tell whether a text can be the code of a finding."""
+    return text[:1] in LETTERS and CODE.issuperset(text)
+
+
+def is_path(text: str) -> bool:
+    """Tell whether a text is an absolute path: one that a file can have."""
+    return text.startswith("/") and "\0" not in text

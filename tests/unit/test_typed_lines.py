@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each line that the documents show to be typed is run by a test that is named here, or there is a reason why not.
+
+The list of lines is made from the documents: a new line that is nowhere here fails, and so does an entry whose line,
+or whose test, is gone.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from tests.newcomer import lines
+from tests.provision import REPOSITORY
+
+DEMO = "tests/newcomer/test_demo.py::test_every_row_is_as_it_should_be"
+TESTS = "tests/newcomer/test_tests.py::test_tests_run_names_all_that_it_needs"
+BUILT = "tests/newcomer/test_install.py::test_building_asks_for_what_control_names_and_no_more"
+DEBS = "tests/newcomer/test_install.py::test_debs_are_installed_and_used"
+PIP = "tests/newcomer/test_install.py::test_pip_into_a_directory_of_its_own"
+TYPED = "tests/newcomer/test_install.py::test_lines_of_the_documents"
+INSTALLS = "tests/newcomer/test_install.py::test_lines_that_put_examples_in_place"
+README = "tests/packaging/test_readme.py::test_every_line_of_the_section_works"
+CDI = "tests/vm/test_installed.py::test_cdi"
+ALWAYS = "tests/vm/test_installed.py::test_the_check_for_every_container"
+
+# tests/run runs up to its first test, where it is run inside itself.
+RUN = {
+    "examples/demo": DEMO,
+    "tests/run": TESTS,
+    "tests/run --list": TESTS,
+    "packaging/build": BUILT,
+    "apt update && apt install ./dist/python3-oci-vfio-hooks_*.deb ./dist/oci-vfio-hooks_*.deb": DEBS,
+    "apt update && apt install ./dist/python3-oci-vfio-hooks_*.deb ./dist/oci-vfio-hooks-guest_*.deb": DEBS,
+    "vfio-guest-bind --version": DEBS,
+    "apt update && apt install python3-venv": PIP,
+    "python3 -m venv /opt/oci-vfio-hooks": PIP,
+    "/opt/oci-vfio-hooks/bin/pip install .": PIP,
+    "rpmbuild --rebuild dist/oci-vfio-hooks-0.1.0-1.src.rpm": README,
+    "podman run --annotation io.katacontainers.x.vfio.devices=auto --ulimit memlock=-1 IMAGE PROGRAM": (
+        "tests/vm/test_installed.py::test_readmes_line_for_podman"
+    ),
+    "vfio-guest-bind --dry-run --bundle /path/to/bundle": TYPED,
+    "vfio-host-check --bundle /path/to/bundle": TYPED,
+    "vfio-host-check --all": TYPED,
+    "vfio-hook-replay list": TYPED,
+    "vfio-hook-replay explain": TYPED,
+    "vfio-hook-replay show": TYPED,
+    "vfio-host-check --group 12": TYPED,
+    "vfio-host-check --bundle DIR": TYPED,
+    "vfio-host-check --all --format nfd": TYPED,
+    "vfio-host-check --all --format npd": TYPED,
+    "vfio-host-check --all --json": TYPED,
+    "install -D -m 644 hooks.d/vfio-host-check.json /usr/share/containers/oci/hooks.d/vfio-host-check.json": INSTALLS,
+    "install -D -m 644 hooks.d/vfio-guest-bind.json /usr/share/containers/oci/hooks.d/vfio-guest-bind.json": INSTALLS,
+    "install -D -m 644 hooks.d/vfio-host-check-always.json /etc/containers/oci/hooks.d/vfio-host-check.json": ALWAYS,
+    "install -D -m 644 hooks.d/podman.conf /etc/containers/containers.conf.d/oci-hooks.conf": ALWAYS,
+    "podman run --rm IMAGE true": ALWAYS,
+    "install -D -m 644 cdi/oci-vfio-hooks.json /etc/cdi/oci-vfio-hooks.json": CDI,
+    "podman run --device oci-vfio-hooks/hook=guest-bind --annotation io.katacontainers.x.vfio.devices=auto"
+    " --ulimit memlock=-1 IMAGE": CDI,
+    "install -D -m 644 containerd/config.toml /etc/containerd/conf.d/vfio.toml": INSTALLS,
+    "install -m 755 docker/vfio-runc /usr/local/sbin/ && install -D -m 644 config.json/guest.json"
+    " /etc/oci-vfio-hooks/hooks.json": "tests/vm/test_installed.py::test_dockers_wrapper",
+    "install -D -m 644 settings/host.toml /etc/oci-vfio-hooks/host.toml": INSTALLS,
+    "install -m 0755 vfio-labels /usr/local/sbin/": INSTALLS,
+    "install -m 0644 vfio-labels.service vfio-labels.timer /etc/systemd/system/": INSTALLS,
+    'mkdir -p "$ROOTFS_DIR/etc/oci-vfio-hooks"': TYPED,
+    'echo \'on_failure = "kill"\' > "$ROOTFS_DIR/etc/oci-vfio-hooks/guest.toml"': TYPED,
+    './add-to-rootfs "$ROOTFS_DIR" dist/python3-oci-vfio-hooks_*.deb dist/oci-vfio-hooks-guest_*.deb': (
+        "tests/packaging/test_install.py::test_kata_guest_image"
+    ),
+    "ctr oci spec | containerd/add-hooks config.json/host.json > /etc/containerd/vfio-spec.json": (
+        "tests/packaging/test_examples.py::test_containerd_base_spec"
+    ),
+}
+OSBUILDER = "needs kata-containers' osbuilder, which is not here; add-to-rootfs itself is run"
+SELF = "is how these tests are run: inside one of them it would run itself"
+DIRECTORY = "needs a directory of another program"
+DNF = "needs Fedora's dnf; the names that the shell makes of it are tested"
+NOT_RUN = {
+    "dnf install ~/rpmbuild/RPMS/noarch/{python3-,}oci-vfio-hooks-[0-9]*.rpm": DNF,
+    "dnf install ~/rpmbuild/RPMS/noarch/{python3-oci-vfio-hooks,oci-vfio-hooks-guest}-[0-9]*.rpm": DNF,
+    "tests/bench/run": "takes a quiet machine and ten minutes, and fails by no time",
+    "~/.cache/oci-vfio-hooks/venv-tests-*/bin/pytest tests/unit/test_x.py": SELF,
+    "tests/run --vm tests/vm/test_x.py -k word": SELF,
+    "tests/run lint unit": SELF,
+    "tests/run packaging": SELF,
+    "tests/run newcomer": SELF,
+    "install -m 644 docker/daemon.json /etc/docker/daemon.json": "needs Docker's directory; the file is tested",
+    "install -m 0644 node-problem-detector.json /etc/node-problem-detector/vfio.json": f"{DIRECTORY}: the detector",
+    "systemctl enable --now vfio-labels.timer": "needs systemd as init",
+    'export EXTRA_PKGS="python3 python3-jsonschema python3-pyudev python3-tenacity"': OSBUILDER,
+    'sudo -E ROOTFS_DIR="$PWD/rootfs" ./rootfs-builder/rootfs.sh debian': OSBUILDER,
+    'sudo ./add-to-rootfs "$PWD/rootfs" python3-oci-vfio-hooks_*.deb oci-vfio-hooks-guest_*.deb': OSBUILDER,
+    'sudo ./image-builder/image_builder.sh "$PWD/rootfs"': OSBUILDER,
+}
+# Blocks that nobody types, by document and first line.
+NOT_TYPED = {
+    (
+        "README.md",
+        '"hooks": {"prestart": [{"path": "/usr/libexec/oci/hooks.d/vfio-host-check"}]}',
+    ): "part of config.json",
+    ("README.md", '"hooks": {'): "part of config.json",
+    (
+        "README.md",
+        "vfio-guest-bind: error: [in-use] 0000:00:0e.0 (1b36:0010, nvme): holds /dev/nvme0n1, mounted on /mnt;"
+        " stop using it first",
+    ): "what a hook prints",
+    ("docs/codes-host.md", 'mode = "enforce"        # or "warn"'): "host.toml",
+    ("docs/privileges.md", "CAP_SYS_ADMIN CAP_NET_ADMIN CAP_MKNOD CAP_SYS_PTRACE"): "capabilities",
+    ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE"): "capabilities",
+    ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
+    ("docs/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
+    ("examples/kata-guest-image/README.md", "[hypervisor.qemu]"): "configuration.toml",
+    ("docs/man/vfio-guest-bind.1.rst", "vfio-guest-bind: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
+    ("docs/man/vfio-host-check.1.rst", "vfio-host-check: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
+}
+# A block of system calls: words, of which none is followed by a path or an option.
+SYSTEM_CALLS = re.compile(r"access( [a-z0-9_]+){8,}$")
+
+
+def list_blocks() -> dict[tuple[str, int], list[str]]:
+    """Return the lines of each code block of each document, by document and number."""
+    blocks: dict[tuple[str, int], list[str]] = {}
+    for document in lines.list_documents():
+        for line in lines.read_lines(document):
+            blocks.setdefault((line.document, line.block), []).append(line.text)
+    return blocks
+
+
+def list_typed() -> list[tuple[str, str]]:
+    """Return document and text of every line that is typed, remarks left out."""
+    return [
+        (document, lines.strip_remark(text))
+        for (document, _), block in list_blocks().items()
+        if (document, block[0]) not in NOT_TYPED and not SYSTEM_CALLS.match(block[0])
+        for text in block
+    ]
+
+
+def test_every_typed_line_is_run_or_there_is_a_reason() -> None:
+    new = [f"{document}: {text}" for document, text in list_typed() if text not in RUN and text not in NOT_RUN]
+    assert new == [], "name the test that runs the line in RUN, or the reason why none does in NOT_RUN"
+
+
+def test_no_entry_has_lost_its_line() -> None:
+    typed = {text for _, text in list_typed()}
+    assert sorted({*RUN, *NOT_RUN} - typed) == []
+    assert sorted(RUN.keys() & NOT_RUN.keys()) == []
+    firsts = {(document, block[0]) for (document, _), block in list_blocks().items()}
+    assert sorted(NOT_TYPED.keys() - firsts) == []
+
+
+@pytest.mark.parametrize("test", sorted(set(RUN.values())))
+def test_each_named_test_is_there(test: str) -> None:
+    file, _, name = test.partition("::")
+    tree = ast.parse((REPOSITORY / file).read_text())
+    assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+
+
+def test_the_documents_are_all_there() -> None:
+    """The list is not empty by accident: each kind of document and of block is in it."""
+    found = {document for document, _ in list_typed()}
+    assert {"README.md", "CONTRIBUTING.md", "docs/codes-host.md", "examples/kubernetes/README.md"} <= found
+    assert any(document.endswith(".rst") for document, _ in list_blocks())
+
+
+TEXT = """Words:
+
+    first      # a remark
+    second \\
+      and on
+
+* item
+
+      in an item
+      echo '#' > file
+  more of it
+
+  not code
+
+~~~ sh
+fenced
+~~~
+    no block: no empty line before
+"""
+
+
+def test_code_blocks_are_found() -> None:
+    blocks = [lines.join_lines(block) for block in lines.find_code_blocks(TEXT)]
+    assert blocks == [["first      # a remark", "second  and on"], ["in an item", "echo '#' > file"], ["fenced"]]
+    assert lines.strip_remark("first      # a remark") == "first"
+
+
+def test_literal_blocks_are_found() -> None:
+    assert lines.find_literal_blocks("Words::\n\n    one\n\n    two\n\nNot this:\n\n    three\n") == [["one", "two"]]
