@@ -42,7 +42,8 @@ def bind_devices(root: Root, rebinds: Iterable[Rebind], journal: Journal, deadli
     """Bind PCI functions to vfio-pci, side by side, and read back that they are. Raises StepError."""
     rebinds = tuple(rebinds)
     for rebind in rebinds:
-        journal.note("device", rebind.address, rebind.driver, rebind.override)
+        identity = rebind.instance.as_dict().values()
+        journal.note("device", rebind.address, rebind.driver, rebind.override, *identity)
     jobs = [Job(rebind.address, make_bind_writes(root, rebind)) for rebind in rebinds]
     for rebind, result in zip(rebinds, root.do(run_jobs, jobs, deadline, (), load_what_follows)):
         check_bound(root, rebind, result, deadline)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 
 from oci_hooks import apply, plan, selection, sysfs
-from oci_hooks.claims import Claim, ClaimDirectory, list_owners, read_start_time, take_lock
+from oci_hooks.claims import Claim, ClaimDirectory, Owner, list_owners, read_start_time, take_lock
 from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding, HookError, InputError, Refusal, make_one_line
 from oci_hooks.guards import Uses
+from oci_hooks.homes import find_home
 from oci_hooks.journal import HEADS
 from oci_hooks.modules import load_drivers
 from oci_hooks.oci import find_mappings
@@ -39,7 +40,7 @@ BIND_SECONDS = 1.0
 
 
 class Work(Record):
-    """What one run of the hook works with. start: when the container's init started, in clock ticks since boot."""
+    """What one run of the hook works with. owner: the container, as its claim notes it, but for its cgroups."""
 
     call: Call
     root: Root
@@ -48,7 +49,7 @@ class Work(Record):
     request: Request
     settings: GuestSettings
     directory: ClaimDirectory
-    start: int
+    owner: Owner
 
 
 def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
@@ -58,9 +59,10 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
     if not start:
         hint = "the hook belongs under createRuntime (or prestart), while the container is being created"
         raise Refusal("no-process", f"process {state.pid}", "the container's init is not running", hint)
+    owner = Owner(state.id, state.pid, start, state.bundle)
     directory = ClaimDirectory(root=root)
     directory.prepare()
-    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, start)
+    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, owner)
     journal, wanted = wait_for_claim(work)
     try:
         with interruptible():
@@ -183,7 +185,7 @@ def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
     try:
         work.directory.remove_drafts()
         claims = repair(work, work.directory.read_claims(), lock)
-        own = next((claim for claim in claims if claim.container == work.state.id), None)
+        own = next((claim for claim in claims if claim.path == own_path(work)), None)
         if not own or not own.at_work:
             check_own(work, own)
             wanted = plan.make_plan(work.root, choose(work, claims), work.spec, make_options(work))
@@ -207,11 +209,11 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
     settings = work.settings
     # Both have to say so: guest.toml for this hook, the kernel's switch for the whole guest.
     noiommu = settings.allow_noiommu and work.root.read_text_or(sysfs.NOIOMMU_SWITCH, "N") == "Y"
-    picture, live = sysfs.look(work.root, noiommu), sysfs.list_live_groups(work.root)
+    picture, live = sysfs.look(work.root, noiommu, instances=True), sysfs.list_live_groups(work.root)
     picture, live = sysfs.name_bare_groups(picture, live, noiommu)
     pool = selection.Pool(
         picture,
-        dict(list_owners(claims, but=work.state.id)),
+        dict(list_owners(claims, but=own_path(work))),
         live,
         Uses(work.root).find,
         settings.never,
@@ -220,14 +222,19 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
         settings.force,
     )
     choices = selection.choose_groups(work.request, pool)
-    own = [entry for claim in claims if claim.container == work.state.id for entry in claim.entries]
+    own = [entry for claim in claims if claim.path == own_path(work) for entry in claim.entries]
     before = {entry.words[0]: entry.words[1] for entry in reversed(own) if entry.kind == "device"}
     return tuple(choice.replace(drivers_before=before) for choice in choices)
 
 
+def own_path(work: Work) -> str:
+    """Return where this container's claim is, or would be."""
+    return work.directory.journal_path(work.owner.container)
+
+
 def check_own(work: Work, own: Claim | None) -> None:
     """Raise Refusal where a claim under this container's id is another, living container's."""
-    if own and (own.pid, own.start) != (work.state.pid, work.start):
+    if own and (own.pid, own.start) != (work.owner.pid, work.owner.start):
         problem = f"a container of the same id, with process {own.pid}, has {', '.join(own.groups)} already"
         raise Refusal("claimed", f"container {own.container}", problem, "give the container another id")
 
@@ -238,7 +245,8 @@ def open_claim(work: Work, own: Claim | None, groups: tuple[str, ...]) -> Journa
     None where somebody has that one meanwhile: it is not replaced, it knows which drivers the devices had.
     """
     if own is None:
-        return work.directory.open_journal(work.state.id, work.state.pid, work.start, groups)
+        home = find_home(work.root, work.owner.pid)
+        return work.directory.open_journal(work.owner.replace(home=home), groups)
     journal = work.directory.reopen_journal(own)
     if journal is not None:
         for name in groups:
@@ -336,7 +344,8 @@ def end_container(root: Root, state: State) -> None:
 def print_plan(call: Call, root: Root, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
     """Print what would be done, and do nothing. Raises HookError as the real run would, without waiting."""
     directory = ClaimDirectory(root=root)
-    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, 0)
+    owner = Owner(state.id, state.pid, 0, state.bundle)
+    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, owner)
     claims = [claim for claim in directory.read_claims() if not claim.is_stale(root)]
     wanted = plan.make_plan(root, choose(work, claims), work.spec, make_options(work))
     root.note("plan", wanted)

@@ -12,14 +12,18 @@ import os
 
 from oci_hooks.records import Record
 
-FORMAT = "oci-vfio-hooks 1"
+FORMAT = "oci-vfio-hooks 2"
+# Bytes that a journal may have: written and read alike. It has a line a device and a node; this is a thousand devices.
+JOURNAL_LIMIT = 1 << 20
 
 # Kinds of entry with the words that follow.
 KINDS = {
     "container": ("id",),
+    "bundle": ("path",),
     "init": ("pid", "start"),
+    "cgroup": ("unified", "unified_inode", "devices", "devices_inode"),
     "group": ("name",),
-    "device": ("address", "driver", "override"),
+    "device": ("address", "driver", "override", "inode", "vendor", "device", "class"),
     "directory": ("rootfs", "name"),
     "node": ("rootfs", "name", "major", "minor"),
     "file": ("rootfs", "name"),
@@ -29,9 +33,11 @@ KINDS = {
     "done": (),
 }
 # Kinds that say whose a journal is, and nothing that was changed.
-HEADS = frozenset({"container", "init", "group", "done"})
+HEADS = frozenset({"container", "bundle", "init", "cgroup", "group", "done"})
+# What every journal begins with, in this order, before anybody but its hook sees it.
+OWNER = ("container", "bundle", "init", "cgroup")
 # Words that are numbers, and the digits that one of the kernel's has at most.
-NUMBERS = frozenset({"pid", "start", "major", "minor", "mode", "uid", "gid"})
+NUMBERS = frozenset({"pid", "start", "inode", "unified_inode", "devices_inode", "major", "minor", "mode", "uid", "gid"})
 DIGITS = 20
 
 
