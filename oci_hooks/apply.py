@@ -15,17 +15,19 @@ import os
 from oci_hooks import sysfs
 from oci_hooks.errors import Finding, StepError
 from oci_hooks.files import step
+from oci_hooks.instances import parse_instance, read_instance
 from oci_hooks.plan import DRIVER, Rebind
 from oci_hooks.records import Record
 from oci_hooks.workers import Job, Result, Write, run_jobs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from oci_hooks import cgroup
     from oci_hooks.command import Deadline
     from oci_hooks.files import Root
+    from oci_hooks.instances import Instance
     from oci_hooks.journal import Entry, Journal
     from oci_hooks.nodes import Target
 
@@ -44,7 +46,7 @@ def bind_devices(root: Root, rebinds: Iterable[Rebind], journal: Journal, deadli
     for rebind in rebinds:
         identity = rebind.instance.as_dict().values()
         journal.note("device", rebind.address, rebind.driver, rebind.override, *identity)
-    jobs = [Job(rebind.address, make_bind_writes(root, rebind)) for rebind in rebinds]
+    jobs = [make_job(root, rebind.address, rebind.instance, make_bind_writes(root, rebind)) for rebind in rebinds]
     for rebind, result in zip(rebinds, root.do(run_jobs, jobs, deadline, (), load_what_follows)):
         check_bound(root, rebind, result, deadline)
 
@@ -54,6 +56,11 @@ def load_what_follows() -> None:
     import ctypes  # noqa: F401
 
     from oci_hooks import bpf, cgroup, container, nodes  # noqa: F401
+
+
+def make_job(root: Root, address: str, instance: Instance, writes: Iterable[Write]) -> Job:
+    """Return the writes to one device as a job that writes to no other."""
+    return Job(address, tuple(writes), root.host_path(f"{sysfs.PCI_DEVICES}/{address}"), instance.inode)
 
 
 def make_bind_writes(root: Root, rebind: Rebind) -> tuple[Write, ...]:
@@ -80,7 +87,8 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
             f"the kernel did not finish unbinding it from {rebind.driver or 'nothing'} within {deadline.seconds:g} s"
         )
         raise StepError("unbind-blocked", address, problem, "see dmesg; end what uses the device and try again")
-    if not root.exists(f"{sysfs.PCI_DEVICES}/{address}"):
+    # Gone, or another one has come to its address.
+    if sysfs.read_inode(root, f"{sysfs.PCI_DEVICES}/{address}") not in {rebind.instance.inode} - {0}:
         raise StepError("device-gone", address, "was unplugged while it was being bound", "start the container again")
     if not result.started:
         hint = "see the limits on processes and open files of the hook's cgroup and of the guest"
@@ -89,19 +97,21 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
         raise StepError("bind-failed", address, f"{result.path}: {os.strerror(result.code)}", "see dmesg")
     driver = sysfs.read_driver(root, address)
     if driver != DRIVER:
-        driver = probe_again(root, address, deadline)
+        driver = probe_again(root, rebind, deadline)
     if driver != DRIVER:
         problem = f"{DRIVER} did not take it; it is bound to {driver or 'no driver'}"
         raise StepError("bind-failed", address, problem, f"see dmesg for {DRIVER} {address}")
 
 
 @step
-def probe_again(root: Root, address: str, deadline: Deadline) -> str:
+def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
     """Have the kernel probe a function again while that may help, and return the driver that it has then."""
     from oci_hooks.schema import load_site_packages
 
+    address = rebind.address
+
     def probe() -> str:
-        root.do(run_jobs, [Job(address, (make_probe_write(root, address),))], deadline)
+        root.do(run_jobs, [make_job(root, address, rebind.instance, (make_probe_write(root, address),))], deadline)
         return sysfs.read_driver(root, address)
 
     load_site_packages()
@@ -236,32 +246,84 @@ def restore_drivers(
 ) -> list[Finding]:
     """Bind functions to the drivers that they had, side by side, and return what went wrong."""
     # A function that was bound again by a later run has the state of its first entry to go back to.
-    before = {entry.words[0]: entry for entry in reversed(entries)}
-    jobs, wanted = [], {}
-    for address, entry in before.items():
-        driver, override = entry.words[1], entry.words[2]
-        if not root.exists(f"{sysfs.PCI_DEVICES}/{address}"):
+    before = {(entry.words[0], parse_instance(entry)): entry for entry in reversed(entries)}
+    jobs, wanted, findings = [], {}, []
+    for address in dict.fromkeys(address for address, _ in before):
+        try:
+            found = read_instance(root, address)
+            override = sysfs.read_override(root, address) if found else ""
+        except OSError as error:
+            problem, hint = f"can't be looked at: {error.strerror}", "the next hook on this machine tries again"
+            findings.append(Finding("error", "restore-unstarted", address, problem, hint))
+            continue
+        if found is None:
             continue  # unplugged: nothing is left to put back
-        path = root.host_path(f"{sysfs.PCI_DEVICES}/{address}")
-        current = sysfs.read_driver(root, address)
-        writes = []
-        if current != driver:
-            # Overridden by name, so that the driver comes back that was there, not the first that matches.
-            writes = [Write(f"{path}/driver_override", f"{driver}\n")] if driver else []
-            writes += [Write(f"{path}/driver/unbind", address, GONE)] if current else []
-            writes += [make_probe_write(root, address)] if driver else []
-        writes.append(Write(f"{path}/driver_override", f"{override}\n"))
-        jobs.append(Job(address, tuple(writes)))
-        wanted[address] = driver
-    findings = []
+        known, current = before.get((address, found)), sysfs.read_driver(root, address)
+        if known is None:
+            findings.append(explain_replaced(address, found))
+        elif is_ours(known, override):
+            jobs.append(make_job(root, address, found, make_restore_writes(root, known, current)))
+            wanted[address] = known
+        elif not is_untouched(known, current, override):
+            findings.append(explain_taken(known, override))
     for result in root.do(run_jobs, jobs, deadline, private):
         findings += check_restored(root, result, wanted[result.address])
     return findings
 
 
-def check_restored(root: Root, result: Result, driver: str) -> list[Finding]:
+def is_untouched(entry: Entry, driver: str, override: str) -> bool:
+    """Check whether nothing is left of what was done to a function: a hook was killed before the first write, or after
+    the last.
+
+    driver, override: those that it has. A driver may have come to it meanwhile, as one does to a new device.
+    """
+    return override == entry.words[2] and driver != DRIVER
+
+
+def is_ours(entry: Entry, override: str) -> bool:
+    """Check whether a function's override is one that the hook wrote, when it was bound or when it was put back."""
+    return override == DRIVER or override == entry.words[1] != ""
+
+
+def make_restore_writes(root: Root, entry: Entry, current: str) -> Iterator[Write]:
+    """Yield the writes that give a function back to the driver that it had. current: the one that it has."""
+    address, driver, override = entry.words[:3]
+    path = root.host_path(f"{sysfs.PCI_DEVICES}/{address}")
+    if current != driver:
+        # Overridden by name, so that the driver comes back that was there, not the first that matches.
+        if driver:
+            yield Write(f"{path}/driver_override", f"{driver}\n")
+        if current:
+            yield Write(f"{path}/driver/unbind", address, GONE)
+        if driver:
+            yield make_probe_write(root, address)
+    yield Write(f"{path}/driver_override", f"{override}\n")
+
+
+def explain_replaced(address: str, found: Instance) -> Finding:
+    """Return the warning for another device at the address of the one that was bound."""
+    problem = "was unplugged since it was bound, and another device is at its address now"
+    problem += f" ({found.vendor}:{found.device}, class {found.class_code}), which is left as it is"
+    return Finding("warning", "device-replaced", address, problem, "nothing is left to put back")
+
+
+def explain_taken(entry: Entry, override: str) -> Finding:
+    """Return the warning for a device whose override is not the hook's any more."""
+    address, driver, before = entry.words[:3]
+    problem = f"its driver_override is {override or 'unset'}, which is not the hook's: the device is left as it is"
+    path = f"{sysfs.PCI_DEVICES}/{address}/driver_override"
+    back = f"driverctl set-override {address} {driver}" if driver else f"echo '{before}' > {path}"
+    return Finding("warning", "override-changed", address, problem, f"to put back how it was before: {back}")
+
+
+def fail_restore(address: str, problem: str) -> Finding:
+    """Return the error for a device that was not put back."""
+    return Finding("error", "restore-failed", address, problem, f"see {sysfs.PCI_DEVICES}/{address}/driver_override")
+
+
+def check_restored(root: Root, result: Result, entry: Entry) -> list[Finding]:
     """Return a finding where a function does not have the driver again that it had."""
-    address = result.address
+    address, driver = entry.words[:2]
     if result.blocked:
         hint = "see dmesg; the next hook on this machine tries again"
         return [Finding("error", "unbind-blocked", address, f"the kernel does not let go of it from {DRIVER}", hint)]
@@ -269,13 +331,13 @@ def check_restored(root: Root, result: Result, driver: str) -> list[Finding]:
         problem = f"no process to give it back to {driver or 'no driver'}: {os.strerror(result.code)}"
         hint = "see the limits on processes and open files; the next hook on this machine tries again"
         return [Finding("error", "restore-unstarted", address, problem, hint)]
-    current = sysfs.read_driver(root, address)
-    if not root.exists(f"{sysfs.PCI_DEVICES}/{address}") or (current == driver and not result.code):
-        return []
     path = f"{sysfs.PCI_DEVICES}/{address}"
+    current = sysfs.read_driver(root, address)
+    # Unplugged meanwhile, whatever has come to its address.
+    if sysfs.read_inode(root, path) != parse_instance(entry).inode or (current == driver and not result.code):
+        return []
     if current == driver:
-        problem = f"{result.path}: {os.strerror(result.code)}"
-        return [Finding("error", "restore-failed", address, problem, f"see {path}/driver_override")]
+        return [fail_restore(address, f"{result.path}: {os.strerror(result.code)}")]
     problem = f"was bound to {driver or 'no driver'} and now is to {current or 'no driver'}"
     problem += f" ({os.strerror(result.code)})" if result.code else ""
     hint = f"bind it with: driverctl set-override {address} {driver}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import apply, plan, selection, sysfs
-from oci_hooks.claims import Claim, ClaimDirectory, Owner, list_owners, read_start_time, take_lock
+from oci_hooks import apply, ownership, plan, selection, sysfs
+from oci_hooks.claims import Claim, ClaimDirectory, Owner, read_start_time, take_lock
 from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding, HookError, InputError, Refusal, make_one_line
 from oci_hooks.guards import Uses
@@ -121,6 +121,7 @@ def release(root: Root, state: State, deadline: Deadline, settings: str = "") ->
             claim = directory.read_claim(path)
             if claim is None:
                 return []
+            ownership.check_release(root, state, claim)
             if not claim.at_work:
                 findings = put_back(root, claim, max(deadline.remaining(), UNDO_SECONDS), lock)
                 if findings is not None:
@@ -187,7 +188,7 @@ def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
         claims = repair(work, work.directory.read_claims(), lock)
         own = next((claim for claim in claims if claim.path == own_path(work)), None)
         if not own or not own.at_work:
-            check_own(work, own)
+            ownership.check_own(own, work.owner)
             wanted = plan.make_plan(work.root, choose(work, claims), work.spec, make_options(work))
             work.root.note("plan", wanted)
             journal = open_claim(work, own, wanted.groups)
@@ -213,7 +214,7 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
     picture, live = sysfs.name_bare_groups(picture, live, noiommu)
     pool = selection.Pool(
         picture,
-        dict(list_owners(claims, but=own_path(work))),
+        ownership.find_owners(claims, picture, own_path(work)),
         live,
         Uses(work.root).find,
         settings.never,
@@ -230,13 +231,6 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
 def own_path(work: Work) -> str:
     """Return where this container's claim is, or would be."""
     return work.directory.journal_path(work.owner.container)
-
-
-def check_own(work: Work, own: Claim | None) -> None:
-    """Raise Refusal where a claim under this container's id is another, living container's."""
-    if own and (own.pid, own.start) != (work.owner.pid, work.owner.start):
-        problem = f"a container of the same id, with process {own.pid}, has {', '.join(own.groups)} already"
-        raise Refusal("claimed", f"container {own.container}", problem, "give the container another id")
 
 
 def open_claim(work: Work, own: Claim | None, groups: tuple[str, ...]) -> Journal | None:
@@ -277,7 +271,11 @@ def repair(work: Work, claims: list[Claim], lock: int) -> list[Claim]:
     """
     held = []
     for claim in claims:
-        if not claim.is_stale(work.root):
+        if claim.problem and claim.path != own_path(work):
+            warning = ownership.warn_unreadable(claim)
+            # Once, however often it is looked again.
+            work.call.findings.extend([warning] if warning not in work.call.findings else [])
+        if not ownership.is_over(work.root, claim, own_path(work), work.owner.pid):
             held.append(claim)
             continue
         # It is not this container's fault, and may not be in its way: nor may it take all of the time.
@@ -357,7 +355,9 @@ def print_release(call: Call, root: Root, state: State) -> None:
     directory = ClaimDirectory(root=root)
     claim = directory.read_claim(directory.journal_path(state.id))
     entries = [entry for entry in reversed(claim.entries) if entry.kind not in HEADS] if claim else []
-    print_actions(call, [("undo", entry.kind, " ".join(entry.words)) for entry in entries])
+    # Of a device, three words are for a reader; the others tell it from the next one at its address.
+    actions = [(entry.kind, entry.words[:3] if entry.kind == "device" else entry.words) for entry in entries]
+    print_actions(call, [("undo", kind, " ".join(words)) for kind, words in actions])
 
 
 def print_actions(call: Call, actions: list[tuple[str, str, str]]) -> None:

@@ -203,7 +203,7 @@ class ClaimDirectory:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             journal = Journal(fd, path)
-            os.write(fd, f"{FORMAT}\n".encode())
+            journal.write(f"{FORMAT}\n".encode())
             journal.note("container", owner.container)
             journal.note("bundle", owner.bundle)
             journal.note("init", owner.pid, owner.start)
@@ -231,7 +231,7 @@ class ClaimDirectory:
         if try_lock(fd):
             size = os.fstat(fd).st_size
             torn = os.pread(fd, 1, max(size - 1, 0)) != b"\n"
-            return Journal(fd, claim.path, size if claim.done else 0, torn)
+            return Journal(fd, claim.path, size if claim.done else 0, torn, size)
         os.close(fd)
         return None
 

@@ -116,4 +116,4 @@ def release_groups(call: Call, root: Root, state: State) -> int:
         return EXIT_DONE
     findings = release(root, state, call.deadline, call.arguments.settings)
     call.findings.extend(findings)
-    return EXIT_REFUSED if findings else EXIT_DONE
+    return EXIT_REFUSED if any(finding.level == "error" for finding in findings) else EXIT_DONE

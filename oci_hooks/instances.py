@@ -8,14 +8,19 @@ and class are compared too, because numbers of 32 bits come round.
 
 from __future__ import annotations
 
+import errno
+
 from oci_hooks.records import Record
-from oci_hooks.sysfs import read_device
+from oci_hooks.sysfs import PCI_DEVICES, parse_ids, parse_uevent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.files import Root
     from oci_hooks.journal import Entry
     from oci_hooks.sysfs import PciDevice
+
+# A device that was unplugged: before its directory is opened, and after.
+GONE = (errno.ENOENT, errno.ENODEV)
 
 
 class Instance(Record):
@@ -38,6 +43,11 @@ def parse_instance(entry: Entry) -> Instance:
 
 
 def read_instance(root: Root, address: str) -> Instance | None:
-    """Return which device is at an address now, None where there is none."""
-    device = read_device(root, address, instance=True)
-    return None if device is None else name_instance(device)
+    """Return which device is at an address now, None where there is none. Raises OSError where it can't be read."""
+    path = f"{PCI_DEVICES}/{address}"
+    try:
+        return Instance(root.stat(path).st_ino, *parse_ids(parse_uevent(root.read_text(f"{path}/uevent"))))
+    except OSError as error:
+        if error.errno in GONE:
+            return None
+        raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 
+from oci_hooks.errors import StepError
 from oci_hooks.records import Record
 
 FORMAT = "oci-vfio-hooks 2"
@@ -56,19 +57,30 @@ class Journal:
     """A journal open for appending.
 
     fd: its descriptor, whose lock says that the hook is still at work; kept: how many bytes of it an earlier run of the
-    hook has written, which succeeded and is not this run's to put back; torn: its last line has no end.
+    hook has written, which succeeded and is not this run's to put back; torn: its last line has no end; size: bytes
+    that it has.
     """
 
-    def __init__(self, fd: int, path: str, kept: int = 0, torn: bool = False) -> None:
+    def __init__(self, fd: int, path: str, kept: int = 0, torn: bool = False, size: int = 0) -> None:
         self.fd = fd
         self.path = path
         self.kept = kept
         self.torn = torn
+        self.size = size
 
     def note(self, kind: str, *words: object) -> None:
-        """Append one entry, in a single write. Raises OSError: what is not noted whole must not be done."""
-        line = b"\n" * self.torn + format_entry(kind, *words)
+        """Append one entry, in a single write. Raises OSError, StepError: what is not noted whole must not be done."""
+        self.write(format_entry(kind, *words))
+
+    def write(self, line: bytes) -> None:
+        """Append one line. Raises OSError; StepError where nobody would read it."""
+        line = b"\n" * self.torn + line
+        if self.size + len(line) > JOURNAL_LIMIT:
+            problem = f"its undo log would be longer than {JOURNAL_LIMIT} bytes"
+            hint = "it asks for too much at once: see its annotations and linux.devices"
+            raise StepError("claim-too-large", self.path, problem, hint)
         written = os.write(self.fd, line)
+        self.size += written
         self.torn = written != len(line)
         if self.torn:
             # What the kernel does where there is room for a part of it.

@@ -135,15 +135,12 @@ def read_device(
         target = root.read_link(path)
     except OSError:
         return None
-    vendor, _, device = uevent.get("PCI_ID", "").lower().partition(":")
     driver = uevent.get("DRIVER", "")
     if driver not in drivers:
         drivers[driver] = root.exists(f"{path}/vfio-dev")
     return PciDevice(
         address,
-        vendor,
-        device,
-        uevent.get("PCI_CLASS", "").lower().zfill(6),
+        *parse_ids(uevent),
         driver,
         root.link_name(f"{path}/iommu_group"),
         "/sys/" + target.lstrip("./") if target else path,
@@ -163,6 +160,12 @@ def read_inode(root: Root, path: str) -> int:
 def parse_uevent(text: str) -> dict[str, str]:
     """Return the pairs of a sysfs uevent file."""
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def parse_ids(uevent: dict[str, str]) -> tuple[str, str, str]:
+    """Return vendor, device and class of a function, as a PciDevice has them, by its uevent file."""
+    vendor, _, device = uevent.get("PCI_ID", "").lower().partition(":")
+    return vendor, device, uevent.get("PCI_CLASS", "").lower().zfill(6)
 
 
 def read_driver(root: Root, address: str) -> str:

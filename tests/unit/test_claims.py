@@ -23,6 +23,7 @@ from oci_hooks.journal import Journal
 
 pytestmark = pytest.mark.unit
 
+NOWHERE = Home()
 HOSTILE_IDS = [
     "../x",
     ".",
@@ -75,7 +76,7 @@ def make_claim(
     groups: tuple[str, ...] = ("4",),
     done: bool = True,
     bundle: str = "/nowhere",
-    home: Home = Home(),
+    home: Home = NOWHERE,
 ) -> str:
     """Make the claim of a container whose hook has ended, and return where it lies."""
     journal = directory.open_journal(Owner(container, pid, start, bundle, home), groups)

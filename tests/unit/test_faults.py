@@ -461,7 +461,7 @@ def test_there_is_no_run(machine: ActingMachine, container: Container) -> None:
 
 
 def test_a_journal_cut_off_anywhere(machine: ActingMachine, container: Container, record_property: Note) -> None:
-    """What a cut journal still knows is put back, the rest is left; nothing is made up."""
+    """What a cut journal still knows is put back, the rest is left; nothing is made up. Without an owner nothing is."""
     before = machine.take_stock()
     assert machine.call(container.state) == (0, "")
     journal = machine.place("/run/oci-vfio-hooks/claims/c1")
@@ -472,10 +472,13 @@ def test_a_journal_cut_off_anywhere(machine: ActingMachine, container: Container
         journal.write_bytes(whole[:cut])
         code, said = machine.call(container.stopped, "poststop")
         check_words(code, said, cut)
-        assert machine.list_claims() == [], (cut, said)
+        owned = cut > whole.index(b"\ngroup\t")
+        assert (owned, machine.list_claims()) in ((True, []), (False, ["c1"])), (cut, said)
+        assert owned or (code == 1 and f"[claim-unreadable] {journal}" in said), (cut, said)
+        journal.unlink(missing_ok=True)
         known = whole[:cut].rpartition(b"\n")[0].count(b"\ndevice\t")
         left = [driver for driver, _ in machine.take_stock()["drivers"].values()].count("vfio-pci")
-        assert left == 2 - known, cut
+        assert left == 2 - known * owned, cut
         if machine.take_stock() != before:
             mend(machine, container)
         assert machine.take_stock() == before, cut
