@@ -56,12 +56,13 @@ def check_release(root: Root, state: State, claim: Claim) -> None:
     """Raise Refusal where the claim under a container's id is not that of the container that ends.
 
     An id is unique for one runtime's state directory (runc --root), not for a machine; and the status at poststop is
-    `running` with Kata's agent. So it is decided by whether the claim's own container has ended.
+    `running` with Kata's agent. So it is decided by whether the claim's own container has ended. The claim of a hook
+    that was killed is put back by the next hook anyway, whichever that is.
     """
     check_readable(claim)
     other = "" if claim.bundle == state.bundle else f", another one of that id, in {claim.bundle},"
     subject, hint = f"container {state.id}", "its devices go back when it has ended"
-    if claim.is_alive(root):
+    if claim.done and claim.is_alive(root):
         problem = f"process {claim.pid} of it{other} is alive, so the devices stay with it"
         raise Refusal("container-alive", subject, problem, hint)
     if other and not claim.at_work and not claim.is_stale(root):
