@@ -92,9 +92,9 @@ def list_findings(done: Done) -> list[str]:
 
 
 def forget_success(container: str) -> None:
-    """Have a claim be that of a hook that was killed at its very end, so that it is put back though the container lives.
+    """Have a claim be that of a hook that was killed at its very end, so that a release puts it back.
 
-    What is put back in a living container, as by a hook that fails, can then be looked at there.
+    Else nothing is put back while the container lives; and what is put back can only be looked at while it does.
     """
     path = CLAIMS / container
     if path.exists():

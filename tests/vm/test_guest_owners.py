@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose a device is, on a real kernel: another one at its address, two containers of one id, processes that are left."""
+"""Whose a device is, on a real kernel: another one at its address, two containers of one id, what is left of one."""
 
 from __future__ import annotations
 
