@@ -38,6 +38,7 @@ from oci_hooks.errors import HookError, InputError
 from oci_hooks.files import Root
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import read_clh, read_qemu
+from oci_hooks.instances import parse_instance
 from oci_hooks.jsontext import parse_json
 
 ADDRESS = "0000:01:00.0"
@@ -279,8 +280,11 @@ def fuzz_devices_list(data: bytes) -> None:
 def fuzz_journal(data: bytes) -> None:
     """A claim: whatever lies there is read as some entries, and a hook makes of them what it can."""
     entries = journal.parse_journal(data)
-    claims.make_claim("/run/c", entries, False)
+    claim = claims.make_claim("/run/claims/c%20", entries, False)
+    claims.ClaimDirectory("/run").find_problem(claim, data)
     for entry in entries:
+        if entry.kind == "device":
+            parse_instance(entry)
         line = journal.format_entry(entry.kind, *entry.words)
         assert journal.parse_journal(line) == [entry]
         if entry.kind == "permit":
@@ -359,7 +363,8 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "devices_list": [b"a *:* rwm\n", b"c 10:196 rw\nb *:* m\n"],
     "journal": [
-        b"oci-vfio-hooks 1\ncontainer\tc%20\ninit\t7\t70\ngroup\t4\ndevice\t0000:01:00.0\te1000e\t\n"
+        b"oci-vfio-hooks 2\ncontainer\tc%20\nbundle\t%2fb\ninit\t7\t70\ncgroup\t%2fc\t5\t\t0\ngroup\t4\n"
+        b"device\t0000:01:00.0\te1000e\t\t9\t8086\t10d3\t020000\n"
         b"permit\t511:7,10:196\t/sys/fs/cgroup/c\t\ndone\n"
     ],
     "json": [b'{"a": [1, -2.5e3, "\\u00e9\\n", true, null]}', b" [] ", b"NaN"],
