@@ -76,7 +76,7 @@ MUTATIONS = [
         "an override of the hook's",
         "apply",
         "elif is_ours(known, override):",
-        "else:",
+        "elif True:",
         "test_ownership.py -k override_of",
     ),
     (
