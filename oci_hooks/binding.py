@@ -110,8 +110,6 @@ def release(root: Root, state: State, deadline: Deadline, settings: str = "") ->
     """
     directory = ClaimDirectory(root=root)
     path = directory.journal_path(state.id)
-    if not root.do(os.path.exists, path):
-        return []
     reset_signals()
     extend_deadline(root, deadline, settings)
     directory.prepare()

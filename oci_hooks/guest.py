@@ -109,6 +109,13 @@ def end_if_wanted(call: Call, root: Root, state: State) -> None:
 
 def release_groups(call: Call, root: Root, state: State) -> int:
     """Put back what this container's claim notes, if it has one. Returns the exit code."""
+    import os
+
+    from oci_hooks.claims import ClaimDirectory
+
+    # Most containers have none, and do not pay for what puts it back.
+    if not root.do(os.path.exists, ClaimDirectory(root=root).journal_path(state.id)):
+        return EXIT_DONE
     from oci_hooks.binding import print_release, release
 
     if call.arguments.dry_run:

@@ -258,11 +258,6 @@ def test_a_release_puts_back_and_is_done_twice(machine: Machine, directory: Clai
         assert machine.read(f"{DEVICE}/driver_override").startswith("before\n")
 
 
-def test_a_release_without_a_claim_changes_nothing(machine: Machine) -> None:
-    assert binding.release(machine.root, make_state(), Deadline(5)) == []
-    assert not machine.place(STATE_DIRECTORY).exists()
-
-
 @pytest.mark.parametrize(("text", "seconds"), [("deadline = 20", 20), ("deadline = -1", 5), (None, 8)])
 def test_a_release_has_the_time_that_the_settings_give(
     machine: Machine, directory: ClaimDirectory, text: str | None, seconds: float

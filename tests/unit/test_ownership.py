@@ -208,6 +208,15 @@ def test_a_zombie_is_dead(machine: Machine, directory: ClaimDirectory) -> None:
     assert list_claims(machine) == []
 
 
+def test_a_release_without_a_claim_changes_nothing(tmp_path: Path) -> None:
+    machine = ActingMachine(tmp_path)
+    container = machine.make_container("c1", "0000:01:00.0")
+    for state in (container.stopped, {**container.state, "status": "running"}):
+        assert machine.call(state, "poststop") == (0, "")
+    assert not machine.place(STATE_DIRECTORY).exists()
+    machine.end()
+
+
 def test_a_dead_containers_claim_is_put_back_at_anybodys_poststop(machine: Machine, directory: ClaimDirectory) -> None:
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "e1000e", ""))
     end_process(machine)
