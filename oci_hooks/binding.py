@@ -15,6 +15,7 @@ from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding, HookError, InputError, Refusal, make_one_line
 from oci_hooks.guards import Uses
 from oci_hooks.homes import find_home
+from oci_hooks.instances import name_instance, parse_instance
 from oci_hooks.journal import HEADS
 from oci_hooks.modules import load_drivers
 from oci_hooks.oci import find_mappings
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from oci_hooks.events import Listener
     from oci_hooks.files import Root
     from oci_hooks.guest_settings import GuestSettings
-    from oci_hooks.journal import Journal
+    from oci_hooks.journal import Entry, Journal
     from oci_hooks.oci import Spec, State
     from oci_hooks.request import Request
     from oci_hooks.selection import Choice
@@ -222,8 +223,15 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
     )
     choices = selection.choose_groups(work.request, pool)
     own = [entry for claim in claims if claim.path == own_path(work) for entry in claim.entries]
-    before = {entry.words[0]: entry.words[1] for entry in reversed(own) if entry.kind == "device"}
+    noted = [entry for entry in reversed(own) if entry.kind == "device" and is_there(picture, entry)]
+    before = {entry.words[0]: entry.words[1] for entry in noted}
     return tuple(choice.replace(drivers_before=before) for choice in choices)
+
+
+def is_there(picture: sysfs.Picture, entry: Entry) -> bool:
+    """Check whether the device that an entry notes is at its address, not another one."""
+    device = picture.devices.get(entry.words[0])
+    return device is not None and name_instance(device) == parse_instance(entry)
 
 
 def own_path(work: Work) -> str:
@@ -343,6 +351,9 @@ def print_plan(call: Call, root: Root, state: State, spec: Spec, request: Reques
     owner = Owner(state.id, state.pid, 0, state.bundle)
     work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, owner)
     claims = [claim for claim in directory.read_claims() if not claim.is_stale(root)]
+    for claim in claims:
+        if claim.path == own_path(work):
+            ownership.check_readable(claim)
     wanted = plan.make_plan(root, choose(work, claims), work.spec, make_options(work))
     root.note("plan", wanted)
     print_actions(call, plan.list_actions(wanted))
@@ -352,6 +363,8 @@ def print_release(call: Call, root: Root, state: State) -> None:
     """Print what a release would put back, and do nothing."""
     directory = ClaimDirectory(root=root)
     claim = directory.read_claim(directory.journal_path(state.id))
+    if claim:
+        ownership.check_readable(claim)
     entries = [entry for entry in reversed(claim.entries) if entry.kind not in HEADS] if claim else []
     # Of a device, three words are for a reader; the others tell it from the next one at its address.
     actions = [(entry.kind, entry.words[:3] if entry.kind == "device" else entry.words) for entry in entries]

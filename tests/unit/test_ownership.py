@@ -379,6 +379,19 @@ def test_what_it_may_have_is_not_given_to_others(machine: Machine, directory: Cl
     assert "container known" in error.findings[0].problem
 
 
+def test_a_dry_run_refuses_what_the_hook_would(tmp_path: Path) -> None:
+    machine = ActingMachine(tmp_path)
+    container = machine.make_container("c1", "0000:01:00.0")
+    assert machine.call(container.state) == (0, "")
+    spoil_all(machine.place(f"{STATE_DIRECTORY}/claims/c1"))
+    before = machine.take_stock()
+    for arguments in (("--dry-run",), ("--dry-run", "poststop")):
+        code, said = machine.call(container.state, *arguments)
+        assert (code, "[claim-unreadable]" in said) == (1, True), said
+    assert machine.take_stock() == before
+    machine.end()
+
+
 def test_an_error_of_the_system_is_a_claims_own_problem(
     directory: ClaimDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
