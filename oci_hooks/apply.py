@@ -55,7 +55,7 @@ def load_what_follows() -> None:
     """Import what making and permitting nodes needs; ctypes, for bpf(2), is the dearest import of a whole run."""
     import ctypes  # noqa: F401
 
-    from oci_hooks import bpf, cgroup, container, nodes  # noqa: F401
+    from oci_hooks import bpf, cgroup, container, device_filter, nodes, permission, proof  # noqa: F401
 
 
 def make_job(root: Root, address: str, instance: Instance, writes: Iterable[Write]) -> Job:
@@ -137,7 +137,7 @@ def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
 
 
 class Permission(Record):
-    """How to permit. widens_parents: see cgroup.plan_grant; expects_user: the container may have its groups open."""
+    """How to permit. widens_parents: see `plan_grant`; expects_user: the container may have its groups open."""
 
     widens_parents: bool
     expects_user: bool
@@ -147,36 +147,36 @@ def grant_nodes(
     root: Root,
     made: tuple[cgroup.Node, ...],
     target: Target,
-    permission: Permission,
+    how: Permission,
     journal: Journal,
     deadline: Deadline,
 ) -> None:
     """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
-    from oci_hooks import cgroup, container
+    from oci_hooks import cgroup, container, permission, proof
 
     place = cgroup.find_cgroup(root, target.pid)
     directory = root.do(container.open_dev, target.pid, target.rootfs)
     try:
-        proofs = cgroup.prove(root, place, directory, made, deadline)
+        proofs = proof.prove(root, place, directory, made, deadline)
         denied = [proof.node for proof in proofs if proof.is_denied]
         if denied:
-            grant = cgroup.plan_grant(root, place, denied, permission.widens_parents)
-            journal.note("permit", *format_grant(grant))
-            cgroup.permit(root, grant)
-            proofs = cgroup.prove(root, place, directory, made, deadline)
+            grant = permission.plan_grant(root, place, denied, how.widens_parents)
+            journal.note("permit", *permission.format_grant(grant))
+            permission.permit(root, grant)
+            proofs = proof.prove(root, place, directory, made, deadline)
     finally:
         os.close(directory)
     # A group opens once at a time, and the device cgroup is asked before.
-    checked = [proof for proof in proofs if proof.error != errno.EBUSY or not permission.expects_user]
+    checked = [proof for proof in proofs if proof.error != errno.EBUSY or not how.expects_user]
     check_proofs(root, place, tuple(checked))
 
 
 def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProof, ...]) -> None:
     """Raise StepError where a node did not open, or its group is not viable."""
-    from oci_hooks import cgroup
+    from oci_hooks import permission
 
     if any(proof.is_denied for proof in proofs):
-        raise cgroup.explain_denial(root, place, proofs)
+        raise permission.explain_denial(root, place, proofs)
     for proof in proofs:
         path = f"/dev/{proof.node.name}"
         if proof.error == errno.EBUSY:
@@ -187,21 +187,6 @@ def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProo
         if not proof.is_viable:
             problem = "is not viable: a device of the group is bound to another driver"
             raise StepError("group-not-viable", path, problem, "see the group's devices in /sys/kernel/iommu_groups")
-
-
-def format_grant(grant: cgroup.Grant) -> tuple[str, str, str]:
-    """Return a grant as the words of a journal entry."""
-    nodes = ",".join(f"{major}:{minor}" for major, minor in grant.nodes)
-    return nodes, grant.unified, "\n".join(grant.devices)
-
-
-def parse_grant(entry: Entry) -> cgroup.Grant:
-    """Return the grant that a journal entry notes."""
-    from oci_hooks import cgroup
-
-    pairs = (pair.split(":") for pair in entry.words[0].split(","))
-    nodes = tuple((int(major), int(minor)) for major, minor in pairs)
-    return cgroup.Grant(nodes, entry.words[1], tuple(path for path in entry.words[2].split("\n") if path))
 
 
 # Undoing -------------------------------------------------------------------------------------------------------------
@@ -233,10 +218,10 @@ def undo(
 @step
 def undo_entry(root: Root, entry: Entry, pid: int) -> None:
     """Put back one change in the container. Raises OSError, StepError."""
-    from oci_hooks import cgroup, nodes
+    from oci_hooks import nodes, permission
 
     if entry.kind == "permit" and pid:
-        cgroup.forbid(root, parse_grant(entry))
+        permission.forbid(root, permission.parse_grant(entry))
     if entry.kind in nodes.UNDOABLE:
         nodes.undo(entry, pid)
 

@@ -21,6 +21,7 @@ from oci_hooks import (
     bpf,
     cgroup,
     claims,
+    device_list,
     guards,
     journal,
     kata_config,
@@ -33,13 +34,13 @@ from oci_hooks import (
     settings,
     sysfs,
 )
-from oci_hooks.apply import parse_grant
 from oci_hooks.errors import HookError, InputError
 from oci_hooks.files import Root
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import read_clh, read_qemu
 from oci_hooks.instances import parse_instance
 from oci_hooks.jsontext import parse_json
+from oci_hooks.permission import parse_grant
 
 ADDRESS = "0000:01:00.0"
 DEVICE = f"{sysfs.PCI_DEVICES}/{ADDRESS}"
@@ -274,7 +275,7 @@ def fuzz_proc(data: bytes) -> None:
 def fuzz_devices_list(data: bytes) -> None:
     """devices.list of version 1."""
     root = MemoryRoot({"/g/devices.list": data})
-    cgroup.lacks(root, "/g", [cgroup.Node("12", 511, 7)])
+    device_list.lacks(root, "/g", [cgroup.Node("12", 511, 7)])
 
 
 def fuzz_journal(data: bytes) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Callable, TypeVar
 
-from oci_hooks import cgroup, command, guest, log, oci, record, workers
+from oci_hooks import cgroup, command, guest, log, oci, proof, record, workers
 from oci_hooks.files import NotingRoot
 from oci_hooks.sysfs import PCI_DEVICES
 from tests.steps import CHANGES
@@ -251,7 +251,7 @@ class ActingMachine(Machine):
     def enter(self) -> None:
         """Make this process one on this machine."""
         setattr(workers, "write_attribute", self.kernel.write_attribute)  # noqa: B010
-        setattr(cgroup, "try_node", answer_open)  # noqa: B010
+        setattr(proof, "try_node", answer_open)  # noqa: B010
         # Where so many are at work at once, the usual time may be short.
         setattr(guest, "SECONDS", 20.0)  # noqa: B010
         setattr(command.Deadline, "extend", lambda *_: None)  # noqa: B010
@@ -332,9 +332,9 @@ class ActingMachine(Machine):
 
 
 def answer_open(directory: int, node: cgroup.Node) -> tuple[int, bool]:
-    """Stand in for cgroup.try_node: a node with the right numbers opens."""
+    """Stand in for proof.try_node: a node with the right numbers opens."""
     try:
         found = os.stat(node.name, dir_fd=directory, follow_symlinks=False)
     except OSError as error:
         return error.errno or errno.EIO, False
-    return (0, True) if cgroup.is_device(found, node) else (errno.ENODEV, False)
+    return (0, True) if proof.is_device(found, node) else (errno.ENODEV, False)

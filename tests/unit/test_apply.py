@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import apply, workers
-from oci_hooks.cgroup import Grant
+from oci_hooks import apply, permission, workers
 from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding, StepError
 from oci_hooks.instances import Instance, read_instance
 from oci_hooks.journal import Entry, Journal, parse_journal
+from oci_hooks.permission import Grant
 from oci_hooks.plan import Rebind
 from oci_hooks.sysfs import PCI_DEVICES
 from tests.unit.machine import NIC, Machine
@@ -236,5 +236,5 @@ def test_a_grant_survives_the_journal(journal: Journal) -> None:
         Grant(((10, 196), (244, 0)), "/sys/fs/cgroup/a b", ("/x/pod", "/x/pod/c")),
         Grant(((10, 196),), "", ()),
     ):
-        journal.note("permit", *apply.format_grant(grant))
-        assert apply.parse_grant(read_entries(journal)[-1]) == grant
+        journal.note("permit", *permission.format_grant(grant))
+        assert permission.parse_grant(read_entries(journal)[-1]) == grant

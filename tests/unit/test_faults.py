@@ -18,7 +18,7 @@ from typing import Any, Callable
 
 import pytest
 
-from oci_hooks import cgroup
+from oci_hooks import proof
 from tests import steps
 from tests.steps import Steps
 from tests.unit.acting import CHANGING, NATIVE, STEPS, ActingMachine, Container, answer_open
@@ -351,7 +351,7 @@ def test_a_group_that_is_open_elsewhere_is_busy_but_for_its_own_container(
 ) -> None:
     def hold() -> None:
         busy = lambda directory, node: (errno.EBUSY, False) if node.is_group else answer_open(directory, node)  # noqa: E731
-        setattr(cgroup, "try_node", busy)  # noqa: B010
+        setattr(proof, "try_node", busy)  # noqa: B010
 
     before = machine.take_stock()
     code, said = machine.call(container.state, prepare=hold)
