@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from oci_hooks import cgroup
+    from oci_hooks.claims import ClaimDirectory
     from oci_hooks.command import Deadline
     from oci_hooks.files import Root
     from oci_hooks.instances import Instance
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 # A device that is gone needs no unbinding: unplugged, or its driver went first.
 GONE = (errno.ENOENT, errno.ENODEV)
 # Codes of what was not put back and can be later: the claim stays, and its groups with it, for the next hook.
-UNFINISHED = ("unbind-blocked", "restore-unstarted")
+UNFINISHED = ("unbind-blocked", "restore-unstarted", "permission-left")
 
 
 # Drivers -------------------------------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def load_what_follows() -> None:
     """Import what making and permitting nodes needs; ctypes, for bpf(2), is the dearest import of a whole run."""
     import ctypes  # noqa: F401
 
-    from oci_hooks import bpf, cgroup, container, device_filter, nodes, permission, proof  # noqa: F401
+    from oci_hooks import bpf, cgroup, container, device_filter, nodes, permits, proof  # noqa: F401
 
 
 def make_job(root: Root, address: str, instance: Instance, writes: Iterable[Write]) -> Job:
@@ -148,26 +149,30 @@ def grant_nodes(
     made: tuple[cgroup.Node, ...],
     target: Target,
     how: Permission,
+    claims: ClaimDirectory,
     journal: Journal,
     deadline: Deadline,
 ) -> None:
     """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
-    from oci_hooks import cgroup, container, permission, proof
+    from oci_hooks import cgroup, container, permission, permits, proof
 
+    reused = permits.take_numbers(claims, made, journal, deadline)
     place = cgroup.find_cgroup(root, target.pid)
     directory = root.do(container.open_dev, target.pid, target.rootfs)
     try:
         proofs = proof.prove(root, place, directory, made, deadline)
         denied = [proof.node for proof in proofs if proof.is_denied]
         if denied:
-            grant = permission.plan_grant(root, place, denied, how.widens_parents)
-            journal.note("permit", *permission.format_grant(grant))
-            permission.permit(root, grant)
+            opened = None
+            if permission.is_open_list(root, place):
+                opened = proof.find_access(root, place.replace(unified=""), directory, denied, deadline)
+            permits.give(claims, place, denied, how.widens_parents, opened, journal, deadline)
             proofs = proof.prove(root, place, directory, made, deadline)
     finally:
         os.close(directory)
     # A group opens once at a time, and the device cgroup is asked before.
-    checked = [proof for proof in proofs if proof.error != errno.EBUSY or not how.expects_user]
+    expects_user = how.expects_user and not reused
+    checked = [proof for proof in proofs if proof.error != errno.EBUSY or not expects_user]
     check_proofs(root, place, tuple(checked))
 
 
@@ -197,8 +202,10 @@ def undo(
 ) -> list[Finding]:
     """Put back what a journal notes, last change first, and return what could not be put back.
 
-    pid: the container's init, 0 when it is gone and with it its mount namespace and its cgroup; private: descriptors
-    that a child which hangs must not keep. A finding with a code of UNFINISHED means that the journal has to stay.
+    Permissions are revoked before, by permits.py: they are a matter of all claims. pid: the container's init, 0 when it
+    is gone: a process that it left has nodes in its mount namespace, which open nothing without permission; private:
+    descriptors that a child which hangs must not keep. A finding with a code of UNFINISHED means that the journal has
+    to stay.
     """
     findings: list[Finding] = []
     entries = tuple(entries)
@@ -218,10 +225,8 @@ def undo(
 @step
 def undo_entry(root: Root, entry: Entry, pid: int) -> None:
     """Put back one change in the container. Raises OSError, StepError."""
-    from oci_hooks import nodes, permission
+    from oci_hooks import nodes
 
-    if entry.kind == "permit" and pid:
-        permission.forbid(root, permission.parse_grant(entry))
     if entry.kind in nodes.UNDOABLE:
         nodes.undo(entry, pid)
 

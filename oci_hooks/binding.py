@@ -91,7 +91,7 @@ def carry_out(work: Work, wanted: plan.Plan, journal: Journal) -> None:
     target = nodes.Target(work.state.pid, rootfs)
     made = nodes.expose_nodes(root, wanted, target, journal)
     permission = apply.Permission(work.settings.widen_parent_cgroups, expects_user=journal.kept > 0)
-    apply.grant_nodes(root, made, target, permission, journal, deadline)
+    apply.grant_nodes(root, made, target, permission, work.directory, journal, deadline)
     journal.note("done")
 
 
@@ -188,6 +188,10 @@ def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
         own = next((claim for claim in claims if claim.path == own_path(work)), None)
         if not own or not own.at_work:
             ownership.check_own(own, work.owner)
+            if len(claims) > bool(own):
+                from oci_hooks import permits
+
+                permits.revoke_dead(work.directory, claims, but=own_path(work))
             wanted = plan.make_plan(work.root, choose(work, claims), work.spec, make_options(work))
             work.root.note("plan", wanted)
             journal = open_claim(work, own, wanted.groups)
@@ -304,7 +308,11 @@ def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Findin
     try:
         # A child that hangs must keep the journal's lock, and let go of the machine's.
         pid = claim.pid if claim.is_alive(root) else 0
-        findings = apply.undo(root, claim.entries, pid, Deadline(seconds), (lock,))
+        from oci_hooks import permits
+
+        findings = permits.revoke_claim(ClaimDirectory(root=root), claim)
+        if not is_unfinished(findings):
+            findings += apply.undo(root, claim.entries, pid, Deadline(seconds), (lock,))
         return root.do(end_claim, claim.path, findings)
     finally:
         journal.close()
@@ -314,7 +322,12 @@ def take_back(work: Work, journal: Journal) -> list[Finding]:
     """Undo what this run of the hook has done, and remove the claim."""
     entries = work.directory.read_entries(journal)
     deadline = Deadline(max(work.call.deadline.remaining(), UNDO_SECONDS))
-    findings = apply.undo(work.root, entries, work.state.pid, deadline)
+    from oci_hooks import permits
+
+    findings = permits.take_back(work.directory, journal, entries, deadline)
+    # What keeps its permission keeps its device, whose numbers nobody else gets then.
+    if not is_unfinished(findings):
+        findings += apply.undo(work.root, entries, work.state.pid, deadline)
     if not journal.kept:
         return work.root.do(end_claim, journal.path, findings)
     if not is_unfinished(findings):

@@ -218,6 +218,25 @@ class ClaimDirectory:
             raise
         return journal
 
+    def note_revoked(self, claim: Claim, numbers: str) -> None:
+        """Note in a claim that its container has some device numbers no more. Raises OSError.
+
+        Call it with the machine-wide lock held, also while a hook is at work on the claim: an entry is one write.
+        """
+        try:
+            fd = os.open(claim.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return
+        size = os.fstat(fd).st_size
+        try:
+            Journal(fd, claim.path, torn=is_torn(fd), size=size).note("revoked", numbers)
+        except OSError:
+            # A part of a line would spoil the next one, which the hook at work would write right behind it.
+            os.ftruncate(fd, size)
+            raise
+        finally:
+            os.close(fd)
+
     @step
     def reopen_journal(self, claim: Claim) -> Journal | None:
         """Return the journal of an existing claim, locked; None where a hook, or a blocked step of one, has it.
@@ -230,8 +249,7 @@ class ClaimDirectory:
             return None
         if try_lock(fd):
             size = os.fstat(fd).st_size
-            torn = os.pread(fd, 1, max(size - 1, 0)) != b"\n"
-            return Journal(fd, claim.path, size if claim.done else 0, torn, size)
+            return Journal(fd, claim.path, size if claim.done else 0, is_torn(fd), size)
         os.close(fd)
         return None
 
@@ -272,6 +290,11 @@ def read_head(fd: int, most: int) -> bytes:
             break
         data += more
     return data
+
+
+def is_torn(fd: int) -> bool:
+    """Check whether a journal's last line has no end."""
+    return os.pread(fd, 1, max(os.fstat(fd).st_size - 1, 0)) != b"\n"
 
 
 def try_lock(fd: int) -> bool:

@@ -7,61 +7,92 @@ import os
 
 from oci_hooks.cgroup import Cgroup, fail, list_ancestors
 from oci_hooks.files import step
+from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from oci_hooks.bpf import Numbers
+    from oci_hooks.errors import StepError
     from oci_hooks.files import Root
 
+    # From a program's instructions and nodes to the new instructions.
+    Change = Callable[[bytes, tuple[Numbers, ...]], bytes]
 
-def change_programs(
-    root: Root, path: str, nodes: tuple[Numbers, ...], change: Callable[[bytes, tuple[Numbers, ...]], bytes]
-) -> None:
-    """Replace each device program of one cgroup of version 2 by a changed one. Raises StepError.
 
-    change: from a program's instructions and the nodes to the new instructions. A cgroup without a program of its own
-    restricts nothing, and is left alone.
+class Swap(Record):
+    """A program that is loaded, to be put in the place of another. cgroup, new, old: descriptors; flags: how the
+    programs of the cgroup are attached; path, nodes: for the words of an error."""
+
+    path: str
+    nodes: tuple[Numbers, ...]
+    cgroup: int
+    flags: int
+    old: int
+    new: int
+
+
+class Swaps:
+    """Changes of device programs, all of them ready before the first is made, so that what can't be done is not begun.
+
+    Use it as a context: it closes the descriptors.
     """
-    from oci_hooks import bpf
 
-    fd = -1
-    try:
-        fd = os.open(root.host_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        flags, programs = bpf.query_programs(fd)
-        for program in programs:
-            change_program(fd, flags, program, lambda code: change(code, nodes))
-    except OSError as error:
-        problem = f"its device programs can't be read or replaced: {error.strerror}"
-        raise fail(path, problem, nodes) from None
-    except bpf.ProgramError as error:
-        raise fail(path, f"its device program can't be changed: {error}", nodes) from None
-    finally:
-        if fd >= 0:
+    def __init__(self, root: Root, change: Change) -> None:
+        self.root = root
+        self.change = change
+        self.swaps: list[Swap] = []
+        self.open: list[int] = []
+
+    def __enter__(self) -> Swaps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self.open:
             os.close(fd)
 
+    def keep(self, fd: int) -> int:
+        """Return a descriptor that is closed in the end."""
+        self.open.append(fd)
+        return fd
 
-def change_program(cgroup: int, flags: int, program: int, change: Callable[[bytes], bytes]) -> None:
-    """Replace one device program by a changed one, or leave it where that is the same. Raises OSError, ProgramError.
+    def prepare(self, path: str, nodes: tuple[Numbers, ...]) -> None:
+        """Load what has to replace the device programs of one cgroup. Raises StepError.
 
-    cgroup: descriptor; flags: how its programs are attached; program: id.
-    """
-    from oci_hooks import bpf
+        A cgroup without a program of its own restricts nothing, and is left alone; so is a program that stays the same.
+        """
+        from oci_hooks import bpf
 
-    old = bpf.open_program(program)
-    try:
-        code = bpf.dump_program(old)
-        changed = change(code)
-        if changed == code:
-            return
-        new = bpf.load_program(changed)
         try:
-            bpf.replace_program(cgroup, new, old, flags)
-        finally:
-            os.close(new)
-    finally:
-        os.close(old)
+            cgroup = self.keep(os.open(self.root.host_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            flags, programs = bpf.query_programs(cgroup)
+            for program in programs:
+                old = self.keep(bpf.open_program(program))
+                code = bpf.dump_program(old)
+                changed = self.change(code, nodes)
+                if changed != code:
+                    new = self.keep(bpf.load_program(changed))
+                    self.swaps.append(Swap(path, nodes, cgroup, flags, old, new))
+        except (OSError, bpf.ProgramError) as error:
+            raise explain_failure(error, path, nodes) from None
+
+    def carry_out(self) -> None:
+        """Replace the programs. Raises StepError."""
+        from oci_hooks import bpf
+
+        for swap in self.swaps:
+            try:
+                bpf.replace_program(swap.cgroup, swap.new, swap.old, swap.flags)
+            except (OSError, bpf.ProgramError) as error:
+                raise explain_failure(error, swap.path, swap.nodes) from None
+
+
+def explain_failure(error: Exception, path: str, nodes: tuple[Numbers, ...]) -> StepError:
+    """Return the error for a cgroup whose device programs can't be changed."""
+    if isinstance(error, OSError):
+        return fail(path, f"its device programs can't be read or replaced: {error.strerror}", nodes)
+    return fail(path, f"its device program can't be changed: {error}", nodes)
 
 
 def add_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:

@@ -30,11 +30,13 @@ KINDS = {
     "file": ("rootfs", "name"),
     "mount": ("rootfs", "name"),
     "stale": ("rootfs", "name", "major", "minor", "mode", "uid", "gid"),
+    "numbers": ("nodes",),
     "permit": ("nodes", "unified", "devices"),
+    "revoked": ("nodes",),
     "done": (),
 }
 # Kinds that say whose a journal is, and nothing that was changed.
-HEADS = frozenset({"container", "bundle", "init", "cgroup", "group", "done"})
+HEADS = frozenset({"container", "bundle", "init", "cgroup", "group", "numbers", "revoked", "done"})
 # What every journal begins with, in this order, before anybody but its hook sees it.
 OWNER = ("container", "bundle", "init", "cgroup")
 # Words that are numbers, and the digits that one of the kernel's has at most.

@@ -28,15 +28,16 @@ KILL_SECONDS = 0.5
 
 @step
 def prove(
-    root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[Node], deadline: Deadline
+    root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[Node], deadline: Deadline, flags: int = os.O_RDWR
 ) -> tuple[NodeProof, ...]:
     """Open each node from inside the cgroup and return what each came to. Changes nothing.
 
-    directory: descriptor of the container's directory that holds the nodes. A forked child does it, because a process
-    that enters a cgroup stays there. Raises StepError where the child can't enter, dies or is not done in time.
+    directory: descriptor of the container's directory that holds the nodes; flags: how they are opened. A forked child
+    does it, because a process that enters a cgroup stays there. Raises StepError where the child can't enter, dies or
+    is not done in time.
     """
     wanted = tuple(nodes)
-    answer = ask_child(lambda: answer_for(root, cgroup, directory, wanted), deadline)
+    answer = ask_child(lambda: answer_for(root, cgroup, directory, wanted, flags), deadline)
     lines = [line.split(" ") for line in answer.splitlines()]
     if lines and lines[0][0] == "enter":
         reason = os.strerror(int(lines[0][1]))
@@ -46,7 +47,7 @@ def prove(
     return tuple(NodeProof(node, int(line[0]), line[1] == "1") for node, line in zip(wanted, lines))
 
 
-def answer_for(root: Root, cgroup: Cgroup, directory: int, nodes: tuple[Node, ...]) -> str:
+def answer_for(root: Root, cgroup: Cgroup, directory: int, nodes: tuple[Node, ...], flags: int) -> str:
     """Return the child's answer: a line `errno viable` a node, or one line `enter errno path`."""
     for path in (cgroup.devices, cgroup.unified):
         if path:
@@ -54,10 +55,10 @@ def answer_for(root: Root, cgroup: Cgroup, directory: int, nodes: tuple[Node, ..
                 write_file(root.host_path(f"{path}/cgroup.procs"), "0")
             except OSError as error:
                 return f"enter {error.errno} {path}"
-    return "\n".join(f"{code} {viable:d}" for code, viable in (try_node(directory, node) for node in nodes))
+    return "\n".join(f"{code} {viable:d}" for code, viable in (try_node(directory, node, flags) for node in nodes))
 
 
-def try_node(directory: int, node: Node) -> tuple[int, bool]:
+def try_node(directory: int, node: Node, flags: int = os.O_RDWR) -> tuple[int, bool]:
     """Open one node and close it.
 
     Returns errno (0: it opened; ENODEV: the node is another device) and whether it is viable.
@@ -69,7 +70,7 @@ def try_node(directory: int, node: Node) -> tuple[int, bool]:
         # Looked at before it is opened: opening a device may do something.
         if not is_device(os.stat(node.name, dir_fd=directory, follow_symlinks=False), node):
             return errno.ENODEV, False
-        fd = os.open(node.name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
+        fd = os.open(node.name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
         try:
             if not is_device(os.fstat(fd), node):
                 return errno.ENODEV, False
@@ -86,6 +87,21 @@ def try_node(directory: int, node: Node) -> tuple[int, bool]:
 def is_device(status: os.stat_result, node: Node) -> bool:
     """Tell whether this is the character device that the node is meant to be."""
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(node.major, node.minor)
+
+
+def find_access(
+    root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[Node], deadline: Deadline
+) -> dict[tuple[int, int], str]:
+    """Return what of reading and writing is permitted for each node inside the cgroup: "r", "w", "rw" or "".
+
+    Arguments and errors as of `prove`.
+    """
+    access: dict[tuple[int, int], str] = {}
+    for letter, flags in (("r", os.O_RDONLY), ("w", os.O_WRONLY)):
+        for proof in prove(root, cgroup, directory, nodes, deadline, flags):
+            numbers = (proof.node.major, proof.node.minor)
+            access[numbers] = access.get(numbers, "") + ("" if proof.is_denied else letter)
+    return access
 
 
 def ask_child(work: Callable[[], str], deadline: Deadline) -> str:

@@ -275,7 +275,7 @@ def fuzz_proc(data: bytes) -> None:
 def fuzz_devices_list(data: bytes) -> None:
     """devices.list of version 1."""
     root = MemoryRoot({"/g/devices.list": data})
-    device_list.lacks(root, "/g", [cgroup.Node("12", 511, 7)])
+    device_list.find_missing(device_list.read_rules(root, "/g"), cgroup.Node("12", 511, 7))
 
 
 def fuzz_journal(data: bytes) -> None:

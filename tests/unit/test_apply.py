@@ -18,7 +18,7 @@ from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding, StepError
 from oci_hooks.instances import Instance, read_instance
 from oci_hooks.journal import Entry, Journal, parse_journal
-from oci_hooks.permission import Grant
+from oci_hooks.permission import Grant, Widening
 from oci_hooks.plan import Rebind
 from oci_hooks.sysfs import PCI_DEVICES
 from tests.unit.machine import NIC, Machine
@@ -233,7 +233,11 @@ def test_the_real_sys_is_not_touched(machine: Machine, journal: Journal, monkeyp
 
 def test_a_grant_survives_the_journal(journal: Journal) -> None:
     for grant in (
-        Grant(((10, 196), (244, 0)), "/sys/fs/cgroup/a b", ("/x/pod", "/x/pod/c")),
+        Grant(
+            ((10, 196), (244, 0)),
+            "/sys/fs/cgroup/a b",
+            (Widening("/x/a pod", ("rw", "")), Widening("/x/a pod/c", ("r", "rw"))),
+        ),
         Grant(((10, 196),), "", ()),
     ):
         journal.note("permit", *permission.format_grant(grant))

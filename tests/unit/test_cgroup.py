@@ -18,7 +18,7 @@ from oci_hooks.cgroup import Cgroup, Node, NodeProof
 from oci_hooks.command import Deadline
 from oci_hooks.errors import StepError
 from oci_hooks.files import Root
-from oci_hooks.permission import Grant
+from oci_hooks.permission import Grant, Widening
 from tests.steps import list_children
 
 pytestmark = pytest.mark.unit
@@ -250,14 +250,19 @@ CONTROL = Node("vfio", 10, 196)
 NUMBERS = ((243, 0), (10, 196))
 
 
+def widen(*paths: str) -> tuple[Widening, ...]:
+    """Return what both nodes are given in some directories, where nothing is listed."""
+    return tuple(Widening(path, ("rw", "rw")) for path in paths)
+
+
 @pytest.mark.parametrize(
     ("place", "grant"),
     [
         (Cgroup(1, "/u/c", "", "/u"), Grant(NUMBERS, "/u/c", ())),
-        (Cgroup(1, "", "/d/p/c", "", "/d"), Grant(NUMBERS, "", ("/d/p/c",))),
-        (Cgroup(1, "/u/c", "/d/c", "/u", "/d"), Grant(NUMBERS, "/u/c", ("/d/c",))),
+        (Cgroup(1, "", "/d/p/c", "", "/d"), Grant(NUMBERS, "", widen("/d/p/c"))),
+        (Cgroup(1, "/u/c", "/d/c", "/u", "/d"), Grant(NUMBERS, "/u/c", widen("/d/c"))),
         # Of two, the one that others are in too is left alone.
-        (Cgroup(1, "/u/c", "/d/c", "/u", "/d", ("/u/c",)), Grant(NUMBERS, "", ("/d/c",))),
+        (Cgroup(1, "/u/c", "/d/c", "/u", "/d", ("/u/c",)), Grant(NUMBERS, "", widen("/d/c"))),
         (Cgroup(1, "", ""), Grant(NUMBERS, "", ())),
     ],
 )
@@ -274,23 +279,64 @@ def test_a_shared_cgroup_is_never_widened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lists", "widened"),
     [
-        ({"pods": "a *:* rwm", "pods/p1": "a *:* rwm"}, []),
-        ({"pods": "a *:* rwm", "pods/p1": "c 1:3 rwm"}, ["pods/p1"]),
-        ({"pods": "c 10:* rw", "pods/p1": ""}, ["pods", "pods/p1"]),
-        ({"pods": "c *:* rwm", "pods/p1": "c 243:0 rw\nc 10:196 rwm"}, []),
-        ({"pods": "c *:* rwm", "pods/p1": "c 243:0 r\nc 10:196 rw"}, ["pods/p1"]),
-        ({"pods": "c *:* rwm", "pods/p1": "b *:* rwm\nc *:* m"}, ["pods/p1"]),
+        ({"pods": "a *:* rwm", "pods/p1": "a *:* rwm"}, {}),
+        ({"pods": "a *:* rwm", "pods/p1": "c 1:3 rwm"}, {"pods/p1": ("rw", "rw")}),
+        # Only what is lacking: with a wildcard nothing, beside an entry of its own the rest.
+        ({"pods": "c 10:* rw", "pods/p1": ""}, {"pods": ("rw", ""), "pods/p1": ("rw", "rw")}),
+        ({"pods": "c *:* rwm", "pods/p1": "c 243:0 rw\nc 10:196 rwm"}, {}),
+        ({"pods": "c *:* rwm", "pods/p1": "c 243:0 r\nc 10:196 rw"}, {"pods/p1": ("w", "")}),
+        ({"pods": "c *:* rwm", "pods/p1": "c 243:* r\nc 10:196 wm"}, {"pods/p1": ("rw", "r")}),
+        ({"pods": "c *:* rwm", "pods/p1": "b *:* rwm\nc *:* m\nb 243:0 r"}, {"pods/p1": ("rw", "rw")}),
     ],
 )
-def test_ancestors_are_widened_only_when_asked(tmp_path: Path, lists: dict[str, str], widened: list[str]) -> None:
+def test_ancestors_are_widened_only_when_asked(
+    tmp_path: Path, lists: dict[str, str], widened: dict[str, tuple[str, ...]]
+) -> None:
     for name, text in lists.items():
         (tmp_path / "d" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / name / "devices.list").write_text(text + "\n")
     place = Cgroup(1, "", "/d/pods/p1/c1", "", "/d")
     root = Root(str(tmp_path))
-    assert permission.plan_grant(root, place, [GROUP, CONTROL]).devices == ("/d/pods/p1/c1",)
+    assert permission.plan_grant(root, place, [GROUP, CONTROL]).devices == widen("/d/pods/p1/c1")
     grant = permission.plan_grant(root, place, [GROUP, CONTROL], widen_parents=True)
-    assert grant.devices == (*(f"/d/{name}" for name in widened), "/d/pods/p1/c1")
+    above = tuple(Widening(f"/d/{name}", given) for name, given in widened.items())
+    assert grant.devices == (*above, *widen("/d/pods/p1/c1"))
+
+
+@pytest.mark.parametrize(
+    ("listed", "opened", "given"),
+    [
+        ("c 1:7 rwm\nc 243:0 r", None, ("w", "rw")),
+        ("c 243:0 m\nc 10:* r", None, ("rw", "rw")),
+        # Permitted already: it is the other hierarchy that denies.
+        ("c 243:0 rwm\nc 10:196 w", None, ("", "r")),
+        # The list shows nothing of what is denied where all else is permitted: what opens says it.
+        ("a *:* rwm", {(243, 0): "r", (10, 196): "rw"}, ("w", "")),
+        ("a *:* rwm", {(243, 0): "", (10, 196): "w"}, ("rw", "r")),
+    ],
+)
+def test_only_what_is_lacking_is_given(
+    tmp_path: Path, listed: str, opened: dict[tuple[int, int], str] | None, given: tuple[str, str]
+) -> None:
+    (tmp_path / "d/c").mkdir(parents=True)
+    (tmp_path / "d/c/devices.list").write_text(listed + "\n")
+    root, place = Root(str(tmp_path)), Cgroup(1, "", "/d/c", "", "/d")
+    assert permission.is_open_list(root, place) is (opened is not None)
+    assert permission.is_open_list(root, place.replace(shared=("/d/c",))) is False
+    grant = permission.plan_grant(root, place, [GROUP, CONTROL], opened=opened)
+    assert grant.devices == (Widening("/d/c", given),)
+
+
+def test_what_another_container_was_given_is_not_what_was_there(tmp_path: Path) -> None:
+    """The second one in a pod finds the parent widened: it needs that too, and takes it back if it is the last."""
+    (tmp_path / "d/pod/c2").mkdir(parents=True)
+    (tmp_path / "d/pod/devices.list").write_text("c 10:196 rw\nc 243:0 rw\n")
+    (tmp_path / "d/pod/c2/devices.list").write_text("")
+    root, place = Root(str(tmp_path)), Cgroup(1, "", "/d/pod/c2", "", "/d")
+    first = Grant(((10, 196),), "", (Widening("/d/pod", ("w",)), Widening("/d/pod/c1", ("rw",))))
+    grant = permission.plan_grant(root, place, [GROUP, CONTROL], True, (first,))
+    # 243:0 was there before anybody.
+    assert grant.devices == (Widening("/d/pod", ("", "w")), *widen("/d/pod/c2"))
 
 
 # Permitting, version 1 ------------------------------------------------------------------------------------------------
@@ -307,7 +353,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Written:
 
 
 def test_version_1_is_permitted_from_the_top_and_forbidden_from_below(written: Written) -> None:
-    grant = Grant(NUMBERS, "", ("/d/p", "/d/p/c"))
+    grant = Grant(NUMBERS, "", widen("/d/p", "/d/p/c"))
     permission.permit(Root("/top"), grant)
     assert written == [
         ("/top/d/p/devices.allow", "c 243:0 rw"),
@@ -335,7 +381,7 @@ def test_version_1_names_the_parent_that_lacks_it(tmp_path: Path, monkeypatch: p
     (tmp_path / "d/p/devices.list").write_text("")
     monkeypatch.setattr(device_list, "write_file", refuse_with(errno.EPERM))
     with pytest.raises(StepError) as caught:
-        permission.permit(Root(str(tmp_path)), Grant(((243, 0),), "", ("/d/p/c",)))
+        permission.permit(Root(str(tmp_path)), Grant(((243, 0),), "", (Widening("/d/p/c", ("rw",)),)))
     (finding,) = caught.value.findings
     assert (finding.code, finding.subject) == ("permit-failed", "/d/p/c")
     assert "the parent cgroup /d/p lacks it" in finding.problem
@@ -346,13 +392,13 @@ def test_version_1_names_the_parent_that_lacks_it(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ENODEV])
 def test_a_cgroup_that_is_gone_needs_no_forbidding(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setattr(device_list, "write_file", refuse_with(code))
-    permission.forbid(Root("/top"), Grant(NUMBERS, "/gone", ("/d/c",)))
+    permission.forbid(Root("/top"), Grant(NUMBERS, "/gone", widen("/d/c")))
 
 
 def test_forbidding_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_list, "write_file", refuse_with(errno.EIO))
     with pytest.raises(StepError, match="can't be taken back"):
-        permission.forbid(Root("/top"), Grant(NUMBERS, "", ("/d/c",)))
+        permission.forbid(Root("/top"), Grant(NUMBERS, "", widen("/d/c")))
 
 
 # Permitting, version 2, with the kernel's programs played -------------------------------------------------------------

@@ -350,7 +350,7 @@ def test_a_group_that_is_open_elsewhere_is_busy_but_for_its_own_container(
     machine: ActingMachine, container: Container
 ) -> None:
     def hold() -> None:
-        busy = lambda directory, node: (errno.EBUSY, False) if node.is_group else answer_open(directory, node)  # noqa: E731
+        busy = lambda directory, node, _: (errno.EBUSY, False) if node.is_group else answer_open(directory, node)  # noqa: E731
         setattr(proof, "try_node", busy)  # noqa: B010
 
     before = machine.take_stock()

@@ -43,6 +43,7 @@ GUEST_MODULES = [
     "oci",
     "ownership",
     "permission",
+    "permits",
     "plan",
     "proof",
     "request",

@@ -23,7 +23,7 @@ from oci_hooks.cgroup import Node
 from oci_hooks.command import Deadline
 from oci_hooks.errors import StepError
 from oci_hooks.files import Root
-from oci_hooks.permission import Grant
+from oci_hooks.permission import Grant, Widening
 from tests.vm import devices, guest
 
 MACHINE = "standard"
@@ -497,7 +497,7 @@ def test_version_1_what_the_parent_lacks(legacy_below: Container) -> None:
     assert '"major": 10, "minor": 196' in caught.value.findings[0].hint
 
     grant = legacy.plan(VFIO, widen_parents=True)
-    assert grant.devices == (str(legacy.pod), str(legacy.path))
+    assert [widening.path for widening in grant.devices] == [str(legacy.pod), str(legacy.path)]
     permission.permit(ROOT, grant)
     assert legacy.prove(VFIO, MEM, NULL) == [0, EPERM, 0]
     permission.forbid(ROOT, grant)
@@ -516,7 +516,7 @@ def test_both_versions_at_once(legacy: Container) -> None:
         attach(load(*RETURN_0), both)
         deny_all(legacy.path)
         grant = legacy.plan(VFIO)
-        assert (grant.unified, grant.devices) == (str(both), (str(legacy.path),))
+        assert (grant.unified, grant.devices) == (str(both), (Widening(str(legacy.path), ("rw",)),))
         assert legacy.prove(VFIO, MEM) == [EPERM, EPERM]
         permission.permit(ROOT, grant)
         assert legacy.prove(VFIO, MEM) == [0, EPERM]

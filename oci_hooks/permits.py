@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The permissions of all claims together: none is taken back with another's, and no device number is two containers'.
+
+Permission is a matter of device numbers, and of cgroups that containers have in common:
+
+* The kernel gives a number out anew when its device is gone. A container that was permitted it, and still has a node of
+  it, would open the next one's device. So what is dead is revoked before devices are bound (`revoke_dead`), and what
+  the kernel gave out for this container all the same, from whoever had it, right after (`take_numbers`).
+* A parent that was widened, with version 1, stays so until no claim needs it.
+
+All of this is done with the machine-wide lock held: cgroups' rules are read, changed and written back, and nobody else
+does so meanwhile. What is permitted is noted in the claim before, what is revoked from a claim after it is done.
+"""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks import cgroup, nodes, permission, sysfs
+from oci_hooks.errors import Finding, Refusal, StepError
+from oci_hooks.files import step
+from oci_hooks.instances import parse_instance, read_instance
+from oci_hooks.journal import parse_journal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from oci_hooks.bpf import Numbers
+    from oci_hooks.cgroup import Cgroup, Node
+    from oci_hooks.claims import Claim, ClaimDirectory
+    from oci_hooks.command import Deadline
+    from oci_hooks.files import Root
+    from oci_hooks.homes import Home
+    from oci_hooks.journal import Entry, Journal
+    from oci_hooks.permission import Grant
+
+# Misc devices: /dev/vfio/vfio and /dev/iommu, which are every container's (include/uapi/linux/major.h).
+MISC_MAJOR = 10
+DEVICES_BY_NUMBER = "/sys/dev/char"
+CDEV_DIRECTORY = "vfio/devices/"
+# A finding of this code means that a claim stays, and with it all that it has.
+LEFT = "permission-left"
+
+
+# What claims note ----------------------------------------------------------------------------------------------------
+
+
+def list_grants(entries: Iterable[Entry], spoilt: list[Entry] | None = None) -> tuple[Grant, ...]:
+    """Return what a claim permits, without what was revoked since. spoilt: gets the entries that can't be read."""
+    grants: list[Grant] = []
+    for entry in entries:
+        try:
+            if entry.kind == "permit":
+                grants.append(permission.parse_grant(entry))
+            elif entry.kind == "revoked":
+                gone = permission.parse_numbers(entry.words[0])
+                grants = [grant.without(gone) for grant in grants]
+        except ValueError:
+            if spoilt is not None:
+                spoilt.append(entry)
+    return tuple(grant for grant in grants if grant.nodes)
+
+
+def list_numbers(entries: Iterable[Entry]) -> set[Numbers]:
+    """Return the device numbers that a claim has for itself, permitted or not, without what was revoked since."""
+    found: set[Numbers] = set()
+    for entry in entries:
+        if entry.kind in ("numbers", "permit", "revoked"):
+            try:
+                numbers = permission.parse_numbers(entry.words[0])
+            except ValueError:
+                continue
+            found = found.difference(numbers) if entry.kind == "revoked" else found.union(numbers)
+    return {numbers for numbers in found if numbers[0] != MISC_MAJOR}
+
+
+def read_grants(claims: Iterable[Claim]) -> tuple[Grant, ...]:
+    """Return what some claims permit."""
+    return tuple(grant for claim in claims for grant in list_grants(claim.entries))
+
+
+def list_others(claims: Iterable[Claim], but: str) -> list[Claim]:
+    """Return all claims but one. but: its path."""
+    return [claim for claim in claims if claim.path != but]
+
+
+# Giving --------------------------------------------------------------------------------------------------------------
+
+
+@step
+def give(
+    claims: ClaimDirectory,
+    place: Cgroup,
+    denied: list[Node],
+    widen_parents: bool,
+    opened: Mapping[Numbers, str] | None,
+    journal: Journal,
+    deadline: Deadline,
+) -> None:
+    """Permit nodes to a container's cgroup, noted in its journal first. Raises StepError, Refusal [lock-timeout].
+
+    claims: of the machine; the rest as of `permission.plan_grant`.
+    """
+    lock = claims.lock(deadline)
+    try:
+        check_kept(claims, journal, denied)
+        others = read_grants(list_others(claims.read_claims(), journal.path))
+        grant = permission.plan_grant(claims.root, place, denied, widen_parents, others, opened)
+        permission.permit(claims.root, grant, lambda: journal.note("permit", *permission.format_grant(grant)))
+    finally:
+        os.close(lock)
+
+
+def check_kept(claims: ClaimDirectory, journal: Journal, wanted: Iterable[Node]) -> None:
+    """Raise StepError where a number was revoked since it was taken: its device is gone, and perhaps another has it."""
+    kept = list_numbers(claims.read_entries(journal))
+    for node in wanted:
+        if node.major != MISC_MAJOR and (node.major, node.minor) not in kept:
+            raise explain_gone(f"/dev/{node.name}")
+
+
+def explain_gone(subject: str) -> StepError:
+    """Return the error for a device that went while its container was given it."""
+    return StepError("device-gone", subject, "was unplugged while it was being bound", "start the container again")
+
+
+# Device numbers -------------------------------------------------------------------------------------------------------
+
+
+def revoke_dead(claims: ClaimDirectory, held: list[Claim], but: str) -> None:
+    """Revoke the device numbers that no device has any more, before the kernel gives them out for another one.
+
+    held: all claims; but: path of the one whose container is about to get devices. Call it with the machine-wide lock held. What can't be revoked is no error yet: who
+    gets the number is refused (`take_numbers`).
+    """
+    root = claims.root
+    for claim in list_others(held, but):
+        numbers = list_numbers(claim.entries)
+        if not numbers or not root.exists(DEVICES_BY_NUMBER):
+            continue
+        dead = {(major, minor) for major, minor in numbers if not root.exists(f"{DEVICES_BY_NUMBER}/{major}:{minor}")}
+        if dead:
+            try:
+                revoke_numbers(claims, claim, dead, held)
+            except StepError:
+                continue
+
+
+@step
+def take_numbers(claims: ClaimDirectory, made: tuple[Node, ...], journal: Journal, deadline: Deadline) -> bool:
+    """Make device numbers one container's alone: they are revoked from all others. Return whether any had to be.
+
+    made: the container's nodes, whose devices are bound. It is noted in the journal that it has these numbers. Raises
+    StepError where a number can't be revoked, or may have been used, Refusal [lock-timeout].
+    """
+    taken = {(node.major, node.minor): node for node in made if node.major != MISC_MAJOR}
+    lock = claims.lock(deadline)
+    try:
+        others = list_others(claims.read_claims(), journal.path)
+        # Noted first, checked then: if its device goes after that, whoever gets the number finds it noted.
+        journal.note("numbers", format_numbers(taken))
+        if others:
+            check_own(claims.root, claims.read_entries(journal), taken.values())
+        found: dict[Numbers, Claim] = {}
+        for claim in others:
+            numbers = list_numbers(claim.entries).intersection(taken)
+            if numbers:
+                revoke_from(claims, claim, numbers, others)
+                found.update(dict.fromkeys(numbers, claim))
+    finally:
+        os.close(lock)
+    for pair, claim in found.items():
+        # A group opens once, so that the proof finds out whether somebody has it open. A device's own node does not.
+        if taken[pair].name.startswith(CDEV_DIRECTORY):
+            problem = f"has the numbers {format_numbers([pair])}, open to container {claim.container} until now"
+            hint = "start the container again: they are revoked now"
+            raise StepError("numbers-reused", f"/dev/{taken[pair].name}", problem, hint)
+    return bool(found)
+
+
+def check_own(root: Root, entries: Iterable[Entry], made: Iterable[Node]) -> None:
+    """Raise StepError where a container's devices are gone, so that its numbers may be another's."""
+    for entry in entries:
+        if entry.kind == "device" and read_instance(root, entry.words[0]) != parse_instance(entry):
+            raise explain_gone(entry.words[0])
+    for node in made:
+        name = node.name.rpartition("/")[2]
+        place = f"/sys/class/vfio-dev/{name}" if node.name.startswith(CDEV_DIRECTORY) else f"{sysfs.VFIO_CLASS}/{name}"
+        if sysfs.read_numbers(root, place) != (node.major, node.minor):
+            raise explain_gone(f"/dev/{node.name}")
+
+
+def revoke_from(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all_claims: Iterable[Claim]) -> None:
+    """Revoke numbers that another container needs. Raises StepError, in words for that one."""
+    try:
+        revoke_numbers(claims, claim, numbers, all_claims)
+    except StepError as error:
+        problem = f"is permitted to container {claim.container} for a device that was unplugged, and can't be revoked: "
+        hint = f"end container {claim.container} and start this one again"
+        subject = f"device number {format_numbers(numbers)}"
+        raise StepError(LEFT, subject, problem + name_reason(error), hint) from None
+
+
+def revoke_numbers(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all_claims: Iterable[Claim]) -> None:
+    """Revoke numbers from one container: its permission, then its nodes where they can be reached. Raises StepError.
+
+    all_claims: those that a directory of cgroups may be shared with.
+    """
+    root = claims.root
+    others = read_grants(list_others(all_claims, claim.path))
+    for grant in list_grants(claim.entries):
+        permission.forbid(root, drop_replaced(root, grant.without(set(grant.nodes) - numbers), claim.home), others)
+    note_revoked(claims, claim, numbers)
+    if claim.is_alive(root):
+        try:
+            nodes.remove_numbers(claim.entries, claim.pid, numbers)
+        except OSError:
+            # Without permission a node opens nothing; it is its container's to spoil.
+            return
+
+
+def note_revoked(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers]) -> None:
+    """Note that numbers were revoked, where there is room for it: else it is done once more the next time."""
+    try:
+        claims.note_revoked(claim, format_numbers(numbers))
+    except (OSError, StepError):
+        # A hook that is at work on that claim relies on the note (`check_kept`).
+        if claim.at_work:
+            raise
+
+
+def format_numbers(numbers: Iterable[Numbers]) -> str:
+    """Return device numbers as a journal and findings have them."""
+    return ",".join(f"{major}:{minor}" for major, minor in sorted(numbers))
+
+
+# Taking back ---------------------------------------------------------------------------------------------------------
+
+
+def take_back(
+    claims: ClaimDirectory, journal: Journal, entries: tuple[Entry, ...], deadline: Deadline
+) -> list[Finding]:
+    """Revoke what a run of the hook permitted, and return what could not be. entries: those of this run.
+
+    What an earlier run permitted, which succeeded, the container keeps.
+    """
+    if not is_permitting(entries):
+        return []
+    try:
+        lock = claims.lock(deadline)
+    except Refusal as refusal:
+        problem = f"its permissions can't be revoked: {refusal.findings[0].subject} {refusal.findings[0].problem}"
+        return [Finding("error", LEFT, journal.path, problem, "the next hook on this machine tries again")]
+    try:
+        own = claims.read_claim(journal.path)
+        others = read_grants(list_others(claims.read_claims(), journal.path))
+        earlier = list_grants(parse_journal(os.pread(journal.fd, journal.kept, 0)))
+        return revoke(claims.root, entries, own.home if own else None, (*others, *earlier))
+    finally:
+        os.close(lock)
+
+
+def revoke_claim(claims: ClaimDirectory, claim: Claim) -> list[Finding]:
+    """Revoke all that a claim's container was permitted, and return what could not be, as of `revoke`."""
+    if not is_permitting(claim.entries):
+        return []
+    # As they are now: one that was put back a moment ago needs nothing any more.
+    others = list_others(claims.read_claims(), claim.path)
+    return revoke(claims.root, claim.entries, claim.home, read_grants(others))
+
+
+def is_permitting(entries: Iterable[Entry]) -> bool:
+    """Check whether entries note a permission."""
+    return any(entry.kind == "permit" for entry in entries)
+
+
+@step
+def revoke(root: Root, entries: Iterable[Entry], home: Home | None, others: tuple[Grant, ...]) -> list[Finding]:
+    """Take back all that entries permit, whether the container's init lives or not, and return what could not be.
+
+    home: the container's cgroups; others: what other containers were given. A finding of the code LEFT means that
+    processes are left which keep the permission. Call it with the machine-wide lock held.
+    """
+    spoilt: list[Entry] = []
+    findings: list[Finding] = []
+    for grant in reversed(list_grants(entries, spoilt)):
+        try:
+            permission.forbid(root, drop_replaced(root, grant, home), others)
+        except StepError as error:
+            findings += explain_left(root, grant, error)
+    for entry in spoilt:
+        hint = "end the container: what was changed in it ends with it"
+        words = " ".join((entry.kind, *entry.words))
+        findings.append(Finding("error", "undo-failed", words, "can't be put back: the entry is spoilt", hint))
+    return findings
+
+
+def drop_replaced(root: Root, grant: Grant, home: Home | None) -> Grant:
+    """Return a grant without a directory of version 1 that is another cgroup by now: what was given ended with the old.
+
+    With version 2 nothing has to be known: what the hook added to a device filter bears its mark.
+    """
+    if home is None or not home.devices_inode:
+        return grant
+    gone = sysfs.read_inode(root, home.devices) not in (0, home.devices_inode)
+    kept = [widening for widening in grant.devices if not (gone and widening.path == home.devices)]
+    return grant.replace(devices=tuple(kept))
+
+
+def explain_left(root: Root, grant: Grant, error: StepError) -> tuple[Finding, ...]:
+    """Return what it means that a grant can't be taken back: with no process left in its cgroup, nothing."""
+    own = (grant.unified, *(widening.path for widening in grant.devices[-1:]))
+    processes = sorted({pid for path in own if path for pid in cgroup.list_processes(root, path)})
+    if not processes:
+        return error.findings
+    pids = " ".join(map(str, processes))
+    problem = f"processes {pids} of this cgroup keep the permission for {format_numbers(grant.nodes)}: "
+    hint = f"end them with: kill -9 {pids}; the next hook on this machine tries again"
+    return (Finding("error", LEFT, next(filter(None, own)), problem + name_reason(error), hint),)
+
+
+def name_reason(error: StepError) -> str:
+    """Return why a permission can't be taken back, in the words of the step."""
+    return f"{error.findings[0].subject}: {error.findings[0].problem}"
