@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 MISC_MAJOR = 10
 DEVICES_BY_NUMBER = "/sys/dev/char"
 CDEV_DIRECTORY = "vfio/devices/"
-# A finding of this code means that a claim stays, and with it all that it has.
-LEFT = "permission-left"
 
 
 # What claims note ----------------------------------------------------------------------------------------------------
@@ -131,8 +129,8 @@ def explain_gone(subject: str) -> StepError:
 def revoke_dead(claims: ClaimDirectory, held: list[Claim], but: str) -> None:
     """Revoke the device numbers that no device has any more, before the kernel gives them out for another one.
 
-    held: all claims; but: path of the one whose container is about to get devices. Call it with the machine-wide lock held. What can't be revoked is no error yet: who
-    gets the number is refused (`take_numbers`).
+    held: all claims; but: path of the one whose container is about to get devices. Call it with the machine-wide lock
+    held. What can't be revoked is no error yet: who gets the number is refused (`take_numbers`).
     """
     root = claims.root
     for claim in list_others(held, but):
@@ -199,7 +197,7 @@ def revoke_from(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all
         problem = f"is permitted to container {claim.container} for a device that was unplugged, and can't be revoked: "
         hint = f"end container {claim.container} and start this one again"
         subject = f"device number {format_numbers(numbers)}"
-        raise StepError(LEFT, subject, problem + name_reason(error), hint) from None
+        raise StepError("permission-left", subject, problem + name_reason(error), hint) from None
 
 
 def revoke_numbers(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all_claims: Iterable[Claim]) -> None:
@@ -251,7 +249,7 @@ def take_back(
         lock = claims.lock(deadline)
     except Refusal as refusal:
         problem = f"its permissions can't be revoked: {refusal.findings[0].subject} {refusal.findings[0].problem}"
-        return [Finding("error", LEFT, journal.path, problem, "the next hook on this machine tries again")]
+        return [Finding("error", "permission-left", journal.path, problem, "the next hook on this machine tries again")]
     try:
         own = claims.read_claim(journal.path)
         others = read_grants(list_others(claims.read_claims(), journal.path))
@@ -279,8 +277,8 @@ def is_permitting(entries: Iterable[Entry]) -> bool:
 def revoke(root: Root, entries: Iterable[Entry], home: Home | None, others: tuple[Grant, ...]) -> list[Finding]:
     """Take back all that entries permit, whether the container's init lives or not, and return what could not be.
 
-    home: the container's cgroups; others: what other containers were given. A finding of the code LEFT means that
-    processes are left which keep the permission. Call it with the machine-wide lock held.
+    home: the container's cgroups; others: what other containers were given. A finding of the code permission-left means
+    that processes are left which keep the permission. Call it with the machine-wide lock held.
     """
     spoilt: list[Entry] = []
     findings: list[Finding] = []
@@ -317,7 +315,7 @@ def explain_left(root: Root, grant: Grant, error: StepError) -> tuple[Finding, .
     pids = " ".join(map(str, processes))
     problem = f"processes {pids} of this cgroup keep the permission for {format_numbers(grant.nodes)}: "
     hint = f"end them with: kill -9 {pids}; the next hook on this machine tries again"
-    return (Finding("error", LEFT, next(filter(None, own)), problem + name_reason(error), hint),)
+    return (Finding("error", "permission-left", next(filter(None, own)), problem + name_reason(error), hint),)
 
 
 def name_reason(error: StepError) -> str:
