@@ -302,15 +302,17 @@ def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Findin
 
     seconds: how long that may take. None where somebody has the journal, or it is gone.
     """
-    journal = ClaimDirectory(root=root).reopen_journal(claim)
+    from oci_hooks import permits
+
+    directory = ClaimDirectory(root=root)
+    journal = directory.reopen_journal(claim)
     if journal is None:
         return None
     try:
         # A child that hangs must keep the journal's lock, and let go of the machine's.
         pid = claim.pid if claim.is_alive(root) else 0
-        from oci_hooks import permits
-
-        findings = permits.revoke_claim(ClaimDirectory(root=root), claim)
+        findings = permits.revoke_claim(directory, claim)
+        # What keeps its permission keeps its device, whose numbers nobody else gets then.
         if not is_unfinished(findings):
             findings += apply.undo(root, claim.entries, pid, Deadline(seconds), (lock,))
         return root.do(end_claim, claim.path, findings)
@@ -320,12 +322,11 @@ def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Findin
 
 def take_back(work: Work, journal: Journal) -> list[Finding]:
     """Undo what this run of the hook has done, and remove the claim."""
-    entries = work.directory.read_entries(journal)
-    deadline = Deadline(max(work.call.deadline.remaining(), UNDO_SECONDS))
     from oci_hooks import permits
 
+    entries = work.directory.read_entries(journal)
+    deadline = Deadline(max(work.call.deadline.remaining(), UNDO_SECONDS))
     findings = permits.take_back(work.directory, journal, entries, deadline)
-    # What keeps its permission keeps its device, whose numbers nobody else gets then.
     if not is_unfinished(findings):
         findings += apply.undo(work.root, entries, work.state.pid, deadline)
     if not journal.kept:

@@ -13,8 +13,6 @@ from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
-
     from oci_hooks.container import FoundNode
     from oci_hooks.files import Root
     from oci_hooks.journal import Entry, Journal
@@ -323,34 +321,6 @@ def undo(entry: Entry, pid: int) -> None:
             os.close(directory)
     except FileNotFoundError:
         return
-    finally:
-        os.close(dev)
-
-
-def remove_numbers(entries: Iterable[Entry], pid: int, numbers: Collection[tuple[int, int]]) -> None:
-    """Remove a container's nodes of some device numbers. Raises OSError.
-
-    entries: of its claim, for the nodes that were made for it; pid: its init, which lives.
-    """
-    for entry in entries:
-        if entry.kind == "node" and (entry.number(2), entry.number(3)) in numbers:
-            undo(entry, pid)
-        elif entry.kind == "mount":
-            remove_from_mount(entry, pid, numbers)
-
-
-def remove_from_mount(entry: Entry, pid: int, numbers: Collection[tuple[int, int]]) -> None:
-    """Remove nodes from the file system that was mounted for a container with a user namespace. Raises OSError."""
-    dev = container.open_dev(pid, entry.words[0])
-    try:
-        directory = container.open_path(dev, entry.words[1])
-        try:
-            if not container.is_guests_own(directory):
-                for name in os.listdir(directory):
-                    for each in numbers:
-                        container.remove_node(directory, name, each)
-        finally:
-            os.close(directory)
     finally:
         os.close(dev)
 

@@ -34,8 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
     from oci_hooks.bpf import Numbers
+    from oci_hooks.claims import Claim
     from oci_hooks.files import Root
     from oci_hooks.journal import Entry
+
+# Misc devices: /dev/vfio/vfio and /dev/iommu, which are every container's (include/uapi/linux/major.h).
+MISC_MAJOR = 10
 
 
 class Widening(Record):
@@ -92,6 +96,43 @@ def parse_numbers(text: str) -> tuple[Numbers, ...]:
     """Return the device numbers that a journal entry lists. Raises ValueError."""
     pairs = (pair.split(":") for pair in text.split(","))
     return tuple((int(major), int(minor)) for major, minor in pairs)
+
+
+# What claims note ----------------------------------------------------------------------------------------------------
+
+
+def list_grants(entries: Iterable[Entry], spoilt: list[Entry] | None = None) -> tuple[Grant, ...]:
+    """Return what a claim permits, without what was revoked since. spoilt: gets the entries that can't be read."""
+    grants: list[Grant] = []
+    for entry in entries:
+        try:
+            if entry.kind == "permit":
+                grants.append(parse_grant(entry))
+            elif entry.kind == "revoked":
+                gone = parse_numbers(entry.words[0])
+                grants = [grant.without(gone) for grant in grants]
+        except ValueError:
+            if spoilt is not None:
+                spoilt.append(entry)
+    return tuple(grant for grant in grants if grant.nodes)
+
+
+def list_numbers(entries: Iterable[Entry]) -> set[Numbers]:
+    """Return the device numbers that a claim has for itself, permitted or not, without what was revoked since."""
+    found: set[Numbers] = set()
+    for entry in entries:
+        if entry.kind in ("numbers", "permit", "revoked"):
+            try:
+                numbers = parse_numbers(entry.words[0])
+            except ValueError:
+                continue
+            found = found.difference(numbers) if entry.kind == "revoked" else found.union(numbers)
+    return {numbers for numbers in found if numbers[0] != MISC_MAJOR}
+
+
+def read_grants(claims: Iterable[Claim]) -> tuple[Grant, ...]:
+    """Return what some claims permit."""
+    return tuple(grant for claim in claims for grant in list_grants(claim.entries))
 
 
 # Permitting -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import cgroup, nodes, permission, sysfs
+from oci_hooks import cgroup, container, nodes, permission, sysfs
 from oci_hooks.errors import Finding, Refusal, StepError
 from oci_hooks.files import step
 from oci_hooks.instances import parse_instance, read_instance
@@ -35,47 +35,8 @@ if TYPE_CHECKING:
     from oci_hooks.journal import Entry, Journal
     from oci_hooks.permission import Grant
 
-# Misc devices: /dev/vfio/vfio and /dev/iommu, which are every container's (include/uapi/linux/major.h).
-MISC_MAJOR = 10
 DEVICES_BY_NUMBER = "/sys/dev/char"
 CDEV_DIRECTORY = "vfio/devices/"
-
-
-# What claims note ----------------------------------------------------------------------------------------------------
-
-
-def list_grants(entries: Iterable[Entry], spoilt: list[Entry] | None = None) -> tuple[Grant, ...]:
-    """Return what a claim permits, without what was revoked since. spoilt: gets the entries that can't be read."""
-    grants: list[Grant] = []
-    for entry in entries:
-        try:
-            if entry.kind == "permit":
-                grants.append(permission.parse_grant(entry))
-            elif entry.kind == "revoked":
-                gone = permission.parse_numbers(entry.words[0])
-                grants = [grant.without(gone) for grant in grants]
-        except ValueError:
-            if spoilt is not None:
-                spoilt.append(entry)
-    return tuple(grant for grant in grants if grant.nodes)
-
-
-def list_numbers(entries: Iterable[Entry]) -> set[Numbers]:
-    """Return the device numbers that a claim has for itself, permitted or not, without what was revoked since."""
-    found: set[Numbers] = set()
-    for entry in entries:
-        if entry.kind in ("numbers", "permit", "revoked"):
-            try:
-                numbers = permission.parse_numbers(entry.words[0])
-            except ValueError:
-                continue
-            found = found.difference(numbers) if entry.kind == "revoked" else found.union(numbers)
-    return {numbers for numbers in found if numbers[0] != MISC_MAJOR}
-
-
-def read_grants(claims: Iterable[Claim]) -> tuple[Grant, ...]:
-    """Return what some claims permit."""
-    return tuple(grant for claim in claims for grant in list_grants(claim.entries))
 
 
 def list_others(claims: Iterable[Claim], but: str) -> list[Claim]:
@@ -103,7 +64,7 @@ def give(
     lock = claims.lock(deadline)
     try:
         check_kept(claims, journal, denied)
-        others = read_grants(list_others(claims.read_claims(), journal.path))
+        others = permission.read_grants(list_others(claims.read_claims(), journal.path))
         grant = permission.plan_grant(claims.root, place, denied, widen_parents, others, opened)
         permission.permit(claims.root, grant, lambda: journal.note("permit", *permission.format_grant(grant)))
     finally:
@@ -112,9 +73,9 @@ def give(
 
 def check_kept(claims: ClaimDirectory, journal: Journal, wanted: Iterable[Node]) -> None:
     """Raise StepError where a number was revoked since it was taken: its device is gone, and perhaps another has it."""
-    kept = list_numbers(claims.read_entries(journal))
+    kept = permission.list_numbers(claims.read_entries(journal))
     for node in wanted:
-        if node.major != MISC_MAJOR and (node.major, node.minor) not in kept:
+        if node.major != permission.MISC_MAJOR and (node.major, node.minor) not in kept:
             raise explain_gone(f"/dev/{node.name}")
 
 
@@ -134,7 +95,7 @@ def revoke_dead(claims: ClaimDirectory, held: list[Claim], but: str) -> None:
     """
     root = claims.root
     for claim in list_others(held, but):
-        numbers = list_numbers(claim.entries)
+        numbers = permission.list_numbers(claim.entries)
         if not numbers or not root.exists(DEVICES_BY_NUMBER):
             continue
         dead = {(major, minor) for major, minor in numbers if not root.exists(f"{DEVICES_BY_NUMBER}/{major}:{minor}")}
@@ -152,7 +113,7 @@ def take_numbers(claims: ClaimDirectory, made: tuple[Node, ...], journal: Journa
     made: the container's nodes, whose devices are bound. It is noted in the journal that it has these numbers. Raises
     StepError where a number can't be revoked, or may have been used, Refusal [lock-timeout].
     """
-    taken = {(node.major, node.minor): node for node in made if node.major != MISC_MAJOR}
+    taken = {(node.major, node.minor): node for node in made if node.major != permission.MISC_MAJOR}
     lock = claims.lock(deadline)
     try:
         others = list_others(claims.read_claims(), journal.path)
@@ -162,7 +123,7 @@ def take_numbers(claims: ClaimDirectory, made: tuple[Node, ...], journal: Journa
             check_own(claims.root, claims.read_entries(journal), taken.values())
         found: dict[Numbers, Claim] = {}
         for claim in others:
-            numbers = list_numbers(claim.entries).intersection(taken)
+            numbers = permission.list_numbers(claim.entries).intersection(taken)
             if numbers:
                 revoke_from(claims, claim, numbers, others)
                 found.update(dict.fromkeys(numbers, claim))
@@ -206,13 +167,13 @@ def revoke_numbers(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], 
     all_claims: those that a directory of cgroups may be shared with.
     """
     root = claims.root
-    others = read_grants(list_others(all_claims, claim.path))
-    for grant in list_grants(claim.entries):
+    others = permission.read_grants(list_others(all_claims, claim.path))
+    for grant in permission.list_grants(claim.entries):
         permission.forbid(root, drop_replaced(root, grant.without(set(grant.nodes) - numbers), claim.home), others)
     note_revoked(claims, claim, numbers)
     if claim.is_alive(root):
         try:
-            nodes.remove_numbers(claim.entries, claim.pid, numbers)
+            remove_nodes(claim.entries, claim.pid, numbers)
         except OSError:
             # Without permission a node opens nothing; it is its container's to spoil.
             return
@@ -226,6 +187,34 @@ def note_revoked(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers]) ->
         # A hook that is at work on that claim relies on the note (`check_kept`).
         if claim.at_work:
             raise
+
+
+def remove_nodes(entries: Iterable[Entry], pid: int, numbers: set[Numbers]) -> None:
+    """Remove a container's nodes of some device numbers. Raises OSError.
+
+    entries: of its claim, for the nodes that were made for it; pid: its init, which lives.
+    """
+    for entry in entries:
+        if entry.kind == "node" and (entry.number(2), entry.number(3)) in numbers:
+            nodes.undo(entry, pid)
+        elif entry.kind == "mount":
+            remove_from_mount(entry, pid, numbers)
+
+
+def remove_from_mount(entry: Entry, pid: int, numbers: set[Numbers]) -> None:
+    """Remove nodes from the file system that was mounted for a container with a user namespace. Raises OSError."""
+    dev = container.open_dev(pid, entry.words[0])
+    try:
+        directory = container.open_path(dev, entry.words[1])
+        try:
+            if not container.is_guests_own(directory):
+                for name in os.listdir(directory):
+                    for each in numbers:
+                        container.remove_node(directory, name, each)
+        finally:
+            os.close(directory)
+    finally:
+        os.close(dev)
 
 
 def format_numbers(numbers: Iterable[Numbers]) -> str:
@@ -252,8 +241,8 @@ def take_back(
         return [Finding("error", "permission-left", journal.path, problem, "the next hook on this machine tries again")]
     try:
         own = claims.read_claim(journal.path)
-        others = read_grants(list_others(claims.read_claims(), journal.path))
-        earlier = list_grants(parse_journal(os.pread(journal.fd, journal.kept, 0)))
+        others = permission.read_grants(list_others(claims.read_claims(), journal.path))
+        earlier = permission.list_grants(parse_journal(os.pread(journal.fd, journal.kept, 0)))
         return revoke(claims.root, entries, own.home if own else None, (*others, *earlier))
     finally:
         os.close(lock)
@@ -265,7 +254,7 @@ def revoke_claim(claims: ClaimDirectory, claim: Claim) -> list[Finding]:
         return []
     # As they are now: one that was put back a moment ago needs nothing any more.
     others = list_others(claims.read_claims(), claim.path)
-    return revoke(claims.root, claim.entries, claim.home, read_grants(others))
+    return revoke(claims.root, claim.entries, claim.home, permission.read_grants(others))
 
 
 def is_permitting(entries: Iterable[Entry]) -> bool:
@@ -282,7 +271,7 @@ def revoke(root: Root, entries: Iterable[Entry], home: Home | None, others: tupl
     """
     spoilt: list[Entry] = []
     findings: list[Finding] = []
-    for grant in reversed(list_grants(entries, spoilt)):
+    for grant in reversed(permission.list_grants(entries, spoilt)):
         try:
             permission.forbid(root, drop_replaced(root, grant, home), others)
         except StepError as error:

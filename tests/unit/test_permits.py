@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import binding, device_filter, device_list, permits
+from oci_hooks import apply, binding, device_filter, device_list, permission, permits
 from oci_hooks.cgroup import Cgroup, Node
 from oci_hooks.claims import Claim, ClaimDirectory, Owner
 from oci_hooks.command import Deadline
@@ -18,7 +18,7 @@ from oci_hooks.homes import Home
 from oci_hooks.journal import Entry
 from oci_hooks.sysfs import PCI_DEVICES
 from tests.unit.machine import NIC, Machine
-from tests.unit.test_binding import make_state
+from tests.unit.test_binding import CGROUPS, bind, make_state, start_process
 from tests.unit.test_claims import STAT, make_claim
 
 pytestmark = pytest.mark.unit
@@ -260,12 +260,31 @@ def test_a_dead_number_is_revoked_and_only_that(machine: Machine, claims: ClaimD
     assert "c 243:0 rw" in lists.read(f"{POD}/c1")[0]
     permits.revoke_dead(claims, held, but="")
     assert lists.read(f"{POD}/c1") == [{"c 1:3 rwm", "c 10:196 rw"}]
-    assert permits.list_numbers(read(claims, path).entries) == set()
-    assert [grant.nodes for grant in permits.list_grants(read(claims, path).entries)] == [((10, 196),)]
+    assert permission.list_numbers(read(claims, path).entries) == set()
+    assert [grant.nodes for grant in permission.list_grants(read(claims, path).entries)] == [((10, 196),)]
     # Noted, so that it is done once, and what anybody permits from now on is not the hook's.
     size = os.stat(path).st_size
     permits.revoke_dead(claims, claims.read_claims(), but="")
     assert os.stat(path).st_size == size
+
+
+def test_dead_numbers_are_revoked_before_devices_are_bound(
+    machine: Machine, claims: ClaimDirectory, lists: Lists, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = start(claims, "c1", CONTROL, GROUP)
+    machine.place("/sys/dev/char/243:0/uevent").unlink()
+    machine.place("/sys/dev/char/243:0").rmdir()
+    machine.write("/sys/bus/pci/drivers/vfio-pci/bind")
+    machine.write("/sys/module/vfio_iommu_type1/parameters/x")
+    machine.write("/proc/self/mountinfo", f"22 1 0:21 / / rw - 9p root rw\n{CGROUPS}")
+    machine.write("/proc/self/cgroup", "0::/hook\n")
+    start_process(machine, 8, 80)
+    other = machine.add("0000:02:00.0", driver="e1000e", group="5")
+    seen = []
+    monkeypatch.setattr(apply, "bind_devices", lambda *_: seen.extend(lists.read(f"{POD}/c1")))
+    bind(machine, make_state("c2", 8, other))
+    assert seen == [{"c 1:3 rwm", "c 10:196 rw"}]
+    assert permission.list_numbers(read(claims, path).entries) == set()
 
 
 def test_a_number_is_taken_from_whoever_had_it(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
