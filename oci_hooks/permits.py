@@ -64,11 +64,24 @@ def give(
     lock = claims.lock(deadline)
     try:
         check_kept(claims, journal, denied)
-        others = permission.read_grants(list_others(claims.read_claims(), journal.path))
-        grant = permission.plan_grant(claims.root, place, denied, widen_parents, others, opened)
+        others = list_others(claims.read_claims(), journal.path)
+        check_alone(claims.root, place, others)
+        grants = permission.read_grants(others)
+        grant = permission.plan_grant(claims.root, place, denied, widen_parents, grants, opened)
         permission.permit(claims.root, grant, lambda: journal.note("permit", *permission.format_grant(grant)))
     finally:
         os.close(lock)
+
+
+def check_alone(root: Root, place: Cgroup, others: Iterable[Claim]) -> None:
+    """Raise StepError where a container is in the cgroup of another one: what one is permitted the other is."""
+    own = place.devices or place.unified
+    for claim in others:
+        home = claim.home
+        for path, inode in ((home.unified, home.unified_inode), (home.devices, home.devices_inode)):
+            if path and path == own and inode in (0, sysfs.read_inode(root, path)):
+                problem = f"is the cgroup of container {claim.container} too, which would be permitted the same"
+                raise StepError("permit-failed", path, problem, "give each container a cgroup of its own (cgroupsPath)")
 
 
 def check_kept(claims: ClaimDirectory, journal: Journal, wanted: Iterable[Node]) -> None:

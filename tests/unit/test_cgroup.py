@@ -544,6 +544,16 @@ def test_permissions_add_up_and_go_one_by_one(tree: Root, monkeypatch: pytest.Mo
     assert kernel.programs["ctr"] == [DENY]
 
 
+def test_what_another_grant_needs_in_the_same_cgroup_stays(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch, {"ctr": [DENY]})
+    other = Grant(((10, 196), (243, 1)), "/u/pod/ctr", ())
+    permission.permit(tree, GRANT)
+    permission.forbid(tree, GRANT, (other,))
+    assert bpf.read_prefix(kernel.programs["ctr"][0]) == [(10, 196)]
+    permission.forbid(tree, GRANT, (Grant(NUMBERS, "/u/pod", ()),))
+    assert kernel.programs["ctr"] == [DENY]
+
+
 def test_half_a_permission_is_taken_back(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the first of two programs: whoever finds the journal takes back what there is."""
     kernel = Kernel(monkeypatch, {"ctr": [bpf.make_prefix(NUMBERS) + DENY, ALLOW]})

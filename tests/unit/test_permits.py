@@ -157,6 +157,20 @@ def test_what_was_there_before_the_first_is_there_after_the_last(claims: ClaimDi
     assert lists.read(POD, f"{POD}/c1", f"{POD}/c2") == before
 
 
+def test_two_containers_of_one_cgroup_are_not_both_permitted(claims: ClaimDirectory, lists: Lists) -> None:
+    inode = os.stat(lists.place(f"{POD}/c2").parent).st_ino
+    for known, refused in ((inode + 1, False), (inode, True), (0, True)):
+        path = make_claim(claims, "c1", home=Home("", 0, f"{POD}/c2", known))
+        if refused:
+            before = lists.read(f"{POD}/c2")
+            with pytest.raises(StepError, match=rf"\[permit-failed\] {POD}/c2: is the cgroup of container c1 too"):
+                start(claims, "c2", CONTROL)
+            assert lists.read(f"{POD}/c2") == before
+        else:
+            end(claims, start(claims, "c2", CONTROL))
+        os.unlink(path)
+
+
 def test_a_run_that_fails_takes_back_its_own(claims: ClaimDirectory, lists: Lists) -> None:
     start(claims, "c1", CONTROL)
     before = lists.read(POD, f"{POD}/c1", f"{POD}/c2")
