@@ -309,15 +309,18 @@ def drop_replaced(root: Root, grant: Grant, home: Home | None) -> Grant:
 
 
 def explain_left(root: Root, grant: Grant, error: StepError) -> tuple[Finding, ...]:
-    """Return what it means that a grant can't be taken back: with no process left in its cgroup, nothing."""
+    """Return what it means that a grant can't be taken back: with no process left in its cgroup, nobody has it."""
     own = (grant.unified, *(widening.path for widening in grant.devices[-1:]))
     processes = sorted({pid for path in own if path for pid in cgroup.list_processes(root, path)})
+    subject = next(filter(None, own))
     if not processes:
-        return error.findings
+        problem = f"the permission for {format_numbers(grant.nodes)} can't be put back; no process is left to use it: "
+        hint = "it ends with the cgroup: remove that if the runtime does not"
+        return (Finding("error", "undo-failed", subject, problem + name_reason(error), hint),)
     pids = " ".join(map(str, processes))
     problem = f"processes {pids} of this cgroup keep the permission for {format_numbers(grant.nodes)}: "
     hint = f"end them with: kill -9 {pids}; the next hook on this machine tries again"
-    return (Finding("error", "permission-left", next(filter(None, own)), problem + name_reason(error), hint),)
+    return (Finding("error", "permission-left", subject, problem + name_reason(error), hint),)
 
 
 def name_reason(error: StepError) -> str:

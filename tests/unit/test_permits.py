@@ -238,7 +238,8 @@ def test_what_can_not_be_revoked_while_processes_are_left_keeps_the_claim(
     # With no process left it is worth a word, and no more.
     machine.write(f"{POD}/c1{inner}/cgroup.procs", "")
     findings = binding.release(machine.root, make_state(), Deadline(5))
-    assert findings[0].code == "permit-failed"
+    assert findings[0].code == "undo-failed"
+    assert "no process is left to use it" in findings[0].problem
     assert os.listdir(f"{claims.path}/claims") == []
 
 

@@ -256,7 +256,13 @@ def test_a_number_that_can_not_be_revoked_is_not_given(containers: Containers, p
     assert staying.open(numbers) == errno.ENXIO
     end_init(first)
     staying.end()
-    assert succeed(second_state, nic) == numbers
+    done = calls.fork_hook({**second_state, "annotations": ask(nic)})
+    assert done.code == 0
+    (told,) = calls.list_findings(done)
+    assert (
+        f"warning: [undo-failed] {UNIFIED / first.name}: the permission for 10:196,{numbers[0]}:{numbers[1]} " in told
+    )
+    assert guest.numbers_of_group(guest.group_of(nic)) == numbers
 
 
 # Version 1 ------------------------------------------------------------------------------------------------------------
