@@ -15,24 +15,27 @@ import os
 from oci_hooks import sysfs
 from oci_hooks.errors import Finding, StepError
 from oci_hooks.files import step
+from oci_hooks.instances import parse_instance, read_instance
 from oci_hooks.plan import DRIVER, Rebind
 from oci_hooks.records import Record
 from oci_hooks.workers import Job, Result, Write, run_jobs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from oci_hooks import cgroup
+    from oci_hooks.claims import ClaimDirectory
     from oci_hooks.command import Deadline
     from oci_hooks.files import Root
+    from oci_hooks.instances import Instance
     from oci_hooks.journal import Entry, Journal
     from oci_hooks.nodes import Target
 
 # A device that is gone needs no unbinding: unplugged, or its driver went first.
 GONE = (errno.ENOENT, errno.ENODEV)
 # Codes of what was not put back and can be later: the claim stays, and its groups with it, for the next hook.
-UNFINISHED = ("unbind-blocked", "restore-unstarted")
+UNFINISHED = ("unbind-blocked", "restore-unstarted", "permission-left")
 
 
 # Drivers -------------------------------------------------------------------------------------------------------------
@@ -42,8 +45,9 @@ def bind_devices(root: Root, rebinds: Iterable[Rebind], journal: Journal, deadli
     """Bind PCI functions to vfio-pci, side by side, and read back that they are. Raises StepError."""
     rebinds = tuple(rebinds)
     for rebind in rebinds:
-        journal.note("device", rebind.address, rebind.driver, rebind.override)
-    jobs = [Job(rebind.address, make_bind_writes(root, rebind)) for rebind in rebinds]
+        identity = rebind.instance.as_dict().values()
+        journal.note("device", rebind.address, rebind.driver, rebind.override, *identity)
+    jobs = [make_job(root, rebind.address, rebind.instance, make_bind_writes(root, rebind)) for rebind in rebinds]
     for rebind, result in zip(rebinds, root.do(run_jobs, jobs, deadline, (), load_what_follows)):
         check_bound(root, rebind, result, deadline)
 
@@ -52,7 +56,12 @@ def load_what_follows() -> None:
     """Import what making and permitting nodes needs; ctypes, for bpf(2), is the dearest import of a whole run."""
     import ctypes  # noqa: F401
 
-    from oci_hooks import bpf, cgroup, container, nodes  # noqa: F401
+    from oci_hooks import bpf, cgroup, container, device_filter, nodes, permits, proof  # noqa: F401
+
+
+def make_job(root: Root, address: str, instance: Instance, writes: Iterable[Write]) -> Job:
+    """Return the writes to one device as a job that writes to no other."""
+    return Job(address, tuple(writes), root.host_path(f"{sysfs.PCI_DEVICES}/{address}"), instance.inode)
 
 
 def make_bind_writes(root: Root, rebind: Rebind) -> tuple[Write, ...]:
@@ -79,7 +88,8 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
             f"the kernel did not finish unbinding it from {rebind.driver or 'nothing'} within {deadline.seconds:g} s"
         )
         raise StepError("unbind-blocked", address, problem, "see dmesg; end what uses the device and try again")
-    if not root.exists(f"{sysfs.PCI_DEVICES}/{address}"):
+    # Gone, or another one has come to its address.
+    if sysfs.read_inode(root, f"{sysfs.PCI_DEVICES}/{address}") not in {rebind.instance.inode} - {0}:
         raise StepError("device-gone", address, "was unplugged while it was being bound", "start the container again")
     if not result.started:
         hint = "see the limits on processes and open files of the hook's cgroup and of the guest"
@@ -88,19 +98,21 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
         raise StepError("bind-failed", address, f"{result.path}: {os.strerror(result.code)}", "see dmesg")
     driver = sysfs.read_driver(root, address)
     if driver != DRIVER:
-        driver = probe_again(root, address, deadline)
+        driver = probe_again(root, rebind, deadline)
     if driver != DRIVER:
         problem = f"{DRIVER} did not take it; it is bound to {driver or 'no driver'}"
         raise StepError("bind-failed", address, problem, f"see dmesg for {DRIVER} {address}")
 
 
 @step
-def probe_again(root: Root, address: str, deadline: Deadline) -> str:
+def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
     """Have the kernel probe a function again while that may help, and return the driver that it has then."""
     from oci_hooks.schema import load_site_packages
 
+    address = rebind.address
+
     def probe() -> str:
-        root.do(run_jobs, [Job(address, (make_probe_write(root, address),))], deadline)
+        root.do(run_jobs, [make_job(root, address, rebind.instance, (make_probe_write(root, address),))], deadline)
         return sysfs.read_driver(root, address)
 
     load_site_packages()
@@ -130,7 +142,7 @@ def probe_again(root: Root, address: str, deadline: Deadline) -> str:
 
 
 class Permission(Record):
-    """How to permit. widens_parents: see cgroup.plan_grant; expects_user: the container may have its groups open."""
+    """How to permit. widens_parents: see `plan_grant`; expects_user: the container may have its groups open."""
 
     widens_parents: bool
     expects_user: bool
@@ -140,36 +152,40 @@ def grant_nodes(
     root: Root,
     made: tuple[cgroup.Node, ...],
     target: Target,
-    permission: Permission,
+    how: Permission,
+    claims: ClaimDirectory,
     journal: Journal,
     deadline: Deadline,
 ) -> None:
     """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
-    from oci_hooks import cgroup, container
+    from oci_hooks import cgroup, container, permission, permits, proof
 
+    reused = permits.take_numbers(claims, made, journal, deadline)
     place = cgroup.find_cgroup(root, target.pid)
     directory = root.do(container.open_dev, target.pid, target.rootfs)
     try:
-        proofs = cgroup.prove(root, place, directory, made, deadline)
+        proofs = proof.prove(root, place, directory, made, deadline)
         denied = [proof.node for proof in proofs if proof.is_denied]
         if denied:
-            grant = cgroup.plan_grant(root, place, denied, permission.widens_parents)
-            journal.note("permit", *format_grant(grant))
-            cgroup.permit(root, grant)
-            proofs = cgroup.prove(root, place, directory, made, deadline)
+            opened = None
+            if permission.is_open_list(root, place):
+                opened = proof.find_access(root, place.replace(unified=""), directory, denied, deadline)
+            permits.give(claims, place, denied, how.widens_parents, opened, journal, deadline)
+            proofs = proof.prove(root, place, directory, made, deadline)
     finally:
         os.close(directory)
     # A group opens once at a time, and the device cgroup is asked before.
-    checked = [proof for proof in proofs if proof.error != errno.EBUSY or not permission.expects_user]
+    expects_user = how.expects_user and not reused
+    checked = [proof for proof in proofs if proof.error != errno.EBUSY or not expects_user]
     check_proofs(root, place, tuple(checked))
 
 
 def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProof, ...]) -> None:
     """Raise StepError where a node did not open, or its group is not viable."""
-    from oci_hooks import cgroup
+    from oci_hooks import permission
 
     if any(proof.is_denied for proof in proofs):
-        raise cgroup.explain_denial(root, place, proofs)
+        raise permission.explain_denial(root, place, proofs)
     for proof in proofs:
         path = f"/dev/{proof.node.name}"
         if proof.error == errno.EBUSY:
@@ -182,21 +198,6 @@ def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProo
             raise StepError("group-not-viable", path, problem, "see the group's devices in /sys/kernel/iommu_groups")
 
 
-def format_grant(grant: cgroup.Grant) -> tuple[str, str, str]:
-    """Return a grant as the words of a journal entry."""
-    nodes = ",".join(f"{major}:{minor}" for major, minor in grant.nodes)
-    return nodes, grant.unified, "\n".join(grant.devices)
-
-
-def parse_grant(entry: Entry) -> cgroup.Grant:
-    """Return the grant that a journal entry notes."""
-    from oci_hooks import cgroup
-
-    pairs = (pair.split(":") for pair in entry.words[0].split(","))
-    nodes = tuple((int(major), int(minor)) for major, minor in pairs)
-    return cgroup.Grant(nodes, entry.words[1], tuple(path for path in entry.words[2].split("\n") if path))
-
-
 # Undoing -------------------------------------------------------------------------------------------------------------
 
 
@@ -205,8 +206,10 @@ def undo(
 ) -> list[Finding]:
     """Put back what a journal notes, last change first, and return what could not be put back.
 
-    pid: the container's init, 0 when it is gone and with it its mount namespace and its cgroup; private: descriptors
-    that a child which hangs must not keep. A finding with a code of UNFINISHED means that the journal has to stay.
+    Permissions are revoked before, by permits.py: they are a matter of all claims. pid: the container's init, 0 when it
+    is gone: a process that it left has nodes in its mount namespace, which open nothing without permission; private:
+    descriptors that a child which hangs must not keep. A finding with a code of UNFINISHED means that the journal has
+    to stay.
     """
     findings: list[Finding] = []
     entries = tuple(entries)
@@ -226,10 +229,8 @@ def undo(
 @step
 def undo_entry(root: Root, entry: Entry, pid: int) -> None:
     """Put back one change in the container. Raises OSError, StepError."""
-    from oci_hooks import cgroup, nodes
+    from oci_hooks import nodes
 
-    if entry.kind == "permit" and pid:
-        cgroup.forbid(root, parse_grant(entry))
     if entry.kind in nodes.UNDOABLE:
         nodes.undo(entry, pid)
 
@@ -239,32 +240,84 @@ def restore_drivers(
 ) -> list[Finding]:
     """Bind functions to the drivers that they had, side by side, and return what went wrong."""
     # A function that was bound again by a later run has the state of its first entry to go back to.
-    before = {entry.words[0]: entry for entry in reversed(entries)}
-    jobs, wanted = [], {}
-    for address, entry in before.items():
-        driver, override = entry.words[1], entry.words[2]
-        if not root.exists(f"{sysfs.PCI_DEVICES}/{address}"):
+    before = {(entry.words[0], parse_instance(entry)): entry for entry in reversed(entries)}
+    jobs, wanted, findings = [], {}, []
+    for address in dict.fromkeys(address for address, _ in before):
+        try:
+            found = read_instance(root, address)
+            override = sysfs.read_override(root, address) if found else ""
+        except OSError as error:
+            problem, hint = f"can't be looked at: {error.strerror}", "the next hook on this machine tries again"
+            findings.append(Finding("error", "restore-unstarted", address, problem, hint))
+            continue
+        if found is None:
             continue  # unplugged: nothing is left to put back
-        path = root.host_path(f"{sysfs.PCI_DEVICES}/{address}")
-        current = sysfs.read_driver(root, address)
-        writes = []
-        if current != driver:
-            # Overridden by name, so that the driver comes back that was there, not the first that matches.
-            writes = [Write(f"{path}/driver_override", f"{driver}\n")] if driver else []
-            writes += [Write(f"{path}/driver/unbind", address, GONE)] if current else []
-            writes += [make_probe_write(root, address)] if driver else []
-        writes.append(Write(f"{path}/driver_override", f"{override}\n"))
-        jobs.append(Job(address, tuple(writes)))
-        wanted[address] = driver
-    findings = []
+        known, current = before.get((address, found)), sysfs.read_driver(root, address)
+        if known is None:
+            findings.append(explain_replaced(address, found))
+        elif is_ours(known, override):
+            jobs.append(make_job(root, address, found, make_restore_writes(root, known, current)))
+            wanted[address] = known
+        elif not is_untouched(known, current, override):
+            findings.append(explain_taken(known, override))
     for result in root.do(run_jobs, jobs, deadline, private):
         findings += check_restored(root, result, wanted[result.address])
     return findings
 
 
-def check_restored(root: Root, result: Result, driver: str) -> list[Finding]:
+def is_untouched(entry: Entry, driver: str, override: str) -> bool:
+    """Check whether nothing is left of what was done to a function: a hook was killed before the first write, or after
+    the last.
+
+    driver, override: those that it has. A driver may have come to it meanwhile, as one does to a new device.
+    """
+    return override == entry.words[2] and driver != DRIVER
+
+
+def is_ours(entry: Entry, override: str) -> bool:
+    """Check whether a function's override is one that the hook wrote, when it was bound or when it was put back."""
+    return override == DRIVER or override == entry.words[1] != ""
+
+
+def make_restore_writes(root: Root, entry: Entry, current: str) -> Iterator[Write]:
+    """Yield the writes that give a function back to the driver that it had. current: the one that it has."""
+    address, driver, override = entry.words[:3]
+    path = root.host_path(f"{sysfs.PCI_DEVICES}/{address}")
+    if current != driver:
+        # Overridden by name, so that the driver comes back that was there, not the first that matches.
+        if driver:
+            yield Write(f"{path}/driver_override", f"{driver}\n")
+        if current:
+            yield Write(f"{path}/driver/unbind", address, GONE)
+        if driver:
+            yield make_probe_write(root, address)
+    yield Write(f"{path}/driver_override", f"{override}\n")
+
+
+def explain_replaced(address: str, found: Instance) -> Finding:
+    """Return the warning for another device at the address of the one that was bound."""
+    problem = "was unplugged since it was bound, and another device is at its address now"
+    problem += f" ({found.vendor}:{found.device}, class {found.class_code}), which is left as it is"
+    return Finding("warning", "device-replaced", address, problem, "nothing is left to put back")
+
+
+def explain_taken(entry: Entry, override: str) -> Finding:
+    """Return the warning for a device whose override is not the hook's any more."""
+    address, driver, before = entry.words[:3]
+    problem = f"its driver_override is {override or 'unset'}, which is not the hook's: the device is left as it is"
+    path = f"{sysfs.PCI_DEVICES}/{address}/driver_override"
+    back = f"driverctl set-override {address} {driver}" if driver else f"echo '{before}' > {path}"
+    return Finding("warning", "override-changed", address, problem, f"to put back how it was before: {back}")
+
+
+def fail_restore(address: str, problem: str) -> Finding:
+    """Return the error for a device that was not put back."""
+    return Finding("error", "restore-failed", address, problem, f"see {sysfs.PCI_DEVICES}/{address}/driver_override")
+
+
+def check_restored(root: Root, result: Result, entry: Entry) -> list[Finding]:
     """Return a finding where a function does not have the driver again that it had."""
-    address = result.address
+    address, driver = entry.words[:2]
     if result.blocked:
         hint = "see dmesg; the next hook on this machine tries again"
         return [Finding("error", "unbind-blocked", address, f"the kernel does not let go of it from {DRIVER}", hint)]
@@ -272,13 +325,13 @@ def check_restored(root: Root, result: Result, driver: str) -> list[Finding]:
         problem = f"no process to give it back to {driver or 'no driver'}: {os.strerror(result.code)}"
         hint = "see the limits on processes and open files; the next hook on this machine tries again"
         return [Finding("error", "restore-unstarted", address, problem, hint)]
-    current = sysfs.read_driver(root, address)
-    if not root.exists(f"{sysfs.PCI_DEVICES}/{address}") or (current == driver and not result.code):
-        return []
     path = f"{sysfs.PCI_DEVICES}/{address}"
+    current = sysfs.read_driver(root, address)
+    # Unplugged meanwhile, whatever has come to its address.
+    if sysfs.read_inode(root, path) != parse_instance(entry).inode or (current == driver and not result.code):
+        return []
     if current == driver:
-        problem = f"{result.path}: {os.strerror(result.code)}"
-        return [Finding("error", "restore-failed", address, problem, f"see {path}/driver_override")]
+        return [fail_restore(address, f"{result.path}: {os.strerror(result.code)}")]
     problem = f"was bound to {driver or 'no driver'} and now is to {current or 'no driver'}"
     problem += f" ({os.strerror(result.code)})" if result.code else ""
     hint = f"bind it with: driverctl set-override {address} {driver}"

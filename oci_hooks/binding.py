@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import apply, plan, selection, sysfs
-from oci_hooks.claims import Claim, ClaimDirectory, list_owners, read_start_time, take_lock
+from oci_hooks import apply, ownership, plan, selection, sysfs
+from oci_hooks.claims import Claim, ClaimDirectory, Owner, read_start_time, take_lock
 from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding, HookError, InputError, Refusal, make_one_line
 from oci_hooks.guards import Uses
+from oci_hooks.homes import find_home
+from oci_hooks.instances import name_instance, parse_instance
 from oci_hooks.journal import HEADS
 from oci_hooks.modules import load_drivers
 from oci_hooks.oci import find_mappings
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from oci_hooks.events import Listener
     from oci_hooks.files import Root
     from oci_hooks.guest_settings import GuestSettings
-    from oci_hooks.journal import Journal
+    from oci_hooks.journal import Entry, Journal
     from oci_hooks.oci import Spec, State
     from oci_hooks.request import Request
     from oci_hooks.selection import Choice
@@ -39,7 +41,7 @@ BIND_SECONDS = 1.0
 
 
 class Work(Record):
-    """What one run of the hook works with. start: when the container's init started, in clock ticks since boot."""
+    """What one run of the hook works with. owner: the container, as its claim notes it, but for its cgroups."""
 
     call: Call
     root: Root
@@ -48,7 +50,7 @@ class Work(Record):
     request: Request
     settings: GuestSettings
     directory: ClaimDirectory
-    start: int
+    owner: Owner
 
 
 def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
@@ -58,9 +60,10 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
     if not start:
         hint = "the hook belongs under createRuntime (or prestart), while the container is being created"
         raise Refusal("no-process", f"process {state.pid}", "the container's init is not running", hint)
+    owner = Owner(state.id, state.pid, start, state.bundle)
     directory = ClaimDirectory(root=root)
     directory.prepare()
-    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, start)
+    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, owner)
     journal, wanted = wait_for_claim(work)
     try:
         with interruptible():
@@ -88,7 +91,7 @@ def carry_out(work: Work, wanted: plan.Plan, journal: Journal) -> None:
     target = nodes.Target(work.state.pid, rootfs)
     made = nodes.expose_nodes(root, wanted, target, journal)
     permission = apply.Permission(work.settings.widen_parent_cgroups, expects_user=journal.kept > 0)
-    apply.grant_nodes(root, made, target, permission, journal, deadline)
+    apply.grant_nodes(root, made, target, permission, work.directory, journal, deadline)
     journal.note("done")
 
 
@@ -108,8 +111,6 @@ def release(root: Root, state: State, deadline: Deadline, settings: str = "") ->
     """
     directory = ClaimDirectory(root=root)
     path = directory.journal_path(state.id)
-    if not root.do(os.path.exists, path):
-        return []
     reset_signals()
     extend_deadline(root, deadline, settings)
     directory.prepare()
@@ -119,6 +120,7 @@ def release(root: Root, state: State, deadline: Deadline, settings: str = "") ->
             claim = directory.read_claim(path)
             if claim is None:
                 return []
+            ownership.check_release(root, state, claim)
             if not claim.at_work:
                 findings = put_back(root, claim, max(deadline.remaining(), UNDO_SECONDS), lock)
                 if findings is not None:
@@ -183,9 +185,13 @@ def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
     try:
         work.directory.remove_drafts()
         claims = repair(work, work.directory.read_claims(), lock)
-        own = next((claim for claim in claims if claim.container == work.state.id), None)
+        own = next((claim for claim in claims if claim.path == own_path(work)), None)
         if not own or not own.at_work:
-            check_own(work, own)
+            ownership.check_own(own, work.owner)
+            if len(claims) > bool(own):
+                from oci_hooks import permits
+
+                permits.revoke_dead(work.directory, claims, but=own_path(work))
             wanted = plan.make_plan(work.root, choose(work, claims), work.spec, make_options(work))
             work.root.note("plan", wanted)
             journal = open_claim(work, own, wanted.groups)
@@ -207,11 +213,11 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
     settings = work.settings
     # Both have to say so: guest.toml for this hook, the kernel's switch for the whole guest.
     noiommu = settings.allow_noiommu and work.root.read_text_or(sysfs.NOIOMMU_SWITCH, "N") == "Y"
-    picture, live = sysfs.look(work.root, noiommu), sysfs.list_live_groups(work.root)
+    picture, live = sysfs.look(work.root, noiommu, instances=True), sysfs.list_live_groups(work.root)
     picture, live = sysfs.name_bare_groups(picture, live, noiommu)
     pool = selection.Pool(
         picture,
-        dict(list_owners(claims, but=work.state.id)),
+        ownership.find_owners(claims, picture, own_path(work)),
         live,
         Uses(work.root).find,
         settings.never,
@@ -220,16 +226,21 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
         settings.force,
     )
     choices = selection.choose_groups(work.request, pool)
-    own = [entry for claim in claims if claim.container == work.state.id for entry in claim.entries]
-    before = {entry.words[0]: entry.words[1] for entry in reversed(own) if entry.kind == "device"}
+    own = [entry for claim in claims if claim.path == own_path(work) for entry in claim.entries]
+    noted = [entry for entry in reversed(own) if entry.kind == "device" and is_there(picture, entry)]
+    before = {entry.words[0]: entry.words[1] for entry in noted}
     return tuple(choice.replace(drivers_before=before) for choice in choices)
 
 
-def check_own(work: Work, own: Claim | None) -> None:
-    """Raise Refusal where a claim under this container's id is another, living container's."""
-    if own and (own.pid, own.start) != (work.state.pid, work.start):
-        problem = f"a container of the same id, with process {own.pid}, has {', '.join(own.groups)} already"
-        raise Refusal("claimed", f"container {own.container}", problem, "give the container another id")
+def is_there(picture: sysfs.Picture, entry: Entry) -> bool:
+    """Check whether the device that an entry notes is at its address, not another one."""
+    device = picture.devices.get(entry.words[0])
+    return device is not None and name_instance(device) == parse_instance(entry)
+
+
+def own_path(work: Work) -> str:
+    """Return where this container's claim is, or would be."""
+    return work.directory.journal_path(work.owner.container)
 
 
 def open_claim(work: Work, own: Claim | None, groups: tuple[str, ...]) -> Journal | None:
@@ -238,7 +249,8 @@ def open_claim(work: Work, own: Claim | None, groups: tuple[str, ...]) -> Journa
     None where somebody has that one meanwhile: it is not replaced, it knows which drivers the devices had.
     """
     if own is None:
-        return work.directory.open_journal(work.state.id, work.state.pid, work.start, groups)
+        home = find_home(work.root, work.owner.pid)
+        return work.directory.open_journal(work.owner.replace(home=home), groups)
     journal = work.directory.reopen_journal(own)
     if journal is not None:
         for name in groups:
@@ -269,7 +281,11 @@ def repair(work: Work, claims: list[Claim], lock: int) -> list[Claim]:
     """
     held = []
     for claim in claims:
-        if not claim.is_stale(work.root):
+        if claim.problem and claim.path != own_path(work):
+            warning = ownership.warn_unreadable(claim)
+            # Once, however often it is looked again.
+            work.call.findings.extend([warning] if warning not in work.call.findings else [])
+        if not ownership.is_over(work.root, claim, own_path(work), work.owner.pid):
             held.append(claim)
             continue
         # It is not this container's fault, and may not be in its way: nor may it take all of the time.
@@ -286,13 +302,19 @@ def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Findin
 
     seconds: how long that may take. None where somebody has the journal, or it is gone.
     """
-    journal = ClaimDirectory(root=root).reopen_journal(claim)
+    from oci_hooks import permits
+
+    directory = ClaimDirectory(root=root)
+    journal = directory.reopen_journal(claim)
     if journal is None:
         return None
     try:
         # A child that hangs must keep the journal's lock, and let go of the machine's.
         pid = claim.pid if claim.is_alive(root) else 0
-        findings = apply.undo(root, claim.entries, pid, Deadline(seconds), (lock,))
+        findings = permits.revoke_claim(directory, claim)
+        # What keeps its permission keeps its device, whose numbers nobody else gets then.
+        if not is_unfinished(findings):
+            findings += apply.undo(root, claim.entries, pid, Deadline(seconds), (lock,))
         return root.do(end_claim, claim.path, findings)
     finally:
         journal.close()
@@ -300,9 +322,13 @@ def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Findin
 
 def take_back(work: Work, journal: Journal) -> list[Finding]:
     """Undo what this run of the hook has done, and remove the claim."""
+    from oci_hooks import permits
+
     entries = work.directory.read_entries(journal)
     deadline = Deadline(max(work.call.deadline.remaining(), UNDO_SECONDS))
-    findings = apply.undo(work.root, entries, work.state.pid, deadline)
+    findings = permits.take_back(work.directory, journal, entries, deadline)
+    if not is_unfinished(findings):
+        findings += apply.undo(work.root, entries, work.state.pid, deadline)
     if not journal.kept:
         return work.root.do(end_claim, journal.path, findings)
     if not is_unfinished(findings):
@@ -336,8 +362,12 @@ def end_container(root: Root, state: State) -> None:
 def print_plan(call: Call, root: Root, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
     """Print what would be done, and do nothing. Raises HookError as the real run would, without waiting."""
     directory = ClaimDirectory(root=root)
-    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, 0)
+    owner = Owner(state.id, state.pid, 0, state.bundle)
+    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, owner)
     claims = [claim for claim in directory.read_claims() if not claim.is_stale(root)]
+    for claim in claims:
+        if claim.path == own_path(work):
+            ownership.check_readable(claim)
     wanted = plan.make_plan(root, choose(work, claims), work.spec, make_options(work))
     root.note("plan", wanted)
     print_actions(call, plan.list_actions(wanted))
@@ -347,8 +377,12 @@ def print_release(call: Call, root: Root, state: State) -> None:
     """Print what a release would put back, and do nothing."""
     directory = ClaimDirectory(root=root)
     claim = directory.read_claim(directory.journal_path(state.id))
+    if claim:
+        ownership.check_readable(claim)
     entries = [entry for entry in reversed(claim.entries) if entry.kind not in HEADS] if claim else []
-    print_actions(call, [("undo", entry.kind, " ".join(entry.words)) for entry in entries])
+    # Of a device, three words are for a reader; the others tell it from the next one at its address.
+    actions = [(entry.kind, entry.words[:3] if entry.kind == "device" else entry.words) for entry in entries]
+    print_actions(call, [("undo", kind, " ".join(words)) for kind, words in actions])
 
 
 def print_actions(call: Call, actions: list[tuple[str, str, str]]) -> None:

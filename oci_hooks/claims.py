@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who has which group: one journal a container below /run/oci-vfio-hooks, locked across processes.
 
-A claim names the container and its init process by pid and start time, so that one whose process is gone can be told:
-not every runtime calls poststop. The lock on a journal says that a hook is at work on it; a journal that is neither
-locked nor done is what a killed hook left behind.
+A claim names its owner: the container by id and bundle, its init by pid and start time, and its cgroups. So it is known
+when the container has ended, which not every runtime reports by poststop, and whose poststop it is that comes: ids are
+unique for one runtime's state directory, not for a machine. The lock on a journal says that a hook is at work on it; a
+journal that is neither locked nor done is what a killed hook left behind.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import os
 import stat
 
 from oci_hooks.errors import Refusal
-from oci_hooks.files import Descriptor, Root, read_chunks, step
-from oci_hooks.journal import FORMAT, Entry, Journal, parse_journal, quote
+from oci_hooks.files import Descriptor, Root, step
+from oci_hooks.homes import Home, is_occupied
+from oci_hooks.journal import FORMAT, JOURNAL_LIMIT, OWNER, Entry, Journal, parse_journal, quote, unquote
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -25,15 +27,29 @@ if TYPE_CHECKING:
     from oci_hooks.command import Deadline
 
 STATE_DIRECTORY = "/run/oci-vfio-hooks"
-# A journal has a line a device and a node; this is a thousand devices.
-JOURNAL_LIMIT = 1 << 20
+# What the file of an id that is too long for a file name begins with; of no other id does it.
+HASHED = "sha256-"
+# The hook's own lack of something, which is no defect of a claim.
+LACKS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # How long after an alarm that went unheard the next one comes.
 RING_SECONDS = 0.1
 
 
+class Owner(Record):
+    """Whose a claim is. container: its id; pid, start: its init process (start in clock ticks since boot); bundle: the
+    path of its bundle; home: its cgroups."""
+
+    container: str
+    pid: int
+    start: int
+    bundle: str = ""
+    home: Home = Home()
+
+
 class Claim(Record):
-    """A container's journal as it stands. container: its id; pid, start: its init process (start in clock ticks since
-    boot); groups: what it has; entries: all of the journal; done: its hook succeeded; at_work: its hook still runs."""
+    """A container's journal as it stands. container: its id; pid, start, bundle, home: as of an Owner; groups: what it
+    has; entries: all of the journal; done: its hook succeeded; at_work: its hook still runs; problem: why it can't be
+    put back, "" where it can: of such a claim the rest is what could be read."""
 
     path: str
     container: str
@@ -43,13 +59,18 @@ class Claim(Record):
     entries: tuple[Entry, ...]
     done: bool
     at_work: bool
+    bundle: str = ""
+    home: Home = Home()
+    problem: str = ""
 
     def is_stale(self, root: Root) -> bool:
-        """Tell whether it has to be undone: its hook was killed, or its container has ended."""
-        return not self.at_work and not (self.done and self.is_alive(root))
+        """Check whether it has to be undone: its hook was killed, or its container has ended with all its processes."""
+        if self.at_work or self.problem:
+            return False
+        return not (self.done and (self.is_alive(root) or is_occupied(root, self.home)))
 
     def is_alive(self, root: Root) -> bool:
-        """Tell whether the container's init still is the process that it was."""
+        """Check whether the container's init still is the process that it was."""
         return self.start > 0 and read_start_time(root, self.pid) == self.start
 
 
@@ -98,11 +119,13 @@ class ClaimDirectory:
 
     def journal_path(self, container: str) -> str:
         """Return where a container's journal lies, whatever its id is made of."""
-        name = quote(container).replace(".", "%2e", 1) if container.startswith(".") else quote(container)
+        name = quote(container)
+        if name.startswith((".", HASHED)):
+            name = f"%{ord(name[0]):02x}{name[1:]}"
         if len(name) > 200:
             import hashlib
 
-            name = "sha256-" + hashlib.sha256(container.encode("utf-8", "surrogateescape")).hexdigest()
+            name = HASHED + hashlib.sha256(container.encode("utf-8", "surrogateescape")).hexdigest()
         return f"{self.path}/claims/{name}"
 
     @step
@@ -128,19 +151,40 @@ class ClaimDirectory:
 
     @step
     def read_claim(self, path: str) -> Claim | None:
-        """Return one claim, or None where there is none at this path: nothing, or something that is no file."""
+        """Return one claim, or None where there is none at this path: nothing, or something that is no file.
+
+        A claim that can't be read is one with a problem. Raises OSError where this process lacks something.
+        """
         try:
             if not stat.S_ISREG(os.lstat(path).st_mode):
                 return None
             # A pipe that came meanwhile would have it wait for its other end.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                at_work = not try_lock(fd)
+                data = read_head(fd, JOURNAL_LIMIT + 1)
+            finally:
+                os.close(fd)
         except FileNotFoundError:
             return None
-        try:
-            at_work = not try_lock(fd)
-            return make_claim(path, parse_journal(b"".join(read_chunks(fd, JOURNAL_LIMIT, path))), at_work)
-        finally:
-            os.close(fd)
+        except OSError as error:
+            if error.errno in LACKS:
+                raise
+            return make_claim(path, [], False).replace(problem=f"can't be read: {error.strerror}")
+        claim = make_claim(path, parse_journal(data), at_work)
+        return claim.replace(problem=self.find_problem(claim, data))
+
+    def find_problem(self, claim: Claim, data: bytes) -> str:
+        """Return why a claim can't be put back, "" where it can. data: of its file."""
+        if len(data) > JOURNAL_LIMIT:
+            return f"is longer than {JOURNAL_LIMIT} bytes"
+        if not data.startswith(FORMAT.encode() + b"\n"):
+            return f"is not of this version's format, {FORMAT}"
+        if tuple(entry.kind for entry in claim.entries[: len(OWNER)]) != OWNER:
+            return "does not begin with its owner"
+        if self.journal_path(claim.container) != claim.path:
+            return f"names another container, {claim.container}"
+        return ""
 
     @step
     def read_entries(self, journal: Journal) -> tuple[Entry, ...]:
@@ -148,20 +192,22 @@ class ClaimDirectory:
         return tuple(parse_journal(os.pread(journal.fd, JOURNAL_LIMIT, journal.kept)))
 
     @step
-    def open_journal(self, container: str, pid: int, start: int, groups: tuple[str, ...]) -> Journal:
+    def open_journal(self, owner: Owner, groups: tuple[str, ...]) -> Journal:
         """Write a new claim and return its journal, locked. Call it with the machine-wide lock held.
 
         An older journal of the same container is replaced: it must have been undone, or taken over, before.
         """
-        path = self.journal_path(container)
+        path = self.journal_path(owner.container)
         draft = f"{self.path}/claims/.{os.getpid()}"
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             journal = Journal(fd, path)
-            os.write(fd, f"{FORMAT}\n".encode())
-            journal.note("container", container)
-            journal.note("init", pid, start)
+            journal.write(f"{FORMAT}\n".encode())
+            journal.note("container", owner.container)
+            journal.note("bundle", owner.bundle)
+            journal.note("init", owner.pid, owner.start)
+            journal.note("cgroup", *owner.home.as_dict().values())
             for name in groups:
                 journal.note("group", name)
             # Nobody ever sees a claim that is not whole, or not locked.
@@ -171,6 +217,25 @@ class ClaimDirectory:
             os.unlink(draft)
             raise
         return journal
+
+    def note_revoked(self, claim: Claim, numbers: str) -> None:
+        """Note in a claim that its container has some device numbers no more. Raises OSError.
+
+        Call it with the machine-wide lock held, also while a hook is at work on the claim: an entry is one write.
+        """
+        try:
+            fd = os.open(claim.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return
+        size = os.fstat(fd).st_size
+        try:
+            Journal(fd, claim.path, torn=is_torn(fd), size=size).note("revoked", numbers)
+        except OSError:
+            # A part of a line would spoil the next one, which the hook at work would write right behind it.
+            os.ftruncate(fd, size)
+            raise
+        finally:
+            os.close(fd)
 
     @step
     def reopen_journal(self, claim: Claim) -> Journal | None:
@@ -184,8 +249,7 @@ class ClaimDirectory:
             return None
         if try_lock(fd):
             size = os.fstat(fd).st_size
-            torn = os.pread(fd, 1, max(size - 1, 0)) != b"\n"
-            return Journal(fd, claim.path, size if claim.done else 0, torn)
+            return Journal(fd, claim.path, size if claim.done else 0, is_torn(fd), size)
         os.close(fd)
         return None
 
@@ -195,10 +259,42 @@ def make_claim(path: str, entries: list[Entry], at_work: bool) -> Claim:
     first: dict[str, Entry] = {}
     for entry in entries:
         first.setdefault(entry.kind, entry)
-    container = first["container"].words[0] if "container" in first else path.rpartition("/")[2]
+    container = first["container"].words[0] if "container" in first else name_container(path)
     pid, start = (first["init"].number(0), first["init"].number(1)) if "init" in first else (0, 0)
+    bundle = first["bundle"].words[0] if "bundle" in first else ""
+    home = make_home(first["cgroup"]) if "cgroup" in first else Home()
     groups = tuple(entry.words[0] for entry in entries if entry.kind == "group")
-    return Claim(path, container, pid, start, groups, tuple(entries), "done" in first, at_work)
+    return Claim(path, container, pid, start, groups, tuple(entries), "done" in first, at_work, bundle, home)
+
+
+def make_home(entry: Entry) -> Home:
+    """Return the cgroups that an entry notes."""
+    return Home(entry.words[0], entry.number(1), entry.words[2], entry.number(3))
+
+
+def name_container(path: str) -> str:
+    """Return the id of a container by the name of its claim, as far as that has it."""
+    name = path.rpartition("/")[2]
+    try:
+        return unquote(name)
+    except ValueError:
+        return name
+
+
+def read_head(fd: int, most: int) -> bytes:
+    """Return the first bytes of a file. Raises OSError."""
+    data = b""
+    while len(data) < most:
+        more = os.read(fd, most - len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def is_torn(fd: int) -> bool:
+    """Check whether a journal's last line has no end."""
+    return os.pread(fd, 1, max(os.fstat(fd).st_size - 1, 0)) != b"\n"
 
 
 def try_lock(fd: int) -> bool:
@@ -254,8 +350,8 @@ class alarm:  # noqa: N801 - reads as a statement
 
 
 def list_owners(claims: list[Claim], but: str) -> Iterator[tuple[str, str]]:
-    """Yield (group, container) for every claim but that of one container."""
+    """Yield (group, container) for every claim but one. but: its path."""
     for claim in claims:
-        if claim.container != but:
+        if claim.path != but:
             for group in claim.groups:
                 yield group, claim.container

@@ -10,28 +10,37 @@ from __future__ import annotations
 import errno
 import os
 
+from oci_hooks.errors import StepError
 from oci_hooks.records import Record
 
-FORMAT = "oci-vfio-hooks 1"
+FORMAT = "oci-vfio-hooks 2"
+# Bytes that a journal may have: written and read alike. It has a line a device and a node; this is a thousand devices.
+JOURNAL_LIMIT = 1 << 20
 
 # Kinds of entry with the words that follow.
 KINDS = {
     "container": ("id",),
+    "bundle": ("path",),
     "init": ("pid", "start"),
+    "cgroup": ("unified", "unified_inode", "devices", "devices_inode"),
     "group": ("name",),
-    "device": ("address", "driver", "override"),
+    "device": ("address", "driver", "override", "inode", "vendor", "device", "class"),
     "directory": ("rootfs", "name"),
     "node": ("rootfs", "name", "major", "minor"),
     "file": ("rootfs", "name"),
     "mount": ("rootfs", "name"),
     "stale": ("rootfs", "name", "major", "minor", "mode", "uid", "gid"),
+    "numbers": ("nodes",),
     "permit": ("nodes", "unified", "devices"),
+    "revoked": ("nodes",),
     "done": (),
 }
 # Kinds that say whose a journal is, and nothing that was changed.
-HEADS = frozenset({"container", "init", "group", "done"})
+HEADS = frozenset({"container", "bundle", "init", "cgroup", "group", "numbers", "revoked", "done"})
+# What every journal begins with, in this order, before anybody but its hook sees it.
+OWNER = ("container", "bundle", "init", "cgroup")
 # Words that are numbers, and the digits that one of the kernel's has at most.
-NUMBERS = frozenset({"pid", "start", "major", "minor", "mode", "uid", "gid"})
+NUMBERS = frozenset({"pid", "start", "inode", "unified_inode", "devices_inode", "major", "minor", "mode", "uid", "gid"})
 DIGITS = 20
 
 
@@ -50,19 +59,30 @@ class Journal:
     """A journal open for appending.
 
     fd: its descriptor, whose lock says that the hook is still at work; kept: how many bytes of it an earlier run of the
-    hook has written, which succeeded and is not this run's to put back; torn: its last line has no end.
+    hook has written, which succeeded and is not this run's to put back; torn: its last line has no end; size: bytes
+    that it has.
     """
 
-    def __init__(self, fd: int, path: str, kept: int = 0, torn: bool = False) -> None:
+    def __init__(self, fd: int, path: str, kept: int = 0, torn: bool = False, size: int = 0) -> None:
         self.fd = fd
         self.path = path
         self.kept = kept
         self.torn = torn
+        self.size = size
 
     def note(self, kind: str, *words: object) -> None:
-        """Append one entry, in a single write. Raises OSError: what is not noted whole must not be done."""
-        line = b"\n" * self.torn + format_entry(kind, *words)
+        """Append one entry, in a single write. Raises OSError, StepError: what is not noted whole must not be done."""
+        self.write(format_entry(kind, *words))
+
+    def write(self, line: bytes) -> None:
+        """Append one line. Raises OSError; StepError where nobody would read it."""
+        line = b"\n" * self.torn + line
+        if self.size + len(line) > JOURNAL_LIMIT:
+            problem = f"its undo log would be longer than {JOURNAL_LIMIT} bytes"
+            hint = "it asks for too much at once: see its annotations and linux.devices"
+            raise StepError("claim-too-large", self.path, problem, hint)
         written = os.write(self.fd, line)
+        self.size += written
         self.torn = written != len(line)
         if self.torn:
             # What the kernel does where there is room for a part of it.

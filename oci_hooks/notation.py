@@ -27,6 +27,7 @@ REVIVED = (
     "claims.Claim",
     "errors.Finding",
     "holders.Process",
+    "homes.Home",
     "journal.Entry",
     "workers.Result",
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from oci_hooks.errors import Refusal
+from oci_hooks.instances import Instance, name_instance
 from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX, map_id
 from oci_hooks.records import Record
 from oci_hooks.sysfs import NOIOMMU_GROUP, read_override
@@ -24,11 +25,13 @@ MAP_PATH = "/dev/vfio/devices.json"
 
 
 class Rebind(Record):
-    """A PCI function to bind to another driver. driver: the one before, "" without; override: the one before."""
+    """A PCI function to bind to another driver. driver: the one before, "" without; override: the one before;
+    instance: which device it is, that is at its address now."""
 
     address: str
     driver: str
     override: str
+    instance: Instance = Instance()
 
 
 class Node(Record):
@@ -116,10 +119,11 @@ def make_plan(root: Root, choices: tuple[Choice, ...], spec: Spec, options: Plan
 def make_rebind(root: Root, device: PciDevice) -> Rebind:
     """Return what has to be bound, with what is there before. Raises Refusal [device-gone]."""
     try:
-        return Rebind(device.address, device.driver, read_override(root, device.address))
+        override = read_override(root, device.address)
     except OSError as error:
         problem = f"was unplugged while it was being looked at ({error.strerror})"
         raise Refusal("device-gone", device.address, problem, "start the container again") from None
+    return Rebind(device.address, device.driver, override, name_instance(device))
 
 
 def make_map(choices: tuple[Choice, ...]) -> Iterator[MapEntry]:

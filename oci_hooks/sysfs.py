@@ -41,7 +41,8 @@ class PciDevice(Record):
 
     address: BDF; vendor, device: four hexadecimal digits; class_code: six hexadecimal digits (class, subclass,
     interface); driver: "" without one; group: IOMMU group, "" without an IOMMU; path: below /sys, links resolved;
-    owned_by_vfio: bound to vfio-pci or a variant of it.
+    owned_by_vfio: bound to vfio-pci or a variant of it; inode: number of its directory in sysfs, which the next device
+    at this address does not have; 0 where nobody asked for it.
     """
 
     address: str
@@ -52,6 +53,7 @@ class PciDevice(Record):
     group: str
     path: str
     owned_by_vfio: bool
+    inode: int = 0
 
     @property
     def is_bridge(self) -> bool:
@@ -88,15 +90,16 @@ class Picture(Record):
     groups: dict[str, IommuGroup]
 
 
-def look(root: Root, noiommu: bool = False) -> Picture:
+def look(root: Root, noiommu: bool = False, instances: bool = False) -> Picture:
     """Return the picture of a machine: one pass over its PCI devices. Raises OSError where sysfs can't be read.
 
-    noiommu: give each endpoint without a group a group of its own, `noiommu:BDF`, as vfio's no-IOMMU mode does.
+    noiommu: give each endpoint without a group a group of its own, `noiommu:BDF`, as vfio's no-IOMMU mode does;
+    instances: read the inode numbers too.
     """
     devices = {}
     drivers = dict(KNOWN_DRIVERS)
     for address in root.list_names(PCI_DEVICES):
-        device = read_device(root, address, drivers)
+        device = read_device(root, address, drivers, instances)
         # A device may be unplugged between the listing and the reading.
         if device is not None:
             if noiommu and not device.group and not device.is_bridge:
@@ -114,38 +117,55 @@ def make_picture(devices: dict[str, PciDevice]) -> Picture:
     return Picture(devices, {name: IommuGroup(name, tuple(group)) for name, group in members.items()})
 
 
-def read_device(root: Root, address: str, drivers: dict[str, bool] | None = None) -> PciDevice | None:
+def read_device(
+    root: Root, address: str, drivers: dict[str, bool] | None = None, instance: bool = False
+) -> PciDevice | None:
     """Return one PCI function, or None where there is none at this address (any more).
 
-    drivers: whether each is vfio's; grows, so that the question is asked of the first function of a driver only.
+    drivers: whether each is vfio's; grows, so that the question is asked of the first function of a driver only;
+    instance: read the inode number too.
     """
     drivers = dict(KNOWN_DRIVERS) if drivers is None else drivers
     path = f"{PCI_DEVICES}/{address}"
+    # First, so that all that is found out after is of this device, if this still is the number in the end.
+    inode = read_inode(root, path) if instance else 0
     try:
         # One read gives driver, class and ids; each attribute by itself would be four.
         uevent = parse_uevent(root.read_text(f"{path}/uevent"))
         target = root.read_link(path)
     except OSError:
         return None
-    vendor, _, device = uevent.get("PCI_ID", "").lower().partition(":")
     driver = uevent.get("DRIVER", "")
     if driver not in drivers:
         drivers[driver] = root.exists(f"{path}/vfio-dev")
     return PciDevice(
         address,
-        vendor,
-        device,
-        uevent.get("PCI_CLASS", "").lower().zfill(6),
+        *parse_ids(uevent),
         driver,
         root.link_name(f"{path}/iommu_group"),
         "/sys/" + target.lstrip("./") if target else path,
         drivers[driver],
+        inode,
     )
+
+
+def read_inode(root: Root, path: str) -> int:
+    """Return the inode number of a file or directory of the kernel's, links followed; 0 where there is none."""
+    try:
+        return root.stat(path).st_ino
+    except OSError:
+        return 0
 
 
 def parse_uevent(text: str) -> dict[str, str]:
     """Return the pairs of a sysfs uevent file."""
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def parse_ids(uevent: dict[str, str]) -> tuple[str, str, str]:
+    """Return vendor, device and class of a function, as a PciDevice has them, by its uevent file."""
+    vendor, _, device = uevent.get("PCI_ID", "").lower().partition(":")
+    return vendor, device, uevent.get("PCI_CLASS", "").lower().zfill(6)
 
 
 def read_driver(root: Root, address: str) -> str:

@@ -38,10 +38,16 @@ class Write(Record):
 
 
 class Job(Record):
-    """The writes for one device, in order. address: BDF."""
+    """The writes for one device, in order.
+
+    address: BDF; directory: of the device in sysfs, "" where it does not matter which device it is; inode: number of
+    that directory. Another device at this address is not written to: the job ends with ENODEV.
+    """
 
     address: str
     writes: tuple[Write, ...]
+    directory: str = ""
+    inode: int = 0
 
 
 class Result(Record):
@@ -183,18 +189,60 @@ def tell(writer: int, number: int, answer: tuple[int, int]) -> None:
 
 def do_writes(job: Job) -> tuple[int, int]:
     """Do a job's writes until one fails. Return errno and the number of the write, or zero and how many there were."""
-    for index, write in enumerate(job.writes):
-        try:
-            write_attribute(write.path, write.data)
-        except OSError as error:
-            if error.errno not in write.tolerated:
-                return error.errno or errno.EIO, index
-    return 0, len(job.writes)
+    done, device = 0, -1
+    try:
+        device = open_device(job)
+        for write in job.writes:
+            check_device(job)
+            try:
+                write_attribute(find_relative(job, write.path), write.data, device)
+            except OSError as error:
+                if error.errno not in write.tolerated:
+                    raise
+            done += 1
+    except OSError as error:
+        return error.errno or errno.EIO, done
+    finally:
+        if device >= 0:
+            os.close(device)
+    return 0, done
 
 
-def write_attribute(path: str, data: str) -> None:
-    """Write one sysfs attribute, in the single write that the kernel wants. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+def open_device(job: Job) -> int:
+    """Return a descriptor of the device's directory, -1 for a job without one. Raises OSError.
+
+    By it only this device's attributes are opened: those of a device that is gone can't be (kernfs_iop_lookup: ENOENT),
+    nor be written to (kernfs_fop_write_iter: ENODEV), whatever is at its address by then.
+    """
+    if not job.directory:
+        return -1
+    fd = os.open(job.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if os.fstat(fd).st_ino != job.inode:
+        os.close(fd)
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), job.directory)
+    return fd
+
+
+def check_device(job: Job) -> None:
+    """Raise OSError where another device is at the job's address: unbinding and probing go by the address.
+
+    Between this and the write are some microseconds; a kernel takes milliseconds to unplug one and to find another.
+    """
+    if job.directory and os.stat(job.directory).st_ino != job.inode:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), job.directory)
+
+
+def find_relative(job: Job, path: str) -> str:
+    """Return the path of an attribute from the device's directory; as it is where it is elsewhere."""
+    return path[len(job.directory) + 1 :] if job.directory and path.startswith(f"{job.directory}/") else path
+
+
+def write_attribute(path: str, data: str, directory: int = -1) -> None:
+    """Write one sysfs attribute, in the single write that the kernel wants. Raises OSError.
+
+    directory: descriptor that a relative path begins at.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory if directory >= 0 else None)
     try:
         os.write(fd, data.encode())
     finally:

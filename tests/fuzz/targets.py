@@ -21,6 +21,7 @@ from oci_hooks import (
     bpf,
     cgroup,
     claims,
+    device_list,
     guards,
     journal,
     kata_config,
@@ -33,12 +34,13 @@ from oci_hooks import (
     settings,
     sysfs,
 )
-from oci_hooks.apply import parse_grant
 from oci_hooks.errors import HookError, InputError
 from oci_hooks.files import Root
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import read_clh, read_qemu
+from oci_hooks.instances import parse_instance
 from oci_hooks.jsontext import parse_json
+from oci_hooks.permission import parse_grant
 
 ADDRESS = "0000:01:00.0"
 DEVICE = f"{sysfs.PCI_DEVICES}/{ADDRESS}"
@@ -288,14 +290,17 @@ def fuzz_proc(data: bytes) -> None:
 def fuzz_devices_list(data: bytes) -> None:
     """devices.list of version 1."""
     root = MemoryRoot({"/g/devices.list": data})
-    cgroup.lacks(root, "/g", [cgroup.Node("12", 511, 7)])
+    device_list.find_missing(device_list.read_rules(root, "/g"), cgroup.Node("12", 511, 7))
 
 
 def fuzz_journal(data: bytes) -> None:
     """A claim: whatever lies there is read as some entries, and a hook makes of them what it can."""
     entries = journal.parse_journal(data)
-    claims.make_claim("/run/c", entries, False)
+    claim = claims.make_claim("/run/claims/c%20", entries, False)
+    claims.ClaimDirectory("/run").find_problem(claim, data)
     for entry in entries:
+        if entry.kind == "device":
+            parse_instance(entry)
         line = journal.format_entry(entry.kind, *entry.words)
         assert journal.parse_journal(line) == [entry]
         if entry.kind == "permit":
@@ -374,7 +379,8 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "devices_list": [b"a *:* rwm\n", b"c 10:196 rw\nb *:* m\n"],
     "journal": [
-        b"oci-vfio-hooks 1\ncontainer\tc%20\ninit\t7\t70\ngroup\t4\ndevice\t0000:01:00.0\te1000e\t\n"
+        b"oci-vfio-hooks 2\ncontainer\tc%20\nbundle\t%2fb\ninit\t7\t70\ncgroup\t%2fc\t5\t\t0\ngroup\t4\n"
+        b"device\t0000:01:00.0\te1000e\t\t9\t8086\t10d3\t020000\n"
         b"permit\t511:7,10:196\t/sys/fs/cgroup/c\t\ndone\n"
     ],
     "json": [b'{"a": [1, -2.5e3, "\\u00e9\\n", true, null]}', b" [] ", b"NaN"],

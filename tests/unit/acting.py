@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Callable, TypeVar
 
-from oci_hooks import cgroup, command, guest, log, oci, record, workers
+from oci_hooks import cgroup, command, guest, log, oci, proof, record, workers
 from oci_hooks.files import NotingRoot
 from oci_hooks.sysfs import PCI_DEVICES
 from tests.steps import CHANGES
@@ -48,8 +48,10 @@ class Kernel:
         self.top = top
         self.refuses: Callable[[str, str], int] = lambda address, driver: 0
 
-    def write_attribute(self, path: str, data: str) -> None:
+    def write_attribute(self, path: str, data: str, directory: int = -1) -> None:
         """Stand in for workers.write_attribute: a write that is begun is finished. Raises OSError."""
+        if directory >= 0:
+            path = os.path.join(os.readlink(f"/proc/self/fd/{directory}"), path)
         os.close(UNWRAPPED["open"](path, os.O_WRONLY | os.O_CLOEXEC))
         with self.alone():
             child = UNWRAPPED["fork"]()
@@ -168,7 +170,14 @@ class Container:
     def enlist(self) -> None:
         """Have its init be a process of the machine."""
         self.machine.write(f"/proc/{self.init.pid}/cgroup", "0::/\n")
-        self.machine.place(f"/proc/{self.init.pid}/stat").symlink_to(f"/proc/{self.init.pid}/stat")
+        self.show(True)
+
+    def show(self, alive: bool) -> None:
+        """Have its init be there, or gone, for the machine: its process goes on for the next time."""
+        stat = self.machine.place(f"/proc/{self.init.pid}/stat")
+        stat.unlink(missing_ok=True)
+        if alive:
+            stat.symlink_to(f"/proc/{self.init.pid}/stat")
 
     @property
     def state(self) -> dict[str, Any]:
@@ -242,7 +251,7 @@ class ActingMachine(Machine):
     def enter(self) -> None:
         """Make this process one on this machine."""
         setattr(workers, "write_attribute", self.kernel.write_attribute)  # noqa: B010
-        setattr(cgroup, "try_node", answer_open)  # noqa: B010
+        setattr(proof, "try_node", answer_open)  # noqa: B010
         # Where so many are at work at once, the usual time may be short.
         setattr(guest, "SECONDS", 20.0)  # noqa: B010
         setattr(command.Deadline, "extend", lambda *_: None)  # noqa: B010
@@ -261,7 +270,10 @@ class ActingMachine(Machine):
         return self.containers[-1]
 
     def start(self, state: dict[str, Any], *arguments: str, prepare: Prepare = lambda: None) -> Run:
-        """Start the guest hook. prepare: called in its process first."""
+        """Start the guest hook. prepare: called in its process first. A container whose state says so has ended."""
+        for container in self.containers:
+            if container.name == state["id"]:
+                container.show(state.get("status") != "stopped")
         return Run(self, state, arguments, prepare)
 
     def call(self, state: dict[str, Any], *arguments: str, prepare: Prepare = lambda: None) -> tuple[int, str]:
@@ -319,10 +331,10 @@ class ActingMachine(Machine):
             container.end()
 
 
-def answer_open(directory: int, node: cgroup.Node) -> tuple[int, bool]:
-    """Stand in for cgroup.try_node: a node with the right numbers opens."""
+def answer_open(directory: int, node: cgroup.Node, _flags: int = os.O_RDWR) -> tuple[int, bool]:
+    """Stand in for proof.try_node: a node with the right numbers opens."""
     try:
         found = os.stat(node.name, dir_fd=directory, follow_symlinks=False)
     except OSError as error:
         return error.errno or errno.EIO, False
-    return (0, True) if cgroup.is_device(found, node) else (errno.ENODEV, False)
+    return (0, True) if proof.is_device(found, node) else (errno.ENODEV, False)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from oci_hooks.files import Root
+from oci_hooks.instances import read_instance
 from oci_hooks.sysfs import PCI_DEVICES, Picture, look
 
 NIC = "0000:01:00.0"
@@ -57,6 +58,13 @@ class Machine:
             self.place(f"/sys/kernel/iommu_groups/{group}/devices").mkdir(parents=True, exist_ok=True)
             self.place(f"{PCI_DEVICES}/{address}/iommu_group").symlink_to(f"../../../kernel/iommu_groups/{group}")
         return address
+
+    def note_bound(self, address: str, driver: str, override: str) -> tuple[str, ...]:
+        """Have a function look bound by the hook, and return the entry of the journal. driver, override: of before."""
+        self.write(f"{PCI_DEVICES}/{address}/driver_override", "vfio-pci\n")
+        found = read_instance(self.root, address)
+        assert found is not None
+        return ("device", address, driver, override, *map(str, found.as_dict().values()))
 
     def add_group_node(self, group: str, numbers: str) -> None:
         """Give a group the node that vfio makes when a device of it is bound."""

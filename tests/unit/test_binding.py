@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any, cast
 import pytest
 
 from oci_hooks import apply, binding, oci, selection, sysfs
-from oci_hooks.claims import STATE_DIRECTORY, Claim, ClaimDirectory
+from oci_hooks.claims import STATE_DIRECTORY, Claim, ClaimDirectory, Owner
 from oci_hooks.command import Arguments, Call, Deadline
 from oci_hooks.errors import Finding, HookError, Refusal
 from oci_hooks.files import Root
@@ -33,6 +34,8 @@ pytestmark = pytest.mark.unit
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEVICE = f"{PCI_DEVICES}/{NIC}"
 INIT, START = 7, 70
+OWNER = Owner("c1", INIT, START)
+CGROUPS = "23 22 0:22 / /sys/fs/cgroup rw - cgroup2 none rw\n"
 
 
 @pytest.fixture(name="machine")
@@ -42,7 +45,8 @@ def make_machine(tmp_path: Path) -> Machine:
     machine.add(NIC, driver="e1000e", group="4")
     machine.write("/sys/bus/pci/drivers/vfio-pci/bind")
     machine.write("/sys/module/vfio_iommu_type1/parameters/x")
-    machine.write("/proc/self/mountinfo", "22 1 0:21 / / rw - 9p root rw\n")
+    machine.write("/proc/self/mountinfo", f"22 1 0:21 / / rw - 9p root rw\n{CGROUPS}")
+    machine.write("/proc/self/cgroup", "0::/hook\n")
     start_process(machine, INIT, START)
     machine.place("/run").mkdir()
     return machine
@@ -59,6 +63,12 @@ def make_directory(machine: Machine) -> ClaimDirectory:
 def start_process(machine: Machine, pid: int, start: int) -> None:
     """Add a process."""
     machine.write(f"/proc/{pid}/stat", STAT.format(pid=pid, state="S", start=start))
+    machine.write(f"/proc/{pid}/cgroup", f"0::/c{pid}\n")
+
+
+def end_process(machine: Machine, pid: int = INIT) -> None:
+    """Have a process end."""
+    shutil.rmtree(machine.place(f"/proc/{pid}"))
 
 
 def make_call(machine: Machine, seconds: float = 5) -> Call:
@@ -135,7 +145,7 @@ def test_another_containers_group_is_refused_while_it_lives(machine: Machine, di
 
 @pytest.mark.parametrize("how", ["gone", "reused"])
 def test_an_ended_containers_group_is_taken_over(machine: Machine, directory: ClaimDirectory, how: str) -> None:
-    make_claim(directory, "other", 8, 80, ("device", NIC, "e1000e", "before"))
+    make_claim(directory, "other", 8, 80, machine.note_bound(NIC, "e1000e", "before"))
     if how == "reused":
         start_process(machine, 8, 81)
     _, error = bind(machine, make_state())
@@ -147,7 +157,7 @@ def test_a_stuck_claim_keeps_its_group_and_leaves_time(machine: Machine, directo
     unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
     unbind.unlink()
     os.mkfifo(unbind)
-    make_claim(directory, "other", 8, 80, ("device", NIC, "igb", ""))
+    make_claim(directory, "other", 8, 80, machine.note_bound(NIC, "igb", ""))
     call, error = bind(machine, make_state(), make_call(machine, 3.0))
     assert [(finding.level, finding.code) for finding in call.findings] == [("warning", "unbind-blocked")]
     assert error.findings[0].code == "claimed"
@@ -209,7 +219,7 @@ def test_a_living_container_of_the_same_id_is_not_robbed(machine: Machine, direc
 
 
 def test_a_second_run_that_fails_leaves_what_the_first_gave(machine: Machine, directory: ClaimDirectory) -> None:
-    path = make_claim(directory, "c1", INIT, START, ("device", NIC, "igb", "before"))
+    path = make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "igb", "before"))
     first = Path(path).read_bytes()
     bind(machine, make_state())
     assert Path(path).read_bytes() == first
@@ -218,7 +228,7 @@ def test_a_second_run_that_fails_leaves_what_the_first_gave(machine: Machine, di
 def test_a_journal_that_another_hook_has_is_waited_for_not_replaced(
     machine: Machine, directory: ClaimDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = make_claim(directory, "c1", INIT, START, ("device", NIC, "igb", "before"))
+    path = make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "igb", "before"))
     first = Path(path).read_bytes()
     taken: list[int] = []
     real = ClaimDirectory.reopen_journal
@@ -240,16 +250,12 @@ def test_a_journal_that_another_hook_has_is_waited_for_not_replaced(
 
 
 def test_a_release_puts_back_and_is_done_twice(machine: Machine, directory: ClaimDirectory) -> None:
-    make_claim(directory, "c1", INIT, START, ("device", NIC, "e1000e", "before"))
+    make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "e1000e", "before"))
+    end_process(machine)
     for _ in range(2):
         assert binding.release(machine.root, make_state(), Deadline(5)) == []
         assert list_claims(machine) == []
         assert machine.read(f"{DEVICE}/driver_override").startswith("before\n")
-
-
-def test_a_release_without_a_claim_changes_nothing(machine: Machine) -> None:
-    assert binding.release(machine.root, make_state(), Deadline(5)) == []
-    assert not machine.place(STATE_DIRECTORY).exists()
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("deadline = 20", 20), ("deadline = -1", 5), (None, 8)])
@@ -257,7 +263,8 @@ def test_a_release_has_the_time_that_the_settings_give(
     machine: Machine, directory: ClaimDirectory, text: str | None, seconds: float
 ) -> None:
     """Settings that are wrong keep nothing from being put back."""
-    make_claim(directory, "c1", INIT, START, ("device", NIC, "e1000e", "before"))
+    make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "e1000e", "before"))
+    end_process(machine)
     if text:
         machine.write("/etc/oci-vfio-hooks/guest.toml", text)
     deadline = Deadline(5)
@@ -270,7 +277,8 @@ def test_a_release_that_is_stuck_keeps_the_claim(machine: Machine, directory: Cl
     unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
     unbind.unlink()
     os.mkfifo(unbind)
-    make_claim(directory, "c1", INIT, START, ("device", NIC, "igb", ""))
+    make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "igb", ""))
+    end_process(machine)
     (finding,) = binding.release(machine.root, make_state(), Deadline(0.2))
     assert finding.code == "unbind-blocked"
     assert list_claims(machine) == ["c1"]
@@ -355,6 +363,7 @@ def test_a_killed_hook_is_repaired_by_the_next(machine: Machine, hook: subproces
     assert error.findings[0].code == "claimed"
     os.close(os.open(machine.place("/sys/bus/pci/drivers/e1000e/unbind"), os.O_RDONLY | os.O_NONBLOCK))
     time.sleep(0.3)
+    end_process(machine)
     assert binding.release(machine.root, make_state(), Deadline(5)) == []
     assert list_claims(machine) == []
     assert machine.read(f"{DEVICE}/driver_override").startswith("\n")
@@ -387,8 +396,10 @@ def choose(
     request = read_request(state, spec)
     assert request is not None
     settings = GuestSettings(allow_noiommu=allowed)
-    work = binding.Work(make_call(machine), machine.root, state, spec, request, settings, ClaimDirectory("/nowhere"), 0)
-    held = [Claim("", owner, 1, 1, (f"noiommu:{BOUND}",), (), True, False)] if owner else []
+    work = binding.Work(
+        make_call(machine), machine.root, state, spec, request, settings, ClaimDirectory("/nowhere"), OWNER
+    )
+    held = [Claim(f"/nowhere/claims/{owner}", owner, 1, 1, (f"noiommu:{BOUND}",), (), True, False)] if owner else []
     return [choice.group.name for choice in binding.choose(work, held)]
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import bpf, cgroup
-from oci_hooks.cgroup import Cgroup, Grant, Node, NodeProof
+from oci_hooks import bpf, cgroup, device_list, permission, proof
+from oci_hooks.cgroup import Cgroup, Node, NodeProof
 from oci_hooks.command import Deadline
 from oci_hooks.errors import StepError
 from oci_hooks.files import Root
+from oci_hooks.permission import Grant, Widening
 from tests.steps import list_children
 
 pytestmark = pytest.mark.unit
@@ -133,7 +134,7 @@ def test_nodes_are_opened(dev: int, tmp_path: Path) -> None:
         Node("fd", 1, 3),
         Node("null", 1, 3, is_group=True),
     )
-    proofs = cgroup.prove(Root(str(tmp_path)), NOWHERE, dev, nodes, Deadline(5))
+    proofs = proof.prove(Root(str(tmp_path)), NOWHERE, dev, nodes, Deadline(5))
     assert [proof.node for proof in proofs] == list(nodes)
     # Another device than it should be, none, a directory, and one that is no VFIO group.
     assert [proof.error for proof in proofs] == [0, errno.ENODEV, errno.ENOENT, errno.ENODEV, errno.ENOTTY]
@@ -143,8 +144,8 @@ def test_nodes_are_opened(dev: int, tmp_path: Path) -> None:
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "12").symlink_to("/dev/null")
     directory = os.open(tmp_path, os.O_PATH)
-    (proof,) = cgroup.prove(Root(), NOWHERE, directory, [Node("12", 1, 3)], Deadline(5))
-    assert proof.error == errno.ENODEV
+    (found,) = proof.prove(Root(), NOWHERE, directory, [Node("12", 1, 3)], Deadline(5))
+    assert found.error == errno.ENODEV
 
 
 @pytest.mark.parametrize(("swapped", "error"), [("zero", errno.ENODEV), ("link", errno.ELOOP), ("pipe", errno.ENODEV)])
@@ -159,8 +160,8 @@ def test_what_was_swapped_after_the_look_is_no_proof(
     stat = os.stat
     monkeypatch.setattr(os, "stat", lambda _name, **more: stat("null", **more))
     directory = os.open(tmp_path, os.O_PATH)
-    assert cgroup.try_node(directory, Node(swapped, 1, 3)) == (error, False)
-    assert cgroup.try_node(directory, Node("null", 1, 3)) == (0, True)
+    assert proof.try_node(directory, Node(swapped, 1, 3)) == (error, False)
+    assert proof.try_node(directory, Node("null", 1, 3)) == (0, True)
     os.close(directory)
 
 
@@ -173,7 +174,7 @@ def test_a_group_is_asked_whether_it_is_viable(
         return struct.pack("=II", 8, flags)
 
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
-    assert cgroup.try_node(dev, Node("null", 1, 3, is_group=True)) == (0, viable)
+    assert proof.try_node(dev, Node("null", 1, 3, is_group=True)) == (0, viable)
 
 
 def test_the_child_enters_every_hierarchy_first(dev: int, tmp_path: Path) -> None:
@@ -181,13 +182,13 @@ def test_the_child_enters_every_hierarchy_first(dev: int, tmp_path: Path) -> Non
         (tmp_path / name).mkdir()
         (tmp_path / name / "cgroup.procs").write_text("")
     place = Cgroup(42, "/v2", "/v1")
-    cgroup.prove(Root(str(tmp_path)), place, dev, [Node("null", 1, 3)], Deadline(5))
+    proof.prove(Root(str(tmp_path)), place, dev, [Node("null", 1, 3)], Deadline(5))
     assert [(tmp_path / name / "cgroup.procs").read_text() for name in ("v1", "v2")] == ["0", "0"]
 
 
 def test_a_cgroup_that_cannot_be_entered_is_an_error(dev: int, tmp_path: Path) -> None:
     with pytest.raises(StepError, match=r"\[permit-failed\] /v2: can't be entered.*No such file"):
-        cgroup.prove(Root(str(tmp_path)), Cgroup(42, "/v2", ""), dev, [Node("null", 1, 3)], Deadline(5))
+        proof.prove(Root(str(tmp_path)), Cgroup(42, "/v2", ""), dev, [Node("null", 1, 3)], Deadline(5))
 
 
 def test_a_child_that_hangs_is_killed_at_the_deadline() -> None:
@@ -197,7 +198,7 @@ def test_a_child_that_hangs_is_killed_at_the_deadline() -> None:
 
     before = list_children()
     with pytest.raises(StepError, match="not done in time"):
-        cgroup.ask_child(hang, Deadline(0.2))
+        proof.ask_child(hang, Deadline(0.2))
     assert list_children() == before
 
 
@@ -210,7 +211,7 @@ def test_the_child_never_cleans_up_for_the_parent(tmp_path: Path, what: BaseExce
         raise what
 
     try:
-        answer = cgroup.ask_child(explode, Deadline(5))
+        answer = proof.ask_child(explode, Deadline(5))
     finally:
         with trace.open("a") as file:
             file.write(f"{os.getpid()}\n")
@@ -223,22 +224,22 @@ def test_a_child_that_dies_is_an_error(dev: int, monkeypatch: pytest.MonkeyPatch
         os.kill(os.getpid(), 9)
         return ""
 
-    monkeypatch.setattr(cgroup, "answer_for", die)
+    monkeypatch.setattr(proof, "answer_for", die)
     before = list_children()
     with pytest.raises(StepError, match="died without an answer"):
-        cgroup.prove(Root(), NOWHERE, dev, [Node("null", 1, 3)], Deadline(5))
+        proof.prove(Root(), NOWHERE, dev, [Node("null", 1, 3)], Deadline(5))
     assert list_children() == before
 
 
 def test_the_child_holds_nothing_of_the_runtimes() -> None:
     """Descriptors 0 to 2 may be pipes that the runtime reads to their end."""
-    answer = cgroup.ask_child(lambda: " ".join(os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)), Deadline(5))
+    answer = proof.ask_child(lambda: " ".join(os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)), Deadline(5))
     assert answer == "/dev/null /dev/null /dev/null"
 
 
 def test_no_descriptor_is_left(dev: int) -> None:
     before = os.listdir("/proc/self/fd")
-    cgroup.prove(Root(), NOWHERE, dev, [Node("null", 1, 3)], Deadline(5))
+    proof.prove(Root(), NOWHERE, dev, [Node("null", 1, 3)], Deadline(5))
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -249,47 +250,93 @@ CONTROL = Node("vfio", 10, 196)
 NUMBERS = ((243, 0), (10, 196))
 
 
+def widen(*paths: str) -> tuple[Widening, ...]:
+    """Return what both nodes are given in some directories, where nothing is listed."""
+    return tuple(Widening(path, ("rw", "rw")) for path in paths)
+
+
 @pytest.mark.parametrize(
     ("place", "grant"),
     [
         (Cgroup(1, "/u/c", "", "/u"), Grant(NUMBERS, "/u/c", ())),
-        (Cgroup(1, "", "/d/p/c", "", "/d"), Grant(NUMBERS, "", ("/d/p/c",))),
-        (Cgroup(1, "/u/c", "/d/c", "/u", "/d"), Grant(NUMBERS, "/u/c", ("/d/c",))),
+        (Cgroup(1, "", "/d/p/c", "", "/d"), Grant(NUMBERS, "", widen("/d/p/c"))),
+        (Cgroup(1, "/u/c", "/d/c", "/u", "/d"), Grant(NUMBERS, "/u/c", widen("/d/c"))),
         # Of two, the one that others are in too is left alone.
-        (Cgroup(1, "/u/c", "/d/c", "/u", "/d", ("/u/c",)), Grant(NUMBERS, "", ("/d/c",))),
+        (Cgroup(1, "/u/c", "/d/c", "/u", "/d", ("/u/c",)), Grant(NUMBERS, "", widen("/d/c"))),
         (Cgroup(1, "", ""), Grant(NUMBERS, "", ())),
     ],
 )
 def test_grant_is_for_the_containers_own_cgroup(tmp_path: Path, place: Cgroup, grant: Grant) -> None:
-    assert cgroup.plan_grant(Root(str(tmp_path)), place, [GROUP, CONTROL]) == grant
+    assert permission.plan_grant(Root(str(tmp_path)), place, [GROUP, CONTROL]) == grant
 
 
 def test_a_shared_cgroup_is_never_widened(tmp_path: Path) -> None:
     place = Cgroup(1, "/u", "", "/u", "", ("/u",))
     with pytest.raises(StepError, match="for others too"):
-        cgroup.plan_grant(Root(str(tmp_path)), place, [GROUP])
+        permission.plan_grant(Root(str(tmp_path)), place, [GROUP])
 
 
 @pytest.mark.parametrize(
     ("lists", "widened"),
     [
-        ({"pods": "a *:* rwm", "pods/p1": "a *:* rwm"}, []),
-        ({"pods": "a *:* rwm", "pods/p1": "c 1:3 rwm"}, ["pods/p1"]),
-        ({"pods": "c 10:* rw", "pods/p1": ""}, ["pods", "pods/p1"]),
-        ({"pods": "c *:* rwm", "pods/p1": "c 243:0 rw\nc 10:196 rwm"}, []),
-        ({"pods": "c *:* rwm", "pods/p1": "c 243:0 r\nc 10:196 rw"}, ["pods/p1"]),
-        ({"pods": "c *:* rwm", "pods/p1": "b *:* rwm\nc *:* m"}, ["pods/p1"]),
+        ({"pods": "a *:* rwm", "pods/p1": "a *:* rwm"}, {}),
+        ({"pods": "a *:* rwm", "pods/p1": "c 1:3 rwm"}, {"pods/p1": ("rw", "rw")}),
+        # Only what is lacking: with a wildcard nothing, beside an entry of its own the rest.
+        ({"pods": "c 10:* rw", "pods/p1": ""}, {"pods": ("rw", ""), "pods/p1": ("rw", "rw")}),
+        ({"pods": "c *:* rwm", "pods/p1": "c 243:0 rw\nc 10:196 rwm"}, {}),
+        ({"pods": "c *:* rwm", "pods/p1": "c 243:0 r\nc 10:196 rw"}, {"pods/p1": ("w", "")}),
+        ({"pods": "c *:* rwm", "pods/p1": "c 243:* r\nc 10:196 wm"}, {"pods/p1": ("rw", "r")}),
+        ({"pods": "c *:* rwm", "pods/p1": "b *:* rwm\nc *:* m\nb 243:0 r"}, {"pods/p1": ("rw", "rw")}),
     ],
 )
-def test_ancestors_are_widened_only_when_asked(tmp_path: Path, lists: dict[str, str], widened: list[str]) -> None:
+def test_ancestors_are_widened_only_when_asked(
+    tmp_path: Path, lists: dict[str, str], widened: dict[str, tuple[str, ...]]
+) -> None:
     for name, text in lists.items():
         (tmp_path / "d" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / name / "devices.list").write_text(text + "\n")
     place = Cgroup(1, "", "/d/pods/p1/c1", "", "/d")
     root = Root(str(tmp_path))
-    assert cgroup.plan_grant(root, place, [GROUP, CONTROL]).devices == ("/d/pods/p1/c1",)
-    grant = cgroup.plan_grant(root, place, [GROUP, CONTROL], widen_parents=True)
-    assert grant.devices == (*(f"/d/{name}" for name in widened), "/d/pods/p1/c1")
+    assert permission.plan_grant(root, place, [GROUP, CONTROL]).devices == widen("/d/pods/p1/c1")
+    grant = permission.plan_grant(root, place, [GROUP, CONTROL], widen_parents=True)
+    above = tuple(Widening(f"/d/{name}", given) for name, given in widened.items())
+    assert grant.devices == (*above, *widen("/d/pods/p1/c1"))
+
+
+@pytest.mark.parametrize(
+    ("listed", "opened", "given"),
+    [
+        ("c 1:7 rwm\nc 243:0 r", None, ("w", "rw")),
+        ("c 243:0 m\nc 10:* r", None, ("rw", "rw")),
+        # Permitted already: it is the other hierarchy that denies.
+        ("c 243:0 rwm\nc 10:196 w", None, ("", "r")),
+        # The list shows nothing of what is denied where all else is permitted: what opens says it.
+        ("a *:* rwm", {(243, 0): "r", (10, 196): "rw"}, ("w", "")),
+        ("a *:* rwm", {(243, 0): "", (10, 196): "w"}, ("rw", "r")),
+    ],
+)
+def test_only_what_is_lacking_is_given(
+    tmp_path: Path, listed: str, opened: dict[tuple[int, int], str] | None, given: tuple[str, str]
+) -> None:
+    (tmp_path / "d/c").mkdir(parents=True)
+    (tmp_path / "d/c/devices.list").write_text(listed + "\n")
+    root, place = Root(str(tmp_path)), Cgroup(1, "", "/d/c", "", "/d")
+    assert permission.is_open_list(root, place) is (opened is not None)
+    assert permission.is_open_list(root, place.replace(shared=("/d/c",))) is False
+    grant = permission.plan_grant(root, place, [GROUP, CONTROL], opened=opened)
+    assert grant.devices == (Widening("/d/c", given),)
+
+
+def test_what_another_container_was_given_is_not_what_was_there(tmp_path: Path) -> None:
+    """The second one in a pod finds the parent widened: it needs that too, and takes it back if it is the last."""
+    (tmp_path / "d/pod/c2").mkdir(parents=True)
+    (tmp_path / "d/pod/devices.list").write_text("c 10:196 rw\nc 243:0 rw\n")
+    (tmp_path / "d/pod/c2/devices.list").write_text("")
+    root, place = Root(str(tmp_path)), Cgroup(1, "", "/d/pod/c2", "", "/d")
+    first = Grant(((10, 196),), "", (Widening("/d/pod", ("w",)), Widening("/d/pod/c1", ("rw",))))
+    grant = permission.plan_grant(root, place, [GROUP, CONTROL], True, (first,))
+    # 243:0 was there before anybody.
+    assert grant.devices == (Widening("/d/pod", ("", "w")), *widen("/d/pod/c2"))
 
 
 # Permitting, version 1 ------------------------------------------------------------------------------------------------
@@ -301,13 +348,13 @@ Written = list[tuple[str, str]]
 def written(monkeypatch: pytest.MonkeyPatch) -> Written:
     """Return what is written to the kernel's files from now on, instead of writing it."""
     calls: Written = []
-    monkeypatch.setattr(cgroup, "write_file", lambda path, text: calls.append((path, text)))
+    monkeypatch.setattr(device_list, "write_file", lambda path, text: calls.append((path, text)))
     return calls
 
 
 def test_version_1_is_permitted_from_the_top_and_forbidden_from_below(written: Written) -> None:
-    grant = Grant(NUMBERS, "", ("/d/p", "/d/p/c"))
-    cgroup.permit(Root("/top"), grant)
+    grant = Grant(NUMBERS, "", widen("/d/p", "/d/p/c"))
+    permission.permit(Root("/top"), grant)
     assert written == [
         ("/top/d/p/devices.allow", "c 243:0 rw"),
         ("/top/d/p/devices.allow", "c 10:196 rw"),
@@ -315,7 +362,7 @@ def test_version_1_is_permitted_from_the_top_and_forbidden_from_below(written: W
         ("/top/d/p/c/devices.allow", "c 10:196 rw"),
     ]
     del written[:]
-    cgroup.forbid(Root("/top"), grant)
+    permission.forbid(Root("/top"), grant)
     assert [path for path, _ in written] == ["/top/d/p/c/devices.deny"] * 2 + ["/top/d/p/devices.deny"] * 2
     assert {text for _, text in written} == {"c 243:0 rw", "c 10:196 rw"}
 
@@ -332,9 +379,9 @@ def refuse_with(code: int) -> Callable[[str, str], None]:
 def test_version_1_names_the_parent_that_lacks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "d/p/c").mkdir(parents=True)
     (tmp_path / "d/p/devices.list").write_text("")
-    monkeypatch.setattr(cgroup, "write_file", refuse_with(errno.EPERM))
+    monkeypatch.setattr(device_list, "write_file", refuse_with(errno.EPERM))
     with pytest.raises(StepError) as caught:
-        cgroup.permit(Root(str(tmp_path)), Grant(((243, 0),), "", ("/d/p/c",)))
+        permission.permit(Root(str(tmp_path)), Grant(((243, 0),), "", (Widening("/d/p/c", ("rw",)),)))
     (finding,) = caught.value.findings
     assert (finding.code, finding.subject) == ("permit-failed", "/d/p/c")
     assert "the parent cgroup /d/p lacks it" in finding.problem
@@ -344,14 +391,14 @@ def test_version_1_names_the_parent_that_lacks_it(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ENODEV])
 def test_a_cgroup_that_is_gone_needs_no_forbidding(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    monkeypatch.setattr(cgroup, "write_file", refuse_with(code))
-    cgroup.forbid(Root("/top"), Grant(NUMBERS, "/gone", ("/d/c",)))
+    monkeypatch.setattr(device_list, "write_file", refuse_with(code))
+    permission.forbid(Root("/top"), Grant(NUMBERS, "/gone", widen("/d/c")))
 
 
 def test_forbidding_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroup, "write_file", refuse_with(errno.EIO))
+    monkeypatch.setattr(device_list, "write_file", refuse_with(errno.EIO))
     with pytest.raises(StepError, match="can't be taken back"):
-        cgroup.forbid(Root("/top"), Grant(NUMBERS, "", ("/d/c",)))
+        permission.forbid(Root("/top"), Grant(NUMBERS, "", widen("/d/c")))
 
 
 # Permitting, version 2, with the kernel's programs played -------------------------------------------------------------
@@ -418,10 +465,10 @@ GRANT = Grant(NUMBERS, "/u/pod/ctr", ())
 def test_every_program_of_the_own_cgroup_is_changed_and_no_other(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, {"pod": [DENY + DENY], "ctr": [DENY, ALLOW]})
     before = os.listdir("/proc/self/fd")
-    cgroup.permit(tree, GRANT)
+    permission.permit(tree, GRANT)
     prefix = bpf.make_prefix(NUMBERS)
     assert kernel.programs == {"pod": [DENY + DENY], "ctr": [prefix + DENY, prefix + ALLOW]}
-    cgroup.forbid(tree, GRANT)
+    permission.forbid(tree, GRANT)
     assert kernel.programs == {"pod": [DENY + DENY], "ctr": [DENY, ALLOW]}
     assert os.listdir("/proc/self/fd") == before
 
@@ -469,18 +516,18 @@ def test_the_scope_is_permitted_and_forbidden_too(tmp_path: Path, monkeypatch: p
     kernel = Kernel(monkeypatch, {"u": [DENY + DENY], "1.scope": [DENY], "container": [ALLOW]})
     grant = Grant(NUMBERS, "/u/1.scope/container", ())
     prefix = bpf.make_prefix(NUMBERS)
-    cgroup.permit(root, grant)
+    permission.permit(root, grant)
     assert kernel.programs == {"u": [DENY + DENY], "1.scope": [prefix + DENY], "container": [prefix + ALLOW]}
     # Who else is there now makes no difference to taking it back.
     (tmp_path / "u/1.scope/cgroup.procs").write_text("77")
-    cgroup.forbid(root, grant)
+    permission.forbid(root, grant)
     assert kernel.programs == {"u": [DENY + DENY], "1.scope": [DENY], "container": [ALLOW]}
 
 
 def test_permitting_twice_is_permitting_once(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, {"ctr": [DENY]})
-    cgroup.permit(tree, GRANT)
-    cgroup.permit(tree, GRANT)
+    permission.permit(tree, GRANT)
+    permission.permit(tree, GRANT)
     assert kernel.programs == {"ctr": [bpf.make_prefix(NUMBERS) + DENY]}
     assert kernel.loads == 1
 
@@ -488,25 +535,35 @@ def test_permitting_twice_is_permitting_once(tree: Root, monkeypatch: pytest.Mon
 def test_permissions_add_up_and_go_one_by_one(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, {"ctr": [DENY]})
     other = Grant(((243, 1),), "/u/pod/ctr", ())
-    cgroup.permit(tree, GRANT)
-    cgroup.permit(tree, other)
+    permission.permit(tree, GRANT)
+    permission.permit(tree, other)
     assert bpf.read_prefix(kernel.programs["ctr"][0]) == [(10, 196), (243, 0), (243, 1)]
-    cgroup.forbid(tree, GRANT)
+    permission.forbid(tree, GRANT)
     assert kernel.programs["ctr"] == [bpf.make_prefix([(243, 1)]) + DENY]
-    cgroup.forbid(tree, other)
+    permission.forbid(tree, other)
+    assert kernel.programs["ctr"] == [DENY]
+
+
+def test_what_another_grant_needs_in_the_same_cgroup_stays(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch, {"ctr": [DENY]})
+    other = Grant(((10, 196), (243, 1)), "/u/pod/ctr", ())
+    permission.permit(tree, GRANT)
+    permission.forbid(tree, GRANT, (other,))
+    assert bpf.read_prefix(kernel.programs["ctr"][0]) == [(10, 196)]
+    permission.forbid(tree, GRANT, (Grant(NUMBERS, "/u/pod", ()),))
     assert kernel.programs["ctr"] == [DENY]
 
 
 def test_half_a_permission_is_taken_back(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the first of two programs: whoever finds the journal takes back what there is."""
     kernel = Kernel(monkeypatch, {"ctr": [bpf.make_prefix(NUMBERS) + DENY, ALLOW]})
-    cgroup.forbid(tree, GRANT)
+    permission.forbid(tree, GRANT)
     assert kernel.programs["ctr"] == [DENY, ALLOW]
 
 
 def test_a_cgroup_without_programs_needs_nothing(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, {})
-    cgroup.permit(tree, GRANT)
+    permission.permit(tree, GRANT)
     assert kernel.loads == 0
 
 
@@ -530,7 +587,7 @@ def test_a_program_that_cannot_be_changed_is_an_error_with_the_rule(
     monkeypatch.setattr(bpf, step, refuse)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(StepError) as caught:
-        cgroup.permit(tree, GRANT)
+        permission.permit(tree, GRANT)
     (finding,) = caught.value.findings
     assert (finding.code, finding.subject) == ("permit-failed", "/u/pod/ctr")
     assert words in finding.problem
@@ -561,7 +618,7 @@ def test_the_ancestor_that_denies_is_named(tree: Root, monkeypatch: pytest.Monke
     Kernel(monkeypatch, {"pod": [DENY], "ctr": [ALLOW]})
     place = Cgroup(1, "/u/pod/ctr", "", "/u")
     proofs = [NodeProof(GROUP, errno.EPERM, False), NodeProof(CONTROL, 0)]
-    (finding,) = cgroup.explain_denial(tree, place, proofs).findings
+    (finding,) = permission.explain_denial(tree, place, proofs).findings
     assert "12: not permitted by the device cgroup" in finding.problem
     assert "/u/pod above has a device program" in finding.problem
     assert "vfio" not in finding.problem.replace("vfio-", "")
@@ -575,7 +632,7 @@ def test_the_containers_own_scope_is_not_called_an_ancestor(tmp_path: Path, monk
         (tmp_path / f"u/1.scope{name}/cgroup.procs").write_text("")
     Kernel(monkeypatch, {"1.scope": [DENY], "container": [ALLOW]})
     place = Cgroup(1, "/u/1.scope/container", "", "/u")
-    (finding,) = cgroup.explain_denial(Root(str(tmp_path)), place, [NodeProof(GROUP, errno.EPERM, False)]).findings
+    (finding,) = permission.explain_denial(Root(str(tmp_path)), place, [NodeProof(GROUP, errno.EPERM, False)]).findings
     assert "above" not in finding.problem
 
 
@@ -590,6 +647,6 @@ def test_the_containers_own_scope_is_not_called_an_ancestor(tmp_path: Path, monk
     ],
 )
 def test_what_a_rule_cannot_help_has_no_rule(tree: Root, proof: NodeProof, words: str) -> None:
-    (finding,) = cgroup.explain_denial(tree, Cgroup(1, "/u/pod/ctr", "", "/u"), [proof]).findings
+    (finding,) = permission.explain_denial(tree, Cgroup(1, "/u/pod/ctr", "", "/u"), [proof]).findings
     assert words in finding.problem
     assert finding.hint == ""

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.claims import Claim, ClaimDirectory, alarm, list_owners, read_start_time
+from oci_hooks.claims import Claim, ClaimDirectory, Owner, alarm, list_owners, read_start_time
 from oci_hooks.command import Deadline
 from oci_hooks.errors import Refusal
 from oci_hooks.files import Root
+from oci_hooks.homes import Home
 from oci_hooks.journal import Journal
 
 pytestmark = pytest.mark.unit
 
+NOWHERE = Home()
 HOSTILE_IDS = [
     "../x",
     ".",
@@ -73,9 +75,11 @@ def make_claim(
     *entries: tuple[str, ...],
     groups: tuple[str, ...] = ("4",),
     done: bool = True,
+    bundle: str = "/nowhere",
+    home: Home = NOWHERE,
 ) -> str:
     """Make the claim of a container whose hook has ended, and return where it lies."""
-    journal = directory.open_journal(container, pid, start, groups)
+    journal = directory.open_journal(Owner(container, pid, start, bundle, home), groups)
     for kind, *words in entries:
         journal.note(kind, *words)
     if done:
@@ -158,7 +162,7 @@ def test_what_is_no_file_is_no_claim_and_in_nobodys_way(directory: ClaimDirector
     assert callable(put)
     for name in ("odd", ".odd"):
         put(Path(directory.path) / "claims" / name)
-    directory.open_journal("c1", 7, 70, ("4",)).close()
+    directory.open_journal(Owner("c1", 7, 70), ("4",)).close()
     directory.remove_drafts()
     assert [claim.container for claim in directory.read_claims()] == ["c1"]
     assert directory.read_claim(directory.journal_path("odd")) is None
@@ -168,7 +172,7 @@ def test_what_is_no_file_is_no_claim_and_in_nobodys_way(directory: ClaimDirector
 
 
 def test_a_hook_at_work_is_seen(directory: ClaimDirectory) -> None:
-    journal = directory.open_journal("c1", 7, 70, ("4", "5"))
+    journal = directory.open_journal(Owner("c1", 7, 70), ("4", "5"))
     claim = read_one(directory)
     assert (claim.container, claim.pid, claim.start, claim.groups) == ("c1", 7, 70, ("4", "5"))
     assert (claim.at_work, claim.done) == (True, False)
@@ -184,7 +188,9 @@ def test_a_killed_hook_lets_go_and_is_stale(directory: ClaimDirectory) -> None:
     child = os.fork()
     if child == 0:
         try:
-            directory.open_journal("c1", 7, 70, ("4",)).note("device", "0000:01:00.0", "e1000e", "")
+            directory.open_journal(Owner("c1", 7, 70), ("4",)).note(
+                "device", "0000:01:00.0", "e1000e", "", 5, "8086", "10d3", "020000"
+            )
             os.kill(os.getpid(), signal.SIGKILL)
         finally:
             os._exit(1)
@@ -192,7 +198,7 @@ def test_a_killed_hook_lets_go_and_is_stale(directory: ClaimDirectory) -> None:
     claim = read_one(directory)
     assert (claim.at_work, claim.done) == (False, False)
     assert claim.is_stale(Root())
-    assert [entry.kind for entry in claim.entries] == ["container", "init", "group", "device"]
+    assert [entry.kind for entry in claim.entries] == ["container", "bundle", "init", "cgroup", "group", "device"]
 
 
 def test_the_machines_lock_is_waited_for_until_the_deadline(directory: ClaimDirectory) -> None:
@@ -263,11 +269,6 @@ def test_a_claim_whose_process_is_gone_is_stale(directory: ClaimDirectory, tmp_p
     assert read_one(directory).is_stale(Root(str(tmp_path)))
 
 
-def test_a_claim_without_a_process_is_stale(directory: ClaimDirectory, tmp_path: Path) -> None:
-    Path(f"{directory.path}/claims/c1").write_text("oci-vfio-hooks 1\ngroup\t4\ndone\n")
-    assert read_one(directory).is_stale(Root(str(tmp_path)))
-
-
 def test_a_claim_that_is_not_done_is_stale_though_its_process_lives(directory: ClaimDirectory, tmp_path: Path) -> None:
     make_claim(directory, "c1", done=False)
     assert read_one(directory).is_stale(write_stat(tmp_path, 7, 70))
@@ -290,7 +291,7 @@ def test_the_start_of_a_real_process_is_told_from_that_of_a_zombie(other: int) -
 
 def test_the_draft_of_a_killed_hook_is_removed_and_no_claim(directory: ClaimDirectory) -> None:
     draft = Path(f"{directory.path}/claims/.4242")
-    draft.write_text("oci-vfio-hooks 1\ncontainer\tc1\n")
+    draft.write_text("oci-vfio-hooks 2\ncontainer\tc1\n")
     directory.remove_drafts()
     assert directory.read_claims() == []
     assert not draft.exists()
@@ -314,7 +315,7 @@ def test_a_draft_that_can_not_be_written_is_not_left(
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, "write", fail)
     with pytest.raises(OSError, match="No space"):
-        directory.open_journal("c1", 7, 70, ("4",))
+        directory.open_journal(Owner("c1", 7, 70), ("4",))
     monkeypatch.undo()
     assert os.listdir(f"{directory.path}/claims") == []
     assert len(os.listdir("/proc/self/fd")) == before
@@ -343,7 +344,7 @@ def test_what_this_run_added_is_told_from_what_was_there(directory: ClaimDirecto
     make_claim(directory, "c1")
     journal = directory.reopen_journal(read_one(directory))
     assert journal is not None
-    journal.note("device", "0000:01:00.0", "e1000e", "")
+    journal.note("device", "0000:01:00.0", "e1000e", "", 5, "8086", "10d3", "020000")
     assert [entry.kind for entry in directory.read_entries(journal)] == ["device"]
     # Also when somebody removed the file meanwhile: the steps have to be undone all the same.
     os.unlink(journal.path)
@@ -355,5 +356,5 @@ def test_owners_are_those_of_others(directory: ClaimDirectory) -> None:
     make_claim(directory, "c1", groups=("4", "5"))
     make_claim(directory, "c2", groups=("6",))
     claims = directory.read_claims()
-    assert dict(list_owners(claims, but="c3")) == {"4": "c1", "5": "c1", "6": "c2"}
-    assert dict(list_owners(claims, but="c1")) == {"6": "c2"}
+    assert dict(list_owners(claims, but=directory.journal_path("c3"))) == {"4": "c1", "5": "c1", "6": "c2"}
+    assert dict(list_owners(claims, but=directory.journal_path("c1"))) == {"6": "c2"}

@@ -72,7 +72,7 @@ def test_a_spoilt_line_costs_no_other() -> None:
 
 
 def test_a_wrong_number_of_words_is_not_written() -> None:
-    with pytest.raises(ValueError, match="device takes address, driver, override"):
+    with pytest.raises(ValueError, match="device takes address, driver, override, inode, vendor, device, class"):
         format_entry("device", "0000:01:00.0")
 
 
@@ -87,12 +87,12 @@ def test_notes_are_appended_each_in_one_write(tmp_path: Path, monkeypatch: pytes
         return real_write(fd, data)
 
     monkeypatch.setattr(os, "write", write_and_see)
-    journal.note("device", "0000:01:00.0", "e1000e", "")
+    journal.note("device", "0000:01:00.0", "e1000e", "", 5, "8086", "10d3", "020000")
     journal.note("node", "/r\n", "vfio/12", 244, 0)
     journal.close()
-    assert writes == [b"device\t0000:01:00.0\te1000e\t\n", b"node\t%2fr%0a\tvfio%2f12\t244\t0\n"]
+    assert writes == [b"device\t0000:01:00.0\te1000e\t\t5\t8086\t10d3\t020000\n", b"node\t%2fr%0a\tvfio%2f12\t244\t0\n"]
     (device, node) = parse_journal(path.read_bytes())
-    assert device.words == ("0000:01:00.0", "e1000e", "")
+    assert device.words == ("0000:01:00.0", "e1000e", "", "5", "8086", "10d3", "020000")
     assert (node.words[0], node.number(2)) == ("/r\n", 244)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from oci_hooks.errors import Refusal
+from oci_hooks.instances import Instance
 from oci_hooks.oci import Spec, make_spec
 from oci_hooks.plan import MapEntry, NodeOwner, Plan, PlanOptions, Rebind, list_actions, make_plan
 from oci_hooks.selection import Choice
@@ -49,7 +50,8 @@ def plan(machine: Machine, config: Spec, options: PlanOptions | None = None, **c
 
 def test_every_endpoint_is_bound_with_what_it_had(machine: Machine) -> None:
     machine.write(f"{PCI_DEVICES}/{OTHER}/driver_override", "igb\n")
-    assert plan(machine, spec()).rebinds == (Rebind(NIC, "e1000e", ""), Rebind(OTHER, "", "igb"))
+    ids = Instance(0, "8086", "10d3", "020000")
+    assert plan(machine, spec()).rebinds == (Rebind(NIC, "e1000e", "", ids), Rebind(OTHER, "", "igb", ids))
 
 
 @pytest.mark.parametrize("driver", ["vfio-pci", "mlx5_vfio_pci"])

@@ -48,7 +48,7 @@ def test_two_containers(containers: Containers) -> None:
     assert (done.code, done.stderr) == (0, "")
     assert calls.list_claims() == [second.name]
     journal = (calls.CLAIMS / second.name).read_text()
-    assert f"device\t{nic}\te1000e\t\n" in journal
+    assert f"device\t{nic}\te1000e\t\t" in journal
 
     assert calls.release(second_state).code == 0
     assert calls.look_at_drivers() == before

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import bpf, cgroup
-from oci_hooks.cgroup import Grant, Node
+from oci_hooks import bpf, cgroup, permission, proof
+from oci_hooks.cgroup import Node
 from oci_hooks.command import Deadline
 from oci_hooks.errors import StepError
 from oci_hooks.files import Root
+from oci_hooks.permission import Grant, Widening
 from tests.vm import devices, guest
 
 MACHINE = "standard"
@@ -155,11 +156,11 @@ class Container:
 
     def prove(self, *nodes: Node) -> list[int]:
         """Return what the module under test says."""
-        return [proof.error for proof in cgroup.prove(ROOT, self.place, self.directory, nodes, Deadline(20))]
+        return [proof.error for proof in proof.prove(ROOT, self.place, self.directory, nodes, Deadline(20))]
 
     def plan(self, *nodes: Node, widen_parents: bool = False) -> Grant:
         """Return what the module under test would do."""
-        return cgroup.plan_grant(ROOT, self.place, nodes, widen_parents)
+        return permission.plan_grant(ROOT, self.place, nodes, widen_parents)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -201,7 +202,7 @@ def test_exactly_the_node_is_permitted(container: Container, two_groups: tuple[N
     assert container.place.unified == str(container.path)
     # Nothing attached: all open, nothing to do, nothing done.
     assert container.prove(*everything) == [0] * 6
-    cgroup.permit(ROOT, container.plan(group))
+    permission.permit(ROOT, container.plan(group))
     assert list_programs(container.path) == []
 
     attach(load(*ONLY_NULL), container.path)
@@ -211,7 +212,7 @@ def test_exactly_the_node_is_permitted(container: Container, two_groups: tuple[N
     assert container.prove(*everything) == [container.open(node) for node in everything] == before
 
     grant = container.plan(group, VFIO)
-    cgroup.permit(ROOT, grant)
+    permission.permit(ROOT, grant)
     after = [0, EPERM, 0, EPERM, 0, EPERM]
     assert container.prove(*everything) == [container.open(node) for node in everything] == after
     assert container.open(group, os.O_RDONLY) == container.open(group, os.O_WRONLY) == 0
@@ -222,10 +223,10 @@ def test_exactly_the_node_is_permitted(container: Container, two_groups: tuple[N
 
     # Once more changes nothing; the program is the same one.
     (program,) = list_programs(container.path)
-    cgroup.permit(ROOT, grant)
+    permission.permit(ROOT, grant)
     assert list_programs(container.path) == [program]
 
-    cgroup.forbid(ROOT, grant)
+    permission.forbid(ROOT, grant)
     assert container.prove(*everything) == [container.open(node) for node in everything] == before
     (program,) = list_programs(container.path)
     assert dump(program) == original
@@ -239,10 +240,10 @@ def test_two_programs_on_one_cgroup(container: Container, two_groups: tuple[Node
     attach(load(*ONLY_NULL), container.path)
     assert container.prove(group, neighbour, NULL) == [EPERM] * 3
     grant = container.plan(group)
-    cgroup.permit(ROOT, grant)
+    permission.permit(ROOT, grant)
     assert len(list_programs(container.path)) == 2
     assert container.prove(group, neighbour, NULL) == [0, EPERM, EPERM]
-    cgroup.forbid(ROOT, grant)
+    permission.forbid(ROOT, grant)
     assert container.prove(group, neighbour, NULL) == [EPERM] * 3
 
 
@@ -251,10 +252,10 @@ def test_however_the_program_is_attached(container: Container, flags: int) -> No
     container.make(VFIO, MEM)
     attach(load(*RETURN_0), container.path, flags)
     grant = container.plan(VFIO)
-    cgroup.permit(ROOT, grant)
+    permission.permit(ROOT, grant)
     assert len(list_programs(container.path)) == 1
     assert [container.open(VFIO), container.open(MEM)] == [0, EPERM]
-    cgroup.forbid(ROOT, grant)
+    permission.forbid(ROOT, grant)
     assert [container.open(VFIO), container.open(MEM)] == [EPERM, EPERM]
 
 
@@ -275,21 +276,21 @@ def test_another_process_takes_it_back_after_a_kill(container: Container, monkey
                 os.kill(os.getpid(), signal.SIGKILL)
 
             monkeypatch.setattr(bpf, "replace_program", replace_and_die)
-            cgroup.permit(ROOT, grant)
+            permission.permit(ROOT, grant)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert [dump(program) for program in list_programs(container.path)] != dumps
 
     code = (
-        "from oci_hooks import cgroup, files;"
-        f"cgroup.forbid(files.Root(), cgroup.Grant({grant.nodes!r}, {grant.unified!r}, ()))"
+        "from oci_hooks import files, permission;"
+        f"permission.forbid(files.Root(), permission.Grant({grant.nodes!r}, {grant.unified!r}, ()))"
     )
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     subprocess.run([sys.executable, "-S", "-c", code], check=True, env=environment)
     assert [dump(program) for program in list_programs(container.path)] == dumps
     # And after a kill, permitting goes on where it was.
-    cgroup.permit(ROOT, grant)
+    permission.permit(ROOT, grant)
     assert [container.open(VFIO), container.open(MEM)] == [0, EPERM]
 
 
@@ -298,11 +299,11 @@ def test_an_ancestor_is_never_changed_and_is_named(container: Container) -> None
     attach(load(*RETURN_0), container.path)
     attach(load(*RETURN_0), container.pod)
     above = list_programs(container.pod)
-    cgroup.permit(ROOT, container.plan(VFIO))
+    permission.permit(ROOT, container.plan(VFIO))
     assert list_programs(container.pod) == above
-    proofs = cgroup.prove(ROOT, container.place, container.directory, [VFIO], Deadline(20))
+    proofs = proof.prove(ROOT, container.place, container.directory, [VFIO], Deadline(20))
     assert [proof.is_denied for proof in proofs] == [True]
-    error = cgroup.explain_denial(ROOT, container.place, proofs)
+    error = permission.explain_denial(ROOT, container.place, proofs)
     assert f"{container.pod} above has a device program" in str(error)
 
 
@@ -315,13 +316,13 @@ def test_the_scope_above_is_the_containers_own() -> None:
             attach(load(*RETURN_0), path)
         grant = container.plan(VFIO)
         (container.pod / "other").mkdir()
-        cgroup.permit(ROOT, grant)
+        permission.permit(ROOT, grant)
         # Another one is in the scope: it is not for this container alone.
         assert [container.open(VFIO), container.open(MEM)] == [EPERM, EPERM]
         (container.pod / "other").rmdir()
-        cgroup.permit(ROOT, grant)
+        permission.permit(ROOT, grant)
         assert [container.open(VFIO), container.open(MEM)] == [0, EPERM]
-        cgroup.forbid(ROOT, grant)
+        permission.forbid(ROOT, grant)
         assert [container.open(VFIO), container.open(MEM)] == [EPERM, EPERM]
     finally:
         container.remove()
@@ -331,7 +332,7 @@ def refused(container: Container) -> str:
     """Return what permitting says, which must leave the programs as they were and name the rule to add."""
     before = list_programs(container.path)
     with pytest.raises(StepError) as caught:
-        cgroup.permit(ROOT, container.plan(VFIO))
+        permission.permit(ROOT, container.plan(VFIO))
     assert list_programs(container.path) == before
     assert container.open(VFIO) == EPERM
     (finding,) = caught.value.findings
@@ -416,10 +417,10 @@ def test_a_group_that_is_not_viable(container: Container) -> None:
     name = guest.group_of(cards[0])
     group = Node(name, *guest.numbers_of_group(name), is_group=True)
     container.make(group)
-    proofs = cgroup.prove(ROOT, container.place, container.directory, [group], Deadline(20))
+    proofs = proof.prove(ROOT, container.place, container.directory, [group], Deadline(20))
     assert [(proof.error, proof.is_viable) for proof in proofs] == [(0, False)]
     guest.bind(cards[1], "vfio-pci")
-    proofs = cgroup.prove(ROOT, container.place, container.directory, [group], Deadline(20))
+    proofs = proof.prove(ROOT, container.place, container.directory, [group], Deadline(20))
     assert [(proof.error, proof.is_viable) for proof in proofs] == [(0, True)]
 
 
@@ -477,12 +478,12 @@ def test_version_1_exactly_the_node_is_permitted(legacy: Container, two_groups: 
     before = [EPERM, EPERM, EPERM, EPERM, 0]
     assert legacy.prove(*everything) == [legacy.open(node) for node in everything] == before
     grant = legacy.plan(group, VFIO)
-    cgroup.permit(ROOT, grant)
-    cgroup.permit(ROOT, grant)
+    permission.permit(ROOT, grant)
+    permission.permit(ROOT, grant)
     after = [0, EPERM, 0, EPERM, 0]
     assert legacy.prove(*everything) == [legacy.open(node) for node in everything] == after
     assert legacy.mknod(group) == EPERM
-    cgroup.forbid(ROOT, grant)
+    permission.forbid(ROOT, grant)
     assert legacy.prove(*everything) == before
     assert (legacy.path / "devices.list").read_text() == listed
 
@@ -492,14 +493,14 @@ def test_version_1_what_the_parent_lacks(legacy_below: Container) -> None:
     legacy.make(VFIO, MEM, NULL)
     listed = [(path / "devices.list").read_text() for path in (legacy.pod, legacy.path)]
     with pytest.raises(StepError, match=f"the parent cgroup {legacy.pod} lacks it") as caught:
-        cgroup.permit(ROOT, legacy.plan(VFIO))
+        permission.permit(ROOT, legacy.plan(VFIO))
     assert '"major": 10, "minor": 196' in caught.value.findings[0].hint
 
     grant = legacy.plan(VFIO, widen_parents=True)
-    assert grant.devices == (str(legacy.pod), str(legacy.path))
-    cgroup.permit(ROOT, grant)
+    assert [widening.path for widening in grant.devices] == [str(legacy.pod), str(legacy.path)]
+    permission.permit(ROOT, grant)
     assert legacy.prove(VFIO, MEM, NULL) == [0, EPERM, 0]
-    cgroup.forbid(ROOT, grant)
+    permission.forbid(ROOT, grant)
     assert legacy.prove(VFIO, MEM, NULL) == [EPERM, EPERM, 0]
     assert [(path / "devices.list").read_text() for path in (legacy.pod, legacy.path)] == listed
 
@@ -515,11 +516,11 @@ def test_both_versions_at_once(legacy: Container) -> None:
         attach(load(*RETURN_0), both)
         deny_all(legacy.path)
         grant = legacy.plan(VFIO)
-        assert (grant.unified, grant.devices) == (str(both), (str(legacy.path),))
+        assert (grant.unified, grant.devices) == (str(both), (Widening(str(legacy.path), ("rw",)),))
         assert legacy.prove(VFIO, MEM) == [EPERM, EPERM]
-        cgroup.permit(ROOT, grant)
+        permission.permit(ROOT, grant)
         assert legacy.prove(VFIO, MEM) == [0, EPERM]
-        cgroup.forbid(ROOT, grant)
+        permission.forbid(ROOT, grant)
         assert legacy.prove(VFIO, MEM) == [EPERM, EPERM]
     finally:
         (UNIFIED / "cgroup.procs").write_text(str(legacy.process.pid))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device filters of cgroup version 2: change the programs of a cgroup, and find those above it."""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks.cgroup import Cgroup, fail, list_ancestors
+from oci_hooks.files import step
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from oci_hooks.bpf import Numbers
+    from oci_hooks.errors import StepError
+    from oci_hooks.files import Root
+
+    # From a program's instructions and nodes to the new instructions.
+    Change = Callable[[bytes, tuple[Numbers, ...]], bytes]
+
+
+class Swap(Record):
+    """A program that is loaded, to be put in the place of another. cgroup, new, old: descriptors; flags: how the
+    programs of the cgroup are attached; path, nodes: for the words of an error."""
+
+    path: str
+    nodes: tuple[Numbers, ...]
+    cgroup: int
+    flags: int
+    old: int
+    new: int
+
+
+class Swaps:
+    """Changes of device programs, all of them ready before the first is made, so that what can't be done is not begun.
+
+    Use it as a context: it closes the descriptors.
+    """
+
+    def __init__(self, root: Root, change: Change) -> None:
+        self.root = root
+        self.change = change
+        self.swaps: list[Swap] = []
+        self.open: list[int] = []
+
+    def __enter__(self) -> Swaps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self.open:
+            os.close(fd)
+
+    def keep(self, fd: int) -> int:
+        """Return a descriptor that is closed in the end."""
+        self.open.append(fd)
+        return fd
+
+    def prepare(self, path: str, nodes: tuple[Numbers, ...]) -> None:
+        """Load what has to replace the device programs of one cgroup. Raises StepError.
+
+        A cgroup without a program of its own restricts nothing, and is left alone; so is a program that stays the same.
+        """
+        from oci_hooks import bpf
+
+        try:
+            cgroup = self.keep(os.open(self.root.host_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            flags, programs = bpf.query_programs(cgroup)
+            for program in programs:
+                old = self.keep(bpf.open_program(program))
+                code = bpf.dump_program(old)
+                changed = self.change(code, nodes)
+                if changed != code:
+                    new = self.keep(bpf.load_program(changed))
+                    self.swaps.append(Swap(path, nodes, cgroup, flags, old, new))
+        except (OSError, bpf.ProgramError) as error:
+            raise explain_failure(error, path, nodes) from None
+
+    def carry_out(self) -> None:
+        """Replace the programs. Raises StepError."""
+        from oci_hooks import bpf
+
+        for swap in self.swaps:
+            try:
+                bpf.replace_program(swap.cgroup, swap.new, swap.old, swap.flags)
+            except (OSError, bpf.ProgramError) as error:
+                raise explain_failure(error, swap.path, swap.nodes) from None
+
+
+def explain_failure(error: Exception, path: str, nodes: tuple[Numbers, ...]) -> StepError:
+    """Return the error for a cgroup whose device programs can't be changed."""
+    if isinstance(error, OSError):
+        return fail(path, f"its device programs can't be read or replaced: {error.strerror}", nodes)
+    return fail(path, f"its device program can't be changed: {error}", nodes)
+
+
+def add_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
+    """Return a program that permits these nodes besides all that it permits now."""
+    from oci_hooks import bpf
+
+    return bpf.make_prefix([*bpf.read_prefix(code), *nodes]) + bpf.strip_prefix(code)
+
+
+def remove_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
+    """Return a program without what was once added for these nodes."""
+    from oci_hooks import bpf
+
+    return bpf.make_prefix(set(bpf.read_prefix(code)) - set(nodes)) + bpf.strip_prefix(code)
+
+
+@step
+def find_programs_above(root: Root, cgroup: Cgroup) -> list[str]:
+    """Return the ancestors of a version 2 cgroup that have device programs of their own, the nearest first."""
+    from oci_hooks import bpf
+
+    found = []
+    for path in reversed(list_ancestors(cgroup.unified, cgroup.unified_mount)):
+        try:
+            fd = os.open(root.host_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            if bpf.query_programs(fd)[1]:
+                found.append(path)
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
+    return found

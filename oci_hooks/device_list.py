@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device lists of cgroup version 1 (Documentation/admin-guide/cgroup-v1/devices.rst): read, add a node, take it out.
+
+A cgroup is in one of two states (kernel: security/device_cgroup.c): it denies all but what it lists, or it permits all
+but what it does not show, and lists "a *:* rwm". A write to devices.allow or devices.deny changes one entry, that of
+the very same numbers, by the letters that are written; one with a wildcard is another entry. What a parent loses, its
+children lose.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from oci_hooks.cgroup import ACCESS, Node, fail, write_file
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.bpf import Numbers
+    from oci_hooks.files import Root
+
+# Kind, major, minor and access of a line.
+Rule = tuple[str, str, str, str]
+
+
+def read_rules(root: Root, path: str) -> list[Rule]:
+    """Return the lines of a cgroup's devices.list; none where it can't be read."""
+    return [parse_rule(line) for line in root.read_text_or(f"{path}/devices.list", "").splitlines()]
+
+
+def parse_rule(line: str) -> Rule:
+    """Return kind, major, minor and access of a line of devices.list, e.g. "c 10:196 rw"."""
+    kind, numbers, access = (line.split() + ["", "", ""])[:3]
+    major, _, minor = numbers.partition(":")
+    return kind, major, minor, access
+
+
+def permits_by_default(rules: list[Rule]) -> bool:
+    """Check whether a cgroup permits all but what it does not show."""
+    return any(kind == "a" for kind, *_ in rules)
+
+
+def find_missing(rules: list[Rule], node: Node) -> str:
+    """Return what an entry for a node has to be given, of reading and writing; "" where a rule permits both already."""
+    if any(covers(rule, node) for rule in rules):
+        return ""
+    own = [access for *entry, access in rules if entry == ["c", str(node.major), str(node.minor)]]
+    return remove_letters(ACCESS, "".join(own))
+
+
+def remove_letters(access: str, others: str) -> str:
+    """Return an access without some letters, in its order."""
+    return "".join(letter for letter in access if letter not in others)
+
+
+def covers(rule: Rule, node: Node) -> bool:
+    """Check whether a rule permits reading and writing of a node: the kernel asks for one that permits both."""
+    kind, major, minor, access = rule
+    return (
+        kind in ("a", "c")
+        and major in ("*", str(node.major))
+        and minor in ("*", str(node.minor))
+        and set(ACCESS) <= set(access)
+    )
+
+
+def allow_node(root: Root, path: str, numbers: Numbers, access: str) -> None:
+    """Permit one node to a cgroup of version 1. Raises StepError, which names the parent if that lacks it."""
+    rule = f"c {numbers[0]}:{numbers[1]} {access}"
+    try:
+        write_file(root.host_path(f"{path}/devices.allow"), rule)
+    except OSError as error:
+        problem = f"{rule} is not accepted: {error.strerror}"
+        parent = path.rpartition("/")[0]
+        # Kernel: devcgroup_update_access, parent_has_perm.
+        if error.errno == errno.EPERM and root.exists(f"{parent}/devices.list"):
+            problem = f"{rule} is not accepted, because the parent cgroup {parent} lacks it"
+        raise fail(path, problem, [numbers]) from None
+
+
+def deny_node(root: Root, path: str, numbers: Numbers, access: str) -> None:
+    """Take one node from a cgroup of version 1, if that is still there. Raises StepError."""
+    rule = f"c {numbers[0]}:{numbers[1]} {access}"
+    try:
+        write_file(root.host_path(f"{path}/devices.deny"), rule)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            # The directory went away between opening and writing.
+            return
+        raise fail(path, f"{rule} can't be taken back: {error.strerror}") from None

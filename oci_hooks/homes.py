@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A container's own cgroups, as its claim notes them, and whether a process is left in them.
+
+A container may outlive its init: in a shared pid namespace (a Kubernetes pod with shareProcessNamespace, `--pid host`)
+the kernel does not kill the other processes with it.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.records import Record
+from oci_hooks.sysfs import read_inode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.files import Root
+
+# Directories that are looked into below a cgroup of version 1. A container may have made any number of them.
+MOST_DIRECTORIES = 1000
+
+
+class Home(Record):
+    """The cgroups that are one container's alone.
+
+    unified, devices: directories of the version 2 hierarchy and of the version 1 devices hierarchy, each "" where there
+    is none, or where others share it; unified_inode, devices_inode: which directory of that path, 0 where not known.
+    """
+
+    unified: str = ""
+    unified_inode: int = 0
+    devices: str = ""
+    devices_inode: int = 0
+
+
+def find_home(root: Root, pid: int) -> Home:
+    """Return the cgroups of a container. pid: its init. Raises StepError where they can't be found."""
+    from oci_hooks import cgroup
+
+    place = cgroup.find_cgroup(root, pid)
+    unified, devices = (path if path not in place.shared else "" for path in (place.unified, place.devices))
+    unified_inode, devices_inode = (read_inode(root, path) if path else 0 for path in (unified, devices))
+    return Home(unified, unified_inode, devices, devices_inode)
+
+
+def is_occupied(root: Root, home: Home) -> bool:
+    """Check whether a process is left in a container's cgroups, or below them."""
+    places = ((home.unified, home.unified_inode), (home.devices, home.devices_inode))
+    return any(path and has_process(root, path, inode) for path, inode in places)
+
+
+def has_process(root: Root, path: str, inode: int) -> bool:
+    """Check whether a process is in a cgroup or below it. inode: of its directory; another one is a later cgroup."""
+    try:
+        found = root.stat(path).st_ino
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        # It is there. What can't be read is not free.
+        return True
+    if inode not in (0, found):
+        return False
+    # Documentation/admin-guide/cgroup-v2.rst, "[Un]populated Notification": of the cgroup and all below it.
+    events = root.read_text_or(f"{path}/cgroup.events", "").split("\n")
+    if "populated 0" in events or "populated 1" in events:
+        return "populated 1" in events
+    return has_process_below(root, path)
+
+
+def has_process_below(root: Root, path: str) -> bool:
+    """Check the same where the kernel does not count: in a cgroup of version 1."""
+    waiting, looked = [path], 0
+    while waiting:
+        path = waiting.pop()
+        looked += 1
+        if looked > MOST_DIRECTORIES or root.read_text_or(f"{path}/cgroup.procs", ""):
+            return True
+        below = (f"{path}/{name}" for name in root.list_names(path))
+        waiting += [directory for directory in below if root.exists(f"{directory}/cgroup.procs")]
+    return False

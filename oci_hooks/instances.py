@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which device is at an address: that is a place, and another device may be plugged in there by now.
+
+A device is known by the inode number of its directory in sysfs. The kernel makes a new directory for a device that is
+plugged in, and gives no number twice (fs/kernfs/dir.c, __kernfs_new_node: in turn, with a generation). Vendor, device
+and class are compared too, because numbers of 32 bits come round.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from oci_hooks.records import Record
+from oci_hooks.sysfs import PCI_DEVICES, parse_ids, parse_uevent
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.files import Root
+    from oci_hooks.journal import Entry
+    from oci_hooks.sysfs import PciDevice
+
+# A device that was unplugged: before its directory is opened, and after.
+GONE = (errno.ENOENT, errno.ENODEV)
+
+
+class Instance(Record):
+    """One PCI function, while it is plugged in. inode: of its directory; the rest as of a PciDevice."""
+
+    inode: int = 0
+    vendor: str = ""
+    device: str = ""
+    class_code: str = ""
+
+
+def name_instance(device: PciDevice) -> Instance:
+    """Return which device a PCI function is."""
+    return Instance(device.inode, device.vendor, device.device, device.class_code)
+
+
+def parse_instance(entry: Entry) -> Instance:
+    """Return which device an entry of a journal notes."""
+    return Instance(entry.number(3), *entry.words[4:7])
+
+
+def read_instance(root: Root, address: str) -> Instance | None:
+    """Return which device is at an address now, None where there is none. Raises OSError where it can't be read."""
+    path = f"{PCI_DEVICES}/{address}"
+    try:
+        return Instance(root.stat(path).st_ino, *parse_ids(parse_uevent(root.read_text(f"{path}/uevent"))))
+    except OSError as error:
+        if error.errno in GONE:
+            return None
+        raise

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Permission to open device nodes from inside a container's cgroup: plan it, give it, take it back, explain its lack.
+
+What is widened is the container's own cgroup, with version 2 also the systemd scope that holds nothing but it. No other
+ancestor of version 2 ever is; one of version 1 only when asked for, because there a child can't get what its parent
+lacks.
+
+The caller's order: `cgroup.find_cgroup`, `proof.prove`; when something is not permitted `plan_grant`, `permit`, `prove`
+again; when it still is not, `forbid` and raise what `explain_denial` returns. permits.py does it for all claims
+together: grants of several containers may be for one parent.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from oci_hooks.cgroup import ACCESS, Cgroup, Node, NodeProof, fail, list_ancestors, list_own, list_scope
+from oci_hooks.device_filter import Swaps, add_nodes, find_programs_above, remove_nodes
+from oci_hooks.device_list import (
+    allow_node,
+    deny_node,
+    find_missing,
+    permits_by_default,
+    read_rules,
+    remove_letters,
+)
+from oci_hooks.errors import StepError
+from oci_hooks.files import step
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping
+
+    from oci_hooks.bpf import Numbers
+    from oci_hooks.claims import Claim
+    from oci_hooks.files import Root
+    from oci_hooks.journal import Entry
+
+# Misc devices: /dev/vfio/vfio and /dev/iommu, which are every container's (include/uapi/linux/major.h).
+MISC_MAJOR = 10
+
+
+class Widening(Record):
+    """What a grant adds to a device list of version 1. path: the cgroup's directory; given: for each node of the grant
+    what its entry there lacked, of "rw": this is given, and taken back."""
+
+    path: str
+    given: tuple[str, ...]
+
+
+class Grant(Record):
+    """What to permit and where: known before anything is done, so that it can stand in a journal.
+
+    nodes: major and minor of each; unified: version 2 directory or ""; devices: of version 1, from the top down:
+    ancestors to widen and at last the container's own.
+    """
+
+    nodes: tuple[Numbers, ...]
+    unified: str
+    devices: tuple[Widening, ...]
+
+    def find_given(self, path: str, numbers: Numbers) -> str:
+        """Return what a node is given in a directory of version 1; "" for nothing."""
+        places = [widening.given for widening in self.devices if widening.path == path]
+        return dict(zip(self.nodes, places[0])).get(numbers, "") if places else ""
+
+    def without(self, gone: Collection[Numbers]) -> Grant:
+        """Return the grant but for some nodes."""
+        kept = [index for index, numbers in enumerate(self.nodes) if numbers not in gone]
+        devices = [Widening(each.path, tuple(each.given[index] for index in kept)) for each in self.devices]
+        return Grant(tuple(self.nodes[index] for index in kept), self.unified, tuple(devices))
+
+
+def format_grant(grant: Grant) -> tuple[str, str, str]:
+    """Return a grant as the words of a journal entry."""
+    nodes = ",".join(f"{major}:{minor}" for major, minor in grant.nodes)
+    return nodes, grant.unified, "\n".join(f"{','.join(each.given)} {each.path}" for each in grant.devices)
+
+
+def parse_grant(entry: Entry) -> Grant:
+    """Return the grant that a journal entry notes. Raises ValueError where it notes none."""
+    nodes = parse_numbers(entry.words[0])
+    devices = []
+    for line in entry.words[2].split("\n") if entry.words[2] else ():
+        given, _, path = line.partition(" ")
+        letters = tuple(given.split(","))
+        if len(letters) != len(nodes) or not path or any(set(each) - set(ACCESS) for each in letters):
+            raise ValueError(f"{line} is not what nodes are given in a directory")
+        devices.append(Widening(path, letters))
+    return Grant(nodes, entry.words[1], tuple(devices))
+
+
+def parse_numbers(text: str) -> tuple[Numbers, ...]:
+    """Return the device numbers that a journal entry lists. Raises ValueError."""
+    pairs = (pair.split(":") for pair in text.split(","))
+    return tuple((int(major), int(minor)) for major, minor in pairs)
+
+
+# What claims note ----------------------------------------------------------------------------------------------------
+
+
+def list_grants(entries: Iterable[Entry], spoilt: list[Entry] | None = None) -> tuple[Grant, ...]:
+    """Return what a claim permits, without what was revoked since. spoilt: gets the entries that can't be read."""
+    grants: list[Grant] = []
+    for entry in entries:
+        try:
+            if entry.kind == "permit":
+                grants.append(parse_grant(entry))
+            elif entry.kind == "revoked":
+                gone = parse_numbers(entry.words[0])
+                grants = [grant.without(gone) for grant in grants]
+        except ValueError:
+            if spoilt is not None:
+                spoilt.append(entry)
+    return tuple(grant for grant in grants if grant.nodes)
+
+
+def list_numbers(entries: Iterable[Entry]) -> set[Numbers]:
+    """Return the device numbers that a claim has for itself, permitted or not, without what was revoked since."""
+    found: set[Numbers] = set()
+    for entry in entries:
+        if entry.kind in ("numbers", "permit", "revoked"):
+            try:
+                numbers = parse_numbers(entry.words[0])
+            except ValueError:
+                continue
+            found = found.difference(numbers) if entry.kind == "revoked" else found.union(numbers)
+    return {numbers for numbers in found if numbers[0] != MISC_MAJOR}
+
+
+def read_grants(claims: Iterable[Claim]) -> tuple[Grant, ...]:
+    """Return what some claims permit."""
+    return tuple(grant for claim in claims for grant in list_grants(claim.entries))
+
+
+# Permitting -----------------------------------------------------------------------------------------------------------
+
+
+def plan_grant(
+    root: Root,
+    cgroup: Cgroup,
+    nodes: Iterable[Node],
+    widen_parents: bool = False,
+    others: tuple[Grant, ...] = (),
+    opened: Mapping[Numbers, str] | None = None,
+) -> Grant:
+    """Return what has to be permitted where. Changes nothing. Raises StepError where it must not be done.
+
+    nodes: those that are not permitted now; widen_parents: on version 1, permit them to each ancestor that lacks them
+    too (a pod's cgroup inside its own virtual machine; on a shared machine that is not the hook's to decide); others:
+    what other containers were given; opened: what of "rw" the container's own cgroup of version 1 permits, where it
+    permits by default, so that its list does not show it (`is_open_list`).
+    """
+    wanted = tuple(nodes)
+    own = [place for place in (cgroup.unified, cgroup.devices) if place and place not in cgroup.shared]
+    if cgroup.shared and not own:
+        problem = "is not the container's own cgroup, so a permission there would be for others too"
+        raise fail(cgroup.shared[0], problem, wanted)
+    devices: list[Widening] = []
+    if cgroup.devices in own:
+        if widen_parents:
+            ancestors = list_ancestors(cgroup.devices, cgroup.devices_mount)
+            planned = (plan_widening(root, path, wanted, others, None) for path in ancestors)
+            devices += [widening for widening in planned if any(widening.given)]
+        devices.append(plan_widening(root, cgroup.devices, wanted, others, opened))
+    numbers = tuple((node.major, node.minor) for node in wanted)
+    return Grant(numbers, cgroup.unified if cgroup.unified in own else "", tuple(devices))
+
+
+def plan_widening(
+    root: Root, path: str, nodes: tuple[Node, ...], others: tuple[Grant, ...], opened: Mapping[Numbers, str] | None
+) -> Widening:
+    """Return what nodes have to be given in a directory of version 1. others, opened: as of `plan_grant`."""
+    rules = read_rules(root, path)
+    given = []
+    for node in nodes:
+        numbers = (node.major, node.minor)
+        # What another container was given is not what was there: the last of them takes it back.
+        shared = [grant.find_given(path, numbers) for grant in others]
+        missing = find_missing(rules, node)
+        if opened is not None and permits_by_default(rules):
+            missing = remove_letters(ACCESS, opened.get(numbers, ""))
+        given.append(max(shared, default="") or missing)
+    return Widening(path, tuple(given))
+
+
+def is_open_list(root: Root, cgroup: Cgroup) -> bool:
+    """Check whether the container's own cgroup is one of version 1 that permits by default."""
+    has_own = cgroup.devices not in ("", *cgroup.shared)
+    return has_own and permits_by_default(read_rules(root, cgroup.devices))
+
+
+@step
+def permit(root: Root, grant: Grant, note: Callable[[], object] = lambda: None) -> None:
+    """Permit reading and writing of exactly these nodes. Doing it twice is doing it once. Raises StepError.
+
+    note: called when all is ready, before the first change: what fails before that has changed nothing.
+    """
+    with Swaps(root, add_nodes) as swaps:
+        for path in list_own(root, grant.unified):
+            swaps.prepare(path, grant.nodes)
+        note()
+        for widening in grant.devices:
+            for numbers, access in zip(grant.nodes, widening.given):
+                if access:
+                    allow_node(root, widening.path, numbers, access)
+        swaps.carry_out()
+
+
+@step
+def forbid(root: Root, grant: Grant, others: tuple[Grant, ...] = ()) -> None:
+    """Take a permission back, whole or half given, by this process or another. Raises StepError, after trying all.
+
+    others: what other containers were given, and so keep, where a directory is theirs too. A cgroup that is gone is as
+    good as done.
+    """
+    errors = []
+    for widening in reversed(grant.devices):
+        for numbers, access in zip(grant.nodes, widening.given):
+            if access and not any(other.find_given(widening.path, numbers) for other in others):
+                try:
+                    deny_node(root, widening.path, numbers, access)
+                except StepError as error:
+                    errors.append(error)
+    # Whoever else came into the scope meanwhile: what was added is taken away.
+    for path in list_filtered(grant):
+        kept = {numbers for other in others if path in list_filtered(other) for numbers in other.nodes}
+        try:
+            remove_from_filter(root, path, tuple(numbers for numbers in grant.nodes if numbers not in kept))
+        except StepError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def list_filtered(grant: Grant) -> tuple[str, ...]:
+    """Return the directories of version 2 that a grant may have changed the device filters of."""
+    return (grant.unified, *list_scope(grant.unified)) if grant.unified else ()
+
+
+def remove_from_filter(root: Root, path: str, nodes: tuple[Numbers, ...]) -> None:
+    """Take nodes out of the device filter of one cgroup, if that is still there. Raises StepError."""
+    if not nodes or not root.exists(path):
+        return
+    with Swaps(root, remove_nodes) as swaps:
+        try:
+            swaps.prepare(path, nodes)
+            swaps.carry_out()
+        except StepError:
+            if root.exists(path):
+                raise
+
+
+# Explaining -----------------------------------------------------------------------------------------------------------
+
+
+def explain_denial(root: Root, cgroup: Cgroup, proofs: Iterable[NodeProof]) -> StepError:
+    """Return the error for nodes that don't open from inside the cgroup although everything was done for it."""
+    bad = [proof for proof in proofs if proof.error or not proof.is_viable]
+    told = ", ".join(f"{proof.node.name}: {describe_proof(proof)}" for proof in bad)
+    denied = [proof.node for proof in bad if proof.is_denied]
+    above = find_programs_above(root, cgroup) if denied and cgroup.unified else []
+    own = list_own(root, cgroup.unified)
+    above = [path for path in above if path not in own]
+    if above:
+        told += f" (the cgroup {above[0]} above has a device program, which is not the hook's to change)"
+    return fail(cgroup.unified or cgroup.devices or f"process {cgroup.pid}", f"from inside it, {told}", denied)
+
+
+def describe_proof(proof: NodeProof) -> str:
+    """Return in words what a proof came to."""
+    if not proof.error:
+        return "opens" if proof.is_viable else "opens, and the group is not viable"
+    words = {
+        errno.EPERM: "not permitted by the device cgroup",
+        errno.EACCES: "not permitted by its mode, a nodev mount or a security module",
+        errno.EBUSY: "another process holds it",
+        errno.ENOENT: "there is no such node",
+        errno.ENODEV: "the node is another device, or its device is gone",
+        errno.ENXIO: "no such device is behind it",
+    }
+    return words.get(proof.error, os.strerror(proof.error))

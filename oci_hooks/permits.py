@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The permissions of all claims together: none is taken back with another's, and no device number is two containers'.
+
+Permission is a matter of device numbers, and of cgroups that containers have in common:
+
+* The kernel gives a number out anew when its device is gone. A container that was permitted it, and still has a node of
+  it, would open the next one's device. So what is dead is revoked before devices are bound (`revoke_dead`), and what
+  the kernel gave out for this container all the same, from whoever had it, right after (`take_numbers`).
+* A parent that was widened, with version 1, stays so until no claim needs it.
+
+All of this is done with the machine-wide lock held: cgroups' rules are read, changed and written back, and nobody else
+does so meanwhile. What is permitted is noted in the claim before, what is revoked from a claim after it is done.
+"""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks import cgroup, container, nodes, permission, sysfs
+from oci_hooks.errors import Finding, Refusal, StepError
+from oci_hooks.files import step
+from oci_hooks.instances import parse_instance, read_instance
+from oci_hooks.journal import parse_journal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from oci_hooks.bpf import Numbers
+    from oci_hooks.cgroup import Cgroup, Node
+    from oci_hooks.claims import Claim, ClaimDirectory
+    from oci_hooks.command import Deadline
+    from oci_hooks.files import Root
+    from oci_hooks.homes import Home
+    from oci_hooks.journal import Entry, Journal
+    from oci_hooks.permission import Grant
+
+DEVICES_BY_NUMBER = "/sys/dev/char"
+CDEV_DIRECTORY = "vfio/devices/"
+
+
+def list_others(claims: Iterable[Claim], but: str) -> list[Claim]:
+    """Return all claims but one. but: its path."""
+    return [claim for claim in claims if claim.path != but]
+
+
+# Giving --------------------------------------------------------------------------------------------------------------
+
+
+@step
+def give(
+    claims: ClaimDirectory,
+    place: Cgroup,
+    denied: list[Node],
+    widen_parents: bool,
+    opened: Mapping[Numbers, str] | None,
+    journal: Journal,
+    deadline: Deadline,
+) -> None:
+    """Permit nodes to a container's cgroup, noted in its journal first. Raises StepError, Refusal [lock-timeout].
+
+    claims: of the machine; the rest as of `permission.plan_grant`.
+    """
+    lock = claims.lock(deadline)
+    try:
+        check_kept(claims, journal, denied)
+        others = list_others(claims.read_claims(), journal.path)
+        check_alone(claims.root, place, others)
+        grants = permission.read_grants(others)
+        grant = permission.plan_grant(claims.root, place, denied, widen_parents, grants, opened)
+        permission.permit(claims.root, grant, lambda: journal.note("permit", *permission.format_grant(grant)))
+    finally:
+        os.close(lock)
+
+
+def check_alone(root: Root, place: Cgroup, others: Iterable[Claim]) -> None:
+    """Raise StepError where a container is in the cgroup of another one: what one is permitted the other is."""
+    own = place.devices or place.unified
+    for claim in others:
+        home = claim.home
+        for path, inode in ((home.unified, home.unified_inode), (home.devices, home.devices_inode)):
+            if path and path == own and inode in (0, sysfs.read_inode(root, path)):
+                problem = f"is the cgroup of container {claim.container} too, which would be permitted the same"
+                raise StepError("permit-failed", path, problem, "give each container a cgroup of its own (cgroupsPath)")
+
+
+def check_kept(claims: ClaimDirectory, journal: Journal, wanted: Iterable[Node]) -> None:
+    """Raise StepError where a number was revoked since it was taken: its device is gone, and perhaps another has it."""
+    kept = permission.list_numbers(claims.read_entries(journal))
+    for node in wanted:
+        if node.major != permission.MISC_MAJOR and (node.major, node.minor) not in kept:
+            raise explain_gone(f"/dev/{node.name}")
+
+
+def explain_gone(subject: str) -> StepError:
+    """Return the error for a device that went while its container was given it."""
+    return StepError("device-gone", subject, "was unplugged while it was being bound", "start the container again")
+
+
+# Device numbers -------------------------------------------------------------------------------------------------------
+
+
+def revoke_dead(claims: ClaimDirectory, held: list[Claim], but: str) -> None:
+    """Revoke the device numbers that no device has any more, before the kernel gives them out for another one.
+
+    held: all claims; but: path of the one whose container is about to get devices. Call it with the machine-wide lock
+    held. What can't be revoked is no error yet: who gets the number is refused (`take_numbers`).
+    """
+    root = claims.root
+    for claim in list_others(held, but):
+        numbers = permission.list_numbers(claim.entries)
+        if not numbers or not root.exists(DEVICES_BY_NUMBER):
+            continue
+        dead = {(major, minor) for major, minor in numbers if not root.exists(f"{DEVICES_BY_NUMBER}/{major}:{minor}")}
+        if dead:
+            try:
+                revoke_numbers(claims, claim, dead, held)
+            except StepError:
+                continue
+
+
+@step
+def take_numbers(claims: ClaimDirectory, made: tuple[Node, ...], journal: Journal, deadline: Deadline) -> bool:
+    """Make device numbers one container's alone: they are revoked from all others. Return whether any had to be.
+
+    made: the container's nodes, whose devices are bound. It is noted in the journal that it has these numbers. Raises
+    StepError where a number can't be revoked, or may have been used, Refusal [lock-timeout].
+    """
+    taken = {(node.major, node.minor): node for node in made if node.major != permission.MISC_MAJOR}
+    lock = claims.lock(deadline)
+    try:
+        others = list_others(claims.read_claims(), journal.path)
+        # Noted first, checked then: if its device goes after that, whoever gets the number finds it noted.
+        journal.note("numbers", format_numbers(taken))
+        if others:
+            check_own(claims.root, claims.read_entries(journal), taken.values())
+        found: dict[Numbers, Claim] = {}
+        for claim in others:
+            numbers = permission.list_numbers(claim.entries).intersection(taken)
+            if numbers:
+                revoke_from(claims, claim, numbers, others)
+                found.update(dict.fromkeys(numbers, claim))
+    finally:
+        os.close(lock)
+    for pair, claim in found.items():
+        # A group opens once, so that the proof finds out whether somebody has it open. A device's own node does not.
+        if taken[pair].name.startswith(CDEV_DIRECTORY):
+            problem = f"has the numbers {format_numbers([pair])}, open to container {claim.container} until now"
+            hint = "start the container again: they are revoked now"
+            raise StepError("numbers-reused", f"/dev/{taken[pair].name}", problem, hint)
+    return bool(found)
+
+
+def check_own(root: Root, entries: Iterable[Entry], made: Iterable[Node]) -> None:
+    """Raise StepError where a container's devices are gone, so that its numbers may be another's."""
+    for entry in entries:
+        if entry.kind == "device" and read_instance(root, entry.words[0]) != parse_instance(entry):
+            raise explain_gone(entry.words[0])
+    for node in made:
+        name = node.name.rpartition("/")[2]
+        place = f"/sys/class/vfio-dev/{name}" if node.name.startswith(CDEV_DIRECTORY) else f"{sysfs.VFIO_CLASS}/{name}"
+        if sysfs.read_numbers(root, place) != (node.major, node.minor):
+            raise explain_gone(f"/dev/{node.name}")
+
+
+def revoke_from(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all_claims: Iterable[Claim]) -> None:
+    """Revoke numbers that another container needs. Raises StepError, in words for that one."""
+    try:
+        revoke_numbers(claims, claim, numbers, all_claims)
+    except StepError as error:
+        problem = f"is permitted to container {claim.container} for a device that was unplugged, and can't be revoked: "
+        hint = f"end container {claim.container} and start this one again"
+        subject = f"device number {format_numbers(numbers)}"
+        raise StepError("permission-left", subject, problem + name_reason(error), hint) from None
+
+
+def revoke_numbers(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all_claims: Iterable[Claim]) -> None:
+    """Revoke numbers from one container: its permission, then its nodes where they can be reached. Raises StepError.
+
+    all_claims: those that a directory of cgroups may be shared with.
+    """
+    root = claims.root
+    others = permission.read_grants(list_others(all_claims, claim.path))
+    for grant in permission.list_grants(claim.entries):
+        permission.forbid(root, drop_replaced(root, grant.without(set(grant.nodes) - numbers), claim.home), others)
+    note_revoked(claims, claim, numbers)
+    if claim.is_alive(root):
+        try:
+            remove_nodes(claim.entries, claim.pid, numbers)
+        except OSError:
+            # Without permission a node opens nothing; it is its container's to spoil.
+            return
+
+
+def note_revoked(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers]) -> None:
+    """Note that numbers were revoked, where there is room for it: else it is done once more the next time."""
+    try:
+        claims.note_revoked(claim, format_numbers(numbers))
+    except (OSError, StepError):
+        # A hook that is at work on that claim relies on the note (`check_kept`).
+        if claim.at_work:
+            raise
+
+
+def remove_nodes(entries: Iterable[Entry], pid: int, numbers: set[Numbers]) -> None:
+    """Remove a container's nodes of some device numbers. Raises OSError.
+
+    entries: of its claim, for the nodes that were made for it; pid: its init, which lives.
+    """
+    for entry in entries:
+        if entry.kind == "node" and (entry.number(2), entry.number(3)) in numbers:
+            nodes.undo(entry, pid)
+        elif entry.kind == "mount":
+            remove_from_mount(entry, pid, numbers)
+
+
+def remove_from_mount(entry: Entry, pid: int, numbers: set[Numbers]) -> None:
+    """Remove nodes from the file system that was mounted for a container with a user namespace. Raises OSError."""
+    dev = container.open_dev(pid, entry.words[0])
+    try:
+        directory = container.open_path(dev, entry.words[1])
+        try:
+            if not container.is_guests_own(directory):
+                for name in os.listdir(directory):
+                    for each in numbers:
+                        container.remove_node(directory, name, each)
+        finally:
+            os.close(directory)
+    finally:
+        os.close(dev)
+
+
+def format_numbers(numbers: Iterable[Numbers]) -> str:
+    """Return device numbers as a journal and findings have them."""
+    return ",".join(f"{major}:{minor}" for major, minor in sorted(numbers))
+
+
+# Taking back ---------------------------------------------------------------------------------------------------------
+
+
+def take_back(
+    claims: ClaimDirectory, journal: Journal, entries: tuple[Entry, ...], deadline: Deadline
+) -> list[Finding]:
+    """Revoke what a run of the hook permitted, and return what could not be. entries: those of this run.
+
+    What an earlier run permitted, which succeeded, the container keeps.
+    """
+    if not is_permitting(entries):
+        return []
+    try:
+        lock = claims.lock(deadline)
+    except Refusal as refusal:
+        problem = f"its permissions can't be revoked: {refusal.findings[0].subject} {refusal.findings[0].problem}"
+        return [Finding("error", "permission-left", journal.path, problem, "the next hook on this machine tries again")]
+    try:
+        own = claims.read_claim(journal.path)
+        others = permission.read_grants(list_others(claims.read_claims(), journal.path))
+        earlier = permission.list_grants(parse_journal(os.pread(journal.fd, journal.kept, 0)))
+        return revoke(claims.root, entries, own.home if own else None, (*others, *earlier))
+    finally:
+        os.close(lock)
+
+
+def revoke_claim(claims: ClaimDirectory, claim: Claim) -> list[Finding]:
+    """Revoke all that a claim's container was permitted, and return what could not be, as of `revoke`."""
+    if not is_permitting(claim.entries):
+        return []
+    # As they are now: one that was put back a moment ago needs nothing any more.
+    others = list_others(claims.read_claims(), claim.path)
+    return revoke(claims.root, claim.entries, claim.home, permission.read_grants(others))
+
+
+def is_permitting(entries: Iterable[Entry]) -> bool:
+    """Check whether entries note a permission."""
+    return any(entry.kind == "permit" for entry in entries)
+
+
+@step
+def revoke(root: Root, entries: Iterable[Entry], home: Home | None, others: tuple[Grant, ...]) -> list[Finding]:
+    """Take back all that entries permit, whether the container's init lives or not, and return what could not be.
+
+    home: the container's cgroups; others: what other containers were given. A finding of the code permission-left means
+    that processes are left which keep the permission. Call it with the machine-wide lock held.
+    """
+    spoilt: list[Entry] = []
+    findings: list[Finding] = []
+    for grant in reversed(permission.list_grants(entries, spoilt)):
+        try:
+            permission.forbid(root, drop_replaced(root, grant, home), others)
+        except StepError as error:
+            findings += explain_left(root, grant, error)
+    for entry in spoilt:
+        hint = "end the container: what was changed in it ends with it"
+        words = " ".join((entry.kind, *entry.words))
+        findings.append(Finding("error", "undo-failed", words, "can't be put back: the entry is spoilt", hint))
+    return findings
+
+
+def drop_replaced(root: Root, grant: Grant, home: Home | None) -> Grant:
+    """Return a grant without a directory of version 1 that is another cgroup by now: what was given ended with the old.
+
+    With version 2 nothing has to be known: what the hook added to a device filter bears its mark.
+    """
+    if home is None or not home.devices_inode:
+        return grant
+    gone = sysfs.read_inode(root, home.devices) not in (0, home.devices_inode)
+    kept = [widening for widening in grant.devices if not (gone and widening.path == home.devices)]
+    return grant.replace(devices=tuple(kept))
+
+
+def explain_left(root: Root, grant: Grant, error: StepError) -> tuple[Finding, ...]:
+    """Return what it means that a grant can't be taken back: with no process left in its cgroup, nobody has it."""
+    own = (grant.unified, *(widening.path for widening in grant.devices[-1:]))
+    processes = sorted({pid for path in own if path for pid in cgroup.list_processes(root, path)})
+    subject = next(filter(None, own))
+    if not processes:
+        problem = f"the permission for {format_numbers(grant.nodes)} can't be put back; no process is left to use it: "
+        hint = "it ends with the cgroup: remove that if the runtime does not"
+        return (Finding("error", "undo-failed", subject, problem + name_reason(error), hint),)
+    pids = " ".join(map(str, processes))
+    problem = f"processes {pids} of this cgroup keep the permission for {format_numbers(grant.nodes)}: "
+    hint = f"end them with: kill -9 {pids}; the next hook on this machine tries again"
+    return (Finding("error", "permission-left", subject, problem + name_reason(error), hint),)
+
+
+def name_reason(error: StepError) -> str:
+    """Return why a permission can't be taken back, in the words of the step."""
+    return f"{error.findings[0].subject}: {error.findings[0].problem}"

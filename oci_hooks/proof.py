@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof that counts: a process in a container's cgroup opens the nodes, and asks a group whether it is viable."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from oci_hooks.cgroup import Cgroup, Node, NodeProof, fail, write_file
+from oci_hooks.children import end_child, start_child
+from oci_hooks.files import read_pipe, step
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from oci_hooks.command import Deadline
+    from oci_hooks.files import Root
+
+# _IO(';', 103) of include/uapi/linux/vfio.h; struct vfio_group_status { __u32 argsz; __u32 flags; }
+VFIO_GROUP_GET_STATUS = 0x3B67
+VFIO_GROUP_FLAGS_VIABLE = 1
+
+# How long a killed child may take to end. Until then it is in the container's cgroup, which can't be removed.
+KILL_SECONDS = 0.5
+
+
+@step
+def prove(
+    root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[Node], deadline: Deadline, flags: int = os.O_RDWR
+) -> tuple[NodeProof, ...]:
+    """Open each node from inside the cgroup and return what each came to. Changes nothing.
+
+    directory: descriptor of the container's directory that holds the nodes; flags: how they are opened. A forked child
+    does it, because a process that enters a cgroup stays there. Raises StepError where the child can't enter, dies or
+    is not done in time.
+    """
+    wanted = tuple(nodes)
+    answer = ask_child(lambda: answer_for(root, cgroup, directory, wanted, flags), deadline)
+    lines = [line.split(" ") for line in answer.splitlines()]
+    if lines and lines[0][0] == "enter":
+        reason = os.strerror(int(lines[0][1]))
+        raise fail(lines[0][2], f"can't be entered, to open the nodes as the container would: {reason}")
+    if len(lines) != len(wanted):
+        raise fail(f"process {cgroup.pid}", "the child that opens the nodes in its cgroup died without an answer")
+    return tuple(NodeProof(node, int(line[0]), line[1] == "1") for node, line in zip(wanted, lines))
+
+
+def answer_for(root: Root, cgroup: Cgroup, directory: int, nodes: tuple[Node, ...], flags: int) -> str:
+    """Return the child's answer: a line `errno viable` a node, or one line `enter errno path`."""
+    for path in (cgroup.devices, cgroup.unified):
+        if path:
+            try:
+                write_file(root.host_path(f"{path}/cgroup.procs"), "0")
+            except OSError as error:
+                return f"enter {error.errno} {path}"
+    return "\n".join(f"{code} {viable:d}" for code, viable in (try_node(directory, node, flags) for node in nodes))
+
+
+def try_node(directory: int, node: Node, flags: int = os.O_RDWR) -> tuple[int, bool]:
+    """Open one node and close it.
+
+    Returns errno (0: it opened; ENODEV: the node is another device) and whether it is viable.
+    """
+    import fcntl
+    import struct
+
+    try:
+        # Looked at before it is opened: opening a device may do something.
+        if not is_device(os.stat(node.name, dir_fd=directory, follow_symlinks=False), node):
+            return errno.ENODEV, False
+        fd = os.open(node.name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
+        try:
+            if not is_device(os.fstat(fd), node):
+                return errno.ENODEV, False
+            if not node.is_group:
+                return 0, True
+            status = fcntl.ioctl(fd, VFIO_GROUP_GET_STATUS, struct.pack("=II", 8, 0))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error.errno or errno.EIO, False
+    return 0, bool(struct.unpack("=II", status)[1] & VFIO_GROUP_FLAGS_VIABLE)
+
+
+def is_device(status: os.stat_result, node: Node) -> bool:
+    """Tell whether this is the character device that the node is meant to be."""
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(node.major, node.minor)
+
+
+def find_access(
+    root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[Node], deadline: Deadline
+) -> dict[tuple[int, int], str]:
+    """Return what of reading and writing is permitted for each node inside the cgroup: "r", "w", "rw" or "".
+
+    Arguments and errors as of `prove`.
+    """
+    access: dict[tuple[int, int], str] = {}
+    for letter, flags in (("r", os.O_RDONLY), ("w", os.O_WRONLY)):
+        for proof in prove(root, cgroup, directory, nodes, deadline, flags):
+            numbers = (proof.node.major, proof.node.minor)
+            access[numbers] = access.get(numbers, "") + ("" if proof.is_denied else letter)
+    return access
+
+
+def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
+    """Return what a forked child computes; it ends with its answer, and is killed when there is no time left.
+
+    Raises StepError where it does not answer.
+    """
+    child = start_child(lambda writer: os.write(writer, work().encode()))
+    try:
+        answer = read_pipe(child.pipe, deadline)
+        if answer is None:
+            raise fail(f"process {child.pid}", "opening the nodes inside the container's cgroup was not done in time")
+        return answer.decode()
+    finally:
+        end_child(child, KILL_SECONDS)
