@@ -213,7 +213,7 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
         picture,
         dict(list_owners(claims, but=work.state.id)),
         live,
-        Uses(work.root).find,
+        Uses(work.root, work.call.deadline).find,
         settings.never,
         settings.auto_ids,
         settings.auto_classes,

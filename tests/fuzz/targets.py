@@ -25,8 +25,10 @@ from oci_hooks import (
     journal,
     kata_config,
     mounts,
+    netlink,
     notation,
     oci,
+    openers,
     recordfile,
     request,
     schema,
@@ -34,6 +36,7 @@ from oci_hooks import (
     sysfs,
 )
 from oci_hooks.apply import parse_grant
+from oci_hooks.command import Deadline
 from oci_hooks.errors import HookError, InputError
 from oci_hooks.files import Root
 from oci_hooks.holders import Process
@@ -242,31 +245,41 @@ def fuzz_sysfs(data: bytes) -> None:
     picture = sysfs.look(root)
     sysfs.list_live_groups(root)
     sysfs.read_override(root, ADDRESS)
-    uses = guards.Uses(root)
+    uses = guards.Uses(root, Deadline(1))
     for device in picture.devices.values():
         uses.find(device)
 
 
 def fuzz_proc(data: bytes) -> None:
-    """mountinfo, cgroup, swaps, routes, addresses, stat: of this process, of the container's."""
-    mountinfo, groups, swaps, route, route6, inet6, stat = part(data, 7)
+    """mountinfo, cgroup, swaps, consoles, stat, maps: of this process, of the container's, of any."""
+    mountinfo, groups, swaps, consoles, maps, active, stat = part(data, 7)
     files = {
         "/proc/self/mountinfo": mountinfo,
         "/proc/self/cgroup": groups,
         "/proc/7/cgroup": groups,
         "/proc/7/stat": stat,
         "/proc/swaps": swaps,
-        "/proc/net/route": route,
-        "/proc/net/ipv6_route": route6,
-        "/proc/net/if_inet6": inet6,
+        "/proc/consoles": consoles,
+        "/sys/class/tty/console/active": active,
     }
     root = MemoryRoot(files)
     mounts.read_mounts(root)
     guards.look_at_usage(root)
+    openers.find_consoles(root, {"char 4:68": "/sys/devices/x/tty/ttyS4"})
+    for name in openers.list_mapped("/nonexistent", maps, {}):
+        assert openers.RESOURCE in name
     claims.read_start_time(root, 7)
     try:
         cgroup.find_cgroup(root, 7)
     except HookError:
+        return
+
+
+def fuzz_netlink(data: bytes) -> None:
+    """Dumps of rtnetlink: whatever is not one ends in EBADMSG, or in the error that it says."""
+    try:
+        netlink.read_dump(iter([data[:2048], data[2048:]]), netlink.Found())
+    except OSError:
         return
 
 
