@@ -238,12 +238,19 @@ def list_things(place: str, depth: int, seen: dict[tuple[bytes, bytes], str]) ->
 
 
 def name_open(path: str, depth: int) -> str:
-    """Return the node, or the resource, that a descriptor is of; "" for anything else. path: of the link in /proc."""
+    """Return the node, or the resource, that a descriptor is of; "" for anything else. path: of the link in /proc.
+
+    Raises PermissionError where this process may not know what it is of.
+    """
     try:
         # By its number: a node may have any name, in any mount namespace.
         status = os.stat(path)
         if depth >= RESOURCES and stat.S_ISREG(status.st_mode):
             return name_resource(os.readlink(path))
+    except PermissionError:
+        # The link can be read where it is only the file system (FUSE) that refuses; no node is on one.
+        os.readlink(path)
+        return ""
     except OSError:
         # Closed meanwhile, or a file that can't be asked: a node always can.
         return ""

@@ -16,6 +16,7 @@ import pytest
 pytestmark = pytest.mark.unit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+MOUNT_BY_STAT = 'number = f"{os.major(os.fstat(dev).st_dev)}:{os.minor(os.fstat(dev).st_dev)}"'
 # What is taken out, module, line, what stands there instead, and the tests that have to see it.
 MUTATIONS = [
     ("rollback", "binding", "findings = take_back(work, journal)", "findings: list[Finding] = []", "test_binding.py"),
@@ -79,6 +80,65 @@ MUTATIONS = [
         'found.kind != "char"',
         "test_nodes.py",
     ),
+    # What a use is.
+    ("any open node is a use", "guards", "openers.find(device, list_tops(device, usage)) or ", "", "test_openers.py"),
+    ("a node goes by its number", "openers", "        status = os.stat(path)", '        return ""', "test_openers.py"),
+    ("mappings", "openers", "    if depth >= RESOURCES:\n", "    if False:\n", "test_openers.py"),
+    ("resources of sysfs", "openers", "raw = device.driver in RAW_DRIVERS", "raw = False", "test_openers.py"),
+    ("consoles", "openers", "    if consoles:\n        return consoles\n", "", "test_openers.py"),
+    ("a scan cut short", "openers", "    if looked < total:\n", "    if False:\n", "test_openers.py"),
+    ("processes that can't be seen", "openers", "    if hidden:\n", "    if False:\n", "test_openers.py"),
+    (
+        "files that can't be seen",
+        "openers",
+        "        os.readlink(path)\n        return",
+        "        return",
+        "test_openers.py -k may_not",
+    ),
+    ("the first thread has ended", "openers", "    if not names:\n", "    if False:\n", "test_openers.py -k thread"),
+    ("loop devices", "guards", "read_loops(root, usage.blocks) if names else {}", "{}", "test_guards.py"),
+    (
+        "what is below a loop device",
+        "blocks",
+        'root.ask(ask_backing, f"/dev/{loop}")',
+        "int(root.read_text_or(path, str(1 << 8)))",
+        "test_guards.py",
+    ),
+    ("CAN", "guards", "    if kind not in QUIET_TYPES:\n", "    if False:\n", "test_guards.py"),
+    ("every table", "netlink", 'found.routed.add(take("=I", attributes[RTA_OIF])[0])', "pass", "test_netlink.py"),
+    ("addresses of any label", "netlink", "found.addresses.setdefault(", "len((", "test_netlink.py"),
+    ("too many routes", "netlink", "            found.routed.add(0)", "            pass", "test_netlink.py"),
+    # The container's tree, its map, the kernel's log, the search for holders.
+    (
+        "no link on the way to the proof",
+        "cgroup",
+        "place = open_path(directory, above)",
+        "place = os.open(above or '.', os.O_RDONLY, dir_fd=directory)",
+        "test_cgroup.py -k no_link",
+    ),
+    (
+        "mounts by their ids",
+        "container",
+        "number = find_file_system(dev, pid)",
+        MOUNT_BY_STAT,
+        "test_hostile_container.py -k btrfs",
+    ),
+    ("a map is whole", "container", "        while data:\n", "        if data:\n", "test_nodes.py -k map"),
+    (
+        "a line by bytes",
+        "log",
+        '", "backslashreplace")[:KMSG_LIMIT].decode("utf-8", "ignore").encode()',
+        '", "backslashreplace")',
+        "test_log.py",
+    ),
+    (
+        "own hypervisor first",
+        "asker",
+        "(*list_family(root, state.pid), *list_family(root, shim))",
+        "()",
+        "test_checks.py",
+    ),
+    ("a search cut short", "checks", "        if looked < total:\n", "        if False:\n", "test_checks.py"),
     ("mounts", "nodes", "            check_mount(dev, directory, place)", "", "test_hostile_container.py -k mounted"),
 ]
 

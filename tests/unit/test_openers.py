@@ -104,6 +104,27 @@ def test_the_hook_itself_is_no_user() -> None:
         os.close(fd)
 
 
+@is_root
+@pytest.mark.parametrize(("links_too", "hidden"), [(True, 1), (False, 0)])
+def test_a_process_that_may_not_be_looked_into_is_counted(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, links_too: bool, hidden: int
+) -> None:
+    """Its directory can be listed, and no link followed. Of a user's FUSE only the file refuses: it is no node."""
+    add_process(tree, 50, "/usr/bin/other", "/somewhere")
+    real: dict[str, Any] = {"stat": os.stat, "readlink": os.readlink}
+
+    def refuse(name: str, path: str) -> Any:
+        if "/50/fd/" in str(path):
+            raise PermissionError(13, "Permission denied", path)
+        return real[name](path)
+
+    monkeypatch.setattr(os, "stat", lambda path, **_: refuse("stat", path))
+    if links_too:
+        monkeypatch.setattr(os, "readlink", lambda path, **_: refuse("readlink", path))
+    answer = list_openers(f"{tree.top}/proc", frozenset(), DESCRIPTORS, 60)
+    assert answer == {"open": [], "looked": 1, "total": 1, "hidden": hidden}
+
+
 def test_a_scan_without_time_says_so() -> None:
     answer = list_openers("/proc", frozenset({NULL}), DESCRIPTORS, 0)
     assert answer["looked"] == 0
