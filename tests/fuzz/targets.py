@@ -66,6 +66,10 @@ class MemoryRoot(Root):
             "readlink": self.link,
             "stat": self.status,
             "realpath": posixpath.normpath,
+            # Fuzzed by themselves, or of real processes only.
+            "list_nodes": lambda _: {},
+            "ask_network": lambda _: [],
+            "list_openers": lambda _: {"open": [], "looked": 1, "total": 1, "hidden": 0},
         }
         if question.__name__ in answers:
             return answers[question.__name__](posixpath.normpath(path))
@@ -381,6 +385,10 @@ SEEDS: dict[str, list[bytes]] = {
         b'[runtime]\nvfio_mode="vfio"\n\0[hypervisor.qemu]\nenable_iommu=false\n\0[runtime]\n\0true'
     ],
     "map": [b'[{"host-group":12,"devices":[{"host-address":"0000:3b:00.0","guest-path":{"Path":["02.0","00.0"]}}]}]'],
+    "netlink": [
+        b"\x20\0\0\0\x14\0\x02\0\0\0\0\0\0\0\0\0\x02\x18\x80\0\x07\0\0\0\x08\0\x02\0\xc0\0\x02\x0f"
+        + b"\x24\0\0\0\x18\0\x02\0\0\0\0\0\0\0\0\0\x02\x18\0\0\xfe\x03\0\x01\0\0\0\0\x08\0\x04\0\x07\0\0\0",
+    ],
     "notation": [
         b'{"!":"workers.Result","address":"a","code":0,"path":"","started":true}',
         b'{"!":"stat","st_mode":33188}',
@@ -390,9 +398,9 @@ SEEDS: dict[str, list[bytes]] = {
     "proc": [
         b"22 1 0:21 / / rw shared:1 - cgroup2 cgroup rw\\040,x\n\x000::/c\n\0"
         b"Filename Type\n/dev/vda partition 1 2 3\n\0"
-        b"Iface Destination Gateway Flags\neth0 00000000 0102A8C0 0003 0 0 0 00000000\n\0"
-        b"00000000000000000000000000000000 00 0 0 0 ffffffff 1 0 00200200 lo\n\0"
-        b"fe80000000000000 02 40 20 80 eth0\n\x007 (a) R 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 70 0\n"
+        b"tty0 -WU (EC p  ) 4:1\nttyS4 -W- (EC   a) 4:68\n\0"
+        b"00400000-00452000 r-xp 00000000 08:02 9 /usr/bin/x\n7f00-7f04 rw-s 0 00:05 7 /sys/devices/x/resource0\n\0"
+        b"tty0 ttyS0\n\x007 (a) R 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 70 0\n"
     ],
     "program": [bpf.make_prefix([(511, 7)]) + bpf.make_instruction(0x95)],
     "record": [],

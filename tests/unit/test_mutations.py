@@ -85,7 +85,7 @@ MUTATIONS = [
     ("a node goes by its number", "openers", "        status = os.stat(path)", '        return ""', "test_openers.py"),
     ("mappings", "openers", "    if depth >= RESOURCES:\n", "    if False:\n", "test_openers.py"),
     ("resources of sysfs", "openers", "raw = device.driver in RAW_DRIVERS", "raw = False", "test_openers.py"),
-    ("consoles", "openers", "    if consoles:\n        return consoles\n", "", "test_openers.py"),
+    ("consoles", "openers", "            return consoles\n", "            pass\n", "test_openers.py"),
     ("a scan cut short", "openers", "    if looked < total:\n", "    if False:\n", "test_openers.py"),
     ("processes that can't be seen", "openers", "    if hidden:\n", "    if False:\n", "test_openers.py"),
     (
@@ -106,7 +106,13 @@ MUTATIONS = [
     ),
     ("CAN", "guards", "    if kind not in QUIET_TYPES:\n", "    if False:\n", "test_guards.py"),
     ("every table", "netlink", 'found.routed.add(take("=I", attributes[RTA_OIF])[0])', "pass", "test_netlink.py"),
-    ("addresses of any label", "netlink", "found.addresses.setdefault(", "len((", "test_netlink.py"),
+    (
+        "addresses of any label",
+        "netlink",
+        "found.addresses.setdefault(",
+        "dict[int, str]().setdefault(",
+        "test_netlink.py",
+    ),
     ("too many routes", "netlink", "            found.routed.add(0)", "            pass", "test_netlink.py"),
     # The container's tree, its map, the kernel's log, the search for holders.
     (

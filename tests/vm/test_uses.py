@@ -6,6 +6,7 @@ from __future__ import annotations
 import mmap
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,6 +219,9 @@ def make_nic() -> Iterator[tuple[str, str]]:
     (name,) = guest.interfaces_of(address)
     Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra").write_text("0")
     run("ip", "link", "set", name, "up")
+    # The kernel takes no nexthop without a carrier.
+    while Path(f"/sys/class/net/{name}/carrier").read_text().strip() != "1":
+        time.sleep(0.1)
     assert find(address) == []
     yield address, name
     run("ip", "link", "set", name, "down")
@@ -225,7 +229,7 @@ def make_nic() -> Iterator[tuple[str, str]]:
     assert find(address) == []
 
 
-# What ip is called with, and what the hook makes of it; "-" takes it away again.
+# What ip is called with, and what the hook makes of it; "del" takes it away again.
 USES = [
     ("address add 192.0.2.9/24 dev NIC label NIC:v", "with address 192.0.2.9"),
     ("address add 192.0.2.9 peer 192.0.2.1 dev NIC", "with address 192.0.2.9"),
@@ -248,7 +252,8 @@ def test_what_the_kernel_knows_of_a_link(nic: tuple[str, str], words: str, use: 
     try:
         assert find(address) == [f"is network interface {name}, up {use}"]
     finally:
-        run(*(word if word != "add" else "del" for word in command))
+        undo = command[:5] if command[1] == "nexthop" else command
+        run(*(word if word != "add" else "del" for word in undo))
     assert find(address) == []
 
 
