@@ -220,7 +220,8 @@ def list_things(place: str, depth: int, seen: dict[tuple[bytes, bytes], str]) ->
     names = os.listdir(f"{place}/fd")
     if not names:
         # A process whose first thread has ended shows its files only with the other threads.
-        for thread in os.listdir(f"{place}/task"):
+        threads = os.listdir(f"{place}/task")
+        for thread in threads if len(threads) > 1 else ():
             names = os.listdir(f"{place}/task/{thread}/fd")
             if names:
                 place = f"{place}/task/{thread}"
