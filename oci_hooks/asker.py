@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from oci_hooks import hypervisor as vmm
-from oci_hooks.holders import Process, list_ancestors, read_process
+from oci_hooks.holders import Process, list_ancestors, list_family, read_process
 from oci_hooks.oci import find_annotation
 from oci_hooks.records import Record
 
@@ -129,3 +129,9 @@ def is_own(root: Root, asker: Asker, state: State, holder: Process) -> bool:
         for argument in holder.arguments[1:]
         for identity in {asker.sandbox, state.id}
     )
+
+
+def list_own_family(root: Root, asker: Asker, state: State) -> tuple[int, ...]:
+    """Return the processes that most likely are the own sandbox: those of the state and of the shim, with children."""
+    shim = asker.shim.pid if asker.shim else 0
+    return tuple(dict.fromkeys((*list_family(root, state.pid), *list_family(root, shim))))

@@ -219,7 +219,7 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
         picture,
         ownership.find_owners(claims, picture, own_path(work)),
         live,
-        Uses(work.root).find,
+        Uses(work.root, work.call.deadline).find,
         settings.never,
         settings.auto_ids,
         settings.auto_classes,

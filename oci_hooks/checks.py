@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.asker import is_own
+from oci_hooks.asker import is_own, list_own_family
 from oci_hooks.errors import Finding
 from oci_hooks.groups import CDEV_CLASS
 from oci_hooks.holders import ask_kernel, find_holders, list_open_paths
@@ -220,8 +220,8 @@ def check_kernel_word(
 
 def check_holders(root: Root, group: VfioGroup, asker: Asker, state: State, deadline: Deadline) -> tuple[Finding, ...]:
     """group-busy: a process has the group open, and it is not the container's own sandbox."""
-    cdevs = list_member_cdevs(root, group)
-    holders = find_holders(root, (group.node, *(CDEV_PREFIX + name for name in cdevs)), deadline)
+    nodes = (group.node, *(CDEV_PREFIX + name for name in list_member_cdevs(root, group)))
+    holders, looked, total = find_holders(root, nodes, deadline, list_own_family(root, asker, state))
     if any(is_own(root, asker, state, holder) for holder in holders):
         return ()
     subject = f"group {group.name}"
@@ -230,6 +230,8 @@ def check_holders(root: Root, group: VfioGroup, asker: Asker, state: State, dead
         if ask_kernel(root, group.node) != "busy":
             return ()
         problem = "is held by a process that can't be seen from here"
+        if looked < total:
+            problem = f"is held by a process not found in time: the search stopped after {looked} of {total} processes"
         return (Finding("error", "group-busy", subject, problem, f"as root on the host: fuser -v {group.node}"),)
     problem = f"is held by {', '.join(str(holder) for holder in holders)}"
     pids = " ".join(str(holder.pid) for holder in holders)

@@ -15,7 +15,7 @@ import os
 import stat
 
 from oci_hooks.errors import StepError
-from oci_hooks.files import Descriptor, Root, read_file
+from oci_hooks.files import DEFAULT_LIMIT, Descriptor, Root, read_file
 from oci_hooks.mounts import read_mounts
 from oci_hooks.records import Record
 
@@ -139,26 +139,38 @@ def is_guests_own(directory: int) -> bool:
     return os.fstat(directory).st_dev == os.stat("/dev").st_dev
 
 
-def is_borrowed(dev: int, rootfs: str) -> bool:
+def is_borrowed(dev: int, pid: int, rootfs: str) -> bool:
     """Tell whether a container's /dev is a directory of this machine that is mounted there.
 
     What is made in one outlives the container, and can't be found again when the container's mounts are gone. A file
     system of the container's own ends with it; a directory of its root file system is found by the same path.
 
-    dev: descriptor of /dev; rootfs: real path of the root file system. Raises OSError.
+    dev: descriptor of /dev; pid: the container's init, 0 for this process's own namespace; rootfs: real path of the
+    root file system. Raises OSError.
     """
-    at = os.fstat(dev)
-    number = f"{os.major(at.st_dev)}:{os.minor(at.st_dev)}"
-    if all(mount.number != number for mount in read_mounts(Root(), f" {number} ")):
+    number = find_file_system(dev, pid)
+    if number and all(mount.number != number for mount in read_mounts(Root(), f" {number} ")):
         return False
     try:
         own = open_dev(0, rootfs)
     except OSError:
         return True
     try:
-        return not is_same_directory(at, os.fstat(own))
+        return not is_same_directory(os.fstat(dev), os.fstat(own))
     finally:
         os.close(own)
+
+
+def find_file_system(fd: int, pid: int) -> str:
+    """Return the "major:minor" by which mountinfo knows a descriptor's file system, "" where it does not know it.
+
+    By the id of its mount (proc(5)): the numbers that stat() gives for btrfs and others are in no mountinfo. Raises
+    OSError.
+    """
+    number = read_mount(fd).split()[1]
+    text = read_file(f"/proc/{pid or 'self'}/mountinfo", DEFAULT_LIMIT)
+    lines = (line.split(b" ", 3) for line in text.split(b"\n"))
+    return next((fields[2].decode() for fields in lines if fields[0] == number and len(fields) > 3), "")
 
 
 def is_mounted(parent: int, directory: int) -> bool:
@@ -208,7 +220,9 @@ def write_file(directory: int, name: str, data: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, 0o600, dir_fd=directory)
     try:
-        os.write(fd, data)
+        # A write of less than all is no error; that of the rest has one, where there is no room.
+        while data:
+            data = data[os.write(fd, data) :]
         os.fchmod(fd, 0o644)
     finally:
         os.close(fd)

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 # A sysfs attribute is a page at most; config.json of a tenant may be anything.
 DEFAULT_LIMIT = 16 << 20
-# include/uapi/linux/sockios.h
-SIOCGIFADDR = 0x8915
 
 
 class Descriptor(int):
@@ -114,12 +112,11 @@ class Root:
         real: str = self.ask(os.path.realpath, path)
         return real[len(self.top) :] if self.top and real.startswith(self.top + "/") else real
 
-    def read_ipv4(self, interface: str) -> str:
-        """Return the first IPv4 address of a network interface, "" without one. A made tree has none.
+    def read_network(self) -> list[list[str]]:
+        """Return what the kernel says of addresses and routes (netlink.ask_network). A made tree has none."""
+        from oci_hooks.netlink import ask_network
 
-        The files in /proc/net tell addresses without their interfaces.
-        """
-        return "" if self.top else self.ask(ask_ipv4, interface)
+        return [] if self.top else self.ask(ask_network, "/proc/net")
 
     def is_held(self, path: str) -> bool:
         """Tell whether a block device's node can't be opened because it is in exclusive use. Nothing else is asked.
@@ -180,23 +177,6 @@ def read_pipe(fd: int, deadline: Deadline, limit: int = DEFAULT_LIMIT) -> bytes 
 def open_exclusively(path: str) -> None:
     """Open a block device's node for nobody else, and close it. Raises OSError."""
     os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
-
-
-def ask_ipv4(interface: str) -> str:
-    """Return the first IPv4 address of a network interface, "" without one (netdevice(7), SIOCGIFADDR)."""
-    # The socket module proper imports enum and selectors.
-    import _socket
-    import fcntl
-
-    sock = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
-    try:
-        # struct ifreq: 16 bytes of name, then a sockaddr_in: family, port, address.
-        answer = fcntl.ioctl(sock.fileno(), SIOCGIFADDR, os.fsencode(interface)[:15].ljust(40, b"\0"))
-    except OSError:
-        return ""
-    finally:
-        sock.close()
-    return _socket.inet_ntoa(answer[20:24])
 
 
 # What a root does -----------------------------------------------------------------------------------------------------

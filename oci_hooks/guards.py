@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes a PCI function off-limits: it is in use, or the machine stands on it. Reading only.
 
-Sources: Documentation/ABI (sysfs-block, sysfs-block-dm, sysfs-class-net, sysfs-bus-pci), proc(5), the kernel's
-net/ipv4/fib_trie.c and net/ipv6/route.c for /proc/net.
+What is a use is the kernel's answer as far as it gives one: every device node below the function that a process has
+open (openers.py), every address and route (netlink.py), each block device that is made of another (blocks.py).
+Sources: Documentation/ABI (sysfs-block, sysfs-class-net, sysfs-bus-pci), proc(5).
 """
 
 from __future__ import annotations
 
+from oci_hooks.blocks import BLOCK_CLASS, describe_holder, name_block, read_loops
 from oci_hooks.mounts import parse_mounts, unescape
+from oci_hooks.openers import SHARED, Openers, read_nodes
 from oci_hooks.records import Record
 from oci_hooks.sysfs import PCI_DEVICES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from oci_hooks.command import Deadline
     from oci_hooks.files import Root
     from oci_hooks.sysfs import PciDevice
 
-BLOCK_CLASS = "/sys/class/block"
 NET_CLASS = "/sys/class/net"
 NVME_SUBSYSTEMS = "/sys/class/nvme-subsystem"
 
@@ -32,14 +35,11 @@ VIRTIO_USES = {
     "virtio_iommu": "is the virtio IOMMU",
 }
 
-# The beginning of a device-mapper volume's uuid says who made it (sysfs-block-dm; lvm2, cryptsetup, multipath-tools).
-MAPPER_KINDS = {"LVM": "LVM volume", "CRYPT": "dm-crypt volume", "mpath": "multipath device", "part": "partition"}
-
 IFF_UP = 1
-# include/uapi/linux/ipv6_route.h: a route to an anycast address and one to an own address. Neither leads anywhere.
-RTF_ANYCAST, RTF_LOCAL = 0x00100000, 0x80000000
-# The scope of an address in /proc/net/if_inet6 (include/net/ipv6.h): IPV6_ADDR_LINKLOCAL.
-LINK_SCOPE = "20"
+# Types of interfaces (include/uapi/linux/if_arp.h) that udev and NetworkManager bring up by themselves: ARPHRD_ETHER,
+# ARPHRD_INFINIBAND. Of any other type (CAN has no addresses at all) one that is up was brought up by somebody.
+QUIET_TYPES = ("1", "32")
+ARPHRD_CAN = "280"
 
 
 class Usage(Record):
@@ -47,7 +47,8 @@ class Usage(Record):
 
     blocks, interfaces: name -> path below /sys, links resolved; subsystems: NVMe subsystem -> where its controllers'
     links point; mounts: "major:minor" or name of a block device -> a mount point; swaps: names of block devices;
-    addressed: interface -> an IPv6 address that is no link-local one; routed: interfaces with a route.
+    addressed: interface -> an address that is no automatic one; routed: interfaces with a route, "" for all of them;
+    nodes: "char 4:64" -> path below /sys of the device that has this node.
     """
 
     blocks: dict[str, str]
@@ -57,47 +58,60 @@ class Usage(Record):
     swaps: frozenset[str]
     addressed: dict[str, str]
     routed: frozenset[str]
+    nodes: dict[str, str]
 
 
 class Uses:
-    """The uses of one machine's devices. Looked at once, when first asked: most runs ask for one or two devices."""
+    """The uses of one machine's devices. Looked at once, when first asked: most runs ask for one or two devices.
 
-    def __init__(self, root: Root) -> None:
+    deadline: of the run. What could not be looked at in time is in use.
+    """
+
+    def __init__(self, root: Root, deadline: Deadline) -> None:
         self.root = root
+        self.deadline = deadline
         self.usage: Usage | None = None
+        self.openers: Openers | None = None
 
     def find(self, device: PciDevice) -> list[str]:
         """Return why a PCI function must not be touched, in words; empty where it is free. Raises OSError."""
-        if self.usage is None:
+        if self.usage is None or self.openers is None:
             self.usage = look_at_usage(self.root)
-        return find_uses(self.root, device, self.usage)
+            self.openers = Openers(self.root, self.usage.nodes, self.deadline)
+        return find_uses(self.root, device, self.usage, self.openers)
 
 
 def look_at_usage(root: Root) -> Usage:
     """Return what the machine uses: one pass over its block devices, interfaces, mounts and routes. Raises OSError."""
     blocks = list_places(root, BLOCK_CLASS)
+    addressed, routed = read_network(root)
     return Usage(
         blocks,
         list_places(root, NET_CLASS),
         {name: read_controllers(root, name) for name in root.list_names(NVME_SUBSYSTEMS)},
         read_mounted(root, blocks),
         read_swaps(root, blocks),
-        read_ipv6_addresses(root),
-        read_routed(root),
+        addressed,
+        routed,
+        read_nodes(root),
     )
 
 
-def find_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
-    """Return why a PCI function must not be touched, in words that follow its address; empty where it is free."""
+def find_uses(root: Root, device: PciDevice, usage: Usage, openers: Openers) -> list[str]:
+    """Return why a PCI function must not be touched, in words that follow its address; empty where it is free.
+
+    The last two cost most, and are asked where nothing else is found.
+    """
     if device.is_bridge:
         # Everything behind a bridge is below it in sysfs, and none of it is the bridge's own.
         return ["is a PCI-to-PCI bridge"]
-    return [
+    reasons = [
         *find_machine_uses(root, device),
         *find_virtio_uses(root, device),
         *find_block_uses(root, device, usage),
         *find_network_uses(root, device, usage),
     ]
+    return reasons or openers.find(device, list_tops(device, usage)) or find_held(root, device, usage)
 
 
 def list_places(root: Root, directory: str) -> dict[str, str]:
@@ -170,49 +184,44 @@ def read_swaps(root: Root, blocks: dict[str, str]) -> frozenset[str]:
     return frozenset(name_block(root, path, blocks) for path in paths if path.startswith("/dev/"))
 
 
-def name_block(root: Root, path: str, blocks: dict[str, str]) -> str:
-    """Return the kernel's name for a path in /dev, or "major:minor" of a node that bears another name."""
-    import os
-
-    name = root.real_path(path)[len("/dev/") :].replace("/", "!")
-    if name in blocks:
-        return name
-    try:
-        number = root.stat(path).st_rdev
-    except OSError:
-        return name
-    return f"{os.major(number)}:{os.minor(number)}"
-
-
 def find_block_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
-    """Return how the disks of a PCI function are in use: mounted, swap, or below something that is active.
-
-    What only the kernel knows (a further disk of a btrfs, ZFS, bcache, a mount in another namespace) it says when the
-    disk can't be had exclusively; that is asked where nothing else is found.
-    """
+    """Return how the disks of a PCI function are in use: mounted, swap, or below something that is active."""
     names = list_blocks(device, usage)
-    reasons = [
-        f"holds /dev/{name.replace('!', '/')}, {use}" for name in names for use in find_name_uses(root, name, usage)
+    loops = read_loops(root, usage.blocks) if names else {}
+    return [
+        f"holds /dev/{name.replace('!', '/')}, {use}"
+        for name in names
+        for use in find_name_uses(root, name, usage, loops)
     ]
-    if not reasons:
-        nodes = [f"/dev/{name.replace('!', '/')}" for name in names]
-        reasons = [
-            f"holds {node}, which the kernel or a program uses exclusively" for node in nodes if root.is_held(node)
-        ]
-    return reasons
+
+
+def find_held(root: Root, device: PciDevice, usage: Usage) -> list[str]:
+    """Return which disks of a PCI function can't be had exclusively.
+
+    Only the kernel knows of a further disk of a btrfs, ZFS, bcache, or a mount in another namespace.
+    """
+    nodes = [f"/dev/{name.replace('!', '/')}" for name in list_blocks(device, usage)]
+    return [f"holds {node}, which the kernel or a program uses exclusively" for node in nodes if root.is_held(node)]
 
 
 def list_blocks(device: PciDevice, usage: Usage) -> list[str]:
     """Return the names of the disks and partitions that a PCI function holds."""
-    above = [f"{device.path}/"]
+    above = list_tops(device, usage)
+    return [name for name, path in usage.blocks.items() if path.startswith(above)]
+
+
+def list_tops(device: PciDevice, usage: Usage) -> tuple[str, ...]:
+    """Return the directories of sysfs below which everything of a PCI function is, each with a slash at its end."""
     # With multipath, namespaces hang below the subsystem, and only a link tells of the controller.
-    for subsystem, targets in usage.subsystems.items():
-        if any(f"/{device.address}/" in target for target in targets):
-            above.append(f"/sys/devices/virtual/nvme-subsystem/{subsystem}/")
-    return [name for name, path in usage.blocks.items() if path.startswith(tuple(above))]
+    shared = [
+        f"/sys{SHARED}{subsystem}/"
+        for subsystem, targets in usage.subsystems.items()
+        if any(f"/{device.address}/" in target for target in targets)
+    ]
+    return (f"{device.path}/", *shared)
 
 
-def find_name_uses(root: Root, name: str, usage: Usage) -> list[str]:
+def find_name_uses(root: Root, name: str, usage: Usage, loops: dict[str, tuple[str, ...]]) -> list[str]:
     """Return how one block device is in use, as "mounted on /" or "under LVM volume vg-root (dm-0), mounted on /"."""
     path = f"{BLOCK_CLASS}/{name}"
     number = root.read_text_or(f"{path}/dev", "none")
@@ -220,49 +229,30 @@ def find_name_uses(root: Root, name: str, usage: Usage) -> list[str]:
     uses = [f"mounted on {point}"] if point else []
     if name in usage.swaps or number in usage.swaps:
         uses.append("which is swap")
-    for holder in root.list_names(f"{path}/holders"):
+    for holder in (*root.list_names(f"{path}/holders"), *loops.get(number, ())):
         # An active volume is in use even when nothing of it is mounted: it would lose its disk.
         what = describe_holder(root, holder)
-        above = find_name_uses(root, holder, usage)
+        inside = f"{usage.blocks.get(holder, holder)}/"
+        parts = (holder, *(part for part, place in usage.blocks.items() if place.startswith(inside)))
+        above = [use for part in parts for use in find_name_uses(root, part, usage, loops)]
         uses += [f"under {what}, {use}" for use in above] or [f"part of {what}"]
     return uses
-
-
-def describe_holder(root: Root, name: str) -> str:
-    """Return what a block device is that is made of others."""
-    volume = root.read_text_or(f"{BLOCK_CLASS}/{name}/dm/name", "")
-    if volume:
-        maker = root.read_text_or(f"{BLOCK_CLASS}/{name}/dm/uuid", "").partition("-")[0].rstrip("0123456789")
-        return f"{MAPPER_KINDS.get(maker, 'device-mapper volume')} {volume} ({name})"
-    return f"RAID array {name}" if name.startswith("md") else name
 
 
 # Network --------------------------------------------------------------------------------------------------------------
 
 
-def read_ipv6_addresses(root: Root) -> dict[str, str]:
-    """Return an IPv6 address of each interface that has one besides its automatic link-local address."""
-    addresses = {}
-    for line in root.read_text_or("/proc/net/if_inet6", "").splitlines():
-        # Address, interface's number, length of the prefix, scope, flags, interface.
-        fields = line.split()
-        if len(fields) == 6 and fields[3] != LINK_SCOPE:
-            digits = fields[0]
-            addresses[fields[5]] = ":".join(digits[start : start + 4] for start in range(0, 32, 4))
-    return addresses
+def read_network(root: Root) -> tuple[dict[str, str], frozenset[str]]:
+    """Return the addresses of interfaces by their names, and which have a route. Raises OSError.
 
-
-def read_routed(root: Root) -> frozenset[str]:
-    """Return the interfaces with a route, other than those every interface gets that is up."""
-    # Interface, destination, gateway, ...
-    lines = root.read_text_or("/proc/net/route", "").splitlines()[1:]
-    routed = {fields[0] for fields in map(str.split, lines) if fields}
-    for line in root.read_text_or("/proc/net/ipv6_route", "").splitlines():
-        # Destination, its length, source, its length, next hop, metric, references, uses, flags, interface.
-        fields = line.split()
-        if len(fields) == 10 and is_real_route(fields[0], parse_flags(fields[8], 0)):
-            routed.add(fields[9])
-    return frozenset(routed)
+    Where it is not asked (a recording of an earlier version) there is neither.
+    """
+    try:
+        lines = root.read_network()
+    except FileNotFoundError:
+        lines = []
+    addresses = {name: words for kind, name, words in lines if kind == "address"}
+    return addresses, frozenset(name for kind, name, _ in lines if kind == "route")
 
 
 def parse_flags(word: str, otherwise: int) -> int:
@@ -271,12 +261,6 @@ def parse_flags(word: str, otherwise: int) -> int:
         return int(word, 16)
     except ValueError:
         return otherwise
-
-
-def is_real_route(destination: str, flags: int) -> bool:
-    """Tell whether a line of /proc/net/ipv6_route is more than link-local (fe80::/10), multicast or the own address."""
-    automatic = destination.startswith(("fe8", "fe9", "fea", "feb", "ff"))
-    return not automatic and not flags & (RTF_ANYCAST | RTF_LOCAL)
 
 
 def find_network_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
@@ -298,11 +282,13 @@ def find_interface_uses(root: Root, name: str, usage: Usage) -> list[str]:
     path = f"{NET_CLASS}/{name}"
     if not parse_flags(root.read_text_or(f"{path}/flags", "0"), IFF_UP) & IFF_UP:
         return []
-    address = root.read_ipv4(name) or usage.addressed.get(name, "")
-    if address:
-        return [f"with address {address}"]
-    if name in usage.routed:
+    if name in usage.addressed:
+        return [f"with address {usage.addressed[name]}"]
+    if name in usage.routed or "" in usage.routed:
         return ["with a route"]
+    kind = root.read_text_or(f"{path}/type", QUIET_TYPES[0])
+    if kind not in QUIET_TYPES:
+        return ["as a CAN interface" if kind == ARPHRD_CAN else f"as an interface of type {kind}"]
     master = root.link_name(f"{path}/master")
     if master:
         return [f"as a part of {master}"]

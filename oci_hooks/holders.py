@@ -71,22 +71,45 @@ def ask_group(path: str) -> str:
     return "viable" if struct.unpack("=II", answer)[1] & VFIO_GROUP_FLAGS_VIABLE else "not-viable"
 
 
-def find_holders(root: Root, nodes: tuple[str, ...], deadline: Deadline) -> tuple[Process, ...]:
-    """Return the processes that hold one of these nodes open, the hook itself left out.
+def find_holders(
+    root: Root, nodes: tuple[str, ...], deadline: Deadline, first: tuple[int, ...] = ()
+) -> tuple[tuple[Process, ...], int, int]:
+    """Return the processes that hold one of these nodes open, and at how many of how many it looked.
 
-    nodes: paths on the host. Looks through /proc/*/fd until the deadline is near; what it may not see is missing.
+    nodes: paths on the host; first: processes to look at before all others, which are enough if one of them holds it.
+    Looks through /proc/*/fd until the deadline is near, the hook itself left out; what it may not see is missing.
     """
     wanted = frozenset(nodes)
     # By the door, as a replay is another process: perhaps the very one that held the group.
     own = root.do(os.getpid)
-    holders = []
-    for pid in list_pids(root):
+    # A few of them, and looked at whatever the time: on a busy machine the scan of all others may not come to them.
+    holders = [read_process(root, pid) for pid in first if wanted & frozenset(list_open_paths(root, pid))]
+    if holders:
+        return tuple(holders), len(first), len(first)
+    pids = [pid for pid in list_pids(root) if pid != own and pid not in first]
+    for looked, pid in enumerate(pids):
         # Half a second must be left to tell what was found.
         if deadline.remaining() < 0.5:
-            break
-        if pid != own and wanted & frozenset(list_open_paths(root, pid)):
+            return tuple(holders), len(first) + looked, len(first) + len(pids)
+        if wanted & frozenset(list_open_paths(root, pid)):
             holders.append(read_process(root, pid))
-    return tuple(holders)
+    return tuple(holders), len(first) + len(pids), len(first) + len(pids)
+
+
+def list_family(root: Root, pid: int) -> tuple[int, ...]:
+    """Return a process and its children; a thread's id stands for its process. Nothing for 0.
+
+    Source: proc(5), /proc/PID/task/TID/children, which some kernels lack (CONFIG_PROC_CHILDREN).
+    """
+    if pid <= 0:
+        return ()
+    top = read_status(root, pid, "Tgid") or pid
+    words = [
+        word
+        for thread in root.list_names(f"/proc/{top}/task")
+        for word in root.read_text_or(f"/proc/{top}/task/{thread}/children", "").split()
+    ]
+    return (top, *(int(word) for word in words if word.isdigit()))
 
 
 def list_pids(root: Root) -> list[int]:

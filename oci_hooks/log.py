@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PRIORITIES = {"error": 3, "warning": 4, "info": 6, "debug": 7}
 # <level> of a kernel log line (Documentation/ABI/testing/dev-kmsg); facility 1, user.
 KMSG_FACILITY = 8
+# Of more than some 990 bytes the kernel takes nothing: EINVAL (kernel: devkmsg_write, LOG_LINE_MAX).
+KMSG_LIMIT = 900
 # systemd's native protocol: a datagram of NAME=value lines (systemd.io/JOURNAL_NATIVE_PROTOCOL).
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 GROUP_SUBJECTS = ("group ", "/dev/vfio/")
@@ -117,14 +119,15 @@ def write_syslog(program: str, level: str, line: str) -> None:
 
 def write_kmsg(program: str, level: str, line: str) -> None:
     """Write one line to the kernel's log, the only one that leaves a Kata guest by its console."""
-    # The kernel cuts a record at about 1000 bytes.
-    record = f"<{KMSG_FACILITY + PRIORITIES[level]}>{program}[{os.getpid()}]: {line}"[:900]
+    record = f"<{KMSG_FACILITY + PRIORITIES[level]}>{program}[{os.getpid()}]: {line}"
+    # A character that the cut goes through is left out, no other.
+    data = record.encode("utf-8", "backslashreplace")[:KMSG_LIMIT].decode("utf-8", "ignore").encode()
     try:
         fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError:
         return
     try:
-        os.write(fd, record.encode("utf-8", "backslashreplace"))
+        os.write(fd, data)
     except OSError:
         return
     finally:

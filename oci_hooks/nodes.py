@@ -110,7 +110,7 @@ def give_nodes(_root: Root, places: list[tuple[Node, Place]], plan: Plan, target
     try:
         dev = container.open_dev(target.pid, target.rootfs)
         try:
-            if not container.is_guests_own(dev) and container.is_borrowed(dev, target.rootfs):
+            if not container.is_guests_own(dev) and container.is_borrowed(dev, target.pid, target.rootfs):
                 hint = "mount a tmpfs there: nodes in another directory would outlive the container"
                 raise StepError("hostile-tree", "/dev", "another directory is mounted there", hint)
             if plan.user_namespace:

@@ -66,21 +66,28 @@ def try_node(directory: int, node: Node, flags: int = os.O_RDWR) -> tuple[int, b
     import fcntl
     import struct
 
+    from oci_hooks.container import open_path
+
+    above, _, name = node.name.rpartition("/")
+    place = fd = -1
     try:
+        # Component by component: a link in place of a directory leads to another node of the same numbers.
+        place = open_path(directory, above)
         # Looked at before it is opened: opening a device may do something.
-        if not is_device(os.stat(node.name, dir_fd=directory, follow_symlinks=False), node):
+        if not is_device(os.stat(name, dir_fd=place, follow_symlinks=False), node):
             return errno.ENODEV, False
-        fd = os.open(node.name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
-        try:
-            if not is_device(os.fstat(fd), node):
-                return errno.ENODEV, False
-            if not node.is_group:
-                return 0, True
-            status = fcntl.ioctl(fd, VFIO_GROUP_GET_STATUS, struct.pack("=II", 8, 0))
-        finally:
-            os.close(fd)
+        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=place)
+        if not is_device(os.fstat(fd), node):
+            return errno.ENODEV, False
+        if not node.is_group:
+            return 0, True
+        status = fcntl.ioctl(fd, VFIO_GROUP_GET_STATUS, struct.pack("=II", 8, 0))
     except OSError as error:
         return error.errno or errno.EIO, False
+    finally:
+        for opened in (fd, place):
+            if opened >= 0:
+                os.close(opened)
     return 0, bool(struct.unpack("=II", status)[1] & VFIO_GROUP_FLAGS_VIABLE)
 
 

@@ -54,6 +54,7 @@ TEST_PACKAGES = {
     "driverctl": "what people rebind devices with today",
     "bpftool": "device cgroup programs, seen from outside",
     "e2fsprogs": "a file system on a disk that must not be taken",
+    "btrfs-progs": "a file system whose numbers are not those of its mount",
     "dmsetup": "a volume on a disk that must not be taken",
     "podman": "a container engine that knows hooks.d",
     "procps": "processes",

@@ -26,14 +26,17 @@ from oci_hooks import (
     journal,
     kata_config,
     mounts,
+    netlink,
     notation,
     oci,
+    openers,
     recordfile,
     request,
     schema,
     settings,
     sysfs,
 )
+from oci_hooks.command import Deadline
 from oci_hooks.errors import HookError, InputError
 from oci_hooks.files import Root
 from oci_hooks.holders import Process
@@ -65,6 +68,10 @@ class MemoryRoot(Root):
             "readlink": self.link,
             "stat": self.status,
             "realpath": posixpath.normpath,
+            # Fuzzed by themselves, or of real processes only.
+            "list_nodes": lambda _: {},
+            "ask_network": lambda _: [],
+            "list_openers": lambda _: {"open": [], "looked": 1, "total": 1, "hidden": 0},
         }
         if question.__name__ in answers:
             return answers[question.__name__](posixpath.normpath(path))
@@ -259,31 +266,41 @@ def fuzz_sysfs(data: bytes) -> None:
     picture = sysfs.look(root)
     sysfs.list_live_groups(root)
     sysfs.read_override(root, ADDRESS)
-    uses = guards.Uses(root)
+    uses = guards.Uses(root, Deadline(1))
     for device in picture.devices.values():
         uses.find(device)
 
 
 def fuzz_proc(data: bytes) -> None:
-    """mountinfo, cgroup, swaps, routes, addresses, stat: of this process, of the container's."""
-    mountinfo, groups, swaps, route, route6, inet6, stat = part(data, 7)
+    """mountinfo, cgroup, swaps, consoles, stat, maps: of this process, of the container's, of any."""
+    mountinfo, groups, swaps, consoles, maps, active, stat = part(data, 7)
     files = {
         "/proc/self/mountinfo": mountinfo,
         "/proc/self/cgroup": groups,
         "/proc/7/cgroup": groups,
         "/proc/7/stat": stat,
         "/proc/swaps": swaps,
-        "/proc/net/route": route,
-        "/proc/net/ipv6_route": route6,
-        "/proc/net/if_inet6": inet6,
+        "/proc/consoles": consoles,
+        "/sys/class/tty/console/active": active,
     }
     root = MemoryRoot(files)
     mounts.read_mounts(root)
     guards.look_at_usage(root)
+    openers.find_consoles(root, {"char 4:68": "/sys/devices/x/tty/ttyS4"})
+    for name in openers.list_mapped("/nonexistent", maps, {}):
+        assert openers.RESOURCE in name
     claims.read_start_time(root, 7)
     try:
         cgroup.find_cgroup(root, 7)
     except HookError:
+        return
+
+
+def fuzz_netlink(data: bytes) -> None:
+    """Dumps of rtnetlink: whatever is not one ends in EBADMSG, or in the error that it says."""
+    try:
+        netlink.read_dump(iter([data[:2048], data[2048:]]), netlink.Found())
+    except OSError:
         return
 
 
@@ -389,6 +406,10 @@ SEEDS: dict[str, list[bytes]] = {
         b'[runtime]\nvfio_mode="vfio"\n\0[hypervisor.qemu]\nenable_iommu=false\n\0[runtime]\n\0true'
     ],
     "map": [b'[{"host-group":12,"devices":[{"host-address":"0000:3b:00.0","guest-path":{"Path":["02.0","00.0"]}}]}]'],
+    "netlink": [
+        b"\x20\0\0\0\x14\0\x02\0\0\0\0\0\0\0\0\0\x02\x18\x80\0\x07\0\0\0\x08\0\x02\0\xc0\0\x02\x0f"
+        + b"\x24\0\0\0\x18\0\x02\0\0\0\0\0\0\0\0\0\x02\x18\0\0\xfe\x03\0\x01\0\0\0\0\x08\0\x04\0\x07\0\0\0",
+    ],
     "notation": [
         b'{"!":"workers.Result","address":"a","code":0,"path":"","started":true}',
         b'{"!":"stat","st_mode":33188}',
@@ -398,9 +419,9 @@ SEEDS: dict[str, list[bytes]] = {
     "proc": [
         b"22 1 0:21 / / rw shared:1 - cgroup2 cgroup rw\\040,x\n\x000::/c\n\0"
         b"Filename Type\n/dev/vda partition 1 2 3\n\0"
-        b"Iface Destination Gateway Flags\neth0 00000000 0102A8C0 0003 0 0 0 00000000\n\0"
-        b"00000000000000000000000000000000 00 0 0 0 ffffffff 1 0 00200200 lo\n\0"
-        b"fe80000000000000 02 40 20 80 eth0\n\x007 (a) R 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 70 0\n"
+        b"tty0 -WU (EC p  ) 4:1\nttyS4 -W- (EC   a) 4:68\n\0"
+        b"00400000-00452000 r-xp 00000000 08:02 9 /usr/bin/x\n7f00-7f04 rw-s 0 00:05 7 /sys/devices/x/resource0\n\0"
+        b"tty0 ttyS0\n\x007 (a) R 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 70 0\n"
     ],
     "program": [bpf.make_prefix([(511, 7)]) + bpf.make_instruction(0x95)],
     "record": [],

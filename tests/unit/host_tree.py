@@ -80,6 +80,10 @@ class HostTree:
         self.write(f"/proc/{pid}/cmdline", "".join(f"{word}\0" for word in arguments))
         self.write(f"/proc/{pid}/status", f"Name:\tx\nTgid:\t{pid}\nPPid:\t{parent}\n")
         self.write(f"/proc/{pid}/environ", environment)
+        self.write(f"/proc/{pid}/task/{pid}/children")
+        if (self.top / f"proc/{parent}/task/{parent}/children").exists():
+            known = (self.top / f"proc/{parent}/task/{parent}/children").read_text()
+            self.write(f"/proc/{parent}/task/{parent}/children", f"{known}{pid} ")
         (self.top / f"proc/{pid}/exe").symlink_to(arguments[0])
         for number, path in enumerate(opened, 3):
             place = self.top / f"proc/{pid}/fd/{number}"

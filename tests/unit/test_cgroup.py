@@ -165,6 +165,21 @@ def test_what_was_swapped_after_the_look_is_no_proof(
     os.close(directory)
 
 
+@pytest.mark.parametrize("target", ["vfio.d", "/dev"])
+def test_no_link_leads_to_the_node(dev: int, tmp_path: Path, target: str) -> None:
+    """A directory of its path that became a link since: the same numbers are no proof that it is the hook's node."""
+    (tmp_path / "vfio.d").mkdir()
+    (tmp_path / "vfio.d/null").symlink_to("/dev/null")
+    (tmp_path / "vfio").symlink_to(target)
+    directory = os.open(tmp_path, os.O_PATH)
+    fds = len(os.listdir("/proc/self/fd"))
+    assert cgroup.try_node(directory, Node("vfio/null", 1, 3)) == (errno.ENOTDIR, False)
+    assert cgroup.try_node(directory, Node("vfio.d/null", 1, 3)) == (errno.ENODEV, False)
+    assert len(os.listdir("/proc/self/fd")) == fds
+    os.close(directory)
+    assert cgroup.try_node(dev, Node("null", 1, 3)) == (0, True)
+
+
 @pytest.mark.parametrize(("flags", "viable"), [(1, True), (3, True), (0, False), (2, False)])
 def test_a_group_is_asked_whether_it_is_viable(
     dev: int, monkeypatch: pytest.MonkeyPatch, flags: int, viable: bool

@@ -38,14 +38,16 @@ def find(tree: HostTree, *entries: tuple[str, int, int]) -> tuple[Target, ...]:
     return find_targets(tree.root, look(tree.root), make_spec(*entries).vfio_devices)
 
 
-def check_all(tree: HostTree, target: Target, asker: Asker | None = None, pid: int = 0) -> list[Finding]:
+def check_all(
+    tree: HostTree, target: Target, asker: Asker | None = None, pid: int = 0, seconds: float = 5.0
+) -> list[Finding]:
     """Return the findings of all checks of one target."""
     from oci_hooks.host import check_host, check_target
 
     who = asker or ask()
     picture = look(tree.root)
     return check_host(tree.root, picture, (target,)) + check_target(
-        tree.root, target, who, make_state(pid), Deadline(5.0)
+        tree.root, target, who, make_state(pid), Deadline(seconds)
     )
 
 
@@ -382,6 +384,45 @@ def test_the_own_sandbox_may_hold_it(
     asker = ask("kata-1", shim=Process(shim, "s", ()) if shim else None, sandbox="pod7")
     (target,) = find(tree, ("/dev/vfio/12", 237, 0))
     assert codes(check_all(tree, target, asker, pid)) == expected
+
+
+@pytest.mark.parametrize(
+    ("pid", "shim", "parent", "told"),
+    [
+        # The state's process itself, its child, the shim's child.
+        (51, 0, 1, False),
+        (50, 0, 50, False),
+        (0, 50, 50, False),
+        (50, 0, 1, True),
+    ],
+)
+def test_on_a_busy_machine_the_own_hypervisor_comes_first(
+    tree: HostTree, monkeypatch: pytest.MonkeyPatch, pid: int, shim: int, parent: int, told: bool
+) -> None:
+    """With no time left to look through all processes. A search that was cut short is told as that."""
+    busy(monkeypatch)
+    for number in range(20, 30):
+        tree.process(number, "/usr/bin/other")
+    tree.process(50, "/usr/bin/other")
+    tree.process(51, "/usr/bin/qemu-system-x86_64", parent=parent, opened=("/dev/vfio/12",))
+    asker = ask("kata-go", shim=Process(shim, "s", ()) if shim else None)
+    findings = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0], asker, pid, seconds=0.4)
+    assert [finding.as_line() for finding in findings] == (
+        [
+            "error: [group-busy] group 12: is held by a process not found in time: the search stopped after 1 of 12"
+            " processes; as root on the host: fuser -v /dev/vfio/12"
+        ]
+        if told
+        else []
+    )
+
+
+def test_a_holder_that_can_not_be_seen(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process was looked at: it is in another pid namespace, or the hook may not look into it."""
+    busy(monkeypatch)
+    tree.process(50, "/usr/bin/other")
+    (finding,) = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0])
+    assert finding.problem == "is held by a process that can't be seen from here"
 
 
 def test_a_holder_that_let_go_in_between(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:

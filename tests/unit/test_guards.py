@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import sysfs
+from oci_hooks import blocks, sysfs
+from oci_hooks.command import Deadline
 from oci_hooks.files import Root
 from oci_hooks.guards import Uses
 from oci_hooks.mounts import Mount, read_mounts
@@ -26,12 +27,12 @@ class FakeRoot(Root):
 
     def __init__(self, top: Path) -> None:
         super().__init__(str(top))
-        self.ipv4: dict[str, str] = {}
+        self.network: list[list[str]] = []
         self.held: set[str] = set()
 
-    def read_ipv4(self, interface: str) -> str:
+    def read_network(self) -> list[list[str]]:
         """Return what the test says."""
-        return self.ipv4.get(interface, "")
+        return self.network
 
     def is_held(self, path: str) -> bool:
         """Return what the test says."""
@@ -89,9 +90,10 @@ class Tree:
             self.link(f"{path}/holders/{name}", f"/sys/devices/virtual/block/{name}")
         return number
 
-    def add_interface(self, path: str, flags: int = 0x1003) -> None:
-        """Add a network interface at this path; its flags say that it is up."""
+    def add_interface(self, path: str, flags: int = 0x1003, kind: int = 1) -> None:
+        """Add a network interface at this path; its flags say that it is up. kind: ARPHRD_*."""
         self.write(f"{path}/flags", hex(flags))
+        self.write(f"{path}/type", str(kind))
         self.link(f"/sys/class/net/{os.path.basename(path)}", path)
 
     def mount(self, *lines: str, process: str = "self") -> None:
@@ -102,7 +104,7 @@ class Tree:
         """Return the uses of one function."""
         device = sysfs.read_device(self.root, address)
         assert device is not None
-        return Uses(self.root).find(device)
+        return Uses(self.root, Deadline(60)).find(device)
 
 
 @pytest.fixture
@@ -265,6 +267,44 @@ def test_volumes_over_volumes(tree: Tree, disk: str) -> None:
     ]
 
 
+def test_a_loop_device_over_a_disk(tree: Tree, disk: str) -> None:
+    """It holds nothing of the disk, in the kernel's eyes; whoever uses it uses the disk."""
+    loop = "/sys/devices/virtual/block/loop0"
+    number = tree.add_block(loop)
+    tree.write(f"{loop}/loop/backing_file", "/dev/nvme0n1p2 (deleted)")
+    tree.add_block("/sys/devices/virtual/block/loop1")
+    assert disk
+    assert tree.find(NVME) == ["holds /dev/nvme0n1p2, part of loop device loop0"]
+    tree.mount(f"40 22 {number} / /mnt rw - ext4 /dev/loop0 rw")
+    assert tree.find(NVME) == ["holds /dev/nvme0n1p2, under loop device loop0, mounted on /mnt"]
+
+
+@pytest.mark.parametrize(("backing", "use"), [((259, 3), "part of loop device loop0"), ((0, 0), "")])
+@pytest.mark.usefixtures("disk")
+def test_what_is_below_a_loop_device_is_the_kernels_word(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, backing: tuple[int, int], use: str
+) -> None:
+    """Its path may be another namespace's."""
+    tree.add_block("/sys/devices/virtual/block/loop0")
+    tree.write("/sys/devices/virtual/block/loop0/loop/backing_file", "/elsewhere/disk")
+    asked: list[str] = []
+
+    def ask_backing(path: str) -> int:
+        asked.append(path)
+        return os.makedev(*backing)
+
+    monkeypatch.setattr(blocks, "ask_backing", ask_backing)
+    assert tree.find(NVME) == ([f"holds /dev/nvme0n1p2, {use}"] if use else [])
+    assert asked == [f"{tree.top}/dev/loop0"]
+
+
+def test_partitions_of_what_lies_on_a_disk(tree: Tree, disk: str) -> None:
+    tree.add_volume("md0", "", "", disk)
+    part = tree.add_block("/sys/devices/virtual/block/md0/md0p1")
+    tree.mount(f"40 22 {part} / /mnt rw - ext4 /dev/md0p1 rw")
+    assert tree.find(NVME) == ["holds /dev/nvme0n1, under RAID array md0, mounted on /mnt"]
+
+
 @pytest.mark.usefixtures("disk")
 def test_what_only_the_kernel_knows(tree: Tree) -> None:
     tree.root.held.add("/dev/nvme0n1p1")
@@ -331,16 +371,7 @@ def test_without_a_table_of_mounts_nothing_is_called_free(tree: Tree) -> None:
 
 # Network --------------------------------------------------------------------------------------------------------------
 
-UP, DOWN = 0x1003, 0x1002
-ZEROS = "0" * 32
-LINK = "fe80000000000000505400fffe123456"
-GLOBAL = "20010db8000000000000000000000001"
-ROUTE_HEAD = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT"
-
-
-def route6(destination: str, length: str, flags: str, interface: str = "eth1") -> str:
-    """Return a line of /proc/net/ipv6_route."""
-    return f"{destination} {length} {ZEROS} 00 {ZEROS} 00000100 00000001 00000000 {flags}   {interface}"
+DOWN = 0x1002
 
 
 @pytest.fixture
@@ -351,61 +382,47 @@ def nic(tree: Tree) -> str:
     return path
 
 
-# What the kernel gives every link that comes up, as seen on 6.1.
-AUTOMATIC = {
-    "/proc/net/if_inet6": f"{LINK} 02 40 20 80   eth1\n{ZEROS[:-1]}1 01 80 10 80       lo",
-    "/proc/net/ipv6_route": "\n".join(
-        [
-            route6("fe80" + "0" * 28, "40", "00000001"),
-            route6(LINK, "80", "80200001"),
-            route6("ff" + "0" * 30, "08", "00000001"),
-            route6(ZEROS, "00", "00200200", "lo"),
-        ]
-    ),
-    "/proc/net/route": ROUTE_HEAD,
-}
-
-
 @pytest.mark.usefixtures("nic")
 def test_a_link_that_is_only_up_is_free(tree: Tree) -> None:
-    for path, text in AUTOMATIC.items():
-        tree.write(path, text)
     assert tree.find(NIC) == []
 
 
 @pytest.mark.parametrize(
-    ("path", "line", "use"),
+    ("line", "use"),
     [
-        (
-            "/proc/net/if_inet6",
-            f"{GLOBAL} 02 40 00 00   eth1",
-            "with address 2001:0db8:0000:0000:0000:0000:0000:0001",
-        ),
-        ("/proc/net/if_inet6", f"{GLOBAL} 02 40 00 00   eth10", ""),
-        ("/proc/net/route", "eth1\t00000000\t0202000A\t0003\t0\t0\t0\t00000000\t0\t0\t0", "with a route"),
-        ("/proc/net/route", "eth10\t00000000\t0202000A\t0003\t0\t0\t0\t00000000\t0\t0\t0", ""),
-        ("/proc/net/ipv6_route", route6(ZEROS, "00", "00450003"), "with a route"),
-        ("/proc/net/ipv6_route", route6(GLOBAL, "40", "00000001"), "with a route"),
-        ("/proc/net/ipv6_route", route6(GLOBAL, "40", "00000001", "eth10"), ""),
-        ("/proc/net/ipv6_route", route6(GLOBAL, "80", "80200001"), ""),
-        ("/proc/net/ipv6_route", route6(GLOBAL, "80", "00100001"), ""),
-        ("/proc/net/ipv6_route", route6("febf" + "0" * 28, "40", "00000001"), ""),
-        ("/proc/net/ipv6_route", route6("fec0" + "0" * 28, "40", "00000001"), "with a route"),
+        (["address", "eth1", "10.0.2.15"], "with address 10.0.2.15"),
+        (["address", "eth1", "2001:db8::1"], "with address 2001:db8::1"),
+        (["address", "eth10", "10.0.2.15"], ""),
+        (["route", "eth1", ""], "with a route"),
+        (["route", "eth10", ""], ""),
+        # More routes than are looked at.
+        (["route", "", ""], "with a route"),
     ],
 )
-def test_a_link_with_more(tree: Tree, nic: str, path: str, line: str, use: str) -> None:
-    for automatic, text in AUTOMATIC.items():
-        tree.write(automatic, f"{text}\n{line}" if automatic == path else text)
+def test_a_link_with_more(tree: Tree, nic: str, line: list[str], use: str) -> None:
+    tree.root.network = [["address", "lo", "127.0.0.1"], line]
     assert tree.find(NIC) == ([f"is network interface eth1, up {use}"] if use else [])
     # The same, and down: nobody is using it.
     tree.write(f"{nic}/net/eth1/flags", hex(DOWN))
     assert tree.find(NIC) == []
 
 
-def test_an_ipv4_address(tree: Tree, nic: str) -> None:
-    tree.root.ipv4["eth1"] = "10.0.2.15"
-    assert tree.find(NIC) == ["is network interface eth1, up with address 10.0.2.15"]
-    tree.write(f"{nic}/net/eth1/flags", hex(DOWN))
+@pytest.mark.parametrize(
+    ("kind", "use"),
+    [
+        (1, ""),
+        (32, ""),
+        (280, "as a CAN interface"),
+        (513, "as an interface of type 513"),
+        (65534, "as an interface of type 65534"),
+    ],
+)
+def test_a_link_without_addresses(tree: Tree, kind: int, use: str) -> None:
+    """Nobody brings up a CAN interface by accident, and it never has an address."""
+    path = tree.add_device(NIC, "c0900", "kvaser_pci")
+    tree.add_interface(f"{path}/net/can0", kind=kind)
+    assert tree.find(NIC) == ([f"is network interface can0, up {use}"] if use else [])
+    tree.write(f"{path}/net/can0/flags", hex(DOWN))
     assert tree.find(NIC) == []
 
 
@@ -427,7 +444,7 @@ def test_a_virtio_card(tree: Tree) -> None:
     path = tree.add_device(NIC, "20000", "virtio-pci", "1AF4:1041")
     tree.add_interface(f"{path}/virtio0/net/eth0")
     assert tree.find(NIC) == []
-    tree.root.ipv4["eth0"] = "10.0.2.15"
+    tree.root.network = [["address", "eth0", "10.0.2.15"]]
     assert tree.find(NIC) == ["is network interface eth0, up with address 10.0.2.15"]
 
 
@@ -442,7 +459,7 @@ def test_another_cards_address_is_not_its_own(tree: Tree, nic: str) -> None:
     assert nic
     path = tree.add_device("0000:03:00.0", "20000", "e1000e")
     tree.add_interface(f"{path}/net/eth2")
-    tree.root.ipv4["eth2"] = "10.0.2.16"
+    tree.root.network = [["address", "eth2", "10.0.2.16"]]
     assert tree.find(NIC) == []
 
 
@@ -466,7 +483,7 @@ def test_the_machine_is_looked_at_once(tree: Tree, disk: str, monkeypatch: pytes
 
     monkeypatch.setattr(Root, "list_names", list_names)
     picture = sysfs.look(tree.root)
-    uses = Uses(tree.root)
+    uses = Uses(tree.root, Deadline(60))
     assert "/sys/class/block" not in listed
     for device in picture.devices.values():
         uses.find(device)

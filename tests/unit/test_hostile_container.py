@@ -236,6 +236,33 @@ def test_dev_itself_is_a_directory_of_the_guest(machine: ActingMachine, outside:
     assert machine.take_stock() == machine_before
 
 
+def test_dev_is_a_directory_of_a_btrfs_of_the_guest(machine: ActingMachine, outside: Path) -> None:
+    """What stat() says of a file on btrfs is in no mountinfo; only the ids of mounts lead to the file system."""
+    container = machine.make_container("c1", NIC)
+    before, machine_before = take_stock(outside), machine.take_stock()
+
+    def prepare() -> None:
+        leave_mounts()
+        mount(container.dev, "", MS_BIND, source=outside)
+
+    def be_btrfs() -> None:
+        fstat = os.fstat
+
+        def fstat_elsewhere(fd: int) -> os.stat_result:
+            status = fstat(fd)
+            if not os.readlink(f"/proc/self/fd/{fd}").endswith("/rootfs/dev"):
+                return status
+            return os.stat_result((*status[:2], os.makedev(0, 99_999), *status[3:10]), {"st_rdev": status.st_rdev})
+
+        setattr(os, "fstat", fstat_elsewhere)  # noqa: B010
+
+    state = {**container.state, "pid": machine.share_namespace(container, prepare)}
+    code, said = machine.call(state, prepare=be_btrfs)
+    assert (code, "[hostile-tree] /dev: another directory is mounted there" in said) == (1, True), said
+    assert take_stock(outside) == before
+    assert machine.take_stock() == machine_before
+
+
 def test_dev_is_the_guests_own(machine: ActingMachine) -> None:
     """Whoever shares it has the kernel's nodes there; one of group 1 is not among them on this machine."""
     container = machine.make_container("c1", NIC)

@@ -109,6 +109,33 @@ def test_a_full_journal_does_not_block(journal: socket.socket, monkeypatch: pyte
     assert sent
 
 
+@pytest.mark.parametrize(
+    ("line", "end"),
+    [
+        ("x" * 2000, "x"),
+        ("\u675f" * 2000, "\u675f"),
+        ("x" + "\u675f" * 2000, "\u675f"),
+        ("xx" + "\U0001f980" * 2000, "\U0001f980"),
+    ],
+)
+def test_a_line_of_the_kernels_log_is_cut_by_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, end: str
+) -> None:
+    """The kernel refuses a longer one, and it would be lost; half a character would spoil it."""
+    kmsg = tmp_path / "kmsg"
+    kmsg.write_bytes(b"")
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *more: real(kmsg if path == "/dev/kmsg" else path, *more))
+    log.write_kmsg("vfio-guest-bind", "error", line)
+    data = kmsg.read_bytes()
+    assert 896 < len(data) <= 900
+    assert data.decode().endswith(end)
+    # One that is short is whole.
+    kmsg.write_bytes(b"")
+    log.write_kmsg("vfio-guest-bind", "error", "kurz: \u675f \udc80")
+    assert kmsg.read_text() == f"<11>vfio-guest-bind[{os.getpid()}]: kurz: \u675f \\udc80"
+
+
 @step
 def do_something(_root: Root) -> None:
     """Do nothing, as a step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -408,6 +409,35 @@ def test_whose_dev_it_is_goes_by_its_file_system(tree: Tree) -> None:
         fd = os.open(path, os.O_RDONLY)
         assert container.is_guests_own(fd) == own
         os.close(fd)
+
+
+@pytest.fixture(name="small_files")
+def limit_files() -> Iterator[None]:
+    """Have the kernel write no file of more than 64 KiB: it writes so much, and then no more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_map_that_has_no_room_is_no_success(tree: Tree) -> None:
+    before = tree.list_all()
+    with pytest.raises(StepError) as caught:
+        tree.expose(map=(MAP,) * 600)
+    (finding,) = caught.value.findings
+    assert finding.code == "container-dev"
+    assert "File too large" in finding.problem
+    assert (tree.dev / "vfio/devices.json").stat().st_size == 65536
+    tree.undo()
+    assert tree.list_all() == before
+
+
+def test_a_map_that_takes_several_writes_is_whole(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:1000]))
+    tree.expose(map=(MAP,) * 600)
+    assert len(json.loads(tree.read_map())["devices"]) == 600
 
 
 # Undoing -------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ EDU = "1234:11e8"
 NVME = "1b36:0010"
 XHCI = "1b36:000d"
 TESTDEV = "1b36:0005"
+SERIAL = "1b36:0002"
+CAN = "10e8:8406"
 
 DISK_SIZE = 64 << 20
 # Nobody boots from these NICs; the firmware would run each one's boot ROM, emulated.
@@ -109,12 +111,24 @@ def add_edu(board: Board) -> None:
     board.add("-device", f"edu,bus={add_root_port(board)}")
 
 
-def add_nvme(board: Board, serial: str) -> None:
-    """Add an NVMe disk of 64 MiB, empty at each boot, with this serial."""
+def add_serial(board: Board) -> None:
+    """Add a card with a serial port (driver serial, 8250_pci) that leads nowhere."""
+    name = f"serial{board.take_number('serial')}"
+    board.add("-chardev", f"null,id={name}", "-device", f"pci-serial,bus={add_root_port(board)},chardev={name}")
+
+
+def add_can(board: Board) -> None:
+    """Add a card with a CAN interface (driver kvaser_pci) on a bus of its own."""
+    name = f"can{board.take_number('can')}"
+    board.add("-object", f"can-bus,id={name}", "-device", f"kvaser_pci,bus={add_root_port(board)},canbus={name}")
+
+
+def add_nvme(board: Board, serial: str, size: int = DISK_SIZE) -> None:
+    """Add an NVMe disk, empty at each boot, with this serial. size: in bytes."""
     number = board.take_number("disk")
     image = board.scratch / f"disk{number}.img"
     with image.open("wb") as file:
-        file.truncate(DISK_SIZE)
+        file.truncate(size)
     board.add("-drive", f"if=none,id=disk{number},format=raw,file={image}")
     board.add("-device", f"nvme,bus={add_root_port(board)},serial={serial},drive=disk{number}")
 

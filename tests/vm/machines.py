@@ -41,6 +41,14 @@ def plug_single(board: Board) -> None:
     devices.add_usb_behind_bridge(board)
 
 
+def plug_uses(board: Board) -> None:
+    """Plug in what can be in use in ways of its own: a NIC, a serial port, a CAN interface, room for a btrfs."""
+    devices.add_nic(board)
+    devices.add_serial(board)
+    devices.add_can(board)
+    devices.add_nvme(board, serial="disk", size=256 << 20)
+
+
 def plug_many(board: Board) -> None:
     """Plug in sixteen NICs, each in a group of its own."""
     for _ in range(16):
@@ -67,6 +75,7 @@ MACHINES = {
         Machine("standard", "one of everything", plug_standard),
         Machine("single", "one NIC: the plain case, and the demo's", plug_single),
         Machine("no-iommu", "as standard, without a virtual IOMMU", plug_standard, iommu=False),
+        Machine("uses", "a serial port, a CAN interface, a disk: what a device can be used for", plug_uses),
         Machine("many", "sixteen NICs in sixteen groups", plug_many),
         Machine("bench", "what the benchmarks bind: sixteen groups, and eight NICs in one", plug_bench),
         Machine("chain", "NICs for a virtual machine inside: tests/chain", plug_chain, memory="4G"),

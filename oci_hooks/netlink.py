@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The addresses and routes of this network namespace, by rtnetlink. Reading only.
+
+The files in /proc/net show one routing table of IPv4, and ioctls show an address only under its own label. A dump shows
+all of them. Sources: netlink(7), rtnetlink(7); include/uapi/linux/netlink.h, rtnetlink.h, if_addr.h, nexthop.h.
+"""
+
+from __future__ import annotations
+
+import os
+from errno import EBADMSG, EOPNOTSUPP
+from struct import calcsize, pack, unpack_from
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+AF_INET6 = 10
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
+RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE, RTM_NEWNEXTHOP, RTM_GETNEXTHOP = 20, 22, 24, 26, 104, 106
+IFA_ADDRESS, IFA_LOCAL = 1, 2
+RTA_DST, RTA_OIF, RTA_MULTIPATH = 1, 4, 9
+NHA_OIF = 5
+RTM_F_CLONED = 0x200
+RTN_LOCAL, RTN_ANYCAST = 2, 4
+RT_SCOPE_LINK = 253
+# The two highest bits of an attribute's type are flags (NLA_F_NESTED, NLA_F_NET_BYTEORDER).
+NLA_TYPE_MASK = 0x3FFF
+HEADER, ATTRIBUTE, NEXTHOP = "=IHHII", "=HH", "=HBBi"
+# Headers of the three kinds of messages: ifaddrmsg, rtmsg, nhmsg. What is asked for has them all zero: every family.
+ADDRESS_HEADER, ROUTE_HEADER, NEXTHOP_HEADER = "=BBBBI", "=BBBBBBBBI", "=BBBBI"
+# Some sixty thousand routes. A router with more has its interfaces in use, whatever the rest says.
+LONGEST_DUMP = 4 << 20
+# A dump during which something changed may lack an entry; one that is there all the time is in one of so many.
+TRIES = 3
+
+
+class Found:
+    """What dumps came to. addresses: interface's index -> its first address; routed: indexes, 0 for "any"."""
+
+    def __init__(self) -> None:
+        self.addresses: dict[int, str] = {}
+        self.routed: set[int] = set()
+
+
+def ask_network(_path: str) -> list[list[str]]:
+    """Return what makes interfaces used: ["address", interface, address] and ["route", interface, ""].
+
+    Left out is what every interface gets that is up: its link-local address, the routes to fe80::/10 and multicast. An
+    interface "" stands for all of them: there are more routes than are looked at. Raises OSError.
+    """
+    # The socket module proper imports enum and selectors.
+    import _socket
+
+    found = Found()
+    sock = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW | _socket.SOCK_CLOEXEC, _socket.NETLINK_ROUTE)
+    try:
+        for request, header in (
+            (RTM_GETADDR, ADDRESS_HEADER),
+            (RTM_GETROUTE, ROUTE_HEADER),
+            (RTM_GETNEXTHOP, NEXTHOP_HEADER),
+        ):
+            for _ in range(TRIES):
+                sock.send(make_request(request, calcsize(header)))
+                if read_dump(iter(lambda: sock.recv(65536), b""), found):
+                    break
+    finally:
+        sock.close()
+    return name_found(found, _socket.if_indextoname)
+
+
+def make_request(kind: int, size: int) -> bytes:
+    """Return the request for a dump. size: of the kind's header, in bytes."""
+    return pack(HEADER, calcsize(HEADER) + size, kind, NLM_F_REQUEST | NLM_F_DUMP, 0, 0) + bytes(size)
+
+
+def read_dump(chunks: Iterator[bytes], found: Found) -> bool:
+    """Take in the answers to one request, and tell whether nothing changed meanwhile. Raises OSError.
+
+    A kernel that lacks what was asked for (nexthop objects before 5.3) has none of it.
+    """
+    total, whole = 0, True
+    for chunk in chunks:
+        for kind, flags, body in split_messages(chunk):
+            whole = whole and not flags & NLM_F_DUMP_INTR
+            if kind == NLMSG_DONE:
+                return whole
+            if kind == NLMSG_ERROR:
+                code = -take("=i", body)[0]
+                if code == EOPNOTSUPP:
+                    return True
+                raise OSError(code, os.strerror(code), "netlink")
+            if total <= LONGEST_DUMP:
+                take_message(kind, body, found)
+        total += len(chunk)
+        if total > LONGEST_DUMP:
+            # Read to its end all the same: the next dump comes through the same socket.
+            found.routed.add(0)
+    return whole
+
+
+def take(form: str, data: bytes) -> tuple[int, ...]:
+    """Return the numbers at the beginning of the data. Raises OSError [EBADMSG] where it is too short."""
+    if len(data) < calcsize(form):
+        raise OSError(EBADMSG, os.strerror(EBADMSG), "netlink")
+    return unpack_from(form, data)
+
+
+def split_messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Yield type, flags and what follows the header of each message. Raises OSError."""
+    while data:
+        length, kind, flags, _, _ = take(HEADER, data)
+        if not calcsize(HEADER) <= length <= len(data):
+            raise OSError(EBADMSG, os.strerror(EBADMSG), "netlink")
+        yield kind, flags, data[calcsize(HEADER) : length]
+        data = data[(length + 3) & ~3 :]
+
+
+def split_attributes(data: bytes) -> dict[int, bytes]:
+    """Return attributes by their types. Raises OSError."""
+    attributes = {}
+    while data:
+        length, kind = take(ATTRIBUTE, data)
+        if not calcsize(ATTRIBUTE) <= length <= len(data):
+            raise OSError(EBADMSG, os.strerror(EBADMSG), "netlink")
+        attributes[kind & NLA_TYPE_MASK] = data[calcsize(ATTRIBUTE) : length]
+        data = data[(length + 3) & ~3 :]
+    return attributes
+
+
+def take_message(kind: int, body: bytes, found: Found) -> None:
+    """Take in one address, route or nexthop. Raises OSError."""
+    if kind == RTM_NEWADDR:
+        family, _, _, scope, index = take(ADDRESS_HEADER, body)
+        if (family, scope) != (AF_INET6, RT_SCOPE_LINK):
+            attributes = split_attributes(body[calcsize(ADDRESS_HEADER) :])
+            address = attributes.get(IFA_LOCAL) or attributes.get(IFA_ADDRESS) or b""
+            found.addresses.setdefault(index, format_address(family, address))
+    elif kind == RTM_NEWROUTE:
+        take_route(body, found)
+    elif kind == RTM_NEWNEXTHOP:
+        attributes = split_attributes(body[calcsize(NEXTHOP_HEADER) :])
+        if NHA_OIF in attributes:
+            found.routed.add(take("=I", attributes[NHA_OIF])[0])
+
+
+def format_address(family: int, address: bytes) -> str:
+    """Return an address in words."""
+    import _socket
+
+    if len(address) in (4, 16):
+        return _socket.inet_ntop(AF_INET6 if len(address) == 16 else _socket.AF_INET, address)
+    return f"{address.hex() or '?'} of family {family}"
+
+
+def take_route(body: bytes, found: Found) -> None:
+    """Take in the interfaces of one route, of whatever table and family. Raises OSError."""
+    family, length, _, _, _, _, _, kind, flags = take(ROUTE_HEADER, body)
+    attributes = split_attributes(body[calcsize(ROUTE_HEADER) :])
+    if flags & RTM_F_CLONED or (family == AF_INET6 and is_automatic(kind, length, attributes.get(RTA_DST, b""))):
+        return
+    if RTA_OIF in attributes:
+        found.routed.add(take("=I", attributes[RTA_OIF])[0])
+    # struct rtnexthop: its length with its attributes, flags, hops, interface.
+    hops = attributes.get(RTA_MULTIPATH, b"")
+    while hops:
+        size, _, _, index = take(NEXTHOP, hops)
+        found.routed.add(index)
+        hops = hops[max((size + 3) & ~3, calcsize(NEXTHOP)) :]
+
+
+def is_automatic(kind: int, length: int, destination: bytes) -> bool:
+    """Tell whether an IPv6 route is one that comes with a link: to fe80::/10, multicast, an own or anycast address."""
+    link = destination[:1] == b"\xfe" and destination[1:2] >= b"\x80" and destination[1:2] < b"\xc0"
+    return link or destination[:1] == b"\xff" or kind == RTN_ANYCAST or (kind == RTN_LOCAL and length == 128)
+
+
+def name_found(found: Found, name_index: Callable[[int], str]) -> list[list[str]]:
+    """Return what was found, by the names of interfaces. name_index: returns one, or raises OSError."""
+    lines = []
+    for kind, index, words in (
+        *(("address", index, address) for index, address in found.addresses.items()),
+        *(("route", index, "") for index in sorted(found.routed)),
+    ):
+        try:
+            lines.append([kind, name_index(index) if index else "", words])
+        except OSError:
+            # It is gone by now.
+            continue
+    return lines

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device nodes that the kernel has below a PCI function, and who has them open or mapped. Reading only.
+
+Which nodes there are is the kernel's answer (/sys/dev, Documentation/ABI/testing/sysfs-dev), not a list of classes: a
+class that nobody thought of is in use like any other as soon as a process has its node open. Processes: proc(5).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+
+from oci_hooks.holders import Process, read_process, read_status
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from oci_hooks.command import Deadline
+    from oci_hooks.files import Root
+    from oci_hooks.sysfs import PciDevice
+
+SYS_DEV = "/sys/dev"
+# Virtual devices are below no function; NVMe namespaces are, where several controllers share them.
+VIRTUAL, SHARED = "/devices/virtual/", "/devices/virtual/nvme-subsystem/"
+# vfio's own nodes: whose they are is a matter of claims, and the kernel gives each to one process only.
+VFIO_NODES = "/vfio-dev/"
+# Nodes of these classes can't be mapped (kernel: no mmap in their file_operations); a mapping outlives its descriptor.
+MAPLESS_CLASSES = ("ptp", "tty", "nvme")
+# Without a driver, or with one that leaves the device to programs, its memory is mapped by sysfs (sysfs-pci.rst).
+RAW_DRIVERS = ("", "uio_pci_generic", "igb_uio", "pci-stub")
+# udev opens each new node to see what it is. A device may be taken from it.
+UDEV_NAMES = ("systemd-udevd", "udevd", "udevadm")
+# How thoroughly processes are looked at: descriptors; mapped memory of PCI functions, too; all that they have mapped.
+DESCRIPTORS, RESOURCES, MAPPINGS = range(3)
+# What is looked for when no device node is: the memory and ports of a function.
+RESOURCE = "/resource"
+
+
+def read_nodes(root: Root) -> dict[str, str]:
+    """Return "char 4:64" -> the device's path below /sys, links resolved, of all nodes that a function may have.
+
+    Raises OSError. Where it is not asked (a recording of an earlier version) there is none.
+    """
+    try:
+        return root.ask(list_nodes, SYS_DEV)
+    except FileNotFoundError:
+        return {}
+
+
+def list_nodes(path: str) -> dict[str, str]:
+    """Return what read_nodes does. path: where /sys/dev is. Raises OSError."""
+    nodes = {}
+    for kind in ("block", "char"):
+        for number in os.listdir(f"{path}/{kind}"):
+            try:
+                target = os.readlink(f"{path}/{kind}/{number}")
+            except FileNotFoundError:
+                # Unplugged meanwhile.
+                continue
+            if VIRTUAL not in target or SHARED in target:
+                nodes[f"{kind} {number}"] = "/sys/" + target.lstrip("./")
+    return nodes
+
+
+class Openers:
+    """Which process has which node open. Looked for when first asked, once for all functions.
+
+    nodes: as read_nodes gives them; deadline: of the run, of which half of what is left is spent on it.
+    """
+
+    def __init__(self, root: Root, nodes: dict[str, str], deadline: Deadline) -> None:
+        self.root = root
+        self.nodes = nodes
+        self.deadline = deadline
+        self.answers: dict[int, dict[str, Any]] = {}
+
+    def find(self, device: PciDevice, above: tuple[str, ...]) -> list[str]:
+        """Return which of a function's nodes are open, in words that follow its address. Raises OSError.
+
+        above: the directories below which its nodes are.
+        """
+        own = {key: path for key, path in self.nodes.items() if path.startswith(above) and VFIO_NODES not in path}
+        consoles = find_consoles(self.root, own)
+        if consoles:
+            return consoles
+        raw = device.driver in RAW_DRIVERS
+        if not own and not raw:
+            return []
+        answer = self.look(choose_depth(own, raw))
+        things = {key: f"holds {name_node(self.root, path)}" for key, path in own.items()}
+        for key, _, _ in answer["open"]:
+            if key.startswith(f"{device.address}{RESOURCE}"):
+                things[key] = f"holds its own {key.rpartition('/')[2]}"
+        return self.tell(things, answer) or tell_unseen(list(things.values()) or ["has resources"], answer)
+
+    def look(self, depth: int) -> dict[str, Any]:
+        """Return what list_openers does, at least so thoroughly. Raises OSError."""
+        known = next((answer for level, answer in self.answers.items() if level >= depth), None)
+        if known is None:
+            seconds = self.deadline.remaining() / 2
+            try:
+                known = self.root.ask(list_openers, "/proc", frozenset(self.nodes), depth, seconds)
+            except FileNotFoundError:
+                # A recording of an earlier version. On a live system mounts were read from /proc before.
+                known = {"open": [], "looked": 0, "total": 0, "hidden": 0}
+            self.answers[depth] = known
+        return known
+
+    def tell(self, things: dict[str, str], answer: dict[str, Any]) -> list[str]:
+        """Return who has these things open. things: key -> words."""
+        reasons = []
+        for key, words in things.items():
+            for how in ("open", "mapped"):
+                pids = [pid for thing, pid, manner in answer["open"] if (thing, manner) == (key, how)]
+                users = [user for user in (read_user(self.root, pid) for pid in pids) if user]
+                if users:
+                    verb = "has" if len(users) == 1 else "have"
+                    reasons.append(f"{words}, which {', '.join(str(user) for user in users)} {verb} {how}")
+                    # Who has it open has it mapped, too: once is enough.
+                    break
+        return reasons
+
+
+def choose_depth(own: dict[str, str], raw: bool) -> int:
+    """Return how thoroughly processes have to be looked at for these nodes. raw: whether it may be mapped by sysfs."""
+    classes = {path.split("/")[-2] for path in own.values()}
+    if classes - set(MAPLESS_CLASSES):
+        return MAPPINGS
+    return RESOURCES if raw else DESCRIPTORS
+
+
+def tell_unseen(things: list[str], answer: dict[str, Any]) -> list[str]:
+    """Return that things may be open, where not every process could be looked at; else nothing."""
+    looked, total, hidden = answer["looked"], answer["total"], answer["hidden"]
+    if looked < total:
+        return [f"{things[0]}, maybe open: time was up after {looked} of {total} processes"]
+    if hidden:
+        return [
+            f"{things[0]}, maybe open: the hook may not look into {hidden} of {total} processes"
+            " (CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH)"
+        ]
+    return []
+
+
+def name_node(root: Root, path: str) -> str:
+    """Return the path of a device's node in /dev, as its uevent names it."""
+    for line in root.read_text_or(f"{path}/uevent", "").split("\n"):
+        if line.startswith("DEVNAME="):
+            return f"/dev/{line[len('DEVNAME=') :]}"
+    return f"/dev/{path.rpartition('/')[2].replace('!', '/')}"
+
+
+def find_consoles(root: Root, own: dict[str, str]) -> list[str]:
+    """Return which nodes of a function are consoles of the kernel, in words. Processes have these open as /dev/console.
+
+    Sources: proc(5), /proc/consoles; Documentation/ABI/testing/sysfs-tty, console/active.
+    """
+    if not any("/tty/" in path for path in own.values()):
+        return []
+    lines = root.read_text_or("/proc/consoles", "").split("\n")
+    numbers = {f"char {line.split()[-1]}" for line in lines if line.split()}
+    names = root.read_text_or("/sys/class/tty/console/active", "").split()
+    return [
+        f"holds {name_node(root, path)}, which is a console of the kernel"
+        for key, path in own.items()
+        if key in numbers or path.rpartition("/")[2] in names
+    ]
+
+
+def read_user(root: Root, pid: int) -> Process | None:
+    """Return a process that uses a device; None where it is udev, looking what there is, or gone by now."""
+    process = read_process(root, pid)
+    if not process.name or process.name in UDEV_NAMES:
+        return None
+    # udev's programs (RUN, PROGRAM in its rules) are children of a worker.
+    parent = read_status(root, pid, "PPid")
+    return None if parent > 1 and read_process(root, parent).name in UDEV_NAMES else process
+
+
+# Looking at processes -------------------------------------------------------------------------------------------------
+
+
+def list_openers(proc: str, wanted: frozenset[str], depth: int, seconds: float) -> dict[str, Any]:
+    """Return who has what open.
+
+    open: [node ("char 4:64") or resource ("0000:01:00.0/resource0"), pid, "open" or "mapped"], this process left out;
+    looked, total: at how many processes of how many it looked before the seconds were over; hidden: how many may not be
+    looked into. proc: where /proc is; wanted: nodes to look for. Raises OSError.
+    """
+    end = time.monotonic() + seconds
+    pids = sorted(int(name) for name in os.listdir(proc) if name.isdigit())
+    found: list[list[Any]] = []
+    seen: dict[tuple[bytes, bytes], str] = {}
+    looked, hidden, own = 0, 0, os.getpid()
+    for pid in pids:
+        if time.monotonic() >= end:
+            break
+        looked += 1
+        if pid != own:
+            try:
+                things = set(list_things(f"{proc}/{pid}", depth, seen))
+            except PermissionError:
+                hidden += 1
+            except (FileNotFoundError, ProcessLookupError):
+                # It has ended.
+                continue
+            else:
+                found += [[key, pid, how] for key, how in sorted(things) if key in wanted or RESOURCE in key]
+    return {"open": found, "looked": looked, "total": len(pids), "hidden": hidden}
+
+
+def list_things(place: str, depth: int, seen: dict[tuple[bytes, bytes], str]) -> Iterator[tuple[str, str]]:
+    """Yield what a process has open or mapped. Raises OSError.
+
+    place: its directory; seen: mapped files known so far.
+    """
+    names = os.listdir(f"{place}/fd")
+    if not names:
+        # A process whose first thread has ended shows its files only with the other threads.
+        threads = os.listdir(f"{place}/task")
+        for thread in threads if len(threads) > 1 else ():
+            names = os.listdir(f"{place}/task/{thread}/fd")
+            if names:
+                place = f"{place}/task/{thread}"
+                break
+    for name in names:
+        key = name_open(f"{place}/fd/{name}", depth)
+        if key:
+            yield key, "open"
+    if depth >= RESOURCES:
+        with open(f"{place}/maps", "rb") as file:
+            text = file.read()
+        if depth >= MAPPINGS or RESOURCE.encode() in text:
+            for key in list_mapped(place, text, seen):
+                yield key, "mapped"
+
+
+def name_open(path: str, depth: int) -> str:
+    """Return the node, or the resource, that a descriptor is of; "" for anything else. path: of the link in /proc.
+
+    Raises PermissionError where this process may not know what it is of.
+    """
+    try:
+        # By its number: a node may have any name, in any mount namespace.
+        status = os.stat(path)
+        if depth >= RESOURCES and stat.S_ISREG(status.st_mode):
+            return name_resource(os.readlink(path))
+    except PermissionError:
+        # The link can be read where it is only the file system (FUSE) that refuses; no node is on one.
+        os.readlink(path)
+        return ""
+    except OSError:
+        # Closed meanwhile, or a file that can't be asked: a node always can.
+        return ""
+    return name_number(status)
+
+
+def name_number(status: os.stat_result) -> str:
+    """Return "char 4:64" or "block 8:0" of a device node, "" for anything else."""
+    kind = "char" if stat.S_ISCHR(status.st_mode) else "block" if stat.S_ISBLK(status.st_mode) else ""
+    return f"{kind} {os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if kind else ""
+
+
+def name_resource(path: str) -> str:
+    """Return "0000:01:00.0/resource0" of a path in sysfs, "" for anything else."""
+    above, found, number = path.rpartition(RESOURCE)
+    # The file `resource`, without a number, is a list that lspci reads.
+    return f"{above.rpartition('/')[2]}{found}{number}" if number and "/devices/" in above else ""
+
+
+def list_mapped(place: str, text: bytes, seen: dict[tuple[bytes, bytes], str]) -> Iterator[str]:
+    """Yield nodes and resources that a process has mapped. text: its maps; seen: device and inode -> what it is."""
+    for line in text.split(b"\n"):
+        # Addresses, permissions, offset, file system's number, inode, path.
+        fields = line.split(None, 5)
+        if len(fields) == 6 and fields[5].startswith(b"/"):
+            file = (fields[3], fields[4])
+            if file not in seen:
+                seen[file] = name_mapped(place, fields[0], fields[5])
+            if seen[file]:
+                yield seen[file]
+
+
+def name_mapped(place: str, addresses: bytes, path: bytes) -> str:
+    """Return the node or resource behind one mapping, "" for anything else."""
+    name = os.fsdecode(path)
+    first, _, last = addresses.decode().partition("-")
+    # The file itself, else (the kernel wants a privilege for that) what has its name now.
+    for file in (f"{place}/map_files/{first.lstrip('0')}-{last.lstrip('0')}", f"{place}/root{name}"):
+        try:
+            return name_number(os.stat(file)) or name_resource(name)
+        except OSError:
+            continue
+    return name_resource(name)
