@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Kata's agent passes the kind of hook as the only argument (src/agent/src/sandbox.rs, find_hooks).
 PHASES = ("prestart", "createRuntime", "poststop")
-# A state is some hundred bytes; annotations may be large, but not this large.
-STATE_LIMIT = 4 << 20
+# A state is some hundred bytes and the container's annotations, which may be of any size: runc takes megabytes.
+STATE_LIMIT = 64 << 20
 
 
 class Arguments(Record):

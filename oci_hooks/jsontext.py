@@ -31,16 +31,16 @@ def parse_json(data: bytes, name: str) -> Any:
 
     name: what to call the text in an error. Raises InputError [bad-json] with line and column.
     """
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("bad-json", name, f"byte {error.start} is not UTF-8", "JSON must be UTF-8") from None
+    # Runtimes take strings that are not UTF-8: Go's replace the bytes, crun keeps them, as is done here (PEP 383).
+    text = data.decode("utf-8", "surrogateescape")
     if not text.strip():
         raise InputError("bad-json", name, "is empty", "a JSON object is expected")
     try:
         return scan_text(text)
     except RecursionError:
         raise InputError("bad-json", name, "is nested too deeply", "no OCI document is") from None
+    except MemoryError:
+        raise
     except Exception:  # noqa: BLE001 - whatever the bare scanner stumbled over, json says it in words
         return parse_slowly(text, name)
 

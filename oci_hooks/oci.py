@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the runtime says: the OCI state on stdin, the bundle, and its config.json.
 
+What can't be read is a reason to refuse only where it could concern VFIO: a runtime runs containers with a config.json
+that breaks its specification, and those that ask for nothing are not ours to stop.
+
 Readers by hand, because every container pays for them. They know only the fields that the hooks use. When one refuses,
 jsonschema is loaded to list everything that is wrong; schemas/state.json and schemas/config.json say the same as the
 readers, and a property test holds them to it.
 """
 
 from __future__ import annotations
+
+from errno import EFBIG
 
 from oci_hooks.errors import Finding, InputError
 from oci_hooks.jsontext import parse_json
@@ -39,6 +44,8 @@ HINTS = {
     "config": "mend what wrote it: the OCI runtime-spec's config.md and config-linux.md say what it holds",
 }
 
+# What Go's encoder writes for a byte that is not UTF-8.
+LOST_BYTE = "\ufffd"
 # Characters of a container's id, which goes into its journal; runc takes 1024.
 LONGEST_NAME = 8192
 HIGHEST_ID = 0xFFFFFFFF
@@ -135,48 +142,80 @@ def read_state(data: bytes) -> State:
     try:
         return make_state(document)
     except Mismatch as mismatch:
-        raise explain(document, mismatch, "state", "state on stdin", "bad-state") from None
+        try:
+            return make_state(drop_annotations(document))
+        except Mismatch:
+            raise explain(document, mismatch, "state", "state on stdin", "bad-state") from None
+
+
+def drop_annotations(document: Any) -> Any:
+    """Return a state without the annotations that are neither texts nor ours: a runtime copies what it was given."""
+    annotations = document.get("annotations") if isinstance(document, dict) else None
+    if not isinstance(annotations, dict):
+        return document
+    kept = {k: v for k, v in annotations.items() if isinstance(v, str) or k.startswith(MAP_ANNOTATION)}
+    return {**document, "annotations": kept}
 
 
 def mend_bundle(root: Root, state: State) -> State:
-    """Return the state with the bundle that it should name.
-
-    crun says "/" of a container with a user namespace and devices, because it leaves its working directory on the way
-    (containers/crun#2025, seen with 1.8.1). Its command line, of the process that runs this hook, still has it.
-    """
-    if state.bundle != "/":
+    """Return the state with the bundle that it should name; commandline.py says which runtimes get it wrong."""
+    if state.bundle != "/" and LOST_BYTE not in state.bundle:
         return state
-    import os
+    from oci_hooks.commandline import find_bundle
 
-    words = root.read_text_or(f"/proc/{root.do(os.getppid)}/cmdline", "").split("\0")
-    for word, following in zip(words, words[1:] + [""]):
-        name, _, value = word.partition("=")
-        value = following if word in ("--bundle", "-b") else value if name == "--bundle" else ""
-        if value.startswith("/"):
-            return state.replace(bundle=value)
-    return state
+    return state.replace(bundle=find_bundle(root, state.bundle))
 
 
 def read_spec(root: Root, state: State) -> Spec:
-    """Return the container's config.json. Raises InputError [bundle-unreadable], [bad-json] or [bad-config].
+    """Return the container's config.json; nothing asked for where it can't be read and surely asks for nothing.
+
+    Raises InputError [bundle-unreadable], [bad-json] or [bad-config].
+    """
+    path = find_config(root, state)
+    data = b""
+    document = None
+    try:
+        data = root.read_bytes(path)
+        document = parse_json(data, path)
+        return make_spec(document, path)
+    except OSError as error:
+        problem: InputError | Mismatch = make_unreadable(path, error.strerror or str(error))
+        if error.errno != EFBIG:
+            raise problem from None
+    except MemoryError:
+        problem = make_unreadable(path, "does not fit into memory")
+    except (InputError, Mismatch) as error:
+        problem = error
+    from oci_hooks.traces import find_request, look_for_request
+
+    asks = find_request(data) if isinstance(problem, Mismatch) else root.ask(look_for_request, path)
+    nothing = make_spec({}, path)
+    if is_sandbox(state, nothing) or (asks is False and not is_asked(state, nothing)):
+        return nothing
+    if isinstance(problem, Mismatch):
+        raise explain(document, problem, "config", path, "bad-config") from None
+    raise problem from None
+
+
+def make_unreadable(path: str, problem: str) -> InputError:
+    """Return the error for a config.json that is not there or can't be read."""
+    return InputError("bundle-unreadable", path, problem, "the state's bundle must hold a config.json")
+
+
+def find_config(root: Root, state: State) -> str:
+    """Return where the container's config.json is.
 
     Kata 1.x keeps it in /run/libcontainer/<id> instead of the bundle (dgibson/kata-vfio-tools).
     """
     places = [f"{state.bundle.rstrip('/')}/config.json"]
     if "/" not in state.id and state.id not in (".", ".."):
         places.append(f"/run/libcontainer/{state.id}/config.json")
-    path = next((place for place in places if root.exists(place)), places[0])
-    try:
-        data = root.read_bytes(path)
-    except OSError as error:
-        raise InputError(
-            "bundle-unreadable", path, error.strerror or str(error), "the state's bundle must hold a config.json"
-        ) from None
-    document = parse_json(data, path)
-    try:
-        return make_spec(document, path)
-    except Mismatch as mismatch:
-        raise explain(document, mismatch, "config", path, "bad-config") from None
+    found = next((place for place in places if root.exists(place)), "")
+    if found:
+        return found
+    from oci_hooks.commandline import find_other_config
+
+    return find_other_config(root) or places[0]
 
 
 def find_mappings(root: Root, state: State, spec: Spec) -> Spec:
@@ -284,8 +323,6 @@ def make_spec(document: object, path: str) -> Spec:
 
 def make_device(entry: object, where: str) -> Device:
     """Return one entry of linux.devices. Raises Mismatch."""
-    import os.path
-
     values = check_kind(entry, "object", where)
     path = take(values, "path", "string", f"{where}.")
     kind = take(values, "type", "string", f"{where}.")
@@ -294,8 +331,7 @@ def make_device(entry: object, where: str) -> Device:
     if kind not in ("c", "b", "u", "p"):
         raise Mismatch(f"{where}.type", f"expected one of c, b, u, p, found {kind!r}")
     return Device(
-        # Two leading slashes are kept by normpath and mean nothing here.
-        "/" + os.path.normpath(path).lstrip("/"),
+        normalize(path),
         kind,
         take_number(values, "major", f"{where}.", -1),
         take_number(values, "minor", f"{where}.", -1),
@@ -303,6 +339,14 @@ def make_device(entry: object, where: str) -> Device:
         take_number(values, "uid", f"{where}.", -1, low=0, high=HIGHEST_ID),
         take_number(values, "gid", f"{where}.", -1, low=0, high=HIGHEST_ID),
     )
+
+
+def normalize(path: str) -> str:
+    """Return a device's path as it is below the container's root, absolute and in its shortest form."""
+    import os.path
+
+    # Two leading slashes are kept by normpath and mean nothing here.
+    return "/" + os.path.normpath(f"/{path}").lstrip("/")
 
 
 def make_namespace(entry: object, where: str) -> str:
@@ -378,9 +422,12 @@ def check_kind(value: Any, kind: str, where: str) -> Any:
 
 
 def is_name(text: str) -> bool:
-    """Tell whether a file can have this name: JSON can write NUL and lone surrogates, a path can't hold them."""
+    """Tell whether a file can have this name: JSON can write NUL and lone surrogates, a path can't hold them.
+
+    It can hold bytes that are not UTF-8, for which the surrogates of PEP 383 stand.
+    """
     try:
-        return b"\0" not in text.encode()
+        return b"\0" not in text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return False
 

@@ -26,13 +26,18 @@ RULES = {
 
 
 def load_site_packages() -> None:
-    """Make the distribution's Python libraries importable: the hooks start without them (python3 -S)."""
+    """Make the distribution's Python libraries importable: the hooks start without them (python3 -S).
+
+    Their directories, and no more: site.main() would also run sitecustomize and the lines of .pth files, as root.
+    """
     import sys
 
     if sys.flags.no_site and "site" not in sys.modules:
         import site
 
-        site.main()
+        # A virtual environment's, where the interpreter is one's.
+        own = f"{sys.executable.rpartition('/bin/')[0]}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
+        sys.path += [place for place in (f"{own}/site-packages", *site.getsitepackages()) if place not in sys.path]
 
 
 def load_schema(name: str) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def check_verdict(data: bytes, name: str, read: Callable[[Any], object]) -> obje
 def fuzz_json(data: bytes) -> None:
     """The fast scanner and the json package read the same."""
     try:
-        expected = json.loads(data.decode())
+        expected = json.loads(data.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
         expected = None
     try:

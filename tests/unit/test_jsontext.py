@@ -66,9 +66,9 @@ def test_json_with_one_character_changed_is_read_as_json_does(value: object, dat
     [
         (b"", "is empty"),
         (b" \n", "is empty"),
-        (b"\xff{}", "byte 0 is not UTF-8"),
-        (b'{"a": "\xe9"}', "byte 7 is not UTF-8"),
-        ("{}".encode("utf-16"), "byte 0 is not UTF-8"),
+        (b"\xff{}", "line 1 column 1"),
+        (b'{"a": "\xe9}', "line 1 column 7"),
+        ("{}".encode("utf-16"), "line 1 column 1"),
         (b"{", "line 1 column 2"),
         (b'{"a":\n 1,}', "line 2 column 4"),
         (b"{} {}", "line 1 column 4"),
@@ -93,6 +93,10 @@ def test_a_number_of_any_length_is_read_as_json_does() -> None:
     # Newer Pythons refuse to convert so many digits, older ones do it.
     ours, theirs = read_both("9" * 5000)
     assert ours == theirs
+
+
+def test_what_is_not_utf_8_stays_as_bytes_of_a_name_do() -> None:
+    assert parse_json(b'{"\xff": "\xe6\x9d \xe6\x9d\x9f"}', "x") == {"\udcff": "\udce6\udc9d \u675f"}
 
 
 def test_the_last_of_two_equal_keys_counts() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.files import Root
-from oci_hooks.oci import State, mend_bundle
+from oci_hooks.oci import State, find_config, mend_bundle
 
 pytestmark = pytest.mark.unit
 
@@ -34,3 +34,45 @@ def test_command_line_of_the_runtime_has_it(tmp_path: Path, bundle: str, command
     (place / "cmdline").write_text(command.replace(" ", "\0") + "\0")
     state = State("name", bundle, 1, "created", {})
     assert mend_bundle(Root(str(tmp_path)), state).bundle == expected
+
+
+@pytest.mark.parametrize("command", ["runc run name", "runc run --bundle b name", "runc run -b /run/\udcff name"])
+def test_a_byte_that_runc_lost_is_found_again(tmp_path: Path, command: str) -> None:
+    """Go's encoder writes U+FFFD for a byte of a path that is not UTF-8. runc works in the bundle."""
+    place = tmp_path / f"proc/{os.getppid()}"
+    place.mkdir(parents=True)
+    (place / "cmdline").write_bytes(os.fsencode(command.replace(" ", "\0")))
+    (place / "cwd").symlink_to("/run/\udcff")
+    state = State("name", "/run/\ufffd", 1, "created", {})
+    assert mend_bundle(Root(str(tmp_path)), state).bundle == "/run/\udcff"
+    # A directory that has this character in its name is the right one.
+    bundle = tmp_path / "run/\ufffd"
+    bundle.mkdir(parents=True)
+    (bundle / "config.json").touch()
+    assert mend_bundle(Root(str(tmp_path)), state).bundle == "/run/\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("command", "found"),
+    [
+        ("crun run --config /run/other.json --bundle /b name", True),
+        ("/usr/bin/crun create -f /run/other.json name", True),
+        ("crun run --config other.json name", False),
+        # Kata 1.x means its own configuration by that.
+        ("kata-runtime --config /run/other.json create name", False),
+        ("runc run name", False),
+        ("", False),
+    ],
+)
+def test_another_config_that_crun_reads(tmp_path: Path, command: str, found: bool) -> None:
+    place = tmp_path / f"proc/{os.getppid()}"
+    place.mkdir(parents=True)
+    (place / "cmdline").write_text(command.replace(" ", "\0"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/other.json").write_text("{}")
+    state = State("name", "/b", 1, "created", {})
+    assert find_config(Root(str(tmp_path)), state) == ("/run/other.json" if found else "/b/config.json")
+    # The bundle's own goes first.
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/config.json").write_text("{}")
+    assert find_config(Root(str(tmp_path)), state) == "/b/config.json"

@@ -83,7 +83,9 @@ STATES_BY_HAND: list[tuple[Any, str]] = [
     ({**STATE, "bundle": "b"}, "bundle"),
     ({**STATE, "bundle": ""}, "bundle"),
     ({**STATE, "bundle": "/b\0"}, "bundle"),
-    ({**STATE, "bundle": "/\udc80"}, "bundle"),
+    ({**STATE, "bundle": "/\udc7f"}, "bundle"),
+    # A byte that is not UTF-8, as PEP 383 has it.
+    ({**STATE, "root": "/\udc80"}, ""),
     ({**STATE, "root": "/r\0"}, "root"),
     ({**STATE, "pid": "7"}, "pid"),
     ({**STATE, "pid": -1}, "pid"),
@@ -257,8 +259,7 @@ def write_config(top: Path, path: str, data: bytes) -> None:
     ("data", "code", "subject", "problem"),
     [
         (b"", "bad-json", "/b/config.json", "is empty"),
-        (b"{", "bad-json", "/b/config.json", "line 1 column 2"),
-        (b"[]", "bad-config", "/b/config.json: (the whole)", "expected object, found []"),
+        (b"{/dev/vfio/1", "bad-json", "/b/config.json", "line 1 column 2"),
         (
             b'{"linux": {"devices": [{"path": "/dev/vfio/1", "type": "c", "major": "x"}]}}',
             "bad-config",
@@ -266,7 +267,7 @@ def write_config(top: Path, path: str, data: bytes) -> None:
             'expected integer, found "x"',
         ),
         (
-            b'{"linux": {"devices": [{"path": "/dev/a\\u0000", "type": "c"}]}}',
+            b'{"linux": {"devices": [{"path": "/dev/vfio/1\\u0000", "type": "c"}]}}',
             "bad-config",
             "/b/config.json: linux.devices[0].path",
             "expected an absolute path, found",
@@ -295,6 +296,66 @@ def test_every_mistake_of_a_state_is_listed() -> None:
         "state on stdin: id": "expected string, found 5",
         "state on stdin: pid": "expected a number not below 0, found -1",
     }
+
+
+def test_a_state_has_the_annotations_that_the_runtime_was_given() -> None:
+    """Those of others may be anything."""
+    annotations: dict[str, object] = {"a": "b", "n": None, "x": 5, "o": {}, "u": "?", oci.DEVICES_ANNOTATION: "auto"}
+    data = json.dumps({**STATE, "annotations": annotations}).encode().replace(b"?", b"\xff")
+    assert oci.read_state(data).annotations == {"a": "b", "u": "\udcff", oci.DEVICES_ANNOTATION: "auto"}
+
+
+@pytest.mark.parametrize("name", [oci.DEVICES_ANNOTATION, oci.MAP_ANNOTATION, f"{oci.DEVICES_ANNOTATION}.c1"])
+def test_an_annotation_of_ours_in_a_state_is_a_text(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        oci.read_state(json.dumps({**STATE, "annotations": {name: None}}).encode())
+    assert name in caught.value.findings[0].subject
+
+
+ODD = b'{"process": {"env": [null]}, "annotations": {"x": "%s"}'
+
+
+@pytest.mark.parametrize(
+    ("annotations", "data", "refused"),
+    [
+        ({}, ODD + b"}", False),
+        ({}, ODD + b"", False),
+        ({oci.DEVICES_ANNOTATION: "auto"}, ODD + b"}", True),
+        ({oci.DEVICES_ANNOTATION: "auto"}, ODD, True),
+        ({oci.DEVICES_ANNOTATION: "auto", "io.kubernetes.cri.container-type": "sandbox"}, ODD, False),
+        ({}, ODD + b', "y": "vfio"}', False),
+        # Nobody can say where in it the word is.
+        ({}, ODD + b', "y": "vfio"', True),
+        ({}, ODD + b', "annotations": {"io.katacontainers.x.vfio": null}}', True),
+        ({}, ODD + b', "linux": {"devices": [{"path": "/dev/vfio/1"}]}}', True),
+        ({}, ODD + b', "linux": {"devices": [{"path": "/dev/\\u0076fio/1"}]}}', True),
+        ({}, ODD + b', "linux": {"devices": [{"path": "/dev/vfio/vfio"}]}}', False),
+    ],
+)
+def test_what_can_not_be_read_is_refused_where_it_could_ask(
+    tmp_path: Path, annotations: dict[str, str], data: bytes, refused: bool
+) -> None:
+    write_config(tmp_path, "/b/config.json", data)
+    state = oci.make_state({**STATE, "annotations": annotations})
+    if refused:
+        with pytest.raises(InputError):
+            oci.read_spec(Root(str(tmp_path)), state)
+    else:
+        spec = oci.read_spec(Root(str(tmp_path)), state)
+        assert (spec.annotations, spec.devices) == ({}, ())
+
+
+def test_without_memory_for_it_the_bytes_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(oci, "parse_json", lack)
+    write_config(tmp_path, "/b/config.json", b'{"x": 1}')
+    root = Root(str(tmp_path))
+    assert not oci.is_asked(oci.make_state(STATE), oci.read_spec(root, oci.make_state(STATE)))
+    (tmp_path / "b/config.json").write_text('{"annotations": {"io.katacontainers.x.vfio": "[]"}}')
+    with pytest.raises(InputError, match="does not fit into memory"):
+        oci.read_spec(root, oci.make_state(STATE))
 
 
 def test_without_jsonschema_the_reader_has_the_word(monkeypatch: pytest.MonkeyPatch) -> None:

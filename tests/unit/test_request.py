@@ -178,7 +178,7 @@ def test_the_map_adds_host_addresses_to_the_annotation() -> None:
         ("[]", "names no device"),
         ('[{"devices": []}]', "names no device"),
         ("[" * 5000, "nested too deeply"),
-        ("\ud800", "not UTF-8"),
+        ("\ud800", "is not JSON"),
     ],
     ids=repr,
 )

@@ -148,7 +148,7 @@ def test_a_lock_that_is_held(containers: Containers) -> None:
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        ("bad-json", '{"process": {"env": ["TOKEN=geheim", ]}}'),
+        ("bad-json", '{"process": {"env": ["TOKEN=geheim", ]}, "annotations": {"io.katacontainers.x.vfio": "[]"}}'),
         ("bad-config", '{"linux": {"devices": [{"path": "/dev/vfio/1", "type": "c", "major": "x"}]}}'),
     ],
 )

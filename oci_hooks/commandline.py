@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line of the runtime that runs this hook has, where its state is wrong or not enough.
+
+Read only when the bundle of the state can't be the right one, or has no config.json.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.files import Root
+
+
+def find_bundle(root: Root, named: str) -> str:
+    """Return the bundle's directory; as it was named in the state where nothing better is known.
+
+    crun says "/" of a container with a user namespace and devices, because it leaves its working directory on the way
+    (containers/crun#2025, seen with 1.8.1). runc replaces each byte of a path that is not UTF-8, as Go's encoder does;
+    it works in the bundle.
+    """
+    if named != "/" and root.exists(f"{named}/config.json"):
+        return named
+    found = find_option(read_words(root), "--bundle", "-b")
+    if not found and named != "/":
+        found = root.read_link(f"/proc/{root.do(os.getppid)}/cwd")
+    return found or named
+
+
+def find_other_config(root: Root) -> str:
+    """Return the file that crun was told to read instead of the bundle's config.json (crun(1), --config), else ""."""
+    words = read_words(root)
+    return find_option(words, "--config", "-f") if words[0].rpartition("/")[2] == "crun" else ""
+
+
+def read_words(root: Root) -> list[str]:
+    """Return the command line of the process that runs this hook."""
+    return root.read_text_or(f"/proc/{root.do(os.getppid)}/cmdline", "").split("\0")
+
+
+def find_option(words: list[str], *names: str) -> str:
+    """Return the value of an option where it is an absolute path, else "". names: long and short.
+
+    A relative one is relative to a directory that the runtime may have left.
+    """
+    for word, following in zip(words, words[1:] + [""]):
+        name, _, value = word.partition("=")
+        value = following if word in names else value if name in names else ""
+        if value.startswith("/"):
+            return value
+    return ""

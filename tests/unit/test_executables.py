@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The executables' first lines: in any locale they find the bundle and write what they have to, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oci_hooks import oci
+
+pytestmark = pytest.mark.unit
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HOOKS = ("vfio-host-check", "vfio-guest-bind")
+GROUP = {"path": "/dev/vfio/4000", "type": "c", "major": 511, "minor": 9}
+LATIN_1 = "de_DE.ISO-8859-1"
+# What a person may call a directory; the last one is no UTF-8.
+NAMES = [b"plain", "\u00fc".encode(), "\u675f".encode(), "\U0001f4e6".encode(), b"\xff\xfe"]
+# A bracket in a set: a future version of `re` may take it for something else, and this one warns of that.
+KATA = """\
+[hypervisor.qemu]
+path = "/usr/bin/qemu-system-x86_64"
+machine_type = "q35"
+enable_annotations = ["[[z]"]
+"""
+
+
+@pytest.fixture(name="locales", scope="module")
+def make_locales(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Return the variables of some locales; the one that is not UTF-8 is made here, as few machines have it."""
+    place = tmp_path_factory.mktemp("locales")
+    made = {"none": {}, "C": {"LC_ALL": "C"}, "POSIX": {"LANG": "POSIX"}, "gone": {"LC_ALL": "xx_YY.UTF-8"}}
+    if not Path("/usr/share/i18n/charmaps/ISO-8859-1.gz").exists():
+        pytest.skip("no character maps: apt-get install locales")
+    command = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(place / LATIN_1)]
+    subprocess.run(command, check=True, capture_output=True)
+    latin = {"LC_ALL": LATIN_1, "LOCPATH": str(place)}
+    script = "import sys; print(sys.getfilesystemencoding())"
+    done = subprocess.run(
+        ["/usr/bin/python3", "-IS", "-c", script], env=latin, capture_output=True, text=True, check=True
+    )
+    # The locale works: this is what the hooks have to live with.
+    assert done.stdout == "iso8859-1\n"
+    return {**made, "latin-1": latin}
+
+
+def call(
+    hook: str, bundle: bytes, environment: dict[str, str], *arguments: str, **more: Any
+) -> subprocess.CompletedProcess[bytes]:
+    """Run one of the executables for a container in this bundle."""
+    state = {"ociVersion": "1.0.2", "id": "c1", "status": "creating", "pid": 4194304, "bundle": "(bundle)"}
+    data = json.dumps(state, ensure_ascii=False).encode().replace(b"(bundle)", bundle)
+    return subprocess.run(
+        [str(REPOSITORY / "hooks" / hook), *arguments],
+        input=data,
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=environment,
+        **more,
+    )
+
+
+def make_bundle(top: Path, name: bytes, config: dict[str, Any]) -> bytes:
+    """Make a bundle's directory and return its path."""
+    place = os.fsencode(top) + b"/" + name
+    os.mkdir(place)
+    with open(place + b"/config.json", "w", encoding="utf-8") as file:
+        json.dump(config, file)
+    return place
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_a_bundle_is_found_in_any_locale(
+    tmp_path: Path, locales: dict[str, dict[str, str]], hook: str, name: bytes
+) -> None:
+    nothing = make_bundle(tmp_path, name, {})
+    wrong = make_bundle(tmp_path, name + b"2", {"annotations": {oci.DEVICES_ANNOTATION: 5}})
+    said = set()
+    for environment in locales.values():
+        done = call(hook, nothing, environment)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        done = call(hook, wrong, environment)
+        assert done.returncode == 2
+        assert b"error: [bad-config]" in done.stderr
+        said.add(done.stderr)
+    # The same words in all of them, and in UTF-8.
+    (words,) = said
+    assert (name if name != b"\xff\xfe" else b"\\udcff\\udcfe") in words
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_is_printed_fails_in_no_locale(tmp_path: Path, locales: dict[str, dict[str, str]], hook: str) -> None:
+    """To stdout, as JSON and as text, and with --debug, with what no character set but UTF-8 has."""
+    annotations = {oci.DEVICES_ANNOTATION: "\u675f\udcff", oci.LOG_ANNOTATION: "on"}
+    config = {"annotations": annotations, "linux": {"devices": [{**GROUP, "path": "/dev/vfio/\u675f"}]}}
+    bundle = make_bundle(tmp_path, "\u675f".encode(), config)
+    for environment in locales.values():
+        for arguments in (
+            ("--json",),
+            ("--debug",),
+            ("--bundle", os.fsdecode(bundle), "--pid", "4194304"),
+            ("--help",),
+        ):
+            done = call(hook, bundle, environment, *arguments)
+            assert done.returncode == (0 if "--help" in arguments else 2 if hook == "vfio-guest-bind" else 1), (
+                done.stderr
+            )
+            assert b"[internal]" not in done.stderr
+            assert b"Traceback" not in done.stderr
+            if "--json" in arguments:
+                assert json.loads(done.stdout)["findings"]
+
+
+def test_python_warns_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "kata.toml").write_text(KATA)
+    (tmp_path / "host.toml").write_text(f'[kata]\nmode = "always"\nconfig = "{tmp_path}/kata.toml"\n')
+    config = {
+        "annotations": {"io.katacontainers.config.hypervisor.enable_iommu": "true"},
+        "linux": {"devices": [GROUP]},
+    }
+    bundle = make_bundle(tmp_path, b"b", config)
+    arguments = ["--settings", str(tmp_path / "host.toml")]
+    for hook, environment in ((HOOKS[0], {}), (HOOKS[0], {"PYTHONWARNINGS": "always", "PYTHONDEVMODE": "1"})):
+        done = call(hook, bundle, environment, *arguments)
+        assert done.returncode == 1
+        # It did come to the pattern.
+        assert b"[annotation-not-allowed]" in done.stderr
+        assert all(line.startswith(b"vfio-host-check: ") for line in done.stderr.splitlines()), done.stderr
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_no_warning_is_heard_whoever_gives_it(tmp_path: Path, hook: str) -> None:
+    """A copy whose module warns in every way that Python has, at its compilation too."""
+    (tmp_path / "hooks").mkdir()
+    shutil.copy(REPOSITORY / "hooks" / hook, tmp_path / "hooks")
+    (tmp_path / "oci_hooks").mkdir()
+    (tmp_path / "oci_hooks/__init__.py").touch()
+    module = """\
+import _warnings, re, warnings
+'a' is 'b'
+def main(argv):
+    re.compile("[[a]")
+    for kind in (Warning, UserWarning, DeprecationWarning, FutureWarning, ResourceWarning, BytesWarning):
+        warnings.warn("w", kind)
+        _warnings.warn("w", kind)
+    open("/dev/null")
+    print("done", flush=True)
+    return 0
+"""
+    for name in ("host", "guest"):
+        (tmp_path / f"oci_hooks/{name}.py").write_text(module)
+    done = subprocess.run([tmp_path / "hooks" / hook], capture_output=True, text=True, check=True, env={})
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("library", ["python3.99", f"python{sys.version_info[0]}.{sys.version_info[1]}"])
+def test_a_virtual_environment_of_any_python_will_do(tmp_path: Path, hook: str, library: str) -> None:
+    """/usr/bin/python3 runs the hook wherever it is: the package has no part that is compiled for one version."""
+    (tmp_path / "bin").mkdir()
+    shutil.copy(REPOSITORY / "hooks" / hook, tmp_path / "bin")
+    place = tmp_path / "lib" / library / "site-packages"
+    shutil.copytree(REPOSITORY / "oci_hooks", place / "oci_hooks", ignore=shutil.ignore_patterns("__pycache__"))
+    (place / "oci_hooks/__init__.py").write_text('__version__ = "77"')
+    done = subprocess.run([tmp_path / "bin" / hook, "--version"], capture_output=True, text=True, check=True, env={})
+    assert (done.stdout, done.stderr) == (f"{hook} 77\n", "")
+
+
+@pytest.mark.parametrize("python", [sys.executable, "/usr/bin/python3"])
+def test_libraries_come_without_the_programs_of_their_directories(tmp_path: Path, python: str) -> None:
+    """Where a hook needs jsonschema, neither sitecustomize nor a .pth file is run; Debian has the former."""
+    (tmp_path / "sitecustomize.py").write_text("raise SystemExit(77)")
+    script = f"""
+import sys
+sys.path[:0] = [{str(tmp_path)!r}, {str(REPOSITORY)!r}]
+from oci_hooks.schema import find_mistakes
+assert find_mistakes({{}}, "state", "x", "y", "z")
+print([name for name in ("sitecustomize", "usercustomize") if name in sys.modules])
+"""
+    done = subprocess.run([python, "-IS", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may stop a container: whatever runc or crun runs without the hooks, it runs with both, if it asks for no VFIO.
+
+The kinds are those of tests/odd_configs.py, which break the specification in one place each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.odd_configs import KINDS, REFUSED
+from tests.vm import bundles, calls
+from tests.vm.bundles import Containers, Done
+
+MACHINE = "single"
+HOST = [bundles.make_hook(bundles.find_hook(bundles.HOST_HOOK))]
+GUEST = [bundles.make_hook(bundles.find_hook(bundles.GUEST_HOOK))]
+RELEASE = [bundles.make_hook(bundles.find_hook(bundles.GUEST_HOOK), "poststop")]
+# No poststop: it does not read config.json.
+HOOKS: dict[str, list[dict[str, Any]]] = {"prestart": HOST, "createRuntime": GUEST}
+
+
+def run(containers: Containers, kind: str, **options: Any) -> Done:
+    """Run a container whose config.json is of this kind, to its end."""
+    container = containers.make("/bin/true", **options)
+    (container.bundle / "config.json").write_bytes(KINDS[kind](container.config))
+    return container.run()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_runs_without_the_hooks_runs_with_them(containers: Containers, kind: str) -> None:
+    done = run(containers, kind, hooks=HOOKS)
+    if done.code == 0:
+        assert "error: [" not in done.stderr
+        return
+    # The runtime's own verdict, and none of ours.
+    assert "error: [" not in done.stderr, done.stderr
+    assert kind in REFUSED[containers.runtime], done.stderr
+    bare = run(containers, kind, hooks={})
+    assert bare.code != 0, done.stderr
+
+
+# One runtime for each that any runs: by turns, where both do.
+RUNTIMES = ("runc", "crun")
+# In a user namespace runc mounts the host's node, which a guest does not have, before it runs a hook.
+ONLY_CRUN = {"mapping without containerID", "mapping with a null"}
+
+
+def list_pairs() -> Iterator[tuple[str, str]]:
+    """Yield each kind that a runtime runs, with one that does."""
+    for number, kind in enumerate(KINDS):
+        takers = [name for name in RUNTIMES if kind not in REFUSED[name] and (name == "crun" or kind not in ONLY_CRUN)]
+        if takers:
+            yield kind, takers[number % len(takers)]
+
+
+NOT_HEARD = {
+    "annotations null",
+    "annotations list",
+    "annotations by the thousand",
+    "annotation twice",
+    "a member in another case",
+}
+
+
+@pytest.mark.parametrize(("kind", "containers"), list_pairs(), indirect=["containers"])
+def test_what_asks_works_or_is_refused_in_words(containers: Containers, kind: str) -> None:
+    """No kind is passed by in silence where it asks, and none leaves anything behind."""
+    options: dict[str, Any] = {"annotations": calls.ask("auto"), "devices": bundles.vfio_devices("77")}
+    hooks = {"createRuntime": GUEST, "poststop": RELEASE}
+    done = run(containers, kind, hooks=hooks, **options)
+    # crun shows what a hook says only where the annotation for that is left.
+    if containers.runtime == "runc" or kind not in NOT_HEARD:
+        assert done.code == 0 or "vfio-guest-bind: error: [" in done.stderr, done.stderr
+    assert "[internal]" not in done.stderr
+    assert "Traceback" not in done.stderr
+    containers.destroy_all()
+    assert calls.list_claims() == []
