@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import time
 
-from oci_hooks import __version__, notation, privacy
+from oci_hooks import __version__, bounds, notation, privacy
 from oci_hooks.errors import Finding
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from oci_hooks.command import Call, Outcome
@@ -27,10 +28,6 @@ DIRECTORY = "/var/lib/oci-vfio-hooks/records"
 SPARE_DIRECTORY = "/run/oci-vfio-hooks/records"
 SUFFIX = ".tar.gz"
 NEWEST = 20
-# A sysfs attribute is a page; nothing that the hooks understand is longer than this.
-LONGEST_ANSWER = 1 << 18
-LONGEST_DOCUMENT = 1 << 22
-MOST_EVENTS = 50_000
 # Programs that are asked for their version: those that start hooks, and say it without doing anything.
 RUNTIMES = ("runc", "crun", "youki", "kata-agent", "kata-runtime", "containerd-shim-kata-v2")
 
@@ -96,12 +93,27 @@ def make_members(call: Call, outcome: Outcome, notes: list[Note]) -> dict[str, b
         "traceback": format_traceback(outcome.error),
         "full": full,
     }
-    lines = [f"{json.dumps(event)}\n" for event in events[:MOST_EVENTS]]
     return {
         "record.json": json.dumps(about, indent=1).encode(),
-        "events.jsonl": "".join(lines).encode(),
+        "events.jsonl": write_events(events),
         **members,
     }
+
+
+def write_events(events: Iterable[dict[str, Any]]) -> bytes:
+    """Return events as lines of JSON, as many of them as a reader takes (bounds.py)."""
+    import json
+
+    lines: list[bytes] = []
+    size = values = 0
+    for event in events:
+        line = f"{json.dumps(event)}\n".encode()
+        size += len(line)
+        values += bounds.check_value(event, "an event")
+        if len(lines) == bounds.MOST_EVENTS or size > bounds.MOST_EVENT_BYTES or values > bounds.MOST_VALUES:
+            break
+        lines.append(line)
+    return b"".join(lines)
 
 
 def list_events(notes: list[Note], members: dict[str, bytes], full: bool) -> list[dict[str, Any]]:
@@ -138,9 +150,10 @@ def encode_answer(note: Note, members: dict[str, bytes], full: bool) -> dict[str
     document = name_document(note)
     if document and isinstance(answer, bytes):
         data = answer if full else privacy.hide_document(answer)
-        if len(data) <= LONGEST_DOCUMENT and members.setdefault(document, data) == data:
+        fits = len(data) <= bounds.MOST_DOCUMENT_BYTES and bounds.estimate_values(data) <= bounds.MOST_VALUES
+        if fits and members.setdefault(document, data) == data:
             return {"answer": {notation.KIND: "member", "name": document}}
-    if isinstance(answer, bytes) and len(answer) > LONGEST_ANSWER:
+    if isinstance(answer, bytes) and len(answer) > bounds.MOST_ANSWER_BYTES:
         return {"answer": {notation.KIND: "opaque", "type": f"{len(answer)} bytes"}}
     return {"answer": notation.encode(answer)}
 

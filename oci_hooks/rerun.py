@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 
 from oci_hooks import notation
@@ -51,6 +52,10 @@ CHANGES = (
     "socket.connect",
     "subprocess.Popen",
 )
+
+
+# What Python opens to load a module, and this package's schemas.
+CODE = (".py", ".pyc", ".so", ".pth", ".cfg", ".json", "/METADATA", ".zip", ".egg-link")
 
 
 class Rerun(Record):
@@ -156,6 +161,16 @@ class LiveRoot(NotingRoot):
     def __init__(self, state: bytes) -> None:
         super().__init__()
         self.state = state
+
+    def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
+        """Return what a reading function says of a path. Raises OSError; also for a file that is none.
+
+        The record names files (of settings, of Kata's configuration), and may be a stranger's: to open a device may do
+        something (/dev/watchdog).
+        """
+        if question.__name__ == "read_file" and not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", path)
+        return super().ask(question, path, *more)
 
     def do(self, function: Callable[..., T], *arguments: object) -> T:
         """Return what a step comes to; the state is the record's."""
@@ -267,7 +282,8 @@ def tell_decisions(decisions: list[Any]) -> Iterator[str]:
 
 
 class sealed:  # noqa: N801 - reads as a statement
-    """While this holds, the process may read and compute; whatever would change the system raises PermissionError.
+    """While this holds, the process may compute and load its own code; all else that touches the system, to open a
+    file for reading included, raises PermissionError.
 
     The record stands behind the door, and this behind the record: a step that a later version forgets to send through
     the door is refused, not done, also when root replays what a stranger sent.
@@ -275,6 +291,9 @@ class sealed:  # noqa: N801 - reads as a statement
 
     def __init__(self) -> None:
         self.holds = False
+        # Where Python loads modules from, also this package's schemas.
+        places = (*sys.path, sys.prefix, sys.base_prefix, os.path.dirname(os.path.abspath(__file__)))
+        self.places = tuple({f"{os.path.abspath(place)}/" for place in places})
 
     def __enter__(self) -> None:
         # An audit hook can't be taken away again, only told to look elsewhere.
@@ -292,6 +311,14 @@ class sealed:  # noqa: N801 - reads as a statement
         if event == "open":
             path, _, flags = arguments
             writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-            changes = bool(flags & writes) and path != "/dev/null"
+            changes = path != "/dev/null" and (bool(flags & writes) or not self.is_code(path))
         if changes:
             raise PermissionError(errno.EPERM, f"a replay changes nothing: {event}", str(arguments[:1]))
+
+    def is_code(self, path: object) -> bool:
+        """Tell whether a file that is opened is a part of Python or of this package."""
+        if not isinstance(path, (str, bytes)):
+            # A descriptor, which is open.
+            return isinstance(path, int)
+        name = os.path.abspath(os.fsdecode(path))
+        return name.endswith(CODE) and name.startswith(self.places)

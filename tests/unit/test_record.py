@@ -389,7 +389,7 @@ def test_whatever_befalls_a_record_is_one_warning(monkeypatch: pytest.MonkeyPatc
 
 # What it costs --------------------------------------------------------------------------------------------------------
 
-FEATURE = ("account", "notation", "privacy", "record", "recordfile", "replay", "rerun")
+FEATURE = ("account", "bounds", "notation", "privacy", "record", "recordfile", "replay", "rerun")
 
 
 @pytest.fixture
