@@ -17,6 +17,7 @@ from oci_hooks import notation
 from oci_hooks.command import Arguments, Call, Deadline, carry
 from oci_hooks.errors import make_one_line
 from oci_hooks.files import NotingRoot, Root
+from oci_hooks.privacy import hide_finding
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -256,14 +257,14 @@ def compare(record: RunRecord, again: Rerun) -> list[str]:
 def tell_record(record: RunRecord) -> Iterator[str]:
     """Yield the lines by which a record is compared: decisions, findings, exit code."""
     yield from tell_decisions([[event["note"], event.get("answer")] for event in record.events if "note" in event])
-    yield from (finding.as_line() for finding in record.findings)
+    yield from (hide_finding(finding).as_line() for finding in record.findings)
     yield f"exit {record.about['exit']}"
 
 
 def tell_rerun(again: Rerun) -> Iterator[str]:
     """Yield the same lines for what a run came to now."""
     yield from tell_decisions(again.decisions)
-    yield from (finding.as_line() for finding in again.outcome.findings)
+    yield from (hide_finding(finding).as_line() for finding in again.outcome.findings)
     yield f"exit {again.outcome.code}"
 
 
