@@ -43,13 +43,15 @@ MOST_NUMBER = (1 << 64) - 1
 # errno(3): the kernel's numbers end at MAX_ERRNO.
 MOST_ERRNO = 4095
 # Reading and running again the largest recording takes five on a slow machine.
-MOST_SECONDS = 30
+MOST_SECONDS = 20
 # On top of what the process has: ten times what the largest recording takes unpacked.
 MOST_MEMORY_BYTES = 512 << 20
 
 
 class RecordError(Exception):
-    """This is no recording that can be read; says why."""
+    """This is no recording that can be read; says why. path: of the file, "" where not known."""
+
+    path = ""
 
 
 class RecordTooLarge(RecordError):

@@ -57,7 +57,15 @@ class RunRecord(Record):
 def read_record(path: str | os.PathLike[str]) -> RunRecord:
     """Return the record in a file. Raises RecordError (RecordTooLarge where it is above a bound), OSError."""
     path = os.fspath(path)
-    members = read_members(unpack(read_packed(path)))
+    try:
+        return make_record(path, read_members(unpack(read_packed(path))))
+    except RecordError as error:
+        error.path = path
+        raise
+
+
+def make_record(path: str, members: dict[str, bytes]) -> RunRecord:
+    """Return the record that some files are. Raises RecordError."""
     about = parse(members, "record.json")
     check_version(about)
     check_bound(check_value(about, "record.json"), "SUMMARY_VALUES", "record.json")

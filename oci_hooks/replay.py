@@ -64,7 +64,8 @@ def fail(problem: str) -> int:
 
 
 def describe_damage(name: str, error: Exception) -> str:
-    """Return why a record can't be used, in one line. name: of the record."""
+    """Return why a record can't be used, in one line. name: of the record, where the error does not say which."""
+    name = getattr(error, "path", "") or name
     if isinstance(error, RecordTooLarge):
         hint = "no hook writes such a one: have it taken anew"
         return Finding("error", "recording-too-large", name, str(error), hint).as_line()

@@ -609,6 +609,12 @@ def test_one_that_cannot_be_read_hides_no_other(tmp_path: Path, capfd: pytest.Ca
     assert "1.tar.gz" in capfd.readouterr().out
 
 
+def test_of_two_records_the_bad_one_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.tar.gz").write_bytes(LARGE["depth"][0]())
+    assert replay.main(["diff", str(REAL), str(tmp_path / "bad.tar.gz")]) == 2
+    assert f"[recording-too-large] {tmp_path}/bad.tar.gz: " in capfd.readouterr().err
+
+
 def test_a_cut_stream_is_damage() -> None:
     with pytest.raises(RecordError, match="ends too early"):
         unpack(gzip.compress(b"x" * 1000)[:-9])
