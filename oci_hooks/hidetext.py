@@ -27,7 +27,7 @@ TRACES = re.compile(
 )
 # A string with its quotes, or to the end of the text. Whatever comes after the opening quote matches, so that nothing
 # is tried twice.
-STRING = r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)'
+STRING = r'"([^"\\]*(?:\\.[^"\\]*)*)("|\\?\Z)'
 # What stands between strings. A literal or a number counts only at the beginning of a word.
 WORD = r'[^\s{}\[\],:"]+'
 TOKEN = re.compile(rf"{STRING}|{WORD}", re.DOTALL)
@@ -85,11 +85,9 @@ def hide_text(data: bytes, count: Callable[[], object] = lambda: None) -> bytes:
         token = match[0]
         if token[0] != '"':
             return hide_word(token)
-        if len(token) == 1:
+        if TRACES.fullmatch(match[1]):
             return token
-        if TRACES.fullmatch(token.strip('"')):
-            return token
-        return '"' + PIECE.sub(hide_piece, token[1:-1]) + (token[-1] if token[-1] in '"\\' else mask(token[-1]))
+        return '"' + PIECE.sub(hide_piece, match[1]) + match[2]
 
     def hide_piece(match: re.Match[str]) -> str:
         count()
@@ -98,7 +96,9 @@ def hide_text(data: bytes, count: Callable[[], object] = lambda: None) -> bytes:
             return piece if piece == "vfio" else mask(piece)
         if len(piece) > 2:
             return "\\u0078"
-        return "\\/" if piece[1] in '"\\/bfnrt' else "\\u" if piece == "\\u" else "\\x"
+        if piece == "\\u":
+            return piece
+        return "\\/" if piece[1] in '"\\/bfnrt' else "\\" + mask(piece[1])
 
     hidden = TOKEN.sub(hide, text[len(head) :])
     return (head + hidden).encode("utf-8", "surrogateescape")

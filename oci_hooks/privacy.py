@@ -84,6 +84,7 @@ KNOWN_NAMES = (
     "terminal",
 )
 VFIO = "/dev/vfio/"
+PLUGIN_PREFIX = "PCIDEVICE_"
 # The codes of findings that quote the document which they are about.
 QUOTING = ("bad-config", "bad-state", "bad-settings")
 JSON_KINDS = ("string", "object", "array", "integer", "number", "boolean", "null")
@@ -100,6 +101,8 @@ def shape(value: Any) -> Any:
         return [LEFT_OUT] if value else []
     if isinstance(value, dict):
         return {LEFT_OUT: LEFT_OUT} if value else {}
+    if isinstance(value, float):
+        return 0.5
     return value if value is None or isinstance(value, bool) else 0
 
 
@@ -169,8 +172,9 @@ def keep_annotations(value: Any) -> Any:
 def keep_variable(word: str) -> str:
     """Return an environment variable: of the device plugin's the addresses, of others that there was one."""
     name, equals, value = word.partition("=")
-    if not re.fullmatch("PCIDEVICE_[A-Z0-9_]{1,120}", name) or name.endswith("_INFO"):
+    if not name.startswith(PLUGIN_PREFIX) or name.endswith("_INFO"):
         return f"{shape(name)}{equals}{shape(value)}"
+    name = name if re.fullmatch("[A-Z0-9_]{1,120}", name) else PLUGIN_PREFIX + LEFT_OUT
     return name + equals + ",".join(part if normalize_address(part) else shape(part) for part in value.split(","))
 
 
@@ -260,6 +264,9 @@ def hide_finding(finding: Finding) -> Finding:
         return finding.replace(problem=hide_quoted(finding.problem))
     if finding.code not in QUOTING:
         return finding
+    # The name of an annotation is not kept either.
+    subject = re.sub(rf"(: annotations\.)(?!{re.escape(OWN_PREFIX)}).*", rf"\g<1>{LEFT_OUT}", finding.subject)
+    finding = finding.replace(subject=subject)
     head, found, rest = finding.problem.rpartition("found ")
     if found and rest not in JSON_KINDS:
         return finding.replace(problem=f"{head}{found}{LEFT_OUT}")

@@ -22,11 +22,13 @@ from oci_hooks import (
     cgroup,
     claims,
     guards,
+    hidehost,
     journal,
     kata_config,
     mounts,
     notation,
     oci,
+    privacy,
     recordfile,
     request,
     schema,
@@ -35,8 +37,9 @@ from oci_hooks import (
 )
 from oci_hooks.apply import parse_grant
 from oci_hooks.bounds import RecordError
-from oci_hooks.errors import HookError, InputError
+from oci_hooks.errors import Finding, HookError, InputError
 from oci_hooks.files import Root
+from oci_hooks.guest_settings import GUEST_SETTINGS
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import read_clh, read_qemu
 from oci_hooks.jsontext import parse_json
@@ -319,6 +322,44 @@ def fuzz_notation(data: bytes) -> None:
         return
 
 
+def read_like_the_hooks(data: bytes, name: str) -> object:
+    """Return what the hooks make of a document, as far as they go by it: its values, or what is wrong with it."""
+    try:
+        document = parse_json(data, name)
+    except InputError as error:
+        return error.findings[0].problem
+    if is_deep(document):
+        return None
+    try:
+        found = oci.make_state(document) if name == "state.json" else oci.make_spec(document, name)
+    except oci.Mismatch as mismatch:
+        finding = Finding("error", "bad-config", f"{name}: {mismatch.path}", mismatch.problem)
+        return privacy.hide_finding(finding)
+    if isinstance(found, oci.State):
+        return (found.id, found.bundle, found.pid, oci.is_sandbox(found, oci.make_spec({}, "")))
+    state = oci.State("c", "/b", 1, "", {})
+    kept = (found.root_path, found.vfio_devices, found.uid, found.gid, found.uid_mappings, found.gid_mappings)
+    return (*kept, request.read_hints(found), oci.is_asked(state, found), oci.is_sandbox(state, found))
+
+
+def fuzz_kept(data: bytes) -> None:
+    """What a recording keeps of config.json and state: the hooks make the same of it, also of one that is wrong."""
+    for name in ("config.json", "state.json"):
+        hidden = privacy.hide_document(data, name)
+        assert read_like_the_hooks(hidden, name) == read_like_the_hooks(data, name), hidden
+        assert read_like_the_hooks(privacy.hide_document(hidden, name), name) == read_like_the_hooks(data, name)
+
+
+def fuzz_teller(data: bytes) -> None:
+    """What a recording keeps of the files of a machine: whatever is in them."""
+    number, _, text = data.partition(b"\0")
+    teller = hidehost.Teller("x", ("c",), {GUEST_SETTINGS: schema.load_schema("guest-settings")})
+    paths = (*(f"/proc/7/{name}" for name in teller.proc_files()), "/proc/cmdline", GUEST_SETTINGS, "/etc/x.toml")
+    path = paths[sum(number) % len(paths)]
+    hidden = teller.hide_file(path, text.decode("utf-8", "surrogateescape"))
+    assert isinstance(teller.hide_file(path, hidden), str)
+
+
 def fuzz_program(data: bytes) -> None:
     """A dumped device program: with the prefix taken away and put before, it is what it was."""
     # The kernel's dump is one of whole instructions.
@@ -368,6 +409,13 @@ SEEDS: dict[str, list[bytes]] = {
         b'[hypervisor.qemu]\npath="/q"\nenable_iommu=true\nkernel_params="a=b"\nenable_annotations=["kernel_.*"]\n'
         b'[runtime]\nvfio_mode="vfio"\n\0[hypervisor.qemu]\nenable_iommu=false\n\0[runtime]\n\0true'
     ],
+    "kept": [
+        b'{"annotations":{"io.katacontainers.x.vfio.devices":"auto","a":"b"},"root":{"path":"r"},"process":{"user":{"uid":1},'
+        b'"env":["PCIDEVICE_A=0000:01:00.0","A=b"],"args":["a"]},"linux":{"devices":[{"path":"/dev/vfio/1","type":"c",'
+        b'"major":1,"minor":2},{"path":"/dev/x","type":"b"}],"namespaces":[{"type":"user"}]},"hooks":{"x":[]}}',
+        b'{"ociVersion":"1","id":"c","status":"created","pid":7,"bundle":"/b","root":"/r","annotations":{"a":"b"}}',
+        b'{"a": "b\\u0041\\"", tru}',
+    ],
     "map": [b'[{"host-group":12,"devices":[{"host-address":"0000:3b:00.0","guest-path":{"Path":["02.0","00.0"]}}]}]'],
     "notation": [
         b'{"!":"workers.Result","address":"a","code":0,"path":"","started":true}',
@@ -390,6 +438,11 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "state": [
         b'{"ociVersion":"1","id":"c","status":"created","pid":7,"bundle":"/b","root":"/r","annotations":{"a":"b"}}'
+    ],
+    "teller": [
+        b"\0qemu\0-device\0vfio-pci,host=0000:01:00.0\0-append\0iommu=off x",
+        b"\x07\x00" + b"22 1 0:21 /a /b rw shared:1 - cgroup2 cgroup rw,x",
+        b"\x11\0[a]\nb = 1\n",
     ],
     "sysfs": [b"DRIVER=e1000e\nPCI_CLASS=20000\nPCI_ID=8086:10D3\n\0(null)\n\x00511:7\n\x000\n\x001\n"],
 }
