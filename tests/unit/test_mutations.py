@@ -193,7 +193,7 @@ MUTATIONS = [
         "hidetext",
         """([^"\\\\]*(?:\\\\.[^"\\\\]*)*)("|\\\\?\\Z)""",
         """((?:[^"\\\\]|\\\\.)*)("|$)""",
-        "test_privacy.py -k proportion",
+        "test_privacy.py -k mebibyte",
     ),
     (
         "proxies in a finding",
@@ -237,7 +237,7 @@ MUTATIONS = [
         "bound of values of a document",
         "recordfile",
         'check_bound(bounds.estimate_values(data), "VALUES", name)',
-        "",
+        "pass",
         "test_odd_records.py -k values",
     ),
     (
@@ -248,7 +248,7 @@ MUTATIONS = [
         "test_odd_records.py -k findings",
     ),
     ("bound of depth", "bounds", 'check_bound(depth, "DEPTH", where)', "", "test_odd_records.py -k depth"),
-    ("bound of numbers", "bounds", 'check_bound(abs(item), "NUMBER", where)', "", "test_odd_records.py -k number"),
+    ("bound of numbers", "bounds", 'check_bound(abs(item), "NUMBER", where)', "pass", "test_odd_records.py -k number"),
     ("numbers of many digits", "recordfile", "> LONGEST_NUMBER:", "> 1 << 40:", "test_odd_records.py -k digits"),
     ("numbers that are none", "recordfile", "if value - value != 0:", "if False:", "test_odd_records.py -k no_hook"),
     (
@@ -322,7 +322,7 @@ MUTATIONS = [
         "replay",
         '(make_one_line(os.path.basename(path)), "-", "-", "-", f"unusable: {error.strerror}")',
         '(os.path.basename(path), "-", "-", "-", "")',
-        "test_odd_records.py -k regular",
+        "test_odd_records.py -k among",
     ),
     (
         "names of bad records in the list",
@@ -346,7 +346,13 @@ MUTATIONS = [
         "test_odd_records.py -k no_string_of",
     ),
     ("lines of a traceback", "account", '*(f"| {line}" for', '*(f"{line}" for', "test_odd_records.py -k forges"),
-    ("words that argparse quotes", "replay", "sys.exit(fail(f", "super().error(f", "test_odd_records.py -k argparse"),
+    (
+        "words that argparse quotes",
+        "replay",
+        'sys.exit(fail(f"{message}; see {PROGRAM} --help"))',
+        "super().error(message)",
+        "test_odd_records.py -k argparse",
+    ),
     (
         "damage is a line",
         "replay",
@@ -359,7 +365,7 @@ MUTATIONS = [
         "account",
         "if type(number) is int and 0 <= number <= MOST_ERRNO else",
         "if number else",
-        "test_odd_records.py -k one_line",
+        "test_odd_records.py -k of_no_error",
     ),
 ]
 
