@@ -237,7 +237,10 @@ def check_version(about: Any) -> None:
 
 def check_schema(value: Any, place: str = "about") -> None:
     """Raise RecordError unless record.json, or one event, is as schemas/record.json says. place: "events[7]"."""
-    import jsonschema
+    try:
+        import jsonschema
+    except ImportError:
+        raise RecordError("can't be checked, and is not trusted without: apt install python3-jsonschema") from None
 
     from oci_hooks.schema import describe, format_path, load_schema
 
