@@ -12,7 +12,6 @@ import json
 import re
 
 from oci_hooks.asker import SANDBOX_ID_ANNOTATIONS
-from oci_hooks.guest_settings import GUEST_SETTINGS
 from oci_hooks.hideforms import (
     DEVICE_PROPERTIES,
     NOWHERE,
@@ -30,7 +29,6 @@ from oci_hooks.hidetext import KEPT_KEYS, LEFT_OUT, hide_json_values, hide_kerne
 from oci_hooks.kata_lookup import VERSION_FILES
 from oci_hooks.runtimes import DOCKER_CONFIG
 from oci_hooks.schema import load_schema
-from oci_hooks.settings import HOST_SETTINGS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,6 +43,11 @@ if TYPE_CHECKING:
 QUESTIONS = ("ask_group", "listdir", "open_exclusively", "readlink", "realpath", "stat")
 # What Kata's shim has in its environment and the host hook asks for (kata_lookup.py).
 KEPT_VARIABLES = ("KATA_CONF_FILE=",)
+# The hooks' own settings, and the schemas that say which keys they have.
+SETTINGS = {
+    "/etc/oci-vfio-hooks/guest.toml": "guest-settings",
+    "/etc/oci-vfio-hooks/host.toml": "host-settings",
+}
 # Programs whose command lines decide something; of others the name is enough, where a finding has it.
 TOLD_PROGRAMS = ("qemu", "cloud-hypervisor", "clh", "firecracker", "stratovirt", "containerd-shim-kata", "crun", "runc")
 VFIO_NODES = ("/dev/vfio/", "/dev/iommu")
@@ -247,10 +250,9 @@ def make_teller(call: Call, findings: list[Finding], members: dict[str, bytes]) 
             names += [str(annotations[name]) for name in SANDBOX_ID_ANNOTATIONS if name in annotations]
         except (KeyError, RecursionError, TypeError, ValueError):
             continue
-    settings = {GUEST_SETTINGS: load_schema("guest-settings"), HOST_SETTINGS: load_schema("host-settings")}
+    settings = {path: load_schema(name) for path, name in SETTINGS.items()}
     if call.arguments.settings:
-        own = GUEST_SETTINGS if call.program == "vfio-guest-bind" else HOST_SETTINGS
-        settings[call.arguments.settings] = settings[own]
+        settings[call.arguments.settings] = load_schema(f"{call.program.split('-')[1]}-settings")
     told = "\n".join(f"{finding.subject}: {finding.problem}; {finding.hint}" for finding in findings)
     return Teller(told, tuple(names), settings)
 

@@ -39,7 +39,6 @@ from oci_hooks.apply import parse_grant
 from oci_hooks.bounds import RecordError
 from oci_hooks.errors import Finding, HookError, InputError
 from oci_hooks.files import Root
-from oci_hooks.guest_settings import GUEST_SETTINGS
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import read_clh, read_qemu
 from oci_hooks.jsontext import parse_json
@@ -353,8 +352,9 @@ def fuzz_kept(data: bytes) -> None:
 def fuzz_teller(data: bytes) -> None:
     """What a recording keeps of the files of a machine: whatever is in them."""
     number, _, text = data.partition(b"\0")
-    teller = hidehost.Teller("x", ("c",), {GUEST_SETTINGS: schema.load_schema("guest-settings")})
-    paths = (*(f"/proc/7/{name}" for name in teller.proc_files()), "/proc/cmdline", GUEST_SETTINGS, "/etc/x.toml")
+    own = "/etc/oci-vfio-hooks/guest.toml"
+    teller = hidehost.Teller("x", ("c",), {own: schema.load_schema("guest-settings")})
+    paths = (*(f"/proc/7/{name}" for name in teller.proc_files()), "/proc/cmdline", own, "/etc/x.toml")
     path = paths[sum(number) % len(paths)]
     hidden = teller.hide_file(path, text.decode("utf-8", "surrogateescape"))
     assert isinstance(teller.hide_file(path, hidden), str)

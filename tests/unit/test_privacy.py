@@ -26,7 +26,6 @@ from oci_hooks import guest, hidehost, host, kata_config, notation, privacy, rec
 from oci_hooks.command import Arguments, Call, Deadline, carry
 from oci_hooks.errors import Finding
 from oci_hooks.files import NotingRoot
-from oci_hooks.guest_settings import GUEST_SETTINGS
 from oci_hooks.hidehost import Teller
 from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, hide_text
 from oci_hooks.privacy import hide_document, hide_finding
@@ -40,6 +39,7 @@ pytestmark = pytest.mark.unit
 PACKAGE = Path(__file__).resolve().parents[2] / "oci_hooks"
 RECORDS = sorted((PACKAGE.parent / "tests/data/records").glob("*.tar.gz"))
 CONTAINER = "0123456789abcdef" * 4
+GUEST_SETTINGS = "/etc/oci-vfio-hooks/guest.toml"
 SECRET = "geheimnisvoll"  # noqa: S105 - a word to look for
 NIC = "0000:03:00.0"
 DEVICES = [
@@ -647,8 +647,7 @@ def test_of_other_processes_only_what_was_looked_for_is_told() -> None:
 def test_a_real_run_comes_to_the_same_with_what_is_kept(path: Path) -> None:
     found = read_record(path)
     told = "\n".join(f"{finding.subject}: {finding.problem}; {finding.hint}" for finding in found.findings)
-    settings = {GUEST_SETTINGS: load_schema("guest-settings"), host.__name__: {}}
-    settings["/etc/oci-vfio-hooks/host.toml"] = load_schema("host-settings")
+    settings = {place: load_schema(schema) for place, schema in hidehost.SETTINGS.items()}
     events = Teller(told, (found.about["container"],), settings).hide_events(list(found.events))
     documents = {name: hide_document(data, name) for name, data in found.documents.items()}
     assert find_differences(found.replace(events=tuple(events), documents=documents)) == []
@@ -735,3 +734,9 @@ def test_every_annotation_that_is_read_is_kept() -> None:
     names = {name for name in re.findall(r'"(io\.[\w./-]+[\w])"', text) if name.count(".") > 2 and ".v1" not in name}
     unknown = [name for name in names if name not in privacy.DECIDING and not name.startswith(privacy.OWN_PREFIX)]
     assert unknown == []
+
+
+def test_the_hooks_own_settings_are_known() -> None:
+    """By their places, as the code that reads them has these."""
+    text = "".join(path.read_text() for path in PACKAGE.glob("*.py") if not path.name.startswith("hide"))
+    assert set(re.findall(r'_SETTINGS = "(/etc/[\w./-]+\.toml)"', text)) == set(hidehost.SETTINGS)
