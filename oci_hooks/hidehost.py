@@ -38,9 +38,23 @@ if TYPE_CHECKING:
     from oci_hooks.command import Call
     from oci_hooks.errors import Finding
 
-# What the hooks ask of a path besides what a file holds (files.py, holders.py): names in directories, targets of links,
-# numbers of files, a word.
-QUESTIONS = ("ask_group", "listdir", "open_exclusively", "readlink", "realpath", "stat")
+# What the hooks ask of the system besides what a file holds: names in directories, targets of links, numbers of files,
+# devices and processes, a word. Whoever asks another question decides here what of the answer is kept.
+QUESTIONS = (
+    "ask_backing",
+    "ask_group",
+    "list_nodes",
+    "list_openers",
+    "listdir",
+    "look_for_request",
+    "open_exclusively",
+    "readlink",
+    "realpath",
+    "stat",
+)
+# Addresses of interfaces are kept where a finding names them.
+ADDRESS_QUESTIONS = ("ask_ipv4", "ask_network")
+ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - stands for one that is left out
 # What Kata's shim has in its environment and the host hook asks for (kata_lookup.py).
 KEPT_VARIABLES = ("KATA_CONF_FILE=",)
 # The hooks' own settings, and the schemas that say which keys they have.
@@ -124,9 +138,16 @@ class Teller:
         if question == "read_file" and isinstance(answer, dict):
             # A member of its own, or a file that was too long to be kept, has no text.
             return {**answer, "text": self.hide_file(path, answer["text"])} if "text" in answer else answer
-        if question == "ask_ipv4" and answer and answer not in self.told:
-            return "0.0.0.0"  # noqa: S104 - stands for any address
-        return answer if question in (*QUESTIONS, "ask_ipv4") else LEFT_OUT
+        if question in ADDRESS_QUESTIONS:
+            return self.hide_addresses(answer)
+        return answer if question in QUESTIONS else LEFT_OUT
+
+    def hide_addresses(self, answer: Any) -> Any:
+        """Return an address, or [kind, interface, address] of many interfaces, with those that a finding names."""
+        if isinstance(answer, str):
+            return answer if not answer or answer in self.told else ANY_ADDRESS
+        rows = answer if isinstance(answer, list) else []
+        return [[*row[:2], *map(self.hide_addresses, row[2:])] for row in rows if isinstance(row, list)]
 
     # Files -----------------------------------------------------------------------------------------------------------
 

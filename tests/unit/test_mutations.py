@@ -146,8 +146,8 @@ MUTATIONS = [
     (
         "answers that nobody knows",
         "hidehost",
-        '"ask_ipv4") else LEFT_OUT',
-        '"ask_ipv4") else answer',
+        "answer if question in QUESTIONS else LEFT_OUT",
+        "answer",
         "test_privacy.py",
     ),
     (

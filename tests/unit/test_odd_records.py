@@ -36,6 +36,7 @@ pytestmark = pytest.mark.unit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL = REPOSITORY / "tests/data/records/guest-success-runc.tar.gz"
+BRIDGE = REPOSITORY / "tests/data/records/guest-bridge.tar.gz"
 HOST = REPOSITORY / "tests/data/records/host-group-busy.tar.gz"
 Edit = Callable[[dict[str, Any], list[dict[str, Any]]], None]
 
@@ -548,7 +549,7 @@ def test_a_report_is_not_broken_out_of(tmp_path: Path) -> None:
     """Neither by a fence in a string of the record, nor by the record's name."""
     name = "-rf \x1b[31m`id` $(id) \\033[31m.tar.gz"
     members: Edit = set_about("versions", {"```": " ", "kernel": "```\n# forged"})
-    (tmp_path / name).write_bytes(pack_changed(REAL, members))
+    (tmp_path / name).write_bytes(pack_changed(BRIDGE, members))
     env = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(REPOSITORY),
