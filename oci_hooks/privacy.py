@@ -266,6 +266,8 @@ def hide_finding(finding: Finding) -> Finding:
         return finding
     # The name of an annotation is not kept either.
     subject = re.sub(rf"(: annotations\.)(?!{re.escape(OWN_PREFIX)}).*", rf"\g<1>{LEFT_OUT}", finding.subject)
+    if finding.problem.startswith("unknown key"):
+        subject = f"{subject.rpartition(': ')[0]}: {LEFT_OUT}"
     finding = finding.replace(subject=subject)
     head, found, rest = finding.problem.rpartition("found ")
     if found and rest not in JSON_KINDS:

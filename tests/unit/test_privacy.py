@@ -678,6 +678,22 @@ def test_a_finding_quotes_no_value(code: str, problem: str, kept: str) -> None:
     assert hide_finding(Finding("error", code, "x", problem)).problem == kept
 
 
+@pytest.mark.parametrize(
+    ("code", "subject", "problem", "kept"),
+    [
+        ("bad-config", "/b/config.json: annotations.geheim", "x", "/b/config.json: annotations.(left out)"),
+        ("bad-config", "/b/config.json: linux.devices[0].path", "x", "/b/config.json: linux.devices[0].path"),
+        ("bad-settings", '/x.toml line 1: "geheim"', "unknown key; known are a", "/x.toml line 1: (left out)"),
+        ("bad-settings", "/x.toml: auto", "unknown key geheim; known are a", "/x.toml: (left out)"),
+        ("bad-settings", "/x.toml: auto.ids", "expected a list, found string", "/x.toml: auto.ids"),
+    ],
+)
+def test_a_finding_names_no_name_of_a_document(code: str, subject: str, problem: str, kept: str) -> None:
+    hidden = hide_finding(Finding("error", code, subject, problem))
+    assert hidden.subject == kept
+    assert "geheim" not in hidden.problem
+
+
 def test_a_defects_traceback_has_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "DIRECTORY", str(tmp_path))
     call = Call("vfio-guest-bind", Arguments(), Deadline(8.0), [], [], [], {}, NotingRoot(), {})
