@@ -27,6 +27,7 @@ from oci_hooks.hideforms import (
 )
 from oci_hooks.hidetext import KEPT_KEYS, LEFT_OUT, hide_json_values, hide_kernel, hide_toml, hide_values
 from oci_hooks.kata_lookup import VERSION_FILES
+from oci_hooks.privacy import hide_document
 from oci_hooks.runtimes import DOCKER_CONFIG
 from oci_hooks.schema import load_schema
 
@@ -80,7 +81,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "name": (),
     "bundle": (),
     "b": (),
+    "config": (),
+    "f": (),
 }
+PATH_OPTIONS = ("bundle", "b", "config", "f")
 # Stands for properties that are left out: it has a name, as the first word without one is the driver's.
 OTHER_PROPERTIES = f"{LEFT_OUT}={LEFT_OUT}"
 STATUS_LINE = re.compile(r"[A-Za-z_]+:[\s\d]*", re.ASCII)
@@ -158,13 +162,18 @@ class Teller:
         if path.startswith("/proc/"):
             parts = path.split("/")
             of_process = len(parts) > 3 and (parts[2] == "self" or parts[2].isdigit())
-            name = "/".join(parts[3:] if of_process else parts[1:])
+            name = re.sub("^task/[0-9]+/", "task/N/", "/".join(parts[3:] if of_process else parts[1:]))
             keep = self.proc_files().get(name)
             return keep(text) if keep else text and LEFT_OUT
         if path in VERSION_FILES:
             return text if re.fullmatch(r"\s*[\w.+-]{1,40}\s*", text, re.ASCII) else LEFT_OUT
         if path == DOCKER_CONFIG:
             return hide_json_values(text.encode("utf-8", "surrogateescape")).decode()
+        if text.lstrip().startswith("{"):
+            # crun can be told to read another file than the bundle's config.json.
+            return hide_document(text.encode("utf-8", "surrogateescape"), "config.json").decode(
+                "utf-8", "surrogateescape"
+            )
         schema = self.settings.get(path)
         if schema is not None:
             return hide_toml(text, lambda values: keep_settings(values, schema))
@@ -182,8 +191,10 @@ class Teller:
             "mountinfo": lambda text: "\n".join(map(self.hide_mount, text.split("\n"))),
             "stat": hide_stat,
             "status": lambda text: keep_lines(text, lambda line: bool(STATUS_LINE.fullmatch(line))),
+            "task/N/children": keep_numbers,
             "uid_map": keep_numbers,
             "proc/cmdline": hide_kernel,
+            "proc/consoles": str,
             "proc/net/if_inet6": lambda text: "\n".join(map(self.hide_address, text.split("\n"))),
             "proc/net/ipv6_route": lambda text: "\n".join(map(hide_route6, text.split("\n"))),
             "proc/net/route": lambda text: "\n".join(map(hide_route, text.split("\n"))),
@@ -241,7 +252,7 @@ class Teller:
 
     def hide_value(self, option: str, value: str) -> str:
         """Return the value of an option of a hypervisor: the properties that decide, the id of the sandbox."""
-        if not value or value == "moby" or (option in ("bundle", "b") and value.startswith("/")):
+        if not value or value == "moby" or (option in PATH_OPTIONS and value.startswith("/")):
             return value
         if option == "append":
             return hide_kernel(value)

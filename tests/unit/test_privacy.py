@@ -573,6 +573,10 @@ FILES = {
     "/proc/7/comm": ("geheim\n", "(left out)"),
     "/proc/7/environ": ("TOKEN=geheim\0KATA_CONF_FILE=/etc/kata.toml\0", "KATA_CONF_FILE=/etc/kata.toml"),
     "/proc/7/uid_map": (" 0 100000 65536\n", " 0 100000 65536\n"),
+    "/proc/7/task/9/children": ("11 12 ", "11 12 "),
+    "/proc/consoles": ("ttyS0 -W- (EC p a) 4:64\n", "ttyS0 -W- (EC p a) 4:64\n"),
+    "/x/spec.json": ('{"root": {"path": "r"}, "hostname": "geheim"}', None),
+    "/x/bad.json": ('{"root": {"path": geheim}', None),
     "/proc/7/maps": ("7f00-8000 r-xp /geheim", "(left out)"),
     "/proc/7/cmdline": ("/usr/bin/dpdk\0--key=geheim\0", "dpdk"),
     "/proc/8/cmdline": ("geheim: worker\0--key=geheim\0", "(left out)"),
@@ -581,7 +585,7 @@ FILES = {
         f"firecracker\0--(left out)\0(left out)\0--(left out)\0"
         f"(left out)/{CONTAINER}/(left out)\0--(left out)=(left out)\0",
     ),
-    "/proc/10/cmdline": ("runc\0--log\0/geheim\0create\0--bundle\0/run/b\0id", None),
+    "/proc/10/cmdline": ("crun\0--log\0/geheim\0create\0--bundle\0/run/b\0-f\0/x/spec.json\0id", None),
     GUEST_SETTINGS: (
         '# geheim\n[auto]\nids = ["8086:10d3", "geheim"]\ngeheim = "geheim"\n[node]\nmode = 384\n',
         '\n\n"auto"."ids" = ["8086:10d3", "(left out)"]\n"auto"."(left out) 2" = "(left out)"\n\n"node"."mode" = 384\n',
@@ -601,7 +605,9 @@ def test_of_a_file_its_form_is_kept(path: str) -> None:
     assert "geheim" not in kept
     assert expected is None or kept == expected
     if path == "/proc/10/cmdline":
-        assert "--bundle\0/run/b" in kept
+        assert "--bundle\0/run/b\0-f\0/x/spec.json" in kept
+    if path == "/x/spec.json":
+        assert json.loads(kept) == {"root": {"path": "r"}, "hostname": LEFT_OUT}
 
 
 def test_of_other_processes_only_what_was_looked_for_is_told() -> None:
