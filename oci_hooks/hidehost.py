@@ -167,13 +167,16 @@ class Teller:
             return keep(text) if keep else text and LEFT_OUT
         if path in VERSION_FILES:
             return text if re.fullmatch(r"\s*[\w.+-]{1,40}\s*", text, re.ASCII) else LEFT_OUT
+        return self.hide_configuration(path, text)
+
+    def hide_configuration(self, path: str, text: str) -> str:
+        """Return what is kept of a configuration: of an engine, of Kata, of the hooks, of a container."""
+        data = text.encode("utf-8", "surrogateescape")
         if path == DOCKER_CONFIG:
-            return hide_json_values(text.encode("utf-8", "surrogateescape")).decode()
+            return hide_json_values(data).decode("utf-8", "surrogateescape")
         if text.lstrip().startswith("{"):
             # crun can be told to read another file than the bundle's config.json.
-            return hide_document(text.encode("utf-8", "surrogateescape"), "config.json").decode(
-                "utf-8", "surrogateescape"
-            )
+            return hide_document(data, "config.json").decode("utf-8", "surrogateescape")
         schema = self.settings.get(path)
         if schema is not None:
             return hide_toml(text, lambda values: keep_settings(values, schema))
