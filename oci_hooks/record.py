@@ -235,8 +235,8 @@ def find_runtime() -> str:
         return ""
     # runc runs as a copy of itself in memory, which is still /proc/PID/exe.
     if name not in RUNTIMES or not (executable.rpartition("/")[2] == name or executable.startswith("/memfd:")):
-        # What a process calls itself may be anything.
-        return executable.rpartition("/")[2]
+        # What a process calls itself may be anything; a crun that runs as a copy of itself has no other name.
+        return name if name in RUNTIMES else executable.rpartition("/")[2]
     import subprocess
 
     try:
