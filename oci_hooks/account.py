@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 
+from oci_hooks.bounds import MOST_ERRNO
 from oci_hooks.errors import make_one_line
 from oci_hooks.notation import KIND
 
@@ -38,7 +39,8 @@ def format_run(record: RunRecord, reads: bool) -> str:
         asked = []
     lines += [*count_reads(asked), "", *format_findings(record)]
     if record.about["traceback"]:
-        lines += ["", *record.about["traceback"].splitlines()]
+        # A line of its text is none of the tool's own.
+        lines += ["", *(f"| {line}" for line in record.about["traceback"].splitlines())]
     return "".join(f"{make_one_line(line)}\n" for line in lines)
 
 
@@ -50,7 +52,7 @@ def format_head(record: RunRecord) -> list[str]:
     return [
         f"{about['program']} {about['hook']}, container {about['container'] or '(not known)'}",
         f"{about['time']}, exit {about['exit']} after {about['seconds']:.2f} s",
-        versions,
+        f"versions: {versions}",
         f"arguments: {given or 'none'}",
     ]
 
@@ -86,7 +88,7 @@ def format_event(event: dict[str, Any]) -> list[str]:
 def format_answer(event: dict[str, Any]) -> str:
     """Return what came of a question or a step."""
     if "errno" in event:
-        return os.strerror(event["errno"])
+        return name_errno(event["errno"])
     if "error" in event:
         error = event["error"]
         if error.get("findings"):
@@ -127,6 +129,11 @@ def format_value(value: Any) -> str:
     return f"{kind.rpartition('.')[2]}({words})" if isinstance(kind, str) else words
 
 
+def name_errno(number: object) -> str:
+    """Return the words for an errno; of what is none, what it is."""
+    return os.strerror(number) if type(number) is int and 0 <= number <= MOST_ERRNO else f"errno {number}"
+
+
 def tell_job(job: dict[str, Any]) -> str:
     """Return the writes for one device."""
     writes = [f"{write['path'].rpartition('/')[2]}={write['data'].strip()}" for write in job["writes"]]
@@ -135,13 +142,13 @@ def tell_job(job: dict[str, Any]) -> str:
 
 def tell_result(result: dict[str, Any]) -> str:
     """Return how a device's writes ended."""
-    return f"{result['address']} {os.strerror(result['code']) if result['code'] else 'ok'}"
+    return f"{result['address']} {name_errno(result['code']) if result['code'] else 'ok'}"
 
 
 def tell_proof(proof: dict[str, Any]) -> str:
     """Return what opening a node inside the container came to."""
     error = proof["error"]
-    return f"{proof['node']['name']} {os.strerror(error) if error else 'opens' if proof['is_viable'] else 'not viable'}"
+    return f"{proof['node']['name']} {name_errno(error) if error else 'opens' if proof['is_viable'] else 'not viable'}"
 
 
 def tell_claim(claim: dict[str, Any]) -> str:

@@ -81,5 +81,7 @@ def make_one_line(text: str, limit: int = LINE_LIMIT) -> str:
 
     limit: length in characters above which the text is cut.
     """
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    # An escape is longer than its character, so what is behind the limit stays there.
+    kept = text[: limit + 1]
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in kept)
     return safe if len(safe) <= limit else safe[: limit - 3] + "..."

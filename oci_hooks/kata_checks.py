@@ -122,7 +122,8 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
         refusal = find_kernel_refusal(str(kernel.value))
         if setting.value is True and not refusal:
             return ()
-        problem = config.describe(kernel if setting.value is True else setting)
+        # Of the parameters the one that decides: others may hold a proxy's password.
+        problem = config.describe(kernel.replace(value=refusal) if setting.value is True else setting)
         if setting.value is True:
             hint = f"take {refusal} out of kernel_params"
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from oci_hooks.bounds import MOST_NUMBER
 from oci_hooks.errors import Finding, HookError, InputError, Refusal, StepError
 from oci_hooks.files import Descriptor
 from oci_hooks.records import Record
@@ -47,6 +48,8 @@ class Opaque:
 
 def encode(value: object) -> Any:
     """Return a value as JSON; what can't be kept is only named."""
+    if type(value) is int and abs(value) > MOST_NUMBER:
+        return {KIND: "opaque", "type": "a whole number of more than 64 bits"}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, dict):

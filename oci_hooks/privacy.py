@@ -1,179 +1,280 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a run is not written down: records are sent to strangers.
+"""What of a run is written down: recordings are sent to strangers.
 
-Left out of state and config.json are the values of environment variables, of arguments, and of annotations that don't
-decide anything here; their names stay. Values that are only PCI addresses stay, because the hook goes by them. Of other
-processes nothing stays but what was looked for: who holds a VFIO node, and a hypervisor's command line.
+Kept is what the hooks go by, by the lists in this module (state, config.json, findings), in hidetext.py (configuration
+files) and in hidehost.py (processes, /proc); of everything else only what kind of thing it was. A list of secrets would
+always lack one. The manual has the same table: vfio-hook-replay(1), WHAT IS KEPT.
 """
 
 from __future__ import annotations
 
+import json
+import os.path
 import re
+
+from oci_hooks.hidetext import LEFT_OUT, hide_kernel, hide_text
+from oci_hooks.kata_config import GO_ANNOTATED, HYPERVISOR_PREFIX, PATH_ANNOTATION, RS_ANNOTATED, RUNTIME_PREFIX
+from oci_hooks.oci import CONTROL_NODE, is_name
+from oci_hooks.request import normalize_address
+from oci_hooks.verdict import HOST_ONLY_NODES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-LEFT_OUT = "(left out)"
-# Annotations that decide what the hooks do: their own, and those by which they tell the runtime, the sandbox and Kata's
-# configuration.
+    from oci_hooks.errors import Finding
+
+    Rule = Callable[[Any], Any]
+
 OWN_PREFIX = "io.katacontainers.x.vfio"
-DECIDING_PREFIXES = (
-    OWN_PREFIX,
+# Annotations by which the hooks know sandbox, container and runtime (oci.py, asker.py); their values are kept.
+DECIDING = (
+    PATH_ANNOTATION,
+    RUNTIME_PREFIX + "vfio_mode",
+    *(HYPERVISOR_PREFIX + key for key in sorted({*GO_ANNOTATED, *RS_ANNOTATED})),
+    "io.containerd.cri.runtime-handler",
     "io.katacontainers.pkg.oci.container_type",
-    "io.katacontainers.config.hypervisor.",
-    "io.katacontainers.config.runtime.",
-    "io.katacontainers.config_path",
+    "io.kubernetes.container.name",
+    "io.kubernetes.cri-o.ContainerName",
+    "io.kubernetes.cri-o.ContainerType",
+    "io.kubernetes.cri-o.RuntimeHandler",
+    "io.kubernetes.cri-o.SandboxID",
+    "io.kubernetes.cri.container-name",
     "io.kubernetes.cri.container-type",
     "io.kubernetes.cri.sandbox-id",
-    "io.kubernetes.cri-o.ContainerType",
-    "io.kubernetes.cri-o.SandboxID",
-    "io.kubernetes.cri-o.RuntimeHandler",
     "io.podman.annotations.sandbox-id",
-    "io.containerd.cri.runtime-handler",
-    "run.oci.",
 )
-SECRET_WORDS = ("initdata", "init_data", "policy")
-ADDRESSES = re.compile(r"([0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7](,|$))+")
-# What the host hook takes from the environment of Kata's shim (kata_lookup.py).
-KEPT_VARIABLES = ("KATA_CONF_FILE=",)
-# Command lines that decide something; of others the name is enough.
-TOLD_PROGRAMS = ("qemu", "cloud-hypervisor", "clh", "firecracker", "stratovirt", "containerd-shim-kata", "crun")
-VFIO_NODES = ("/dev/vfio/", "/dev/iommu")
+# Of these only that there was one with this beginning decides.
+TELLING_PREFIXES = ("io.kubernetes.cri.", "io.kubernetes.cri-o.", "io.katacontainers.pkg.oci.")
+# Names of OCI's specification, whose values decide nothing here; other names are left out with their values.
+KNOWN_NAMES = (
+    "annotations",
+    "apparmorProfile",
+    "args",
+    "blockIO",
+    "cgroupsPath",
+    "commandLine",
+    "cpu",
+    "cwd",
+    "domainname",
+    "hooks",
+    "hostname",
+    "intelRdt",
+    "linux",
+    "maskedPaths",
+    "memory",
+    "mountLabel",
+    "mounts",
+    "network",
+    "noNewPrivileges",
+    "ociVersion",
+    "oomScoreAdj",
+    "personality",
+    "pids",
+    "process",
+    "readonlyPaths",
+    "resources",
+    "root",
+    "rootfsPropagation",
+    "seccomp",
+    "selinuxLabel",
+    "source",
+    "sysctl",
+    "terminal",
+)
+VFIO = "/dev/vfio/"
+PLUGIN_PREFIX = "PCIDEVICE_"
+# The codes of findings that quote the document which they are about.
+QUOTING = ("bad-config", "bad-state", "bad-settings")
+JSON_KINDS = ("string", "object", "array", "integer", "number", "boolean", "null")
 
 
-# Documents ------------------------------------------------------------------------------------------------------------
+# Rules: what is kept of a value ---------------------------------------------------------------------------------------
 
 
-def hide_document(data: bytes) -> bytes:
-    """Return a state or a config.json without what is nobody's business."""
-    import json
+def shape(value: Any) -> Any:
+    """Return what kind of value it is: of the same JSON type, and empty where that is."""
+    if isinstance(value, str):
+        return value and LEFT_OUT
+    if isinstance(value, list):
+        return [LEFT_OUT] if value else []
+    if isinstance(value, dict):
+        return {LEFT_OUT: LEFT_OUT} if value else {}
+    if isinstance(value, float):
+        return 0.5
+    return value if value is None or isinstance(value, bool) else 0
 
+
+def number(value: Any) -> Any:
+    """Return a number, a truth value or null; of anything else its kind."""
+    return shape(value) if isinstance(value, (str, list, dict)) else value
+
+
+def text(keep: Callable[[str], str]) -> Rule:
+    """Return the rule for a string; what is none keeps its kind."""
+    return lambda value: keep(value) if isinstance(value, str) else number(value)
+
+
+def one_of(*words: str) -> Rule:
+    """Return the rule for a string that is kept if it is one of these."""
+    return text(lambda value: value if value in words else shape(value))
+
+
+def like(pattern: str) -> Rule:
+    """Return the rule for a string that is kept if it is like this."""
+    return text(lambda value: value if re.fullmatch(pattern, value, re.ASCII) else shape(value))
+
+
+def items(rule: Rule) -> Rule:
+    """Return the rule for an array, each of whose items has this rule."""
+    return lambda value: [rule(item) for item in value] if isinstance(value, list) else shape(value)
+
+
+def members(**rules: Rule) -> Rule:
+    """Return the rule for an object whose members have these rules; the names of others are left out too."""
+
+    def keep(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return shape(value)
+        kept = {}
+        for index, (name, item) in enumerate(value.items(), 1):
+            known = name in rules or name in KNOWN_NAMES
+            kept[name if known else f"{LEFT_OUT} {index}"] = rules.get(name, shape)(item)
+        return kept
+
+    return keep
+
+
+whole = text(lambda value: value)
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------
+
+
+def keep_annotations(value: Any) -> Any:
+    """Return annotations: the hooks' own and the deciding ones; of others not even the name."""
+    if not isinstance(value, dict):
+        return shape(value)
+    kept = {}
+    for index, (name, item) in enumerate(value.items(), 1):
+        if name in DECIDING or name == OWN_PREFIX or name.startswith(OWN_PREFIX + "."):
+            kept[name] = text(hide_kernel if name.endswith(".kernel_params") else str)(item)
+        elif name.startswith(HYPERVISOR_PREFIX):
+            # enable_annotations admits it or not, whatever its value is.
+            kept[name] = shape(item)
+        else:
+            prefix = next((prefix for prefix in TELLING_PREFIXES if name.startswith(prefix)), "")
+            kept[f"{prefix}{LEFT_OUT} {index}"] = shape(item)
+    return kept
+
+
+def keep_variable(word: str) -> str:
+    """Return an environment variable: of the device plugin's the addresses, of others that there was one."""
+    name, equals, value = word.partition("=")
+    if not name.startswith(PLUGIN_PREFIX) or name.endswith("_INFO"):
+        return f"{shape(name)}{equals}{shape(value)}"
+    name = name if re.fullmatch("[A-Z0-9_]{1,120}", name) else PLUGIN_PREFIX + LEFT_OUT
+    return name + equals + ",".join(part if normalize_address(part) else shape(part) for part in value.split(","))
+
+
+def keep_device_path(path: str) -> str:
+    """Return the path in linux.devices of a VFIO node, or of one that only a privileged container has.
+
+    Of another it stays whether it is absolute, and a name.
+    """
+    plain = "/" + os.path.normpath(path).lstrip("/") if path else ""
+    if is_name(path) and (plain + "/" == VFIO or plain.startswith(VFIO) or plain in HOST_ONLY_NODES):
+        return path
+    return f"{path[:1] if path[:1] == '/' else ''}{shape(path)}{'' if is_name(path) else chr(0)}"
+
+
+def keep_destination(path: str) -> str:
+    """Return where a mount is, if that holds the control node: /dev, /dev/vfio."""
+    return path if (CONTROL_NODE + "/").startswith(path.rstrip("/") + "/") else shape(path)
+
+
+VERSION = like(r"(\d{1,3}\.){1,3}\d{1,3}([+-][a-z0-9.]{1,8})?|")
+NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts")
+MAPPINGS = items(members(containerID=number, hostID=number, size=number))
+STATE = members(
+    ociVersion=VERSION,
+    id=whole,
+    status=one_of("creating", "created", "running", "stopped"),
+    pid=number,
+    bundle=whole,
+    annotations=keep_annotations,
+)
+CONFIG = members(
+    ociVersion=VERSION,
+    annotations=keep_annotations,
+    root=members(path=whole, readonly=number),
+    process=members(
+        user=members(uid=number, gid=number),
+        env=items(text(keep_variable)),
+        capabilities=members(effective=items(one_of("CAP_IPC_LOCK"))),
+        rlimits=items(members(type=one_of("RLIMIT_MEMLOCK"), soft=number, hard=number)),
+    ),
+    mounts=items(
+        members(destination=text(keep_destination), type=one_of("bind"), options=items(one_of("bind", "rbind")))
+    ),
+    linux=members(
+        devices=items(
+            members(
+                path=text(keep_device_path),
+                type=one_of("c", "b", "u", "p"),
+                major=number,
+                minor=number,
+                fileMode=number,
+                uid=number,
+                gid=number,
+            )
+        ),
+        namespaces=items(members(type=one_of(*NAMESPACES))),
+        uidMappings=MAPPINGS,
+        gidMappings=MAPPINGS,
+        resources=members(
+            devices=items(
+                members(allow=number, type=one_of("a", "b", "c"), major=number, minor=number, access=like("[rwm]{0,3}"))
+            )
+        ),
+    ),
+)
+
+
+def hide_document(data: bytes, name: str) -> bytes:
+    """Return a document with what the hooks go by. name: "state.json" or "config.json"."""
     try:
-        document = json.loads(data)
+        # From bytes the json package would take UTF-16 too, and the hooks' reader does not.
+        document = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
         return hide_text(data)
-    if not isinstance(document, dict):
-        return data if not isinstance(document, str) else b'"(left out)"'
-    hide_annotations(document)
-    process = document.get("process")
-    if isinstance(process, dict):
-        hide_list(process, "env", hide_variable)
-        hide_list(process, "args", hide_argument)
-        if isinstance(process.get("commandLine"), str):
-            process["commandLine"] = LEFT_OUT
-    hooks = document.get("hooks")
-    for group in hooks.values() if isinstance(hooks, dict) else ():
-        for hook in group if isinstance(group, list) else ():
-            if isinstance(hook, dict):
-                hide_list(hook, "env", hide_variable)
-    return json.dumps(document, indent=1).encode()
+    return json.dumps((STATE if name == "state.json" else CONFIG)(document), indent=1).encode()
 
 
-def hide_annotations(document: dict[str, Any]) -> None:
-    """Leave out the values of annotations that don't decide anything."""
-    annotations = document.get("annotations")
-    if isinstance(annotations, dict):
-        for name, value in annotations.items():
-            if isinstance(value, str) and not is_deciding(name):
-                annotations[name] = LEFT_OUT
+# What was said --------------------------------------------------------------------------------------------------------
 
 
-def is_deciding(name: str) -> bool:
-    """Tell whether an annotation's value is kept."""
-    return name.startswith(DECIDING_PREFIXES) and not any(word in name.lower() for word in SECRET_WORDS)
+def hide_finding(finding: Finding) -> Finding:
+    """Return a finding without what it quotes of a document, and of the values that a defect met.
 
-
-def hide_list(owner: dict[str, Any], key: str, hide: Callable[[int, str], str]) -> None:
-    """Hide the texts of a list; whatever else is in it stays, because it may be what is wrong with it."""
-    values = owner.get(key)
-    if isinstance(values, list):
-        owner[key] = [hide(index, value) if isinstance(value, str) else value for index, value in enumerate(values)]
-
-
-def hide_variable(_index: int, text: str) -> str:
-    """Return an environment variable without its value, unless that is a list of PCI addresses."""
-    name, equals, value = text.partition("=")
-    return text if ADDRESSES.fullmatch(value) else f"{name}{equals}{LEFT_OUT if equals and value else ''}"
-
-
-def hide_argument(index: int, text: str) -> str:
-    """Return the program's name, and of its arguments that there were some."""
-    return text if index == 0 else LEFT_OUT
-
-
-def hide_text(data: bytes) -> bytes:
-    """Return a text that is not JSON with every string in it made illegible, each error of it still in its place."""
-
-    def hide_string(match: re.Match[bytes]) -> bytes:
-        return re.sub(rb"\\.|[!#-\[\]-~]", lambda found: found[0] if found[0][:1] == b"\\" else b"x", match[0])
-
-    return re.sub(rb'"(?:[^"\\]|\\.)*(?:"|$)', hide_string, data, flags=re.DOTALL)
-
-
-# Other processes ------------------------------------------------------------------------------------------------------
-
-
-def hide_processes(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the reads of a run without what other processes have open, are called with, and have in their environment.
-
-    A replay finds the same: what is left out is what the hook looked at and passed over.
+    A replay is compared by this too: it quotes what is left of the document.
     """
-    kept = [event for event in events if is_told(event)]
-    links = {event["path"] for event in kept if is_open_file(split(event))}
-    pids = {parts[2] for parts in map(split, kept) if is_process(parts) and (parts[3] != "fd" or len(parts) > 4)}
-    shown = (hide_process(event, pids, links) for event in kept)
-    return [event for event in shown if event is not None]
+    if finding.code == "internal":
+        return finding.replace(problem=hide_quoted(finding.problem))
+    if finding.code not in QUOTING:
+        return finding
+    # The name of an annotation is not kept either.
+    subject = re.sub(rf"(: annotations\.)(?!{re.escape(OWN_PREFIX)}).*", rf"\g<1>{LEFT_OUT}", finding.subject)
+    if finding.problem.startswith("unknown key"):
+        subject = f"{subject.rpartition(': ')[0]}: {LEFT_OUT}"
+    finding = finding.replace(subject=subject)
+    head, found, rest = finding.problem.rpartition("found ")
+    if found and rest not in JSON_KINDS:
+        return finding.replace(problem=f"{head}{found}{LEFT_OUT}")
+    return finding.replace(problem=re.sub(r"^(unknown key )[^;]*", rf"\g<1>{LEFT_OUT}", finding.problem))
 
 
-def split(event: dict[str, Any]) -> list[str]:
-    """Return the parts of an event's path: ["", "proc", "12", "fd", "3"]."""
-    return str(event.get("path", "")).split("/")
-
-
-def is_process(parts: list[str]) -> bool:
-    """Tell whether a path is below a process's directory."""
-    return len(parts) > 3 and parts[1] == "proc" and parts[2].isdigit()
-
-
-def is_open_file(parts: list[str]) -> bool:
-    """Tell whether a path is that of an open file of a process."""
-    return is_process(parts) and len(parts) > 4 and parts[3] == "fd"
-
-
-def is_told(event: dict[str, Any]) -> bool:
-    """Tell whether an event is no process's open file, or one that is a VFIO node."""
-    return not is_open_file(split(event)) or str(event.get("answer", "")).startswith(VFIO_NODES)
-
-
-def hide_process(event: dict[str, Any], pids: set[str], links: set[str]) -> dict[str, Any] | None:
-    """Return an event as it may be told, None where it may not.
-
-    pids: processes of which something is told; links: open files that are told.
-    """
-    parts, answer = split(event), event.get("answer")
-    if parts == ["", "proc"] and isinstance(answer, list):
-        return {**event, "answer": [name for name in answer if not name.isdigit() or name in pids]}
-    if not is_process(parts):
-        return event
-    if parts[3:] == ["fd"]:
-        names = [name for name in answer if f"{event['path']}/{name}" in links] if isinstance(answer, list) else None
-        return None if parts[2] not in pids else event if names is None else {**event, "answer": names}
-    if parts[3] in HIDERS and isinstance(answer, dict):
-        words = HIDERS[parts[3]](answer["text"].split("\0"))
-        return {**event, "answer": {**answer, "text": "\0".join(words)}}
-    return event
-
-
-def hide_environment(words: list[str]) -> list[str]:
-    """Return the environment of another process without what was not looked for."""
-    return [word for word in words if word.startswith(KEPT_VARIABLES)]
-
-
-def hide_command(words: list[str]) -> list[str]:
-    """Return the command line of another process: all of it where it decides something, else the program."""
-    return words if words[0].rpartition("/")[2].startswith(TOLD_PROGRAMS) else words[:1]
-
-
-HIDERS = {"environ": hide_environment, "cmdline": hide_command}
+def hide_quoted(words: str) -> str:
+    """Return the text of an exception with what stands between quotes left out, and from a quote without a second."""
+    return re.sub(r"""'[^']*('|\Z)|"[^"]*("|\Z)""", f"'{LEFT_OUT}'", words)

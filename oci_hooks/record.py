@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import time
 
-from oci_hooks import __version__, notation, privacy
+from oci_hooks import __version__, bounds, hidehost, notation, privacy
 from oci_hooks.errors import Finding
+from oci_hooks.hidetext import LEFT_OUT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from oci_hooks.command import Call, Outcome
@@ -27,10 +29,8 @@ DIRECTORY = "/var/lib/oci-vfio-hooks/records"
 SPARE_DIRECTORY = "/run/oci-vfio-hooks/records"
 SUFFIX = ".tar.gz"
 NEWEST = 20
-# A sysfs attribute is a page; nothing that the hooks understand is longer than this.
-LONGEST_ANSWER = 1 << 18
-LONGEST_DOCUMENT = 1 << 22
-MOST_EVENTS = 50_000
+# Of the environment of a hook, which is trusted for nothing: what is told when something is wrong with the interpreter.
+VARIABLES = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONHOME", "PYTHONPATH")
 # Programs that are asked for their version: those that start hooks, and say it without doing anything.
 RUNTIMES = ("runc", "crun", "youki", "kata-agent", "kata-runtime", "containerd-shim-kata-v2")
 
@@ -76,7 +76,11 @@ def make_members(call: Call, outcome: Outcome, notes: list[Note]) -> dict[str, b
     # Lone surrogates stand for bytes that are not UTF-8; JSON's escapes keep them.
     members: dict[str, bytes] = {}
     full = call.wishes.get("asked") == "full"
-    events = privacy.hide_processes(list_events(notes, members, full))
+    events = list_events(notes, members, full)
+    findings = outcome.findings
+    if not full:
+        events = hidehost.make_teller(call, findings, members).hide_events(events)
+        findings = [privacy.hide_finding(finding) for finding in findings]
     about = {
         "version": VERSION,
         "program": call.program,
@@ -86,18 +90,33 @@ def make_members(call: Call, outcome: Outcome, notes: list[Note]) -> dict[str, b
         "exit": outcome.code,
         "container": call.container[-1] if call.container else "",
         "arguments": describe_arguments(call),
-        "environment": sorted(os.environ),
+        "environment": sorted(os.environ) if full else name_variables(),
         "versions": find_versions(),
-        "findings": [finding.as_dict() for finding in outcome.findings],
-        "traceback": format_traceback(outcome.error),
+        "findings": [finding.as_dict() for finding in findings],
+        "traceback": format_traceback(outcome.error, full),
         "full": full,
     }
-    lines = [f"{json.dumps(event)}\n" for event in events[:MOST_EVENTS]]
     return {
         "record.json": json.dumps(about, indent=1).encode(),
-        "events.jsonl": "".join(lines).encode(),
+        "events.jsonl": write_events(events),
         **members,
     }
+
+
+def write_events(events: Iterable[dict[str, Any]]) -> bytes:
+    """Return events as lines of JSON, as many of them as a reader takes (bounds.py)."""
+    import json
+
+    lines: list[bytes] = []
+    size = values = 0
+    for event in events:
+        line = f"{json.dumps(event)}\n".encode()
+        size += len(line)
+        values += bounds.check_value(event, "an event")
+        if len(lines) == bounds.MOST_EVENTS or size > bounds.MOST_EVENT_BYTES or values > bounds.MOST_VALUES:
+            break
+        lines.append(line)
+    return b"".join(lines)
 
 
 def list_events(notes: list[Note], members: dict[str, bytes], full: bool) -> list[dict[str, Any]]:
@@ -133,10 +152,11 @@ def encode_answer(note: Note, members: dict[str, bytes], full: bool) -> dict[str
         return {"error": notation.encode_error(answer)}
     document = name_document(note)
     if document and isinstance(answer, bytes):
-        data = answer if full else privacy.hide_document(answer)
-        if len(data) <= LONGEST_DOCUMENT and members.setdefault(document, data) == data:
+        data = answer if full else privacy.hide_document(answer, document)
+        fits = len(data) <= bounds.MOST_DOCUMENT_BYTES and bounds.estimate_values(data) <= bounds.MOST_VALUES
+        if fits and members.setdefault(document, data) == data:
             return {"answer": {notation.KIND: "member", "name": document}}
-    if isinstance(answer, bytes) and len(answer) > LONGEST_ANSWER:
+    if isinstance(answer, bytes) and len(answer) > bounds.MOST_ANSWER_BYTES:
         return {"answer": {notation.KIND: "opaque", "type": f"{len(answer)} bytes"}}
     return {"answer": notation.encode(answer)}
 
@@ -157,13 +177,22 @@ def describe_arguments(call: Call) -> dict[str, Any]:
     return {**values, "groups": list(values["groups"])}
 
 
-def format_traceback(error: BaseException | None) -> str:
-    """Return the traceback of a defect; "" without one."""
+def format_traceback(error: BaseException | None, full: bool) -> str:
+    """Return the traceback of a defect, its cause first; "" without one. full: with what its text quotes."""
     if error is None:
         return ""
     import traceback
 
-    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    words = f"{type(error).__name__}: {error if full else privacy.hide_quoted(str(error))}"
+    return f"{format_traceback(cause, full)}Traceback (most recent call last):\n{frames}{words}\n"
+
+
+def name_variables() -> list[str]:
+    """Return the names of the hook's own environment variables that could matter to it, and that there are others."""
+    kept = sorted(name for name in os.environ if name in VARIABLES)
+    return kept + [LEFT_OUT] * (len(kept) < len(os.environ))
 
 
 # Versions -------------------------------------------------------------------------------------------------------------
@@ -202,7 +231,8 @@ def find_runtime() -> str:
         return ""
     # runc runs as a copy of itself in memory, which is still /proc/PID/exe.
     if name not in RUNTIMES or not (executable.rpartition("/")[2] == name or executable.startswith("/memfd:")):
-        return name
+        # What a process calls itself may be anything; a crun that runs as a copy of itself has no other name.
+        return name if name in RUNTIMES else executable.rpartition("/")[2]
     import subprocess
 
     try:

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a record that may come from anybody.
 
-Nothing is unpacked to disk. A file is read only within bounds, its members only by the names that records have, as
-plain files; what is in them is checked against schemas/record.json before anything looks at it.
+Nothing is unpacked to disk. A file is read only within bounds (bounds.py), its members only by the names that records
+have, as plain files; what is in them is checked against schemas/record.json before anything looks at it.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import tarfile
+import stat
 import zlib
 
+from oci_hooks import bounds
+from oci_hooks.bounds import RecordError, check_bound, check_value
 from oci_hooks.notation import NotationError, make_finding
 from oci_hooks.record import VERSION
 from oci_hooks.records import Record
@@ -23,13 +24,20 @@ if TYPE_CHECKING:
 
     from oci_hooks.errors import Finding
 
-MOST_PACKED = 8 << 20
-MOST_UNPACKED = 64 << 20
-MEMBERS = ("record.json", "events.jsonl", "state.json", "config.json")
-
-
-class RecordError(Exception):
-    """This is no record that can be read; says why."""
+DOCUMENTS = ("state.json", "config.json")
+# Members by name, and the bound of each one's length.
+MEMBERS = {
+    "record.json": "SUMMARY_BYTES",
+    "events.jsonl": "EVENT_BYTES",
+    "state.json": "DOCUMENT_BYTES",
+    "config.json": "DOCUMENT_BYTES",
+}
+# A tar (POSIX, ustar): blocks of 512 bytes, a header before each file.
+BLOCK = 512
+NAME, SIZE, CHECKSUM, TYPE, PREFIX = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157), slice(345, 500)
+PLAIN_FILES = (b"0", b"\0")
+# Decimal digits of a whole number of 64 bits.
+LONGEST_NUMBER = 20
 
 
 class RunRecord(Record):
@@ -47,59 +55,139 @@ class RunRecord(Record):
 
 
 def read_record(path: str | os.PathLike[str]) -> RunRecord:
-    """Return the record in a file. Raises RecordError, OSError."""
+    """Return the record in a file. Raises RecordError (RecordTooLarge where it is above a bound), OSError."""
     path = os.fspath(path)
-    with open(path, "rb") as file:
-        packed = file.read(MOST_PACKED + 1)
-    members = read_members(unpack(packed))
+    try:
+        return make_record(path, read_members(unpack(read_packed(path))))
+    except RecordError as error:
+        error.path = path
+        raise
+
+
+def make_record(path: str, members: dict[str, bytes]) -> RunRecord:
+    """Return the record that some files are. Raises RecordError."""
     about = parse(members, "record.json")
     check_version(about)
-    lines = members.get("events.jsonl", b"").splitlines()
-    events = [load(line, f"events.jsonl, line {number}") for number, line in enumerate(lines, 1)]
-    check_schema({"about": about, "events": events})
-    documents = {name: data for name, data in members.items() if name in ("state.json", "config.json")}
+    check_bound(check_value(about, "record.json"), "SUMMARY_VALUES", "record.json")
+    check_schema(about)
+    documents = {name: data for name, data in members.items() if name in DOCUMENTS}
+    for name, data in documents.items():
+        check_bound(bounds.estimate_values(data), "VALUES", name)
     try:
         findings = tuple(make_finding(finding) for finding in about["findings"])
     except NotationError as error:
         raise RecordError(f"record.json: a finding {error}") from None
-    return RunRecord(path, about, tuple(events), documents, findings)
+    return RunRecord(path, about, tuple(read_events(members.get("events.jsonl", b""))), documents, findings)
+
+
+def read_packed(path: str) -> bytes:
+    """Return the content of a regular file. Raises RecordError, OSError."""
+    # Neither a pipe nor a device is waited for, or woken.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise RecordError("is no regular file, so it is damaged, or no record")
+        return file.read(bounds.MOST_PACKED_BYTES + 1)
 
 
 def unpack(packed: bytes) -> bytes:
     """Return what a gzip file holds. Raises RecordError for anything else, and for more than a record ever holds."""
-    if len(packed) > MOST_PACKED:
-        raise RecordError(f"is larger than {MOST_PACKED} bytes, which no record is")
+    check_bound(len(packed), "PACKED_BYTES")
     # 16 + 15: gzip, whose header and checksum zlib then reads.
     decompressor = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
-        data = decompressor.decompress(packed, MOST_UNPACKED)
+        data = decompressor.decompress(packed, bounds.MOST_BYTES + 1)
     except zlib.error as error:
         raise RecordError(f"is damaged, or no record: {error}") from None
-    if decompressor.unconsumed_tail:
-        raise RecordError(f"unpacks to more than {MOST_UNPACKED} bytes, which no record does")
+    check_bound(len(data), "BYTES")
     if not decompressor.eof:
         raise RecordError("is damaged: it ends too early")
     return data
 
 
 def read_members(data: bytes) -> dict[str, bytes]:
-    """Return the files in a tar by their names. Raises RecordError for what a record does not have."""
+    """Return the files in a tar by their names. Raises RecordError for what a record does not have.
+
+    By hand: a record is four plain files with short names, and all else that a tar can hold (links, sparse files,
+    extended headers that give names and sizes) is refused before anything reads it.
+    """
     members: dict[str, bytes] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                if member.name not in MEMBERS or member.name in members:
-                    raise RecordError(f"holds {member.name!r}, which no record does")
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-                    raise RecordError(f"holds {member.name!r} as something else than a plain file")
-                file = tar.extractfile(member)
-                content = file.read() if file else b""
-                if len(content) != member.size:
-                    raise RecordError(f"is damaged: {member.name} ends too early")
-                members[member.name] = content
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise RecordError(f"is damaged, or no record: {error}") from None
+    place = 0
+    while data[place : place + BLOCK].strip(b"\0"):
+        check_bound(len(members) + 1, "MEMBERS")
+        name, size = read_header(data[place : place + BLOCK])
+        if name in members:
+            raise RecordError(f"holds {name!r} twice")
+        check_bound(size, MEMBERS[name], name)
+        place += BLOCK
+        members[name] = data[place : place + size]
+        if len(members[name]) != size:
+            raise RecordError(f"is damaged: {name} ends too early")
+        place += -(-size // BLOCK) * BLOCK
     return members
+
+
+def read_header(header: bytes) -> tuple[str, int]:
+    """Return name and size in a file's header. Raises RecordError."""
+    name = header[NAME].rstrip(b"\0").decode("utf-8", "surrogateescape")
+    try:
+        checksum, size = (int(header[field].strip(b" \0") or b"0", 8) for field in (CHECKSUM, SIZE))
+    except ValueError:
+        raise RecordError("is damaged, or no record: not a tar") from None
+    if sum(header[: CHECKSUM.start]) + sum(b" " * 8) + sum(header[CHECKSUM.stop :]) != checksum or len(header) != BLOCK:
+        raise RecordError("is damaged, or no record: not a tar")
+    if name not in MEMBERS or header[PREFIX].strip(b"\0"):
+        raise RecordError(f"holds {name!r}, which no record does")
+    if header[TYPE] not in PLAIN_FILES or size < 0:
+        raise RecordError(f"holds {name!r} as something else than a plain file")
+    return name, size
+
+
+def read_events(data: bytes) -> list[dict[str, Any]]:
+    """Return the events of a record. Raises RecordError."""
+    check_bound(data.count(b"\n"), "EVENTS", "events.jsonl")
+    events: list[dict[str, Any]] = []
+    values = 0
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
+        where = f"events.jsonl, line {number}"
+        check_bound(len(line), "LINE_BYTES", where)
+        event = load(line, where)
+        values += check_value(event, where)
+        check_bound(values, "VALUES", where)
+        if not is_event(event):
+            check_schema(event, f"events[{number - 1}]")
+            raise RecordError(f"events[{number - 1}]: is no event")
+        events.append(event)
+    return events
+
+
+def is_event(event: Any) -> bool:
+    """Tell whether a value is an event, as schemas/record.json says; jsonschema takes a hundred times as long."""
+    if not isinstance(event, dict):
+        return False
+    kinds = ("ask" in event and "path" in event) + ("do" in event and "seconds" in event) + ("note" in event)
+    return (
+        kinds == 1
+        and "at" in event
+        and all(type(event[key]) in EVENT_TYPES.get(key, ANY) for key in event)
+        and (0 <= event.get("errno", 0) <= bounds.MOST_ERRNO)
+    )
+
+
+ANY = (bool, dict, float, int, list, str, type(None))
+EVENT_TYPES: dict[str, tuple[type, ...]] = {
+    "at": (int, float),
+    "ask": (str,),
+    "path": (str,),
+    "errno": (int,),
+    "do": (str,),
+    "with": (list,),
+    "seconds": (int, float),
+    "inside": (bool,),
+    "error": (dict,),
+    "note": (str,),
+}
 
 
 def parse(members: dict[str, bytes], name: str) -> Any:
@@ -112,9 +200,26 @@ def parse(members: dict[str, bytes], name: str) -> Any:
 def load(data: bytes, name: str) -> Any:
     """Return the value of a JSON text. Raises RecordError."""
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return json.loads(data, parse_int=read_int, parse_float=read_float, parse_constant=read_float)
+    except RecursionError:
+        raise bounds.RecordTooLarge("DEPTH", bounds.MOST_DEPTH, name) from None
+    except ValueError as error:
         raise RecordError(f"{name} is damaged: {error}") from None
+
+
+def read_int(text: str) -> int:
+    """Return a whole number. Raises RecordTooLarge."""
+    if len(text.lstrip("-")) > LONGEST_NUMBER:
+        raise bounds.RecordTooLarge("NUMBER", bounds.MOST_NUMBER, "a number")
+    return int(text)
+
+
+def read_float(text: str) -> float:
+    """Return a number. Raises ValueError for what is none, as NaN, and for one that no float can hold."""
+    value = float(text)
+    if value - value != 0:
+        raise ValueError(f"{text[:40]} is no number here")
+    return value
 
 
 def check_version(about: Any) -> None:
@@ -130,8 +235,8 @@ def check_version(about: Any) -> None:
         )
 
 
-def check_schema(document: dict[str, Any]) -> None:
-    """Raise RecordError unless a record's JSON is as schemas/record.json says."""
+def check_schema(value: Any, place: str = "about") -> None:
+    """Raise RecordError unless record.json, or one event, is as schemas/record.json says. place: "events[7]"."""
     try:
         import jsonschema
     except ImportError:
@@ -139,6 +244,9 @@ def check_schema(document: dict[str, Any]) -> None:
 
     from oci_hooks.schema import describe, format_path, load_schema
 
-    error = next(jsonschema.Draft7Validator(load_schema("record")).iter_errors(document), None)
+    parts = load_schema("record")["properties"]
+    schema = parts["about"] if place == "about" else parts["events"]["items"]
+    error = next(jsonschema.Draft7Validator(schema).iter_errors(value), None)
     if error is not None:
-        raise RecordError(f"{format_path(error.absolute_path)}: {describe(error)}")
+        steps = format_path(error.absolute_path) if error.absolute_path else ""
+        raise RecordError(f"{place}{'.' if steps else ''}{steps}: {describe(error)}")

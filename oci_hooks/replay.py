@@ -12,18 +12,22 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from oci_hooks import __version__, account
-from oci_hooks.errors import make_one_line
+from oci_hooks.bounds import RecordError, RecordTooLarge, bounded
+from oci_hooks.errors import Finding, make_one_line
 from oci_hooks.log import write_stderr, write_stdout
 from oci_hooks.notation import NotationError
 from oci_hooks.record import DIRECTORY, SPARE_DIRECTORY, SUFFIX
-from oci_hooks.recordfile import RecordError, RunRecord, read_record
+from oci_hooks.recordfile import RunRecord, read_record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn
 
 PROGRAM = "vfio-hook-replay"
 EXIT_SAME, EXIT_DIFFERENT, EXIT_UNUSABLE = 0, 1, 2
+# What a stranger's record makes of code that was written for a hook's own: "errno": {}, an address that is a list.
+DAMAGE = (ArithmeticError, AttributeError, LookupError, NotationError, RecursionError, TypeError, ValueError)
 EPILOG = """\
 A failed hook leaves a record in /var/lib/oci-vfio-hooks/records. REC is a file,
 the beginning of a name that `list` shows, or a container's id; without it, the
@@ -39,12 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     # A reader that has seen enough (head) is no error.
     command: Callable[[Namespace], int] = arguments.command
+    name = getattr(arguments, "record", "") or "record"
     try:
-        return command(arguments)
-    except (RecordError, NotationError) as error:
-        return fail(f"{getattr(error, 'path', '') or getattr(arguments, 'record', '') or 'record'}: {error}")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        return fail(f"{getattr(arguments, 'record', '') or 'record'}: is damaged: {type(error).__name__}: {error}")
+        if getattr(arguments, "live", False):
+            # This machine's hook has its own deadline, and may not be cut off between two steps.
+            return command(arguments)
+        with bounded():
+            return command(arguments)
+    except (RecordError, *DAMAGE) as error:
+        return fail(describe_damage(name, error))
     except OSError as error:
         hint = ": records are root's; use sudo, or give a file" if isinstance(error, PermissionError) else ""
         return fail(f"{error.filename or 'record'}: {error.strerror or error}{hint}")
@@ -56,9 +63,28 @@ def fail(problem: str) -> int:
     return EXIT_UNUSABLE
 
 
+def describe_damage(name: str, error: Exception) -> str:
+    """Return why a record can't be used, in one line. name: of the record, where the error does not say which."""
+    name = getattr(error, "path", "") or name
+    if isinstance(error, RecordTooLarge):
+        hint = "no hook writes such a one: have it taken anew"
+        return Finding("error", "recording-too-large", name, str(error), hint).as_line()
+    if isinstance(error, (RecordError, NotationError)):
+        return f"{name}: {error}"
+    return f"{name}: is damaged: {type(error).__name__}: {error}"
+
+
+class Parser(ArgumentParser):
+    """A parser whose refusal is one line: the name of a file on the command line may be a stranger's."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and end the process."""
+        sys.exit(fail(f"{message}; see {PROGRAM} --help"))
+
+
 def make_parser() -> ArgumentParser:
     """Return the parser of the command line."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Look at the records of OCI hooks that ran, and run them again.",
         epilog=EPILOG,
@@ -117,12 +143,19 @@ def find_record(arguments: Namespace, word: str) -> RunRecord:
         return read_record(found[0])
     # The newest of a container's runs is the one that is asked about.
     for path in reversed(paths):
-        record = read_record(path)
-        if word and record.about["container"] == word:
-            return record
+        if word and name_container(path) == word:
+            return read_record(path)
     if len(found) > 1:
         raise RecordError(f"{len(found)} records begin so; {PROGRAM} list shows them")
     raise RecordError(f"no such record; {PROGRAM} list shows those that there are" if paths else "there is no record")
+
+
+def name_container(path: str) -> str:
+    """Return the container's id in a record; "" where the record can't be read."""
+    try:
+        return str(read_record(path).about["container"])
+    except (RecordError, OSError):
+        return ""
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -134,8 +167,11 @@ def list_records(arguments: Namespace) -> int:
     for path in find_paths(arguments):
         try:
             rows.append(account.format_row(read_record(path)))  # type: ignore[arg-type]
-        except (RecordError, OSError) as error:
-            rows.append((os.path.basename(path), "-", "-", "-", f"unusable: {error}"))
+        except OSError as error:
+            rows.append((make_one_line(os.path.basename(path)), "-", "-", "-", f"unusable: {error.strerror}"))
+        except (RecordError, *DAMAGE) as error:
+            name = make_one_line(os.path.basename(path))
+            rows.append((name, "-", "-", "-", f"unusable: {make_one_line(describe_damage('record', error))}"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     write_stdout("".join(f"{line}\n" for line in lines) if len(rows) > 1 else "there is no record\n")
@@ -215,7 +251,7 @@ def export_record(arguments: Namespace) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}{SUFFIX}").write_bytes(Path(record.path).read_bytes())
     (directory / f"test_{name}.py").write_text(TEST.format(program=record.about["program"], code=codes[0], name=name))
-    write_stdout(f"{directory / f'test_{name}.py'}\n")
+    write_stdout(make_one_line(f"{directory / f'test_{name}.py'}") + "\n")
     return EXIT_SAME
 
 

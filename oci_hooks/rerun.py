@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 
 from oci_hooks import notation
 from oci_hooks.command import Arguments, Call, Deadline, carry
 from oci_hooks.errors import make_one_line
 from oci_hooks.files import NotingRoot, Root
+from oci_hooks.privacy import hide_finding
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -51,6 +53,10 @@ CHANGES = (
     "socket.connect",
     "subprocess.Popen",
 )
+
+
+# What Python opens to load a module, and this package's schemas.
+CODE = (".py", ".pyc", ".so", ".pth", ".cfg", ".json", "/METADATA", ".zip", ".egg-link")
 
 
 class Rerun(Record):
@@ -157,6 +163,16 @@ class LiveRoot(NotingRoot):
         super().__init__()
         self.state = state
 
+    def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
+        """Return what a reading function says of a path. Raises OSError; also for a file that is none.
+
+        The record names files (of settings, of Kata's configuration), and may be a stranger's: to open a device may do
+        something (/dev/watchdog).
+        """
+        if question.__name__ == "read_file" and not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", path)
+        return super().ask(question, path, *more)
+
     def do(self, function: Callable[..., T], *arguments: object) -> T:
         """Return what a step comes to; the state is the record's."""
         if function.__name__ == "read_input":
@@ -241,14 +257,14 @@ def compare(record: RunRecord, again: Rerun) -> list[str]:
 def tell_record(record: RunRecord) -> Iterator[str]:
     """Yield the lines by which a record is compared: decisions, findings, exit code."""
     yield from tell_decisions([[event["note"], event.get("answer")] for event in record.events if "note" in event])
-    yield from (finding.as_line() for finding in record.findings)
+    yield from (hide_finding(finding).as_line() for finding in record.findings)
     yield f"exit {record.about['exit']}"
 
 
 def tell_rerun(again: Rerun) -> Iterator[str]:
     """Yield the same lines for what a run came to now."""
     yield from tell_decisions(again.decisions)
-    yield from (finding.as_line() for finding in again.outcome.findings)
+    yield from (hide_finding(finding).as_line() for finding in again.outcome.findings)
     yield f"exit {again.outcome.code}"
 
 
@@ -267,7 +283,8 @@ def tell_decisions(decisions: list[Any]) -> Iterator[str]:
 
 
 class sealed:  # noqa: N801 - reads as a statement
-    """While this holds, the process may read and compute; whatever would change the system raises PermissionError.
+    """While this holds, the process may compute and load its own code; all else that touches the system, to open a
+    file for reading included, raises PermissionError.
 
     The record stands behind the door, and this behind the record: a step that a later version forgets to send through
     the door is refused, not done, also when root replays what a stranger sent.
@@ -275,6 +292,9 @@ class sealed:  # noqa: N801 - reads as a statement
 
     def __init__(self) -> None:
         self.holds = False
+        # Where Python loads modules from, also this package's schemas.
+        places = (*sys.path, sys.prefix, sys.base_prefix, os.path.dirname(os.path.abspath(__file__)))
+        self.places = tuple({f"{os.path.abspath(place)}/" for place in places})
 
     def __enter__(self) -> None:
         # An audit hook can't be taken away again, only told to look elsewhere.
@@ -292,6 +312,14 @@ class sealed:  # noqa: N801 - reads as a statement
         if event == "open":
             path, _, flags = arguments
             writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-            changes = bool(flags & writes) and path != "/dev/null"
+            changes = path != "/dev/null" and (bool(flags & writes) or not self.is_code(path))
         if changes:
             raise PermissionError(errno.EPERM, f"a replay changes nothing: {event}", str(arguments[:1]))
+
+    def is_code(self, path: object) -> bool:
+        """Tell whether a file that is opened is a part of Python or of this package."""
+        if not isinstance(path, (str, bytes)):
+            # A descriptor, which is open.
+            return isinstance(path, int)
+        name = os.path.abspath(os.fsdecode(path))
+        return name.endswith(CODE) and name.startswith(self.places)

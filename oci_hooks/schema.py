@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # More than a screen of mistakes in one document helps nobody.
 MOST_FINDINGS = 10
+# Mistakes that are looked at to find these.
+MOST_ERRORS = 1000
 # Rules of a schema in words, for a value whose schema has no title.
 RULES = {
     "minimum": "a number not below {}",
@@ -57,10 +59,14 @@ def find_mistakes(document: Any, schema_name: str, subject: str, code: str, hint
     subject: the document's name for the findings; code, hint: theirs. Raises ImportError without jsonschema.
     """
     load_site_packages()
+    from itertools import islice
+
     import jsonschema
 
     validator = jsonschema.Draft7Validator(load_schema(schema_name))
-    errors = sorted(validator.iter_errors(document), key=lambda error: [str(step) for step in error.path])
+    # A document of a MiB has a million mistakes, each of some kB.
+    first = islice(validator.iter_errors(document), MOST_ERRORS)
+    errors = sorted(first, key=lambda error: [str(step) for step in error.path])
     findings = (
         Finding("error", code, f"{subject}: {format_path(error.absolute_path)}", describe(error), hint)
         for error in errors

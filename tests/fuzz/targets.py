@@ -23,6 +23,7 @@ from oci_hooks import (
     claims,
     device_list,
     guards,
+    hidehost,
     journal,
     kata_config,
     mounts,
@@ -30,14 +31,16 @@ from oci_hooks import (
     notation,
     oci,
     openers,
+    privacy,
     recordfile,
     request,
     schema,
     settings,
     sysfs,
 )
+from oci_hooks.bounds import RecordError
 from oci_hooks.command import Deadline
-from oci_hooks.errors import HookError, InputError
+from oci_hooks.errors import Finding, HookError, InputError
 from oci_hooks.files import Root
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import read_clh, read_qemu
@@ -333,9 +336,9 @@ def fuzz_record(data: bytes) -> None:
         members = recordfile.read_members(data)
         about = recordfile.parse(members, "record.json")
         recordfile.check_version(about)
-        events = [recordfile.load(line, "x") for line in members.get("events.jsonl", b"").splitlines()]
-        recordfile.check_schema({"about": about, "events": events})
-    except recordfile.RecordError:
+        recordfile.check_schema(about)
+        recordfile.read_events(members.get("events.jsonl", b""))
+    except RecordError:
         return
 
 
@@ -343,7 +346,7 @@ def fuzz_packed(data: bytes) -> None:
     """A record as the file that it is."""
     try:
         recordfile.unpack(data)
-    except recordfile.RecordError:
+    except RecordError:
         return
 
 
@@ -351,8 +354,47 @@ def fuzz_notation(data: bytes) -> None:
     """A value of a record, which may be an object."""
     try:
         notation.decode(recordfile.load(data, "x"))
-    except (notation.NotationError, recordfile.RecordError, RecursionError):
+    except (notation.NotationError, RecordError, RecursionError):
         return
+
+
+def read_like_the_hooks(data: bytes, name: str) -> object:
+    """Return what the hooks make of a document, as far as they go by it: its values, or what is wrong with it."""
+    try:
+        document = parse_json(data, name)
+    except InputError as error:
+        return error.findings[0].problem
+    if is_deep(document):
+        return None
+    try:
+        found = oci.make_state(document) if name == "state.json" else oci.make_spec(document, name)
+    except oci.Mismatch as mismatch:
+        finding = Finding("error", "bad-config", f"{name}: {mismatch.path}", mismatch.problem)
+        return privacy.hide_finding(finding)
+    if isinstance(found, oci.State):
+        return (found.id, found.bundle, found.pid, oci.is_sandbox(found, oci.make_spec({}, "")))
+    state = oci.State("c", "/b", 1, "", {})
+    kept = (found.root_path, found.vfio_devices, found.uid, found.gid, found.uid_mappings, found.gid_mappings)
+    return (*kept, request.read_hints(found), oci.is_asked(state, found), oci.is_sandbox(state, found))
+
+
+def fuzz_kept(data: bytes) -> None:
+    """What a recording keeps of config.json and state: the hooks make the same of it, also of one that is wrong."""
+    for name in ("config.json", "state.json"):
+        hidden = privacy.hide_document(data, name)
+        assert read_like_the_hooks(hidden, name) == read_like_the_hooks(data, name), hidden
+        assert read_like_the_hooks(privacy.hide_document(hidden, name), name) == read_like_the_hooks(data, name)
+
+
+def fuzz_teller(data: bytes) -> None:
+    """What a recording keeps of the files of a machine: whatever is in them."""
+    number, _, text = data.partition(b"\0")
+    own = "/etc/oci-vfio-hooks/guest.toml"
+    teller = hidehost.Teller("x", ("c",), {own: schema.load_schema("guest-settings")})
+    paths = (*(f"/proc/7/{name}" for name in teller.proc_files()), "/proc/cmdline", own, "/etc/x.toml")
+    path = paths[sum(number) % len(paths)]
+    hidden = teller.hide_file(path, text.decode("utf-8", "surrogateescape"))
+    assert isinstance(teller.hide_file(path, hidden), str)
 
 
 def fuzz_program(data: bytes) -> None:
@@ -405,6 +447,13 @@ SEEDS: dict[str, list[bytes]] = {
         b'[hypervisor.qemu]\npath="/q"\nenable_iommu=true\nkernel_params="a=b"\nenable_annotations=["kernel_.*"]\n'
         b'[runtime]\nvfio_mode="vfio"\n\0[hypervisor.qemu]\nenable_iommu=false\n\0[runtime]\n\0true'
     ],
+    "kept": [
+        b'{"annotations":{"io.katacontainers.x.vfio.devices":"auto","a":"b"},"root":{"path":"r"},"process":{"user":{"uid":1},'
+        b'"env":["PCIDEVICE_A=0000:01:00.0","A=b"],"args":["a"]},"linux":{"devices":[{"path":"/dev/vfio/1","type":"c",'
+        b'"major":1,"minor":2},{"path":"/dev/x","type":"b"}],"namespaces":[{"type":"user"}]},"hooks":{"x":[]}}',
+        b'{"ociVersion":"1","id":"c","status":"created","pid":7,"bundle":"/b","root":"/r","annotations":{"a":"b"}}',
+        b'{"a": "b\\u0041\\"", tru}',
+    ],
     "map": [b'[{"host-group":12,"devices":[{"host-address":"0000:3b:00.0","guest-path":{"Path":["02.0","00.0"]}}]}]'],
     "netlink": [
         b"\x20\0\0\0\x14\0\x02\0\0\0\0\0\0\0\0\0\x02\x18\x80\0\x07\0\0\0\x08\0\x02\0\xc0\0\x02\x0f"
@@ -431,6 +480,11 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "state": [
         b'{"ociVersion":"1","id":"c","status":"created","pid":7,"bundle":"/b","root":"/r","annotations":{"a":"b"}}'
+    ],
+    "teller": [
+        b"\0qemu\0-device\0vfio-pci,host=0000:01:00.0\0-append\0iommu=off x",
+        b"\x07\x00" + b"22 1 0:21 /a /b rw shared:1 - cgroup2 cgroup rw,x",
+        b"\x11\0[a]\nb = 1\n",
     ],
     "sysfs": [b"DRIVER=e1000e\nPCI_CLASS=20000\nPCI_ID=8086:10D3\n\0(null)\n\x00511:7\n\x000\n\x001\n"],
 }

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much a recording may be, for the hook that writes one and for the tool that reads one from a stranger.
+
+A hook stops at these bounds when it writes, so that its recordings can always be read. The recordings of real runs have
+150 events, 60 kB unpacked and a depth of 7; the bounds are far above that, and low enough that the worst recording
+within them costs seconds and some hundred MiB, not minutes and GiB.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
+# A record.json, events.jsonl, state.json and config.json: nothing else is in a recording, and none of them twice.
+MOST_MEMBERS = 4
+# Two documents of four MiB that gzip can't shrink.
+MOST_PACKED_BYTES = 8 << 20
+# The members at their largest: 1 + 16 + 4 + 4 MiB, and the tar's headers.
+MOST_BYTES = 26 << 20
+# record.json: findings of two thousand characters, arguments, versions, a traceback.
+MOST_SUMMARY_BYTES = 1 << 20
+# A state on stdin is refused above four MiB (command.py); a longer config.json is named in a recording, not kept.
+MOST_DOCUMENT_BYTES = 4 << 20
+# Twenty thousand events of 800 bytes; those of a real run have 200 on average.
+MOST_EVENT_BYTES = 16 << 20
+# What one file held: a sysfs attribute is a page, and nothing that the hooks understand is longer than this.
+MOST_ANSWER_BYTES = 1 << 18
+# JSON writes a character of an answer with six bytes at most; and something for the rest of the event.
+MOST_LINE_BYTES = 7 * MOST_ANSWER_BYTES
+# A machine with a thousand PCI functions makes ten thousand.
+MOST_EVENTS = 20_000
+# JSON values in all events, in a document: 25 for each event. A value takes 100 bytes of memory.
+MOST_VALUES = 500_000
+# JSON values in record.json: jsonschema looks at each, which takes 50 microseconds.
+MOST_SUMMARY_VALUES = 20_000
+# Objects and arrays inside each other: a plan with its nodes has 7.
+MOST_DEPTH = 32
+# Whole numbers of the kernel have 64 bits; no wider one goes through C.
+MOST_NUMBER = (1 << 64) - 1
+# errno(3): the kernel's numbers end at MAX_ERRNO.
+MOST_ERRNO = 4095
+# Reading and running again the largest recording takes five on a slow machine.
+MOST_SECONDS = 20
+# On top of what the process has: ten times what the largest recording takes unpacked.
+MOST_MEMORY_BYTES = 512 << 20
+
+
+class RecordError(Exception):
+    """This is no recording that can be read; says why. path: of the file, "" where not known."""
+
+    path = ""
+
+
+class RecordTooLarge(RecordError):
+    """A recording is above a bound. name: the bound's, as the constants of this module; most: its value."""
+
+    def __init__(self, name: str, most: int, where: str = "") -> None:
+        words = name.lower().replace("_", " ")
+        super().__init__(f"{where or 'the recording'} is above the bound of {most} {words} ({name})")
+        self.name = name
+
+
+class OutOfTime(BaseException):
+    """The time for a recording is over. No Exception: a hook that runs again takes every Exception for its own."""
+
+
+def check_bound(found: int, name: str, where: str = "") -> None:
+    """Raise RecordTooLarge where a number is above a bound. name: the constant of this module, without MOST_."""
+    most: int = globals()[f"MOST_{name}"]
+    if found > most:
+        raise RecordTooLarge(name, most, where)
+
+
+def check_value(value: object, where: str) -> int:
+    """Return how many JSON values one holds, itself included. Raises RecordTooLarge: DEPTH, NUMBER.
+
+    Not recursive: a text of a few kB is as deep as Python's stack.
+    """
+    count = 0
+    level = [value]
+    depth = 0
+    while level:
+        check_bound(depth, "DEPTH", where)
+        inner: list[object] = []
+        for item in level:
+            if type(item) is dict:
+                inner.extend(item.values())
+            elif type(item) is list:
+                inner.extend(item)
+            elif type(item) is int:
+                check_bound(abs(item), "NUMBER", where)
+        count += len(level)
+        level = inner
+        depth += 1
+    return count
+
+
+def estimate_values(data: bytes) -> int:
+    """Return how many values a JSON text may have: a comma, a colon or a bracket comes with each."""
+    return 1 + sum(map(data.count, (b",", b":", b"[", b"{")))
+
+
+class bounded:  # noqa: N801 - reads as a statement
+    """While this holds, the process has MOST_SECONDS and MOST_MEMORY_BYTES more. Raises RecordTooLarge at its end.
+
+    For what can't be counted beforehand: how long a hook takes with the answers of a stranger. Only in a main thread,
+    which is the one that signals come to.
+    """
+
+    def __init__(self) -> None:
+        self.armed = False
+
+    def __enter__(self) -> None:
+        import resource
+        import signal
+        import threading
+
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self.armed = True
+        self.limits = resource.getrlimit(resource.RLIMIT_AS)
+        with open("/proc/self/statm", "rb") as file:
+            now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        most = now + MOST_MEMORY_BYTES
+        if self.limits[0] == resource.RLIM_INFINITY or most < self.limits[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (most, self.limits[1]))
+        self.handler = signal.signal(signal.SIGALRM, self.end)
+        signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+
+    def end(self, _number: int, _frame: FrameType | None) -> None:
+        """Take SIGALRM."""
+        raise OutOfTime
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        import resource
+        import signal
+
+        if self.armed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self.handler)
+            resource.setrlimit(resource.RLIMIT_AS, self.limits)
+        if kind is OutOfTime:
+            raise RecordTooLarge("SECONDS", MOST_SECONDS) from None
+        if kind is not None and issubclass(kind, MemoryError):
+            raise RecordTooLarge("MEMORY_BYTES", MOST_MEMORY_BYTES) from None
