@@ -10,7 +10,11 @@ import os
 
 from oci_hooks.errors import Finding
 from oci_hooks.hypervisor import find_kernel_refusal
-from oci_hooks.kata_config import HYPERVISOR_PREFIX
+from oci_hooks.kata_config import RELEASE
+from oci_hooks.kata_go_checks import BOTH_PORTS
+from oci_hooks.kata_lookup import read_major
+from oci_hooks.kata_model import HYPERVISOR_PREFIX
+from oci_hooks.kata_rust_checks import BOTH_KINDS
 from oci_hooks.oci import DEVICES_ANNOTATION, MAP_ANNOTATION
 from oci_hooks.records import Record
 
@@ -30,6 +34,9 @@ WITHOUT_VIOMMU = ("firecracker", "stratovirt", "dragonball", "remote", "acrn", "
 # Machines whose PCI always has an IOMMU in a guest: zPCI, and sPAPR's TCE tables.
 WITH_OWN_IOMMU = ("s390x", "ppc64le")
 NO_PORT = "no-port"
+# Of one kind, in one configuration; who mends them one by one sees the rest.
+MOST_PROBLEMS = 3
+RELEASE_MAJOR = int(RELEASE.partition(".")[0])
 GUEST_KERNEL = "guest-kernel"
 
 
@@ -39,7 +46,7 @@ class KataView(Record):
     config: None where no configuration was found; certain: whether it is sure to be the one that Kata reads;
     hypervisor: the running one, None where not known; machine: the host's, as uname says; mode: vfio_mode, "" where it
     is not set; wanted: whether the container wants VFIO inside the guest; attached: whether the sandbox's hypervisor
-    holds the groups already.
+    holds the groups already; major: Kata's major release, 0 where not known.
     """
 
     asker: Asker
@@ -50,11 +57,12 @@ class KataView(Record):
     mode: str
     wanted: bool
     attached: bool
+    major: int = 0
 
     @property
     def level(self) -> str:
-        """How bad a wrong setting is: a doubtful file never refuses a container."""
-        return "error" if self.certain else "warning"
+        """How bad a wrong setting is: a file or a reading that is in doubt never refuses a container."""
+        return "error" if self.certain and not (self.config and self.config.reading.uncertain) else "warning"
 
 
 def view_sandbox(root: Root, asker: Asker, found: Found, annotations: dict[str, str], attached: bool) -> KataView:
@@ -63,7 +71,8 @@ def view_sandbox(root: Root, asker: Asker, found: Found, annotations: dict[str, 
     mode = found.config.runtime_setting("vfio_mode", "").value if found.config else ""
     wanted = asked or mode == "vfio"
     machine = root.do(name_machine)
-    return KataView(asker, found.config, found.certain, asker.hypervisor, machine, str(mode), wanted, attached)
+    major = read_major(root)
+    return KataView(asker, found.config, found.certain, asker.hypervisor, machine, str(mode), wanted, attached, major)
 
 
 def name_machine() -> str:
@@ -90,12 +99,52 @@ def check_kata(view: KataView, spec: Spec, targets: tuple[Target, ...]) -> tuple
 
 
 def check_config(view: KataView) -> tuple[Finding, ...]:
-    """kata-config-missing, kata-config-unreadable."""
+    """kata-config-missing, kata-config-refused, kata-config-uncertain."""
     if view.config is not None:
-        return view.config.findings
+        return (*check_refused(view, view.config), *check_uncertain(view.config))
     hint = 'name it in /etc/oci-vfio-hooks/host.toml: [kata] config = "/path/configuration.toml"'
-    problem = "its configuration.toml was not found at any place where Kata looks"
+    problem = "there is no configuration.toml at any place where Kata looks"
     return (Finding("warning", "kata-config-missing", "Kata", problem, hint),)
+
+
+def check_refused(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
+    """kata-config-refused: Kata starts no sandbox with this configuration, or with these annotations.
+
+    Only a person who asks beforehand is shown what some releases refuse: a shim or a hypervisor that runs has shown
+    that its Kata did take it. It is an error only where the release is known.
+    """
+    findings = []
+    beforehand = view.asker.by_hand and view.hypervisor is None
+    # Other checks of this module have these.
+    problems = [p for p in config.reading.refused if p.code != "unallowed" and p.text not in (BOTH_PORTS, BOTH_KINDS)]
+    problems = [p for p in problems if beforehand or p.code == "syntax"]
+    for problem in problems[:MOST_PROBLEMS]:
+        sure = problem.code == "syntax" or view.major >= RELEASE_MAJOR
+        level = view.level if beforehand and sure else "warning"
+        release = "Kata" if problem.code == "syntax" else name_release(view.major)
+        hint = "take it out, or mend it; vfio-host-check --kata-config shows what Kata makes of it"
+        subject = problem.place or config.place.real
+        findings.append(
+            Finding(level, "kata-config-refused", subject, f"{problem.text}; {release} starts no sandbox with it", hint)
+        )
+    return tuple(findings)
+
+
+def name_release(major: int) -> str:
+    """Return Kata's release in words: the one that is read here, or supposed to be at work."""
+    if major >= RELEASE_MAJOR:
+        return f"Kata {major}"
+    known = f"here is {major}" if major else "the release here is not known"
+    return f"Kata {RELEASE} ({known})"
+
+
+def check_uncertain(config: KataConfig) -> tuple[Finding, ...]:
+    """kata-config-uncertain: what Kata makes of a line can't be told."""
+    hint = 'write it in a plainer way, e.g. enable_annotations = ["enable_iommu"], and once only'
+    return tuple(
+        Finding("warning", "kata-config-uncertain", problem.place or config.place.real, problem.text, hint)
+        for problem in config.reading.uncertain[:MOST_PROBLEMS]
+    )
 
 
 def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
@@ -119,15 +168,19 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
     elif config and setting:
         # Kata puts its own intel_iommu=on before these, and the kernel takes the last word.
         kernel = config.hypervisor_setting("kernel_params", "")
-        refusal = find_kernel_refusal(str(kernel.value))
-        if setting.value is True and not refusal:
+        refusal = find_kernel_refusal(str(config.reading.values["kernel_params"]))
+        # Where it is ignored because there is none, viommu-unsupported has it.
+        is_on = setting.value is True or (setting.written is True and config.hypervisor in WITHOUT_VIOMMU)
+        if is_on and not refusal:
             return ()
-        problem = config.describe(kernel if setting.value is True else setting)
-        if setting.value is True:
+        problem = config.describe(kernel if is_on else setting)
+        if is_on:
             hint = f"take {refusal} out of kernel_params"
+        elif setting.written is True and not setting.annotation:
+            problem = f"{setting.describe()}, which Kata's Go runtime ignores for {config.hypervisor}"
     else:
         return ()
-    certain = view.certain or (vmm is not None and vmm.viommu == "off")
+    certain = view.level == "error" or (vmm is not None and vmm.viommu == "off")
     # Who writes guest-kernel (Kata's own files for QEMU do) leaves the device to the guest's driver on purpose. Where
     # no vfio_mode is set at all, this hook was declared for a container that lists VFIO devices, to have them as such.
     kind = vmm.kind if vmm is not None else config.hypervisor if config else ""
@@ -143,7 +196,7 @@ def make_viommu_hint(config: KataConfig | None, setting: Setting | None) -> str:
     annotation = f'annotation {HYPERVISOR_PREFIX}enable_iommu: "true"'
     if config is None or setting is None:
         return f"set enable_iommu = true in Kata's configuration.toml, or the sandbox's {annotation}"
-    if setting.annotation:
+    if setting.annotation or (setting.written is True and setting.value is not True):
         return f"set the sandbox's {annotation}"
     if setting.is_drop_in:
         return f"set enable_iommu = true there, or the sandbox's {annotation}"
@@ -157,14 +210,15 @@ def check_viommu_support(view: KataView, channel: bool) -> tuple[Finding, ...]:
     if channel or config is None or (view.hypervisor is not None and view.hypervisor.viommu == "on"):
         return ()
     iommu = config.hypervisor_setting("enable_iommu", False)
-    if iommu.value is not True and (not view.wanted or view.machine in WITH_OWN_IOMMU):
+    is_on = iommu.value is True or iommu.written is True
+    if not is_on and (not view.wanted or view.machine in WITH_OWN_IOMMU):
         return ()
     reason, is_fatal = explain_support(view, config)
     if not reason:
         return ()
-    told = f"; {iommu.describe()}" if iommu.value is True else ""
+    told = f"; {iommu.describe()}" if is_on else ""
     needed = view.wanted and view.machine not in WITH_OWN_IOMMU
-    level = view.level if needed or (is_fatal and iommu.value is True) else "warning"
+    level = view.level if needed or (is_fatal and is_on) else "warning"
     hint = "use a Kata runtime class with QEMU and machine_type q35 on x86_64, or Kata's own vfio_mode = guest-kernel"
     return (Finding(level, "viommu-unsupported", "virtual IOMMU", reason + told, hint),)
 

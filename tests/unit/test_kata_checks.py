@@ -15,8 +15,9 @@ from oci_hooks.files import Root
 from oci_hooks.groups import Member, Target, VfioGroup
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import Hypervisor
-from oci_hooks.kata_config import HYPERVISOR_PREFIX, RUNTIME_PREFIX, Place, load_config
+from oci_hooks.kata_config import Place, load_config
 from oci_hooks.kata_lookup import Found
+from oci_hooks.kata_model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.oci import Device
 from oci_hooks.sysfs import PciDevice
 from tests.unit.host_tree import HostTree, codes, make_spec
@@ -85,8 +86,9 @@ TABLE = [
     ("qemu-nvidia-gpu-tdx", "qemu", "v c", "V c", "c"),
     ("qemu-snp", "qemu", "v c", "V c", "c"),
     ("qemu-tdx", "qemu", "v c", "V c", "c"),
-    ("clh", "clh", "v P", "V P", "P"),
-    ("clh-azure", "clh", "v P", "V P", "P"),
+    # The Go runtime takes no enable_iommu from the table of Cloud Hypervisor, only from the annotation.
+    ("clh", "clh", "v P", "V P", "V P"),
+    ("clh-azure", "clh", "v P", "V P", "V P"),
     ("fc", "firecracker", "v", "V U", "U"),
     ("stratovirt", "stratovirt", "v", "V U", "U"),
     ("remote", "remote", "v", "V U", "U"),
