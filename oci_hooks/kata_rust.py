@@ -24,8 +24,8 @@ HYPERVISOR = name_types(
     "kernel kernel_params kernel_verity_params initrd image rootfs_type firmware vm_rootfs_driver cpu_features "
     "log_level guest_memory_dump_path extra_monitor_socket dbg_monitor_socket cold_plug_vfio "
     "machine_type machine_accelerators entropy_source guest_swap_path snp_id_block snp_id_auth guest_hook_path "
-    "initdata seccomp_sandbox selinux_label shared_fs virtio_fs_daemon virtio_fs_cache hypervisor_socket default_gpu_model "
-    "memory_path device_state_path",
+    "initdata seccomp_sandbox selinux_label shared_fs virtio_fs_daemon virtio_fs_cache hypervisor_socket "
+    "default_gpu_model memory_path device_state_path",
     texts="valid_hypervisor_paths valid_ctlpaths valid_jailer_paths valid_vhost_user_store_paths pflashes "
     "valid_entropy_sources enable_annotations valid_virtio_fs_daemon_paths virtio_fs_extra_args",
     u64="memory_offset disk_rate_limiter_bw_max_rate disk_rate_limiter_bw_one_time_burst num_queues "

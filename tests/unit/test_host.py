@@ -32,6 +32,10 @@ KATA = """\
 machine_type = "q35"
 enable_iommu = false
 hot_plug_vfio = "root-port"
+path = "/q"
+kernel = "/k"
+image = "/i"
+shared_fs = "none"
 [runtime]
 vfio_mode = "vfio"
 """
