@@ -45,7 +45,7 @@ class Gate:
 
     def compile(self, pattern: str) -> list[Node]:
         """Return the program of an expression. Raises Invalid, Unsure."""
-        self.work -= 20 * len(pattern)
+        self.work -= 100 + 20 * len(pattern)
         if len(pattern) > LONGEST or self.work < 0:
             raise Unsure("too long an expression")
         program: list[Node] = []
@@ -58,6 +58,8 @@ class Gate:
         """Tell whether a key is admitted; None where that can't be told."""
         if self.is_shut:
             return False
+        if self.work < 0:
+            return None
         answers = [self.matches(program, key) for program in self.programs]
         if None in answers and (self.rust or True not in answers):
             return None
@@ -67,7 +69,7 @@ class Gate:
         """Tell whether a program finds its expression in a key."""
         if program is None or not set(key) <= set(ASCII):
             return None
-        self.work -= len(program) * (len(key) + 1)
+        self.work -= 20 + len(program) * (len(key) + 1)
         return run(program, key) if self.work >= 0 else None
 
 

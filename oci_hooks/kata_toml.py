@@ -170,6 +170,8 @@ class StrictReader:
             else:
                 self.fail("a key is missing, or has a character that needs quotes")
             self.skip(BLANK)
+            if len(keys) > DEEPEST:
+                self.fail(f"a key has more than {DEEPEST} parts")
             if not self.peek("."):
                 return tuple(keys)
             self.position += 1
