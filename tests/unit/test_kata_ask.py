@@ -80,14 +80,26 @@ def test_a_person_sees_a_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert re.search(rf"(?m)^  enable_iommu +false +{re.escape(str(path))}:6$", capfd.readouterr().out)
 
 
+def complete(text: str, rust: bool) -> str:
+    """Return a template with what the committed excerpts leave out and Kata needs."""
+    more = [line for line in ('kernel = "/k"', 'image = "/i"') if line.split()[0] + " =" not in text]
+    more += [] if "shared_fs" in text else ['shared_fs = "virtio-fs"', 'virtio_fs_daemon = "/d"']
+    text = re.sub(r"(?m)^(\[hypervisor\.\w+\])$", "\n".join((r"\1", *more)), text, count=1)
+    if rust:
+        names = [f'{key} = "{value}"' for key, value in (("name", "virt_container"), ("agent_name", "kata"))]
+        missing = [line for line in names if not re.search(rf"(?m)^{line.split()[0]} =", text)]
+        text = re.sub(r"(?m)^\[runtime\]$", "\n".join(("[runtime]", *missing)), text)
+        text += "" if "[agent.kata]" in text else "\n[agent.kata]\n"
+    return text
+
+
 @pytest.mark.parametrize("name", ["qemu", "clh", "fc", "qemu-runtime-rs", "clh-runtime-rs", "dragonball"])
 def test_templates_are_readable(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "configuration.toml"
-    path.write_text((TEMPLATES / f"{name}.toml").read_text())
     runtime = "rust" if "runtime-rs" in name or name == "dragonball" else "go"
-    found = load_config(Root("/"), Place(str(path), str(path), ""), {"go": "go", "rust": "rs"}[runtime], {}).reading
-    texts = [problem.text for problem in found.refused]
-    assert "hypervisor" in ask(capfd, str(path), "--runtime", runtime)[1] or texts == [], texts
+    path = tmp_path / "configuration.toml"
+    path.write_text(complete((TEMPLATES / f"{name}.toml").read_text(), runtime == "rust"))
+    code, found = ask(capfd, str(path), "--runtime", runtime)
+    assert (code, found.get("enable_iommu")) == (0, False), found
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
