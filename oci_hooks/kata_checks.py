@@ -6,15 +6,15 @@ A function a check; each returns findings. Sources: kata-containers at the place
 
 from __future__ import annotations
 
+import json
 import os
 
 from oci_hooks.errors import Finding
 from oci_hooks.hypervisor import find_kernel_refusal
-from oci_hooks.kata_config import RELEASE
-from oci_hooks.kata_go_checks import BOTH_PORTS
+from oci_hooks.kata_hints import make_viommu_hint, write_fix
 from oci_hooks.kata_lookup import read_major
 from oci_hooks.kata_model import HYPERVISOR_PREFIX
-from oci_hooks.kata_rust_checks import BOTH_KINDS
+from oci_hooks.kata_problems import RELEASE_MAJOR, check_refused, check_uncertain
 from oci_hooks.oci import DEVICES_ANNOTATION, MAP_ANNOTATION
 from oci_hooks.records import Record
 
@@ -34,9 +34,6 @@ WITHOUT_VIOMMU = ("firecracker", "stratovirt", "dragonball", "remote", "acrn", "
 # Machines whose PCI always has an IOMMU in a guest: zPCI, and sPAPR's TCE tables.
 WITH_OWN_IOMMU = ("s390x", "ppc64le")
 NO_PORT = "no-port"
-# Of one kind, in one configuration; who mends them one by one sees the rest.
-MOST_PROBLEMS = 3
-RELEASE_MAJOR = int(RELEASE.partition(".")[0])
 GUEST_KERNEL = "guest-kernel"
 
 
@@ -69,9 +66,12 @@ def view_sandbox(root: Root, asker: Asker, found: Found, annotations: dict[str, 
     """Return what is known of the sandbox. attached: whether its hypervisor holds all of the container's groups."""
     asked = any(annotations.get(name, "").strip() for name in (DEVICES_ANNOTATION, MAP_ANNOTATION))
     mode = found.config.runtime_setting("vfio_mode", "").value if found.config else ""
+    major = read_major(root)
+    if not mode and found.config and found.config.flavour == "go" and major >= RELEASE_MAJOR:
+        # The zero value of a Go variable; of older releases it is not known here.
+        mode = str(found.config.reading.values["vfio_mode"])
     wanted = asked or mode == "vfio"
     machine = root.do(name_machine)
-    major = read_major(root)
     return KataView(asker, found.config, found.certain, asker.hypervisor, machine, str(mode), wanted, attached, major)
 
 
@@ -105,46 +105,6 @@ def check_config(view: KataView) -> tuple[Finding, ...]:
     hint = 'name it in /etc/oci-vfio-hooks/host.toml: [kata] config = "/path/configuration.toml"'
     problem = "there is no configuration.toml at any place where Kata looks"
     return (Finding("warning", "kata-config-missing", "Kata", problem, hint),)
-
-
-def check_refused(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
-    """kata-config-refused: Kata starts no sandbox with this configuration, or with these annotations.
-
-    Only a person who asks beforehand is shown what some releases refuse: a shim or a hypervisor that runs has shown
-    that its Kata did take it. It is an error only where the release is known.
-    """
-    findings = []
-    beforehand = view.asker.by_hand and view.hypervisor is None
-    # Other checks of this module have these.
-    problems = [p for p in config.reading.refused if p.code != "unallowed" and p.text not in (BOTH_PORTS, BOTH_KINDS)]
-    problems = [p for p in problems if beforehand or p.code == "syntax"]
-    for problem in problems[:MOST_PROBLEMS]:
-        sure = problem.code == "syntax" or view.major >= RELEASE_MAJOR
-        level = view.level if beforehand and sure else "warning"
-        release = "Kata" if problem.code == "syntax" else name_release(view.major)
-        hint = "take it out, or mend it; vfio-host-check --kata-config shows what Kata makes of it"
-        subject = problem.place or config.place.real
-        findings.append(
-            Finding(level, "kata-config-refused", subject, f"{problem.text}; {release} starts no sandbox with it", hint)
-        )
-    return tuple(findings)
-
-
-def name_release(major: int) -> str:
-    """Return Kata's release in words: the one that is read here, or supposed to be at work."""
-    if major >= RELEASE_MAJOR:
-        return f"Kata {major}"
-    known = f"here is {major}" if major else "the release here is not known"
-    return f"Kata {RELEASE} ({known})"
-
-
-def check_uncertain(config: KataConfig) -> tuple[Finding, ...]:
-    """kata-config-uncertain: what Kata makes of a line can't be told."""
-    hint = 'write it in a plainer way, e.g. enable_annotations = ["enable_iommu"], and once only'
-    return tuple(
-        Finding("warning", "kata-config-uncertain", problem.place or config.place.real, problem.text, hint)
-        for problem in config.reading.uncertain[:MOST_PROBLEMS]
-    )
 
 
 def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
@@ -189,19 +149,6 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
     if not wanted:
         problem += "; the guest's own driver can have the device, but VFIO in the container can't work"
     return (Finding(level, "viommu-off", "virtual IOMMU", problem, hint),)
-
-
-def make_viommu_hint(config: KataConfig | None, setting: Setting | None) -> str:
-    """Return how to switch the virtual IOMMU on."""
-    annotation = f'annotation {HYPERVISOR_PREFIX}enable_iommu: "true"'
-    if config is None or setting is None:
-        return f"set enable_iommu = true in Kata's configuration.toml, or the sandbox's {annotation}"
-    if setting.annotation or (setting.written is True and setting.value is not True):
-        return f"set the sandbox's {annotation}"
-    if setting.is_drop_in:
-        return f"set enable_iommu = true there, or the sandbox's {annotation}"
-    drop_in = f"printf '[hypervisor.{config.hypervisor}]\\nenable_iommu = true\\n' > {config.directory}/90-viommu.toml"
-    return f"set it there, or: mkdir -p {config.directory} && {drop_in}; then start a new sandbox"
 
 
 def check_viommu_support(view: KataView, channel: bool) -> tuple[Finding, ...]:
@@ -270,11 +217,11 @@ def check_rs_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
     kinds = is_positive(root_port.value) + is_positive(switch_port.value)
     if kinds > 1:
         problem = f"{root_port.describe()}, and {switch_port.describe()}: runtime-rs takes only one of them"
-        return (Finding(view.level, "port-conflict", "PCIe port", problem, "set one of them to 0"),)
+        return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, switch_port, "0")),)
     plugged_otherwise = config.hypervisor == "clh" or cold.value not in (None, NO_PORT)
     if plugged_otherwise or root_port.value is None or kinds == 1:
         return ()
-    hint = f"set pcie_root_port = 1 or more in [hypervisor.qemu] of {config.place.real}"
+    hint = write_fix(config, root_port, "1")
     return (Finding(view.level, "no-port", "PCIe port", config.describe(root_port), hint),)
 
 
@@ -288,15 +235,15 @@ def check_go_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
     used = [value for value in (hot.value, cold.value) if value not in (None, NO_PORT)]
     if not used:
         problem = f"{config.describe(hot if hot.value else cold)}, and no other plug setting names a port"
-        hint = f'set hot_plug_vfio = "root-port" in [hypervisor.{config.hypervisor}] of {config.place.real}'
+        hint = write_fix(config, hot, '"root-port"')
         return (Finding(view.level, "no-port", "PCIe port", problem, hint),)
     if hot.value in used and cold.value in used:
         problem = f"{hot.describe()}, and {cold.describe()}: Kata takes only one of them"
-        return (Finding(view.level, "port-conflict", "PCIe port", problem, 'set one of them to "no-port"'),)
+        return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, cold, '"no-port"')),)
     deciding = hot if hot.value in used else cold
     if config.hypervisor == "clh" and deciding.value != "root-port":
         problem = f"Cloud Hypervisor takes only root-port, and {config.describe(deciding)}"
-        return (Finding(view.level, "port-conflict", "PCIe port", problem, f'set {deciding.key} = "root-port"'),)
+        return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, deciding, '"root-port"')),)
     return check_port_count(view, config, hot)
 
 
@@ -307,7 +254,7 @@ def check_port_count(view: KataView, config: KataConfig, hot: Setting) -> tuple[
     in_need = hot.value == "root-port" and view.asker.is_cri and view.asker.by_hand and config.hypervisor == "qemu"
     if not in_need or is_positive(stock.value):
         return ()
-    hint = f"set pcie_root_port to the number of devices of a pod in [hypervisor.qemu] of {config.place.real}"
+    hint = f"for one device, more if a pod has more: {write_fix(config, stock, '1')}"
     problem = f"{config.describe(stock)}, and a pod's devices need that many ports"
     return (Finding("warning", "no-port", "PCIe port", problem, hint),)
 
@@ -332,8 +279,8 @@ def check_annotations(view: KataView) -> tuple[Finding, ...]:
     problem = f"enable_annotations in {config.place.real} does not admit {names}, and Kata {does}"
     admitted = [str(pattern) for pattern in patterns.value] if isinstance(patterns.value, list) else []
     wanted = admitted + [name[len(HYPERVISOR_PREFIX) :] for name in config.refused]
-    listed = ", ".join(f'"{word}"' for word in wanted)
-    hint = f"set enable_annotations = [{listed}] in [hypervisor.{config.hypervisor}], or drop the annotation"
+    listed = ", ".join(json.dumps(word) for word in wanted)
+    hint = f"{write_fix(config, patterns, f'[{listed}]')}; or drop the annotation"
     return (Finding(level, "annotation-not-allowed", config.refused[0], problem, hint),)
 
 
