@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Arrays and inline tables inside each other; the Rust crate stops at 80 (de/parser/mod.rs, LIMIT).
 DEEPEST = 80
+# Digits. Python refuses to make a number of more than 4300.
+LONGEST_WORD = 1000
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
 BLANK = re.compile(r"[ \t]*")
 SPACE = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
@@ -320,6 +322,8 @@ class StrictReader:
         found = MOMENT_WORD.match(self.text, self.position) or WORD.match(self.text, self.position)
         word = found[0] if found else ""
         value: Any
+        if len(word) > LONGEST_WORD:
+            self.fail("a number or a date is too long")
         if word in ("true", "false"):
             value = word == "true"
         elif DECIMAL.fullmatch(word) or RADIX.fullmatch(word):

@@ -125,8 +125,9 @@ HEAD = '[hypervisor.qemu]\nshared_fs = "none"\n'
         "a = " + "[" * 500000,
         "a." * 500000 + "b = 1",
         '"' * 1000000,
+        "a = 1" + "0" * 100000,
     ],
-    ids=["1 MiB", "10,000 tables", "deep array", "deep key", "quotes"],
+    ids=["1 MiB", "10,000 tables", "deep array", "deep key", "quotes", "digits"],
 )
 def test_a_large_file_is_read_in_time(text: str, tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
