@@ -10,7 +10,8 @@ Sources: kata-containers src/runtime/pkg/oci/utils.go (regexpContains), src/libs
 
 from __future__ import annotations
 
-from oci_hooks.kata_regex import ASCII, WORDS, Expression, Invalid, Unsure
+from oci_hooks.kata_characters import ASCII, WORDS
+from oci_hooks.kata_regex import Expression, Invalid, Unsure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

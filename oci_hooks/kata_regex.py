@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import unicodedata
 
+from oci_hooks.kata_characters import ASCII, CATEGORIES, DIGITS, PERL, POSIX, SCRIPTS, WORDS
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -18,32 +20,6 @@ if TYPE_CHECKING:
     # An expression as a tree: its kind and parts. "set": characters; "look": place; "all", "any": parts; "times".
     Node = tuple[Any, ...]
 
-ASCII = "".join(map(chr, range(32, 127)))
-LETTERS = "".join(c for c in ASCII if c.isalpha())
-DIGITS = "0123456789"
-WORDS = LETTERS + DIGITS + "_"
-PERL = {"d": DIGITS, "w": WORDS, "s": " "}
-POSIX = {
-    "alnum": LETTERS + DIGITS,
-    "alpha": LETTERS,
-    "ascii": ASCII,
-    "blank": " ",
-    "cntrl": "",
-    "digit": DIGITS,
-    "graph": ASCII[1:],
-    "lower": LETTERS.lower(),
-    "print": ASCII,
-    "punct": "".join(c for c in ASCII[1:] if not c.isalnum()),
-    "space": " ",
-    "upper": LETTERS.upper(),
-    "word": WORDS,
-    "xdigit": "0123456789abcdefABCDEF",
-}
-CATEGORIES = (
-    *("L", "Lu", "Ll", "Lt", "Lm", "Lo", "M", "Mn", "Mc", "Me", "N", "Nd", "Nl", "No", "P", "Pc", "Pd", "Ps", "Pe"),
-    *("Pi", "Pf", "Po", "S", "Sm", "Sc", "Sk", "So", "Z", "Zs", "Zl", "Zp", "C", "Cc", "Cf", "Co"),
-)
-SCRIPTS = {"Latin": LETTERS, "Greek": "", "Cyrillic": "", "Han": "", "Arabic": "", "Hebrew": ""}
 # Both libraries take the same letters; \0 to \7 are octal numbers in Go and an error in Rust.
 CONTROLS = "abfnrtv"
 MOST_REPEATS = 1000
