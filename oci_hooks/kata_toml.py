@@ -5,8 +5,7 @@ Both of Kata's libraries read TOML 1.1 (`\\e`, `\\xHH`, inline tables over sever
 and none of Python's shows the line of a key. The two differ in what may be defined twice: the Rust crate is strict
 and is followed here, the Go library's way is in kata_toml_go.py.
 
-Sources: toml.io/en/v1.1.0; crates.io toml 1.1 (de/parser/document.rs, inline_table.rs), toml_parser 1.1
-(decoder/scalar.rs, string.rs).
+Sources: toml.io/en/v1.1.0; crates.io toml 1.1 (de/parser/*.rs), toml_parser 1.1 (decoder/*.rs).
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ if TYPE_CHECKING:
 
     Keys = tuple[str, ...]
 
-# Arrays and inline tables inside each other; the Rust crate stops at 80 (de/parser/mod.rs, LIMIT).
+# Parts of a key, and arrays and tables inside each other, as in the Rust crate (de/parser/mod.rs, LIMIT).
 DEEPEST = 80
-# Digits. Python refuses to make a number of more than 4300.
 LONGEST_WORD = 1000
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
 BLANK = re.compile(r"[ \t]*")
@@ -30,7 +28,7 @@ SPACE = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 LINE_END = re.compile(r"[ \t]*(?:#[^\r\n]*)?(?:\r?\n|\Z)")
 BARE = re.compile(r"[A-Za-z0-9_-]+")
 WORD = re.compile(r"[^\s,#\]}=]+")
-# Which of these a word is, is asked in this order. A date may be followed by a blank and a time.
+# A date may be followed by a blank and a time.
 DECIMAL = re.compile(r"[+-]?(?:0|[1-9](?:_?[0-9])*)")
 RADIX = re.compile(r"0x[0-9A-Fa-f](?:_?[0-9A-Fa-f])*|0o[0-7](?:_?[0-7])*|0b[01](?:_?[01])*")
 FLOAT = re.compile(r"[+-]?(?:inf|nan|(?:0|[1-9](?:_?[0-9])*)(?:\.[0-9](?:_?[0-9])*)?(?:[eE][+-]?[0-9](?:_?[0-9])*)?)")
@@ -248,8 +246,7 @@ class StrictReader:
         found = pattern.match(self.text, self.position)
         if not found:
             self.fail("a string has no end")
-        begin, text = self.position, found[1]
-        self.position = found.end()
+        begin, text, self.position = self.position, found[1], found.end()
         if not escapes or "\\" not in text:
             return text
         if pattern is LONG_BASIC:
@@ -286,7 +283,7 @@ class StrictReader:
         return values
 
     def read_inline_table(self, keys: Keys, in_array: bool) -> Table:
-        """Return an inline table. in_array: for the other reader."""
+        """Return an inline table. in_array: for LenientReader."""
         table = Table()
         table.inline = True
         for inner, line in self.list_inline(keys):
