@@ -38,6 +38,9 @@ class Arguments(Record):
     groups: tuple[str, ...] = ()
     all: bool = False
     format: str = ""
+    kata_config: str | None = None
+    runtime: str = ""
+    annotations: tuple[str, ...] = ()
 
 
 class Deadline:
@@ -96,7 +99,7 @@ class Call(Record):
     def is_recorded(self, code: int) -> bool:
         """Tell whether a run that ended so is recorded. A person's survey of the machine is not."""
         wish = self.wishes.get("record", "")
-        if wish == "never" or self.arguments.all or self.arguments.groups:
+        if wish == "never" or self.arguments.all or self.arguments.groups or self.arguments.kata_config is not None:
             return False
         return code != EXIT_DONE or wish == "always" or "asked" in self.wishes
 
@@ -140,7 +143,8 @@ def run_hook(
     root = NotingRoot()
     call = Call(program, arguments, Deadline(seconds), [], [], [], {}, root, {})
     outcome = carry(call, work)
-    if arguments.json:
+    # An answer of its own form was printed already.
+    if arguments.json and "answered" not in call.details:
         more = {**call.details, "plan": call.plan} if arguments.dry_run else call.details
         print_json(program, outcome.code, outcome.findings, more)
     container = call.container[-1] if call.container else ""

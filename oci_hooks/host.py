@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
 
 def add_options(parser: ArgumentParser) -> None:
     """Give the parser this hook's own options."""
+    # All options in brackets would take five lines of a screen.
+    parser.usage = f"{PROGRAM} [OPTIONS] [KIND]"
     parser.description = "Say what is wrong with a container's VFIO groups on this host; change nothing."
     parser.add_argument("--pid", type=int, default=0, metavar="PID", help="with --bundle: the sandbox's hypervisor")
     parser.add_argument("--all", action="store_true", help="no container: list every IOMMU group of this host")
@@ -45,13 +47,34 @@ def add_options(parser: ArgumentParser) -> None:
         help="no container: check group N; repeatable",
     )
     parser.add_argument(
-        "--format", default="", choices=["table", "nfd", "npd"], help="with --all: for a person, or a Kubernetes node"
+        "--kata-config",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="FILE",
+        help="no container: print what Kata makes of FILE",
+    )
+    parser.add_argument("--runtime", default="", choices=["go", "rust"], help="with --kata-config: one runtime only")
+    parser.add_argument(
+        "--annotation",
+        action="append",
+        default=[],
+        dest="annotations",
+        metavar="K=V",
+        help="with --kata-config: of the sandbox; repeatable",
+    )
+    parser.add_argument(
+        "--format", default="", metavar="FORM", choices=["table", "nfd", "npd"], help="with --all: table, nfd or npd"
     )
 
 
 def work(call: Call) -> int:
     """Do what the arguments ask for and return the exit code."""
     root = call.root
+    if call.arguments.kata_config is not None:
+        from oci_hooks.kata_ask import ask
+
+        return ask(call, root)
     if call.arguments.all or call.arguments.groups:
         from oci_hooks.preflight import survey
 

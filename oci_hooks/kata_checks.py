@@ -6,11 +6,15 @@ A function a check; each returns findings. Sources: kata-containers at the place
 
 from __future__ import annotations
 
+import json
 import os
 
 from oci_hooks.errors import Finding
 from oci_hooks.hypervisor import find_kernel_refusal
-from oci_hooks.kata_config import HYPERVISOR_PREFIX
+from oci_hooks.kata_hints import make_viommu_hint, write_fix
+from oci_hooks.kata_lookup import read_major
+from oci_hooks.kata_model import HYPERVISOR_PREFIX
+from oci_hooks.kata_problems import RELEASE_MAJOR, check_refused, check_uncertain
 from oci_hooks.oci import DEVICES_ANNOTATION, MAP_ANNOTATION
 from oci_hooks.records import Record
 
@@ -39,7 +43,7 @@ class KataView(Record):
     config: None where no configuration was found; certain: whether it is sure to be the one that Kata reads;
     hypervisor: the running one, None where not known; machine: the host's, as uname says; mode: vfio_mode, "" where it
     is not set; wanted: whether the container wants VFIO inside the guest; attached: whether the sandbox's hypervisor
-    holds the groups already.
+    holds the groups already; major: Kata's major release, 0 where not known.
     """
 
     asker: Asker
@@ -50,20 +54,25 @@ class KataView(Record):
     mode: str
     wanted: bool
     attached: bool
+    major: int = 0
 
     @property
     def level(self) -> str:
-        """How bad a wrong setting is: a doubtful file never refuses a container."""
-        return "error" if self.certain else "warning"
+        """How bad a wrong setting is: a file or a reading that is in doubt never refuses a container."""
+        return "error" if self.certain and not (self.config and self.config.reading.uncertain) else "warning"
 
 
 def view_sandbox(root: Root, asker: Asker, found: Found, annotations: dict[str, str], attached: bool) -> KataView:
     """Return what is known of the sandbox. attached: whether its hypervisor holds all of the container's groups."""
     asked = any(annotations.get(name, "").strip() for name in (DEVICES_ANNOTATION, MAP_ANNOTATION))
     mode = found.config.runtime_setting("vfio_mode", "").value if found.config else ""
+    major = read_major(root)
+    if not mode and found.config and found.config.flavour == "go" and major >= RELEASE_MAJOR:
+        # The zero value of a Go variable; of older releases it is not known here.
+        mode = str(found.config.reading.values["vfio_mode"])
     wanted = asked or mode == "vfio"
     machine = root.do(name_machine)
-    return KataView(asker, found.config, found.certain, asker.hypervisor, machine, str(mode), wanted, attached)
+    return KataView(asker, found.config, found.certain, asker.hypervisor, machine, str(mode), wanted, attached, major)
 
 
 def name_machine() -> str:
@@ -90,11 +99,11 @@ def check_kata(view: KataView, spec: Spec, targets: tuple[Target, ...]) -> tuple
 
 
 def check_config(view: KataView) -> tuple[Finding, ...]:
-    """kata-config-missing, kata-config-unreadable."""
+    """kata-config-missing, kata-config-refused, kata-config-uncertain."""
     if view.config is not None:
-        return view.config.findings
+        return (*check_refused(view, view.config), *check_uncertain(view.config))
     hint = 'name it in /etc/oci-vfio-hooks/host.toml: [kata] config = "/path/configuration.toml"'
-    problem = "its configuration.toml was not found at any place where Kata looks"
+    problem = "there is no configuration.toml at any place where Kata looks"
     return (Finding("warning", "kata-config-missing", "Kata", problem, hint),)
 
 
@@ -119,16 +128,20 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
     elif config and setting:
         # Kata puts its own intel_iommu=on before these, and the kernel takes the last word.
         kernel = config.hypervisor_setting("kernel_params", "")
-        refusal = find_kernel_refusal(str(kernel.value))
-        if setting.value is True and not refusal:
+        refusal = find_kernel_refusal(str(config.reading.values["kernel_params"]))
+        # Where it is ignored because there is none, viommu-unsupported has it.
+        is_on = setting.value is True or (setting.written is True and config.hypervisor in WITHOUT_VIOMMU)
+        if is_on and not refusal:
             return ()
         # Of the parameters the one that decides: others may hold a proxy's password.
-        problem = config.describe(kernel.replace(value=refusal) if setting.value is True else setting)
-        if setting.value is True:
+        problem = config.describe(kernel.replace(value=refusal) if is_on else setting)
+        if is_on:
             hint = f"take {refusal} out of kernel_params"
+        elif setting.written is True and not setting.annotation:
+            problem = f"{setting.describe()}, which Kata's Go runtime ignores for {config.hypervisor}"
     else:
         return ()
-    certain = view.certain or (vmm is not None and vmm.viommu == "off")
+    certain = view.level == "error" or (vmm is not None and vmm.viommu == "off")
     # Who writes guest-kernel (Kata's own files for QEMU do) leaves the device to the guest's driver on purpose. Where
     # no vfio_mode is set at all, this hook was declared for a container that lists VFIO devices, to have them as such.
     kind = vmm.kind if vmm is not None else config.hypervisor if config else ""
@@ -139,33 +152,21 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
     return (Finding(level, "viommu-off", "virtual IOMMU", problem, hint),)
 
 
-def make_viommu_hint(config: KataConfig | None, setting: Setting | None) -> str:
-    """Return how to switch the virtual IOMMU on."""
-    annotation = f'annotation {HYPERVISOR_PREFIX}enable_iommu: "true"'
-    if config is None or setting is None:
-        return f"set enable_iommu = true in Kata's configuration.toml, or the sandbox's {annotation}"
-    if setting.annotation:
-        return f"set the sandbox's {annotation}"
-    if setting.is_drop_in:
-        return f"set enable_iommu = true there, or the sandbox's {annotation}"
-    drop_in = f"printf '[hypervisor.{config.hypervisor}]\\nenable_iommu = true\\n' > {config.directory}/90-viommu.toml"
-    return f"set it there, or: mkdir -p {config.directory} && {drop_in}; then start a new sandbox"
-
-
 def check_viommu_support(view: KataView, channel: bool) -> tuple[Finding, ...]:
     """viommu-unsupported: this machine type, hypervisor or architecture has no virtual IOMMU in Kata."""
     config = view.config
     if channel or config is None or (view.hypervisor is not None and view.hypervisor.viommu == "on"):
         return ()
     iommu = config.hypervisor_setting("enable_iommu", False)
-    if iommu.value is not True and (not view.wanted or view.machine in WITH_OWN_IOMMU):
+    is_on = iommu.value is True or iommu.written is True
+    if not is_on and (not view.wanted or view.machine in WITH_OWN_IOMMU):
         return ()
     reason, is_fatal = explain_support(view, config)
     if not reason:
         return ()
-    told = f"; {iommu.describe()}" if iommu.value is True else ""
+    told = f"; {iommu.describe()}" if is_on else ""
     needed = view.wanted and view.machine not in WITH_OWN_IOMMU
-    level = view.level if needed or (is_fatal and iommu.value is True) else "warning"
+    level = view.level if needed or (is_fatal and is_on) else "warning"
     hint = "use a Kata runtime class with QEMU and machine_type q35 on x86_64, or Kata's own vfio_mode = guest-kernel"
     return (Finding(level, "viommu-unsupported", "virtual IOMMU", reason + told, hint),)
 
@@ -217,11 +218,11 @@ def check_rs_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
     kinds = is_positive(root_port.value) + is_positive(switch_port.value)
     if kinds > 1:
         problem = f"{root_port.describe()}, and {switch_port.describe()}: runtime-rs takes only one of them"
-        return (Finding(view.level, "port-conflict", "PCIe port", problem, "set one of them to 0"),)
+        return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, switch_port, "0")),)
     plugged_otherwise = config.hypervisor == "clh" or cold.value not in (None, NO_PORT)
     if plugged_otherwise or root_port.value is None or kinds == 1:
         return ()
-    hint = f"set pcie_root_port = 1 or more in [hypervisor.qemu] of {config.place.real}"
+    hint = write_fix(config, root_port, "1")
     return (Finding(view.level, "no-port", "PCIe port", config.describe(root_port), hint),)
 
 
@@ -235,15 +236,15 @@ def check_go_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
     used = [value for value in (hot.value, cold.value) if value not in (None, NO_PORT)]
     if not used:
         problem = f"{config.describe(hot if hot.value else cold)}, and no other plug setting names a port"
-        hint = f'set hot_plug_vfio = "root-port" in [hypervisor.{config.hypervisor}] of {config.place.real}'
+        hint = write_fix(config, hot, '"root-port"')
         return (Finding(view.level, "no-port", "PCIe port", problem, hint),)
     if hot.value in used and cold.value in used:
         problem = f"{hot.describe()}, and {cold.describe()}: Kata takes only one of them"
-        return (Finding(view.level, "port-conflict", "PCIe port", problem, 'set one of them to "no-port"'),)
+        return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, cold, '"no-port"')),)
     deciding = hot if hot.value in used else cold
     if config.hypervisor == "clh" and deciding.value != "root-port":
         problem = f"Cloud Hypervisor takes only root-port, and {config.describe(deciding)}"
-        return (Finding(view.level, "port-conflict", "PCIe port", problem, f'set {deciding.key} = "root-port"'),)
+        return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, deciding, '"root-port"')),)
     return check_port_count(view, config, hot)
 
 
@@ -254,7 +255,7 @@ def check_port_count(view: KataView, config: KataConfig, hot: Setting) -> tuple[
     in_need = hot.value == "root-port" and view.asker.is_cri and view.asker.by_hand and config.hypervisor == "qemu"
     if not in_need or is_positive(stock.value):
         return ()
-    hint = f"set pcie_root_port to the number of devices of a pod in [hypervisor.qemu] of {config.place.real}"
+    hint = f"for one device, more if a pod has more: {write_fix(config, stock, '1')}"
     problem = f"{config.describe(stock)}, and a pod's devices need that many ports"
     return (Finding("warning", "no-port", "PCIe port", problem, hint),)
 
@@ -279,8 +280,8 @@ def check_annotations(view: KataView) -> tuple[Finding, ...]:
     problem = f"enable_annotations in {config.place.real} does not admit {names}, and Kata {does}"
     admitted = [str(pattern) for pattern in patterns.value] if isinstance(patterns.value, list) else []
     wanted = admitted + [name[len(HYPERVISOR_PREFIX) :] for name in config.refused]
-    listed = ", ".join(f'"{word}"' for word in wanted)
-    hint = f"set enable_annotations = [{listed}] in [hypervisor.{config.hypervisor}], or drop the annotation"
+    listed = ", ".join(json.dumps(word) for word in wanted)
+    hint = f"{write_fix(config, patterns, f'[{listed}]')}; or drop the annotation"
     return (Finding(level, "annotation-not-allowed", config.refused[0], problem, hint),)
 
 

@@ -32,6 +32,10 @@ KATA = """\
 machine_type = "q35"
 enable_iommu = false
 hot_plug_vfio = "root-port"
+path = "/q"
+kernel = "/k"
+image = "/i"
+shared_fs = "none"
 [runtime]
 vfio_mode = "vfio"
 """
@@ -489,7 +493,7 @@ def test_every_code_is_in_the_table_and_the_other_way_round() -> None:
     import re
 
     top = Path(host.__file__).parents[1]
-    modules = ("checks", "kata_checks", "kata_config", "host", "verdict", "settings", "preflight")
+    modules = ("checks", "kata_checks", "kata_problems", "host", "verdict", "settings", "preflight")
     text = "".join((top / f"oci_hooks/{name}.py").read_text() for name in modules)
     shared = "".join((top / f"oci_hooks/{name}.py").read_text() for name in ("oci", "command", "jsontext"))
     pattern = (

@@ -15,8 +15,9 @@ from oci_hooks.files import Root
 from oci_hooks.groups import Member, Target, VfioGroup
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import Hypervisor
-from oci_hooks.kata_config import HYPERVISOR_PREFIX, RUNTIME_PREFIX, Place, load_config
+from oci_hooks.kata_config import Place, load_config
 from oci_hooks.kata_lookup import Found
+from oci_hooks.kata_model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.oci import Device
 from oci_hooks.sysfs import PciDevice
 from tests.unit.host_tree import HostTree, codes, make_spec
@@ -85,8 +86,9 @@ TABLE = [
     ("qemu-nvidia-gpu-tdx", "qemu", "v c", "V c", "c"),
     ("qemu-snp", "qemu", "v c", "V c", "c"),
     ("qemu-tdx", "qemu", "v c", "V c", "c"),
-    ("clh", "clh", "v P", "V P", "P"),
-    ("clh-azure", "clh", "v P", "V P", "P"),
+    # The Go runtime takes no enable_iommu from the table of Cloud Hypervisor, only from the annotation.
+    ("clh", "clh", "v P", "V P", "V P"),
+    ("clh-azure", "clh", "v P", "V P", "V P"),
     ("fc", "firecracker", "v", "V U", "U"),
     ("stratovirt", "stratovirt", "v", "V U", "U"),
     ("remote", "remote", "v", "V U", "U"),
@@ -163,9 +165,15 @@ enable_iommu = true
 hot_plug_vfio = "root-port"
 cold_plug_vfio = "no-port"
 enable_annotations = ["enable_iommu"]
+path = "/q"
+kernel = "/k"
+image = "/i"
+shared_fs = "none"
 [runtime]
 vfio_mode = "vfio"
+[agent.kata]
 """
+RS_NAMES = 'name = "virt_container"\nhypervisor_name = "qemu"\nagent_name = "kata"'
 BAD = GOOD.replace("enable_iommu = true", "enable_iommu = false")
 
 
@@ -259,8 +267,9 @@ def test_kernel_parameters_have_the_last_word(tmp_path: Path, words: str, expect
         (('"q35"', '""'), "x86_64", []),
         (('machine_type = "q35"', ""), "x86_64", []),
         (("", ""), "aarch64", ["error viommu-unsupported"]),
-        (("hypervisor.qemu", "hypervisor.clh"), "aarch64", []),
-        (("hypervisor.qemu", "hypervisor.clh"), "x86_64", []),
+        # The Go runtime takes no enable_iommu from the table of Cloud Hypervisor.
+        (("hypervisor.qemu", "hypervisor.clh"), "aarch64", ["error viommu-off"]),
+        (("hypervisor.qemu", "hypervisor.clh"), "x86_64", ["error viommu-off"]),
     ],
 )
 def test_support(tmp_path: Path, change: tuple[str, str], machine: str, expected: list[str]) -> None:
@@ -292,9 +301,9 @@ RS = '[hypervisor.qemu]\nenable_iommu = true\n{0}\n[runtime]\nhypervisor_name = 
         (GOOD.replace("hot_plug_vfio", "x").replace("cold_plug_vfio", "y"), []),
         (
             GOOD.replace("hypervisor.qemu", "hypervisor.clh").replace("root-port", "bridge-port"),
-            ["error port-conflict"],
+            ["error viommu-off", "error port-conflict"],
         ),
-        (GOOD.replace("hypervisor.qemu", "hypervisor.clh"), []),
+        (GOOD.replace("hypervisor.qemu", "hypervisor.clh"), ["error viommu-off"]),
         (RS.format("pcie_root_port = 0"), ["error no-port"]),
         (RS.format("pcie_root_port = 2"), []),
         (RS.format("pcie_root_port = 0\npcie_switch_port = 1"), []),
@@ -334,7 +343,7 @@ def test_a_pod_needs_ports_in_stock(tmp_path: Path, ports: int, asking: dict[str
         (GOOD, True, "error annotation-not-allowed"),
         # The shim that runs the hook has taken its annotations, whatever the file says now.
         (GOOD, False, "warning annotation-not-allowed"),
-        (GOOD.replace("[runtime]", '[runtime]\nhypervisor_name = "qemu"'), True, "warning annotation-not-allowed"),
+        (GOOD.replace("[runtime]", "[runtime]\n" + RS_NAMES), True, "warning annotation-not-allowed"),
         (GOOD.replace('["enable_iommu"]', '["machine_type"]'), True, ""),
     ],
 )

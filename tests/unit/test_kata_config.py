@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.kata_config import HYPERVISOR_PREFIX, KataConfig, Place, load_config
+from oci_hooks.kata_config import KataConfig, Place, load_config
+from oci_hooks.kata_model import HYPERVISOR_PREFIX
 from oci_hooks.tomllines import find_line
-from tests.unit.host_tree import HostTree, codes
+from tests.unit.host_tree import HostTree
 
 pytestmark = pytest.mark.unit
 
@@ -25,6 +26,11 @@ def load(tree: HostTree, text: str, drop_ins: dict[str, str] | None = None, **an
         tree.write(f"{PATH.rpartition('/')[0]}/config.d/{name}", content)
     named = {HYPERVISOR_PREFIX + key: value for key, value in annotations.items()}
     return load_config(tree.root, Place(PATH, PATH, "test"), "", named)
+
+
+def told(config: KataConfig) -> list[tuple[str, str]]:
+    """Return what Kata refuses, as place and text."""
+    return [(problem.place, problem.text) for problem in config.reading.refused]
 
 
 # Lines ---------------------------------------------------------------------------------------------------------------
@@ -99,10 +105,10 @@ def test_the_file_alone_decides(tmp_path: Path) -> None:
     assert config.describe(setting) == told
 
 
-def test_a_date_is_shown_as_it_is_written(tmp_path: Path) -> None:
-    """TOML has dates, in any place."""
+def test_a_date_is_no_truth_value(tmp_path: Path) -> None:
+    """TOML has dates, in any place; Go and Rust refuse one where they want something else."""
     config = load(HostTree(tmp_path), "[hypervisor.qemu]\nenable_iommu = 2026-11-22\n")
-    assert 'enable_iommu = "2026-11-22"' in config.hypervisor_setting("enable_iommu").describe()
+    assert (f"{PATH} line 2", "enable_iommu is not true or false") in told(config)
 
 
 def test_a_key_that_is_not_set(tmp_path: Path) -> None:
@@ -157,7 +163,8 @@ def test_drop_ins_stand_beside_the_resolved_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("x = ", "is not TOML"), (b"\xff", "is not TOML"), (None, "Is a directory")]
+    ("content", "said"),
+    [("x = ", "is not TOML"), (b"a = 1\n\xff", "is not TOML: byte 6 is not UTF-8"), (None, "Is a directory")],
 )
 def test_a_drop_in_that_cannot_be_read_is_told(tmp_path: Path, content: str | bytes | None, said: str) -> None:
     tree = HostTree(tmp_path)
@@ -167,9 +174,9 @@ def test_a_drop_in_that_cannot_be_read_is_told(tmp_path: Path, content: str | by
     else:
         tree.write(path, content)
     config = load(tree, PLAIN)
-    assert codes(config.findings) == ["warning kata-config-unreadable"]
-    assert config.findings[0].subject == path
-    assert said in config.findings[0].problem
+    (problem,) = [problem for problem in config.reading.refused if problem.place.startswith(path)]
+    assert problem.code == "syntax"
+    assert said in problem.text
     assert config.hypervisor_setting("enable_iommu").value is False
 
 
@@ -184,7 +191,8 @@ def test_a_drop_in_that_cannot_be_read_is_told(tmp_path: Path, content: str | by
         (["^iommu"], False),
         ([], False),
         (["kernel_params", "enable_.*u"], True),
-        ([r"[[:alpha:]_]+("], True),
+        ([r"[[:alpha:]_]+("], False),
+        ([r"[[:alpha:]_]+$"], True),
         ("enable_iommu", False),
         ([1], False),
     ],
@@ -208,9 +216,15 @@ def test_an_annotation_beats_all_files(tmp_path: Path) -> None:
     assert config.describe(setting) == f"enable_iommu = false by annotation {IOMMU}, over {directory}/1 line 2"
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("T", True), ("0", False), ("yes", "yes")])
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("T", True), ("0", False)])
 def test_values_of_annotations(tmp_path: Path, text: str, value: object) -> None:
     assert load(HostTree(tmp_path), PLAIN, enable_iommu=text).hypervisor_setting("enable_iommu").value == value
+
+
+def test_an_annotation_that_is_neither_true_nor_false_is_refused(tmp_path: Path) -> None:
+    config = load(HostTree(tmp_path), PLAIN, enable_iommu="yes")
+    assert (f"annotation {IOMMU}", "'yes' is neither true nor false") in told(config)
+    assert config.hypervisor_setting("enable_iommu").value is False
 
 
 def test_vfio_mode_by_annotation_is_not_gated(tmp_path: Path) -> None:

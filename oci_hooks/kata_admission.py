@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether `enable_annotations` admits a key, in Go and in Rust.
+
+An expression runs as both libraries run it, all its states at once: the time is its length times the key's, where
+Python's `re` takes exponential time for `(a+)+$`.
+
+Sources: kata-containers src/runtime/pkg/oci/utils.go (regexpContains), src/libs/kata-types/src/config/hypervisor/mod.rs
+(is_annotation_enabled): both look for the expression anywhere in the key.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.kata_characters import ASCII, WORDS
+from oci_hooks.kata_regex import Expression, Invalid, Unsure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.kata_regex import Node
+
+# Characters of an expression, and states of the program that it becomes.
+LONGEST = 5000
+MOST_STATES = 20000
+# States times characters, for all keys together: a second or two.
+MOST_WORK = 2000000
+
+
+class Gate:
+    """The expressions of one `enable_annotations`.
+
+    programs: what each became, None where it can't be told; work: how much may still be done.
+    """
+
+    def __init__(self, patterns: list[str], rust: bool) -> None:
+        self.rust = rust
+        self.is_shut = False
+        self.work = MOST_WORK
+        self.programs: list[list[Node] | None] = []
+        for pattern in patterns:
+            try:
+                self.programs.append(self.compile(pattern))
+            except Unsure:
+                self.programs.append(None)
+            except (Invalid, RecursionError):
+                # Go skips an expression that it can't read, Rust then admits nothing at all.
+                self.is_shut = rust or self.is_shut
+
+    def compile(self, pattern: str) -> list[Node]:
+        """Return the program of an expression. Raises Invalid, Unsure."""
+        self.work -= 100 + 20 * len(pattern)
+        if len(pattern) > LONGEST or self.work < 0:
+            raise Unsure("too long an expression")
+        program: list[Node] = []
+        compile_node(Expression(pattern, self.rust).read(), program)
+        program.append(("end",))
+        self.work -= len(program)
+        return program
+
+    def admits(self, key: str) -> bool | None:
+        """Tell whether a key is admitted; None where that can't be told."""
+        if self.is_shut:
+            return False
+        if self.work < 0:
+            return None
+        answers = [self.matches(program, key) for program in self.programs]
+        if None in answers and (self.rust or True not in answers):
+            return None
+        return True in answers
+
+    def matches(self, program: list[Node] | None, key: str) -> bool | None:
+        """Tell whether a program finds its expression in a key."""
+        if program is None or not set(key) <= set(ASCII):
+            return None
+        self.work -= 20 + len(program) * (len(key) + 1)
+        return run(program, key) if self.work >= 0 else None
+
+
+def compile_node(node: Node, program: list[Node]) -> None:  # noqa: PLR0912 - one rule a line
+    """Append an expression's states: ("set", characters), ("look", place), ("split", one, other), ("end",)."""
+    if len(program) > MOST_STATES:
+        raise Unsure("too large an expression")
+    kind = node[0]
+    if kind in ("set", "look"):
+        program.append(node)
+    elif kind == "all":
+        for part in node[1]:
+            compile_node(part, program)
+    elif kind == "any":
+        ends = []
+        for choice in node[1][:-1]:
+            split = len(program)
+            program.append(())
+            compile_node(choice, program)
+            ends.append(len(program))
+            program.append(())
+            program[split] = ("split", split + 1, len(program))
+        compile_node(node[1][-1], program)
+        for end in ends:
+            program[end] = ("split", len(program), len(program))
+    elif kind == "times":
+        _, part, least, most = node
+        for _ in range(least):
+            compile_node(part, program)
+        begin = len(program)
+        for _ in range(1 if most < 0 else most - least):
+            split = len(program)
+            program.append(())
+            compile_node(part, program)
+            if most < 0:
+                program.append(("split", begin, begin))
+            program[split] = ("split", split + 1, -1)
+        for place in range(begin, len(program)):
+            if program[place][0] == "split" and program[place][2] == -1:
+                program[place] = ("split", program[place][1], len(program))
+
+
+def run(program: list[Node], key: str) -> bool:
+    """Tell whether a program finds its expression anywhere in a key."""
+    current: set[int] = set()
+    for position in range(len(key) + 1):
+        found: set[int] = set()
+        follow(program, [0, *current], key, position, found)
+        if len(program) - 1 in found:
+            return True
+        char = key[position : position + 1]
+        current = {state + 1 for state in found if char and program[state][0] == "set" and char in program[state][1]}
+    return False
+
+
+def follow(program: list[Node], waiting: list[int], key: str, position: int, found: set[int]) -> None:
+    """Add to `found` all the states that can be reached without reading a character."""
+    while waiting:
+        state = waiting.pop()
+        if state in found:
+            continue
+        found.add(state)
+        step = program[state]
+        if step[0] == "split":
+            waiting += step[1:]
+        elif step[0] == "look" and is_at(step[1], key, position):
+            waiting.append(state + 1)
+
+
+def is_at(place: str, key: str, position: int) -> bool:
+    """Tell whether a position is such a place."""
+    if place in ("begin", "end"):
+        return position == (0 if place == "begin" else len(key))
+    before, after = key[position - 1 : position] if position else "", key[position : position + 1]
+    edge = (before != "" and before in WORDS) != (after != "" and after in WORDS)
+    return edge == (place == "edge")

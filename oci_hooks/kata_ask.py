@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vfio-host-check --kata-config: what Kata will make of a configuration, for a person or a program that asks.
+
+One object a runtime: the effective values with what decided each, or what Kata refuses, or what can't be told.
+"""
+
+from __future__ import annotations
+
+from oci_hooks.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, InputError, make_one_line
+from oci_hooks.kata_config import RELEASE, Place, find_default_places, load_config
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from oci_hooks.command import Call
+    from oci_hooks.files import Root
+    from oci_hooks.kata_model import Problem, Reading
+
+RUNTIMES = {"go": "go", "rust": "rs"}
+# Of the kernel's parameters, those that a virtual IOMMU heeds.
+IOMMU_WORDS = ("intel_iommu", "amd_iommu", "iommu", "iommu.passthrough", "iommu.strict")
+
+
+def ask(call: Call, root: Root) -> int:
+    """Print what the arguments ask for and return the exit code: 0 readable, 1 refused by Kata, 2 not told here.
+
+    Without --runtime the code is of the runtime that the file is for.
+    """
+    import json
+
+    from oci_hooks.log import write_stdout
+
+    annotations = read_annotations(call.arguments.annotations)
+    wanted = call.arguments.runtime
+    answers = {}
+    for name in [wanted] if wanted else list(RUNTIMES):
+        answers[name] = answer(root, call.arguments.kata_config or "", RUNTIMES[name], annotations)
+    if call.arguments.json:
+        shown: Any = answers[wanted] if wanted else answers
+        write_stdout(json.dumps(shown, indent=2) + "\n")
+    else:
+        write_stdout("".join(write_answer(name, found) for name, found in answers.items()))
+    call.details["answered"] = True
+    return choose_code(answers[wanted or choose_runtime(root, call.arguments.kata_config or "", answers)])
+
+
+def read_annotations(words: tuple[str, ...] | list[str]) -> dict[str, str]:
+    """Return the annotations of KEY=VALUE words. Raises InputError."""
+    annotations = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise InputError("bad-arguments", "arguments", f"{word!r} is not KEY=VALUE", "see vfio-host-check --help")
+        annotations[key] = value
+    return annotations
+
+
+def answer(root: Root, file: str, flavour: str, annotations: dict[str, str]) -> dict[str, Any]:
+    """Return one runtime's answer. file: "" for Kata's own lookup."""
+    place = find_place(root, file, flavour)
+    if place is None:
+        return {"refused": "load: there is no configuration.toml at any place where Kata looks"}
+    reading = load_config(root, place, flavour, annotations).reading
+    if reading.refused:
+        return {"refused": write_problem(reading.refused[0])}
+    if reading.uncertain:
+        return {"uncertain": write_problem(reading.uncertain[0])}
+    return {**reading.values, "decided": {key: find_decision(reading, key) for key in reading.values}}
+
+
+def find_place(root: Root, file: str, flavour: str) -> Place | None:
+    """Return the file to read: the one that is named, else the first of Kata's default places; None without one."""
+    if not file:
+        return next(iter(find_default_places(root, flavour, "")), None)
+    import os
+
+    path = os.path.abspath(file)
+    return Place(path, root.real_path(path), "named")
+
+
+def write_problem(problem: Problem) -> str:
+    """Return a problem on one line: when, where and what."""
+    return make_one_line(f"{problem.stage}: {problem.describe()}")
+
+
+def find_decision(reading: Reading, key: str) -> str:
+    """Return what decided a value: "annotation NAME", "FILE:LINE", or "default"."""
+    if key in reading.by_annotation:
+        return f"annotation {reading.by_annotation[key]}"
+    keys: tuple[str, ...] = ("hypervisor", reading.hypervisor, key)
+    if key == "vfio_mode":
+        keys = ("runtime", key)
+    elif key == "hypervisor":
+        keys = ("runtime", "hypervisor_name") if reading.flavour == "rs" else find_table(reading)
+    places = reading.marks.get(keys, ())
+    if not places:
+        return "default"
+    file, line, number = places[-1].rpartition(" line ")
+    return f"{file}:{number}" if line else places[-1]
+
+
+def find_table(reading: Reading) -> tuple[str, ...]:
+    """Return the first key of the hypervisor's table that a file sets: Go takes the table that is there."""
+    wanted = ("hypervisor", reading.hypervisor)
+    return next((keys for keys in reading.marks if keys[:2] == wanted), wanted)
+
+
+def write_answer(name: str, found: dict[str, Any]) -> str:
+    """Return an answer for a person."""
+    lines = [f"Kata's {name} runtime, as of release {RELEASE}:"]
+    for key in ("refused", "uncertain"):
+        if key in found:
+            lines.append(f"  {key}: {found[key]}")
+    for key, place in found.get("decided", {}).items():
+        value = find_iommu_words(found[key]) if key == "kernel_params" else found[key]
+        shown = value if isinstance(value, str) else str(value).lower()
+        label = "kernel_params (IOMMU)" if key == "kernel_params" else key
+        lines.append(make_one_line(f"  {label:22} {shown or '-':14} {place}"))
+    return "\n".join(lines) + "\n"
+
+
+def find_iommu_words(parameters: str) -> str:
+    """Return the kernel's parameters that a virtual IOMMU heeds, in their order: the last one of a name counts."""
+    return " ".join(word for word in parameters.split() if word.partition("=")[0] in IOMMU_WORDS)
+
+
+def choose_runtime(root: Root, file: str, answers: dict[str, dict[str, Any]]) -> str:
+    """Return the runtime that a file is for, as its tables show."""
+    place = find_place(root, file, "go") or find_place(root, file, "rs")
+    flavour = load_config(root, place, "", {}).flavour if place else "go"
+    return next(name for name in answers if RUNTIMES[name] == flavour)
+
+
+def choose_code(found: dict[str, Any]) -> int:
+    """Return the exit code of an answer."""
+    if "refused" in found:
+        return EXIT_REFUSED
+    return EXIT_BAD_INPUT if "uncertain" in found else EXIT_DONE

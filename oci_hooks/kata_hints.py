@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to do about a finding on Kata's configuration: words that can be followed to the letter."""
+
+from __future__ import annotations
+
+from oci_hooks.kata_admission import Gate
+from oci_hooks.kata_model import HYPERVISOR_PREFIX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.kata_config import KataConfig, Setting
+
+# What printf(1) or a quoted word of a shell would change.
+UNSAFE = ("\\", "'", "%")
+
+
+def write_fix(config: KataConfig, setting: Setting, value: str) -> str:
+    """Return how to give a setting of the hypervisor's table a value, where it is decided.
+
+    value: as TOML writes it.
+    """
+    if setting.annotation:
+        return f"set the sandbox's annotation {setting.annotation}: {value}"
+    line = f"{setting.key} = {value}"
+    if setting.is_drop_in:
+        return f"set {line} in {setting.places[-1]}"
+    if any(word in line for word in UNSAFE):
+        return f"set {line} in {setting.places[-1] if setting.places else config.place.real}"
+    path = f"{config.directory}/90-{setting.key.replace('_', '-')}.toml"
+    table = f"[hypervisor.{config.hypervisor}]"
+    return f"mkdir -p {config.directory} && printf '{table}\\n{line}\\n' > {path}; then start a new sandbox"
+
+
+def make_viommu_hint(config: KataConfig | None, setting: Setting | None) -> str:
+    """Return how to switch the virtual IOMMU on."""
+    annotation = f'annotation {HYPERVISOR_PREFIX}enable_iommu: "true"'
+    if config is None or setting is None:
+        return f"set enable_iommu = true in Kata's configuration.toml, or the sandbox's {annotation}"
+    is_ignored = setting.written is True and setting.value is not True
+    if setting.annotation or is_ignored:
+        return f"set the sandbox's {annotation}"
+    # An annotation that is not admitted would be refused or ignored.
+    patterns = config.hypervisor_setting("enable_annotations", []).value
+    admitted = Gate(patterns, config.flavour == "rs").admits("enable_iommu")
+    other = f", or the sandbox's {annotation}" if admitted else ""
+    if setting.is_drop_in:
+        return f"set enable_iommu = true in {setting.places[-1]}{other}"
+    drop_in = f"printf '[hypervisor.{config.hypervisor}]\\nenable_iommu = true\\n' > {config.directory}/90-viommu.toml"
+    return f"set it there, or: mkdir -p {config.directory} && {drop_in}; then start a new sandbox"

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both of Kata's readers have in common: the files in their order, and what a reading comes to.
+
+A reading has three answers: values, each with the place that decided it; what Kata refuses; what can't be told here.
+Values are given in all three, as far as they can be read.
+
+Sources: kata-containers src/runtime/pkg/katautils/config.go (decodeConfig, decodeDropIns), src/libs/kata-types/src/
+config/drop_in.rs.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from oci_hooks.kata_toml import TomlError
+from oci_hooks.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from oci_hooks.files import Root
+    from oci_hooks.kata_toml import Keys, StrictReader
+
+# Bytes of all files together. Kata's own have 40 KB; what is larger would not be read before the deadline.
+LARGEST = 2 << 20
+MOST_FILES = 10000
+HYPERVISOR_PREFIX = "io.katacontainers.config.hypervisor."
+RUNTIME_PREFIX = "io.katacontainers.config.runtime."
+AGENT_PREFIX = "io.katacontainers.config.agent."
+
+
+class Problem(Record):
+    """Something that Kata refuses, or that can't be told.
+
+    stage: when Kata would: "load", "annotations", "validate"; place: "FILE line N", "annotation NAME", or the file;
+    text: what is wrong there; code: "syntax" for what no release takes.
+    """
+
+    stage: str
+    place: str
+    text: str
+    code: str = ""
+
+    def describe(self) -> str:
+        """Return the problem with its place."""
+        return f"{self.place}: {self.text}" if self.place else self.text
+
+
+class Layer(Record):
+    """One file: its path, its tables, its keys in order, and the line of each."""
+
+    path: str
+    values: dict[str, Any]
+    keys: tuple[Keys, ...]
+    lines: dict[Keys, int]
+
+    def place(self, keys: Keys) -> str:
+        """Return where the file sets a key, in words."""
+        line = self.lines.get(keys, 0)
+        return f"{self.path} line {line}" if line else self.path
+
+
+class Reading(Record):
+    """What one of Kata's runtimes makes of a configuration and of a sandbox's annotations.
+
+    flavour: "go" or "rs"; hypervisor: its name, "" without one; values: what is effective, by Kata's names; marks: of
+    tables and keys the places that set them, the last one wins; by_annotation: of values the annotation that decided;
+    tables: all that the files come to; unallowed: annotations that enable_annotations does not admit; refused,
+    uncertain: problems.
+    """
+
+    flavour: str
+    hypervisor: str
+    values: dict[str, Any]
+    marks: dict[Keys, tuple[str, ...]]
+    by_annotation: dict[str, str]
+    tables: dict[str, Any]
+    unallowed: tuple[str, ...]
+    refused: tuple[Problem, ...]
+    uncertain: tuple[Problem, ...]
+
+
+class Ledger:
+    """What a reader notes while it reads.
+
+    missing: problems of files that are not there; present, lost: how many named ones are and are not; ambiguous: keys
+    of which Kata itself takes one of several values by chance ("" for whole tables): what is wrong with one value
+    need not be refused.
+    """
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.refused: list[Problem] = []
+        self.uncertain: list[Problem] = []
+        self.marks: dict[Keys, tuple[str, ...]] = {}
+        self.missing: list[Problem] = []
+        self.present = 0
+        self.lost = 0
+        self.ambiguous: set[str] = set()
+
+    def refuse(self, stage: str, place: str, text: str, code: str = "") -> None:
+        """Note what Kata refuses."""
+        doubtful = bool(self.ambiguous) and stage == "load" and not code
+        doubtful = doubtful or (code == "unallowed" and bool(self.ambiguous & {"", "enable_annotations"}))
+        (self.uncertain if doubtful else self.refused).append(Problem(stage, place, text, code))
+
+    def doubt(self, place: str, text: str) -> None:
+        """Note what can't be told."""
+        self.uncertain.append(Problem("load", place, text))
+
+    def mark(self, keys: Keys, place: str) -> None:
+        """Note where a key is set."""
+        self.marks[keys] = (*self.marks.get(keys, ())[-1:], place)
+
+    def place(self, *keys: str) -> str:
+        """Return where a key is set last, "" where it is not."""
+        return self.marks.get(keys, ("",))[-1]
+
+    def need_file(self, path: str, what: str, place: str, named: bool) -> None:
+        """Note whether a file that Kata resolves is there. named: by the configuration, and not by default."""
+        if not path:
+            return
+        if is_there(self.root, path):
+            self.present += named
+        else:
+            self.lost += named
+            self.missing.append(Problem("load", place, f"{what} {path} is missing"))
+
+    def settle_files(self) -> None:
+        """Refuse what is missing. Where all files that are named are, the configuration is for another machine."""
+        if self.present or not self.lost:
+            for problem in self.missing:
+                self.refuse(problem.stage, problem.place, problem.text)
+
+
+def is_there(root: Root, path: str) -> bool:
+    """Tell whether there is a file at a path. One that is not absolute would be looked for below the bundle."""
+    return path.startswith("/") and "\0" not in path and root.exists(path)
+
+
+def read_layers(root: Root, path: str, reader: type[StrictReader], ledger: Ledger, links: bool) -> list[Layer]:
+    """Return the main file and its drop-ins, in order. What can't be read is noted and left out.
+
+    path: of the main file, links resolved; reader: of this flavour's dialect; links: whether a drop-in may be a link.
+    """
+    directory = path.rpartition("/")[0] + "/config.d"
+    layers = []
+    total = 0
+    for number, name in enumerate((path, *list_drop_ins(root, directory, ledger, links))):
+        data = read_regular(root, name, ledger)
+        if data is None:
+            continue
+        total += len(data)
+        if total > LARGEST or number > MOST_FILES:
+            ledger.doubt(name, f"more than {LARGEST} bytes or {MOST_FILES} files are not read here")
+            break
+        layer = read_layer(name, data, reader, ledger)
+        if layer:
+            layers.append(layer)
+    return layers
+
+
+def list_drop_ins(root: Root, directory: str, ledger: Ledger, links: bool) -> Iterable[str]:
+    """Return the paths of all that is in config.d, in order of their names' bytes: hidden ones and backups count."""
+    try:
+        names: list[str] = root.ask(os.listdir, directory)
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        ledger.refuse("load", directory, error.strerror or str(error), "syntax")
+        return ()
+    paths = [f"{directory}/{name}" for name in sorted(names, key=os.fsencode)]
+    for path in paths:
+        if not links and root.read_link(path):
+            ledger.refuse("load", path, "is a link, and runtime-rs takes only regular files", "syntax")
+    return paths
+
+
+def read_regular(root: Root, path: str, ledger: Ledger) -> bytes | None:
+    """Return a file's content, None (noted) where Kata could not read it either."""
+    try:
+        mode = root.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            ledger.refuse("load", path, "is no regular file: Kata would wait for it, or refuse it", "syntax")
+            return None
+        return root.read_bytes(path, LARGEST)
+    except OSError as error:
+        # A file of /proc or a full table of open files says nothing of what Kata can do.
+        ledger.refuse("load", path, error.strerror or str(error), "syntax")
+    return None
+
+
+def read_layer(path: str, data: bytes, reader: type[StrictReader], ledger: Ledger) -> Layer | None:
+    """Return what one file sets, None (noted) where it is not TOML."""
+    try:
+        text = decode(data)
+        document = reader(text)
+        document.read()
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        ledger.refuse("load", f"{path} line {line}", f"is not TOML: byte {error.start} is not UTF-8", "syntax")
+    except TomlError as error:
+        ledger.refuse("load", f"{path} line {error.line}", f"is not TOML: {error.problem}", "syntax")
+    else:
+        return Layer(path, document.values, tuple(document.keys), document.lines)
+    return None
+
+
+def decode(data: bytes) -> str:
+    """Return a file's text without the mark that some editors put before it. Raises UnicodeDecodeError."""
+    return data[3:].decode("utf-8") if data.startswith(b"\xef\xbb\xbf") else data.decode("utf-8")
+
+
+# Values of annotations ------------------------------------------------------------------------------------------------
+
+
+def read_parameters(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Return a kernel's parameters as pairs of name and value."""
+    pairs = []
+    for word in words:
+        name, _, value = word.partition("=")
+        pairs.append((name, value))
+    return pairs
+
+
+def write_parameters(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return pairs as the kernel's command line."""
+    return " ".join(f"{name}={value}" if value else name for name, value in pairs)
+
+
+def has_wrong_verity(text: str) -> bool:
+    """Tell whether dm-verity parameters are refused (hypervisor.go, ParseKernelVerityParams; the same in mod.rs)."""
+    if not text.strip():
+        return False
+    fields = [field.strip() for field in text.split(",") if field.strip()]
+    if not all("=" in field for field in fields):
+        return True
+    values = dict(field.split("=", 1) for field in fields)
+    sizes = [values.get(name, "") for name in ("data_blocks", "data_block_size", "hash_block_size")]
+    if not values.get("root_hash") or not values.get("salt"):
+        return True
+    if not all(size.isascii() and size.isdigit() and int(size[:30]) for size in sizes):
+        return True
+    return any(int(size[:30]) % 512 for size in sizes[1:])

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Findings about a whole configuration of Kata: what Kata refuses of it, and what can't be told."""
+
+from __future__ import annotations
+
+from oci_hooks.errors import Finding
+from oci_hooks.kata_config import RELEASE
+from oci_hooks.kata_go_checks import BOTH_PORTS
+from oci_hooks.kata_rust_checks import BOTH_KINDS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.kata_checks import KataView
+    from oci_hooks.kata_config import KataConfig
+
+# Of one kind, in one configuration; who mends them one by one sees the rest.
+MOST_PROBLEMS = 3
+RELEASE_MAJOR = int(RELEASE.partition(".")[0])
+
+
+def check_refused(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
+    """kata-config-refused: Kata starts no sandbox with this configuration, or with these annotations.
+
+    Only a person who asks beforehand is shown what some releases refuse: a shim or a hypervisor that runs has shown
+    that its Kata did take it. It is an error only where the release is known.
+    """
+    findings = []
+    beforehand = view.asker.by_hand and view.hypervisor is None
+    # Other checks of this module have these.
+    problems = [p for p in config.reading.refused if p.code != "unallowed" and p.text not in (BOTH_PORTS, BOTH_KINDS)]
+    problems = [p for p in problems if beforehand or p.code == "syntax"]
+    for problem in problems[:MOST_PROBLEMS]:
+        sure = problem.code == "syntax" or view.major >= RELEASE_MAJOR
+        level = view.level if beforehand and sure else "warning"
+        release = "Kata" if problem.code == "syntax" else name_release(view.major)
+        hint = "take it out, or mend it; vfio-host-check --kata-config shows what Kata makes of it"
+        subject = problem.place or config.place.real
+        findings.append(
+            Finding(level, "kata-config-refused", subject, f"{problem.text}; {release} starts no sandbox with it", hint)
+        )
+    return tuple(findings)
+
+
+def name_release(major: int) -> str:
+    """Return Kata's release in words: the one that is read here, or supposed to be at work."""
+    if major >= RELEASE_MAJOR:
+        return f"Kata {major}"
+    known = f"here is {major}" if major else "the release here is not known"
+    return f"Kata {RELEASE} ({known})"
+
+
+def check_uncertain(config: KataConfig) -> tuple[Finding, ...]:
+    """kata-config-uncertain: what Kata makes of a line can't be told."""
+    hint = 'write it in a plainer way, e.g. enable_annotations = ["enable_iommu"], and once only'
+    return tuple(
+        Finding("warning", "kata-config-uncertain", problem.place or config.place.real, problem.text, hint)
+        for problem in config.reading.uncertain[:MOST_PROBLEMS]
+    )

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kata's configuration as runtime-rs reads it: how files are merged, tables, types, what it refuses to load.
+
+Sources, in kata-containers 4.1 (src/libs/kata-types/src/config): drop_in.rs, mod.rs, runtime.rs, agent.rs,
+hypervisor/mod.rs (the structures; `deny_unknown_fields` where it is).
+"""
+
+from __future__ import annotations
+
+from oci_hooks.kata_go import is_text, name_types
+from oci_hooks.kata_model import Ledger, Reading, read_layers
+from oci_hooks.kata_toml import StrictReader, Table
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from oci_hooks.files import Root
+    from oci_hooks.kata_model import Layer
+    from oci_hooks.kata_toml import Keys
+
+HYPERVISOR = name_types(
+    text="path ctlpath jailer_path prefetch_list_path block_device_driver block_device_aio vhost_user_store_path "
+    "kernel kernel_params kernel_verity_params initrd image rootfs_type firmware vm_rootfs_driver cpu_features "
+    "log_level guest_memory_dump_path extra_monitor_socket dbg_monitor_socket cold_plug_vfio "
+    "machine_type machine_accelerators entropy_source guest_swap_path snp_id_block snp_id_auth guest_hook_path "
+    "initdata seccomp_sandbox selinux_label shared_fs virtio_fs_daemon virtio_fs_cache hypervisor_socket "
+    "default_gpu_model memory_path device_state_path",
+    texts="valid_hypervisor_paths valid_ctlpaths valid_jailer_paths valid_vhost_user_store_paths pflashes "
+    "valid_entropy_sources enable_annotations valid_virtio_fs_daemon_paths virtio_fs_extra_args",
+    u64="memory_offset disk_rate_limiter_bw_max_rate disk_rate_limiter_bw_one_time_burst num_queues "
+    "disk_rate_limiter_ops_max_rate disk_rate_limiter_ops_one_time_burst guest_swap_size_percent "
+    "guest_swap_create_threshold_secs rx_rate_limiter_max_rate tx_rate_limiter_max_rate",
+    u32="indep_iothreads block_device_logical_sector_size block_device_physical_sector_size queue_size "
+    "default_maxvcpus default_bridges pcie_root_port pcie_switch_port default_memory overhead_memory "
+    "default_maxmemory memory_slots network_queues snp_guest_policy tdx_quote_generation_service_socket_port "
+    "virtio_fs_cache_size virtio_fs_queue_size default_gpus",
+    i32="hypervisor_timeout",
+    real="default_vcpus overhead_vcpus",
+    truth="disable_nesting_checks enable_iothreads disable_block_device_use block_device_cache_set "
+    "block_device_cache_direct block_device_cache_noflush disable_image_nvdimm enable_vhost_user_store "
+    "disable_nested_virtualization enable_debug guest_memory_dump_paging enable_iommu enable_iommu_platform "
+    "reclaim_guest_freed_memory enable_mem_prealloc enable_hugepages enable_virtio_mem enable_guest_swap "
+    "disable_vhost_net rootless disable_seccomp confidential_guest sev_snp_guest virtio_fs_is_dax boot_to_be_template "
+    "boot_from_template disable_guest_selinux disable_selinux",
+    pages="hugepage_type",
+    images="guest_extension_images",
+    factory="factory",
+    user="rootless_user",
+)
+RUNTIME = name_types(
+    text="name hypervisor_name agent_name log_level internetworking_model jaeger_endpoint jaeger_user jaeger_password "
+    "emptydir_mode vfio_mode dan_conf pod_resource_api_sock",
+    texts="experimental sandbox_bind_mounts",
+    truth="enable_debug disable_new_netns sandbox_cgroup_only enable_vcpus_pinning enable_tracing enable_pprof "
+    "static_sandbox_resource_mgmt disable_guest_seccomp keep_abnormal use_passfd_io",
+    u32="passfd_listener_port",
+    mounts="shared_mounts",
+)
+AGENT = name_types(
+    text="log_level policy",
+    texts="kernel_modules",
+    truth="enable_debug enable_tracing debug_console_enabled visible_cdi_devices",
+    u32="server_port log_port passfd_listener_port dial_timeout_ms reconnect_timeout_ms cdh_api_timeout_ms "
+    "create_container_timeout health_check_request_timeout_ms container_pipe_size launch_process_timeout",
+    memory="mem_agent",
+)
+# Structures inside: their keys, and whether an unknown one is refused.
+INSIDE = {
+    "images": (name_types(text="name path verity_params"), False),
+    "factory": (name_types(text="template_path", truth="enable_template"), True),
+    "user": (name_types(text="user_name", u32="uid gid", u32s="groups"), True),
+    "mounts": (name_types(text="name src_ctr src_path dst_ctr dst_path"), True),
+    "memory": (
+        name_types(
+            truth="enable mem_agent_enable memcg_disable memcg_swap compact_disable",
+            u8="memcg_swappiness_max memcg_period_psi_percent_limit memcg_eviction_psi_percent_limit "
+            "compact_period_psi_percent_limit compact_psi_percent_limit compact_order",
+            u64="memcg_period_secs memcg_eviction_run_aging_count_min compact_period_secs compact_threshold "
+            "compact_force_times",
+            i64="compact_sec_max",
+        ),
+        True,
+    ),
+}
+LISTS = ("images", "mounts")
+# Two names of one field, which is then there twice.
+ALIASES = (("extra_monitor_socket", "dbg_monitor_socket"), ("enable", "mem_agent_enable"))
+RANGES = {
+    "u8": (0, 255),
+    "u32": (0, (1 << 32) - 1),
+    "u64": (0, (1 << 64) - 1),
+    "i32": (-(1 << 31), (1 << 31) - 1),
+    "i64": (-(1 << 63), (1 << 63) - 1),
+}
+
+
+def read_rust(root: Root, path: str, annotations: dict[str, str]) -> Reading:
+    """Return what runtime-rs makes of a configuration. path: the main file, links resolved."""
+    from oci_hooks.kata_rust_annotations import apply_annotations
+    from oci_hooks.kata_rust_checks import adjust, find_values, validate
+
+    ledger = Ledger(root)
+    tables = merge_layers(read_layers(root, path, StrictReader, ledger, False), ledger)
+    tables = decode(tables, ledger, path)
+    for name, table in tables["hypervisor"].items():
+        adjust(ledger, name, table, "load", path)
+    for mount in tables["runtime"].get("sandbox_bind_mounts", ()):
+        ledger.need_file(
+            split_mount(mount), "sandbox_bind_mounts", ledger.place("runtime", "sandbox_bind_mounts"), True
+        )
+    by_annotation, unallowed = apply_annotations(ledger, tables, annotations, path)
+    name = tables["runtime"].get("hypervisor_name", "")
+    values = find_values(tables, name)
+    validate(ledger, tables, path)
+    ledger.settle_files()
+    return Reading(
+        "rs",
+        name,
+        values,
+        ledger.marks,
+        by_annotation,
+        tables,
+        unallowed,
+        tuple(ledger.refused),
+        tuple(ledger.uncertain),
+    )
+
+
+def split_mount(mount: str) -> str:
+    """Return a bind mount's path, without :ro or :rw (mount.rs, split_bind_mounts)."""
+    return mount[:-3] if mount.endswith((":ro", ":rw")) else mount
+
+
+# Merging -------------------------------------------------------------------------------------------------------------
+
+
+def merge_layers(layers: list[Layer], ledger: Ledger) -> dict[str, Any]:
+    """Return the tables that the files come to: a table is merged key by key, all else is replaced."""
+    merged = Table()
+    for layer in layers:
+        merge(merged, layer.values, (), layer, ledger)
+    return merged
+
+
+def merge(base: dict[str, Any], over: dict[str, Any], keys: Keys, layer: Layer, ledger: Ledger) -> None:
+    """Merge one table into another (drop_in.rs, merge_tables), and note where each key is set."""
+    for key, value in over.items():
+        ledger.mark((*keys, key), layer.place((*keys, key)))
+        if isinstance(value, Table):
+            below = base.get(key)
+            if not isinstance(below, Table):
+                below = base[key] = Table()
+            merge(below, value, (*keys, key), layer, ledger)
+        else:
+            base[key] = value
+
+
+# Types ---------------------------------------------------------------------------------------------------------------
+
+
+def decode(merged: dict[str, Any], ledger: Ledger, path: str) -> dict[str, Any]:
+    """Return the known keys of the tables; what runtime-rs can't take is noted and left out."""
+    tables: dict[str, Any] = {"hypervisor": {}, "agent": {}, "runtime": {}}
+    for name, table in tables.items():
+        found = merged.get(name, {})
+        if not isinstance(found, dict):
+            ledger.refuse("load", ledger.place(name) or path, f"{name} is no table", "syntax")
+        elif name == "runtime":
+            table.update(decode_table(found, RUNTIME, False, (name,), ledger))
+        else:
+            for inner, below in found.items():
+                keys = (name, inner)
+                if not isinstance(below, dict):
+                    ledger.refuse("load", ledger.place(*keys), f"{inner} is no table", "syntax")
+                else:
+                    types = HYPERVISOR if name == "hypervisor" else AGENT
+                    table[inner] = decode_table(below, types, name == "agent", keys, ledger)
+    return tables
+
+
+def decode_table(
+    table: dict[str, Any], types: dict[str, str], closed: bool, keys: Keys, ledger: Ledger
+) -> dict[str, Any]:
+    """Return a table's known keys. closed: whether an unknown one is refused."""
+    fresh = {}
+    for key, value in table.items():
+        place = ledger.place(*keys, key)
+        if key not in types:
+            if closed:
+                ledger.refuse("load", place, f"{'.'.join((*keys, key))} is a key that runtime-rs does not know")
+            continue
+        wrong = find_wrong(types[key], value)
+        if wrong:
+            ledger.refuse("load", place, f"{key} {wrong}", "syntax")
+        else:
+            fresh[key] = value
+    for one, other in ALIASES:
+        if one in fresh and other in fresh:
+            ledger.refuse("load", ledger.place(*keys, other), f"{one} and {other} are one key")
+    return fresh
+
+
+def find_wrong(kind: str, value: Any) -> str:
+    """Return why a value is not of a type, "" if it is."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if kind in RANGES:
+        least, most = RANGES[kind]
+        return "" if number and least <= value <= most else f"is no number from {least} to {most}"
+    if kind in INSIDE:
+        values = value if kind in LISTS and isinstance(value, list) else [value]
+        return next(filter(None, (find_wrong_inside(kind, part) for part in values)), "")
+    fits = {
+        "text": is_text(value),
+        "texts": isinstance(value, list) and all(map(is_text, value)),
+        "truth": isinstance(value, bool),
+        "real": number or isinstance(value, float),
+        "pages": value in ("hugetlbfs", "thp"),
+        "u32s": isinstance(value, list) and not any(find_wrong("u32", part) for part in value),
+    }
+    words = {"text": "a string", "texts": "a list of strings", "truth": "true or false", "real": "a number"}
+    return "" if fits[kind] else f"is not {words.get(kind, 'what runtime-rs takes')}"
+
+
+def find_wrong_inside(kind: str, value: Any) -> str:
+    """Return what is wrong with a table inside another, "" if nothing."""
+    types, closed = INSIDE[kind]
+    if not isinstance(value, dict):
+        return "is no table"
+    if kind == "images" and "name" not in value:
+        return "has no name"
+    if closed and not value.keys() <= types.keys():
+        return f"has a key that runtime-rs does not know: {', '.join(sorted(value.keys() - types.keys()))}"
+    return next(
+        (f"has {key}, which {w}" for key in value if key in types and (w := find_wrong(types[key], value[key]))), ""
+    )
