@@ -12,8 +12,9 @@ import json
 import os.path
 import re
 
-from oci_hooks.hidetext import LEFT_OUT, hide_kernel, hide_text
-from oci_hooks.kata_config import GO_ANNOTATED, HYPERVISOR_PREFIX, PATH_ANNOTATION, RS_ANNOTATED, RUNTIME_PREFIX
+from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, hide_kernel, hide_text
+from oci_hooks.kata_config import PATH_ANNOTATION
+from oci_hooks.kata_model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.oci import CONTROL_NODE, is_name
 from oci_hooks.request import normalize_address
 from oci_hooks.verdict import HOST_ONLY_NODES
@@ -32,7 +33,7 @@ OWN_PREFIX = "io.katacontainers.x.vfio"
 DECIDING = (
     PATH_ANNOTATION,
     RUNTIME_PREFIX + "vfio_mode",
-    *(HYPERVISOR_PREFIX + key for key in sorted({*GO_ANNOTATED, *RS_ANNOTATED})),
+    *(HYPERVISOR_PREFIX + key for key in HYPERVISOR_KEYS),
     "io.containerd.cri.runtime-handler",
     "io.katacontainers.pkg.oci.container_type",
     "io.kubernetes.container.name",

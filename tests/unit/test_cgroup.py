@@ -173,11 +173,11 @@ def test_no_link_leads_to_the_node(dev: int, tmp_path: Path, target: str) -> Non
     (tmp_path / "vfio").symlink_to(target)
     directory = os.open(tmp_path, os.O_PATH)
     fds = len(os.listdir("/proc/self/fd"))
-    assert cgroup.try_node(directory, Node("vfio/null", 1, 3)) == (errno.ENOTDIR, False)
-    assert cgroup.try_node(directory, Node("vfio.d/null", 1, 3)) == (errno.ENODEV, False)
+    assert proof.try_node(directory, Node("vfio/null", 1, 3)) == (errno.ENOTDIR, False)
+    assert proof.try_node(directory, Node("vfio.d/null", 1, 3)) == (errno.ENODEV, False)
     assert len(os.listdir("/proc/self/fd")) == fds
     os.close(directory)
-    assert cgroup.try_node(dev, Node("null", 1, 3)) == (0, True)
+    assert proof.try_node(dev, Node("null", 1, 3)) == (0, True)
 
 
 @pytest.mark.parametrize(("flags", "viable"), [(1, True), (3, True), (0, False), (2, False)])

@@ -16,6 +16,7 @@ import pytest
 pytestmark = pytest.mark.unit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+MOUNT_BY_STAT = 'number = f"{os.major(os.fstat(dev).st_dev)}:{os.minor(os.fstat(dev).st_dev)}"'
 # What is taken out, module, line, what stands there instead, and the tests that have to see it.
 MUTATIONS = [
     ("rollback", "binding", "findings = take_back(work, journal)", "findings: list[Finding] = []", "test_binding.py"),
@@ -323,7 +324,7 @@ MUTATIONS = [
     ("too many routes", "netlink", "            found.routed.add(0)", "            pass", "test_netlink.py"),
     (
         "no link on the way to the proof",
-        "cgroup",
+        "proof",
         "place = open_path(directory, above)",
         "place = os.open(above or '.', os.O_RDONLY, dir_fd=directory)",
         "test_cgroup.py -k no_link",
@@ -753,14 +754,16 @@ def make_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_some_test_fails_without(copy: Path, module: str, line: str, instead: str, tests: str) -> None:
     file, *options = tests.split(" ", 1)
-    path = copy / f"oci_hooks/{module}.py"
+    path = copy / "oci_hooks" / (module if "/" in module else f"{module}.py")
     whole = path.read_text()
     assert whole.count(line) == 1, "the line is not there, or not once: write this mutation anew"
     path.write_text(whole.replace(line, instead))
     try:
         words = options[0].split(" ", 1) if options else []
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/unit/{file}", *words]
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            command, cwd=copy, capture_output=True, text=True, errors="replace", timeout=300, check=False
+        )
     finally:
         path.write_text(whole)
     # 1: a test failed. Anything else is no verdict.

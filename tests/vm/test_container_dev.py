@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import cgroup, container
+from oci_hooks import cgroup, container, proof
 from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
 from tests.vm.calls import ask
@@ -89,10 +89,10 @@ def test_the_proof_opens_no_other_node_of_the_same_numbers(tmp_path: Path) -> No
     group = guest.group_of(nic)
     node = cgroup.Node(f"vfio/{group}", *guest.numbers_of_group(group), is_group=True)
     guests = os.open("/dev", os.O_PATH)
-    assert cgroup.try_node(guests, node) == (0, True)
+    assert proof.try_node(guests, node) == (0, True)
     (tmp_path / "vfio").symlink_to("/dev/vfio")
     linked = os.open(tmp_path, os.O_PATH)
     assert (tmp_path / f"vfio/{group}").is_char_device()
-    assert cgroup.try_node(linked, node) == (errno.ENOTDIR, False)
+    assert proof.try_node(linked, node) == (errno.ENOTDIR, False)
     os.close(guests)
     os.close(linked)
