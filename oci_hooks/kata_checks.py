@@ -134,7 +134,7 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
         if is_on and not refusal:
             return ()
         # Of the parameters the one that decides: others may hold a proxy's password.
-        problem = config.describe(kernel.replace(value=refusal) if is_on else setting)
+        problem = config.describe(kernel.replace(value=refusal, written=refusal) if is_on else setting)
         if is_on:
             hint = f"take {refusal} out of kernel_params"
         elif setting.written is True and not setting.annotation:
