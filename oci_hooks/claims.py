@@ -192,6 +192,11 @@ class ClaimDirectory:
         return tuple(parse_journal(os.pread(journal.fd, JOURNAL_LIMIT, journal.kept)))
 
     @step
+    def read_all_entries(self, journal: Journal) -> tuple[Entry, ...]:
+        """Return all entries of a journal, also those of earlier runs of this container's hook."""
+        return tuple(parse_journal(os.pread(journal.fd, JOURNAL_LIMIT, 0)))
+
+    @step
     def open_journal(self, owner: Owner, groups: tuple[str, ...]) -> Journal:
         """Write a new claim and return its journal, locked. Call it with the machine-wide lock held.
 

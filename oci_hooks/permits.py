@@ -86,7 +86,7 @@ def check_alone(root: Root, place: Cgroup, others: Iterable[Claim]) -> None:
 
 def check_kept(claims: ClaimDirectory, journal: Journal, wanted: Iterable[Node]) -> None:
     """Raise StepError where a number was revoked since it was taken: its device is gone, and perhaps another has it."""
-    kept = permission.list_numbers(claims.read_entries(journal))
+    kept = permission.list_numbers(claims.read_all_entries(journal))
     for node in wanted:
         if node.major != permission.MISC_MAJOR and (node.major, node.minor) not in kept:
             raise explain_gone(f"/dev/{node.name}")
@@ -131,7 +131,9 @@ def take_numbers(claims: ClaimDirectory, made: tuple[Node, ...], journal: Journa
     try:
         others = list_others(claims.read_claims(), journal.path)
         # Noted first, checked then: if its device goes after that, whoever gets the number finds it noted.
-        journal.note("numbers", format_numbers(taken))
+        missing = taken.keys() - permission.list_numbers(claims.read_all_entries(journal))
+        if missing:
+            journal.note("numbers", format_numbers(missing))
         if others:
             check_own(claims.root, claims.read_entries(journal), taken.values())
         found: dict[Numbers, Claim] = {}

@@ -191,6 +191,15 @@ def test_a_second_run_that_fails_leaves_what_the_first_run_gave(claims: ClaimDir
     assert lists.read(POD, f"{POD}/c1") == before
 
 
+def test_a_second_run_notes_no_number_twice(claims: ClaimDirectory, lists: Lists) -> None:
+    path = start(claims, "c1", GROUP)
+    before = read(claims, path).entries
+    journal = claims.reopen_journal(read(claims, path))
+    assert journal is not None
+    assert permits.take_numbers(claims, (GROUP,), journal, Deadline(5)) is False
+    assert read(claims, path).entries == before
+
+
 def test_without_the_lock_nothing_is_taken_back_and_the_claim_stays(claims: ClaimDirectory, lists: Lists) -> None:
     path = start(claims, "c1", CONTROL)
     before = lists.read(POD)

@@ -233,6 +233,21 @@ def test_no_driver_to_load(containers: Containers) -> None:
         subprocess.run(["umount", modules], check=True)
 
 
+@one_runtime
+def test_a_root_file_system_that_lacks_dev(containers: Containers) -> None:
+    """The process is one that is still in this machine's root, as a container's init is when its hooks run."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    _, state = calls.make_created(containers, annotations=ask(nic))
+    file = Path(state["bundle"]) / "config.json"
+    config = json.loads(file.read_text())
+    config["root"]["path"] = str(file.parent / "empty")
+    Path(config["root"]["path"]).mkdir()
+    file.write_text(json.dumps(config))
+    with subprocess.Popen(["sleep", "600"]) as init:
+        check_record(calls.fork_hook({**state, "pid": init.pid}), "no-rootfs")
+        init.kill()
+
+
 # The host's hook, on this machine as a host --------------------------------------------------------------------------
 
 
