@@ -26,6 +26,7 @@ from oci_hooks.hideforms import (
     keep_settings,
 )
 from oci_hooks.hidetext import KEPT_KEYS, LEFT_OUT, hide_json_values, hide_kernel, hide_toml, hide_values
+from oci_hooks.hidewords import hide_reading
 from oci_hooks.kata_lookup import VERSION_FILES
 from oci_hooks.privacy import hide_document
 from oci_hooks.runtimes import DOCKER_CONFIG
@@ -128,6 +129,8 @@ class Teller:
         pids: processes of which something is told; links: open files that are told.
         """
         parts, answer = split(event), event.get("answer")
+        if event.get("do") == "read_kata" and "answer" in event:
+            return {**event, "answer": hide_reading(answer)}
         if "answer" not in event or "ask" not in event:
             return event if parts[3:] != ["fd"] or not is_process(parts) or parts[2] in pids else None
         if parts == ["", "proc"] and isinstance(answer, list):

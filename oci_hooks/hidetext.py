@@ -53,6 +53,8 @@ HYPERVISOR_KEYS = (
     "rootless",
 )
 RUNTIME_KEYS = ("hypervisor_name", "vfio_mode")
+# Of these Kata takes no string, so that one is nothing to go by.
+NO_TEXTS = ("enable_iommu", "pcie_root_port", "pcie_switch_port", "confidential_guest", "rootless")
 ANY = "*"
 # Values that are kept of the files of Kata and of container engines (runtimes.py), by their keys.
 KEPT_KEYS = (
@@ -149,7 +151,8 @@ def hide_values(values: dict[str, Any], wanted: tuple[Keys, ...]) -> Iterator[tu
 def keep_setting(value: Any, key: str) -> Any:
     """Return a setting as it is kept, None where it is not: TOML has dates, which decide nothing here."""
     if isinstance(value, str):
-        return hide_kernel(value) if key == "kernel_params" else value
+        kept = LEFT_OUT if key in NO_TEXTS else value
+        return hide_kernel(value) if key == "kernel_params" else kept
     if isinstance(value, list):
         return [item for item in value if isinstance(item, (str, int, float))]
     return value if isinstance(value, (bool, int, float)) else None

@@ -147,15 +147,58 @@ def load_config(root: Root, place: Place, flavour: str, annotations: dict[str, s
 
     flavour: "go" or "rs" where known, else "" (then the file decides); annotations: the sandbox's.
     """
+    answer: dict[str, Any] | None = root.do(read_kata, root, place.real, flavour, annotations)
+    if answer is None:
+        # A recording of an earlier version has the files only.
+        answer = read_kata(root, place.real, flavour, annotations)
+    reading = make_reading(answer)
+    return KataConfig(place, reading.flavour, reading)
+
+
+def read_kata(root: Root, path: str, flavour: str, annotations: dict[str, str]) -> dict[str, Any]:
+    """Return what the runtime makes of a configuration, in a form that JSON has: make_reading takes it.
+
+    A step: a recording keeps of the files less than what Kata refuses them by, so it has the answer.
+    """
     from oci_hooks.kata_go import read_go
     from oci_hooks.kata_rust import read_rust
 
+    reading = None
     if flavour != "go":
-        reading = read_rust(root, place.real, annotations)
+        reading = read_rust(root, path, annotations)
         # runtime-rs names its hypervisor in [runtime], Go does not.
-        if flavour == "rs" or "runtime-rs" in place.real or ("runtime", "hypervisor_name") in reading.marks:
-            return KataConfig(place, "rs", reading)
-    return KataConfig(place, "go", read_go(root, place.real, annotations))
+        if flavour != "rs" and "runtime-rs" not in path and ("runtime", "hypervisor_name") not in reading.marks:
+            reading = None
+    reading = reading or read_go(root, path, annotations)
+    return {**reading.as_dict(), "marks": list(reading.marks.items()), "tables": list_keys(reading.tables)}
+
+
+def list_keys(tables: dict[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
+    """Return tables as pairs of keys and value; of a table of hypervisors or agents that it is there, too."""
+    pairs: list[tuple[tuple[str, ...], Any]] = []
+    for table, values in tables.items():
+        for key, value in values.items():
+            if table in ("hypervisor", "agent"):
+                pairs.append(((table, key), None))
+                pairs += [((table, key, name), item) for name, item in value.items()]
+            else:
+                pairs.append(((table, key), value))
+    return pairs
+
+
+def make_reading(answer: dict[str, Any]) -> Reading:
+    """Return the reading that read_kata answered, from the machine or from a recording."""
+    from oci_hooks.kata_model import Reading
+
+    tables: dict[str, Any] = {"hypervisor": {}, "agent": {}, "runtime": {}, "factory": {}}
+    for keys, value in answer["tables"]:
+        table = tables[keys[0]]
+        if len(keys) == 3:
+            table = table.setdefault(keys[1], {})
+        table[keys[-1]] = {} if value is None and len(keys) == 2 else value
+    lists = {name: tuple(answer[name]) for name in ("unallowed", "refused", "uncertain")}
+    marks = {tuple(keys): tuple(places) for keys, places in answer["marks"]}
+    return Reading(**{**answer, **lists, "marks": marks, "tables": tables})
 
 
 def find_setting(config: KataConfig, keys: tuple[str, ...], default: Any) -> Setting:

@@ -196,7 +196,7 @@ def find_wrong_path(ledger: Ledger, patterns: list[str], text: str, key: str) ->
         wanted = pattern.split("/")
         if len(wanted) == len(parts) and all(map(fnmatchcase, parts, wanted)):
             if "\0" in text or not ledger.root.exists(text):
-                ledger.doubt(text, "is not on this machine")
+                ledger.doubt("", f"{text} is not on this machine")
             return ""
     return f"{key} does not admit {text}"
 

@@ -30,6 +30,7 @@ REVIVED = (
     "holders.Process",
     "homes.Home",
     "journal.Entry",
+    "kata_model.Problem",
     "workers.Result",
 )
 STAT_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size", "st_rdev")

@@ -12,6 +12,7 @@ import json
 import os.path
 import re
 
+from oci_hooks import hidewords
 from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, hide_kernel, hide_text
 from oci_hooks.kata_config import PATH_ANNOTATION
 from oci_hooks.kata_model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
@@ -263,6 +264,8 @@ def hide_finding(finding: Finding) -> Finding:
     """
     if finding.code == "internal":
         return finding.replace(problem=hide_quoted(finding.problem))
+    if finding.code in hidewords.CODES:
+        return hidewords.hide_kata(finding)
     if finding.code not in QUOTING:
         return finding
     # The name of an annotation is not kept either.

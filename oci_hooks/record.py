@@ -14,6 +14,7 @@ import time
 from oci_hooks import __version__, bounds, hidehost, notation, privacy
 from oci_hooks.errors import Finding
 from oci_hooks.hidetext import LEFT_OUT
+from oci_hooks.hidewords import READS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -126,7 +127,12 @@ def list_events(notes: list[Note], members: dict[str, bytes], full: bool) -> lis
     """
     events = []
     before: dict[tuple[str, object], object] = {}
+    outer = ""
     for note in notes:
+        outer = note.name if note.kind == "do" and not note.inside else outer
+        if note.inside and outer == "read_kata" and not full and note.name not in READS:
+            # Files that Kata's configuration names: the step has the answer.
+            continue
         event: dict[str, Any] = {"at": round(note.begun, 4), note.kind: note.name}
         if note.kind == "ask":
             event["path"] = note.arguments[0]

@@ -549,6 +549,27 @@ MUTATIONS = [
         "test_privacy.py -k kata_host",
     ),
     (
+        "what Kata refuses",
+        "hidewords",
+        "match[0] if match[0] in words else LEFT_OUT",
+        "match[0]",
+        "test_privacy.py -k quotes_nothing",
+    ),
+    (
+        "what Kata makes of its files",
+        "hidehost",
+        """{**event, "answer": hide_reading(answer)}""",
+        "event",
+        "test_privacy.py -k quotes_nothing",
+    ),
+    (
+        "files that Kata's configuration names",
+        "record",
+        "and not full and note.name not in READS",
+        "and False",
+        "test_privacy.py -k kata_host",
+    ),
+    (
         "a text that is no JSON",
         "hidetext",
         'return piece if piece == "vfio" else mask(piece)',

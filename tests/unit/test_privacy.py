@@ -22,17 +22,19 @@ from urllib.parse import quote
 
 import pytest
 
-from oci_hooks import guest, hidehost, host, notation, privacy, record
+from oci_hooks import guest, hidehost, hidetext, hidewords, host, notation, privacy, record
 from oci_hooks.command import Arguments, Call, Deadline, carry
 from oci_hooks.errors import Finding
 from oci_hooks.files import NotingRoot
 from oci_hooks.hidehost import Teller
 from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, hide_text
+from oci_hooks.kata_config import KataConfig, Place, load_config
 from oci_hooks.privacy import hide_document, hide_finding
 from oci_hooks.recordfile import RunRecord, read_record
-from oci_hooks.rerun import find_differences
+from oci_hooks.rerun import RecordedRoot, find_differences
 from oci_hooks.schema import load_schema
 from tests.unit.host_tree import HostTree
+from tests.unit.kata_corpus import SAMPLE, lay_out, load_cases
 
 pytestmark = pytest.mark.unit
 
@@ -766,3 +768,106 @@ def test_the_hooks_own_settings_are_known() -> None:
     """By their places, as the code that reads them has these."""
     text = "".join(path.read_text() for path in PACKAGE.glob("*.py") if not path.name.startswith("hide"))
     assert set(re.findall(r'_SETTINGS = "(/etc/[\w./-]+\.toml)"', text)) == set(hidehost.SETTINGS)
+
+
+# Kata's configuration -------------------------------------------------------------------------------------------------
+
+PROBLEMS = ("refused", "uncertain")
+
+
+def load_again(path: Path, flavour: str, annotations: dict[str, str]) -> tuple[KataConfig, KataConfig, bytes]:
+    """Return a configuration as it is read, as a replay of the recording has it, and the recorded events."""
+    root = NotingRoot()
+    place = Place(str(path), root.real_path(str(path)), "test")
+    config = load_config(root, place, flavour, annotations)
+    events = tell().hide_events(record.list_events(root.notes, {}, False))
+    data = json.dumps(events).encode()
+    again = RecordedRoot(RunRecord("", {}, tuple(json.loads(data)), {}, ()))
+    replayed = load_config(again, place, flavour, annotations)
+    assert again.strange == []
+    return config, replayed, data
+
+
+def list_settings(config: KataConfig) -> list[Any]:
+    """Return all settings of a configuration by which the host hook goes, and what was decided of it."""
+    own = [config.hypervisor_setting(key) for key in HYPERVISOR_KEYS]
+    own += [config.runtime_setting(key) for key in RUNTIME_KEYS]
+    own = [setting.replace(value=hidetext.keep_setting(setting.value, setting.key)) for setting in own]
+    own = [setting.replace(written=hidetext.keep_setting(setting.written, setting.key)) for setting in own]
+    words = hidewords.list_words()
+    problems = [
+        [hidewords.hide_problem(problem.as_dict(), words) for problem in getattr(config.reading, name)]
+        for name in PROBLEMS
+    ]
+    values = {key: hidetext.keep_setting(value, key) for key, value in config.reading.values.items()}
+    return [config.flavour, config.hypervisor, config.refused, own, values, problems, config.reading.by_annotation]
+
+
+@pytest.mark.parametrize("flavour", ["go", "rs"])
+def test_a_replay_has_what_kata_makes_of_its_configuration(flavour: str, tmp_path: Path) -> None:
+    """Of every tenth configuration with the answers of Kata's own readers: values, and what is refused."""
+    kinds = set()
+    for number, case in enumerate(load_cases(SAMPLE)[::10]):
+        path = lay_out(case, tmp_path / str(number) / "case")
+        config, again, _ = load_again(path, flavour, case["annotations"] or {})
+        assert list_settings(again) == list_settings(config)
+        kinds.add("refused" if config.reading.refused else "uncertain" if config.reading.uncertain else "taken")
+    assert kinds >= {"refused", "taken"}
+
+
+@pytest.mark.parametrize("flavour", ["go", "rs"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        'kernel = "/$/$"',
+        'image = "/$"\nkernel = "/proc/cmdline"',
+        'shared_fs = "$"',
+        'block_device_aio = "$ is none of"',
+        "virtio_fs_daemon = '$'",
+        'guest_extension_images = [{name = "$ $", path = "/$"}]',
+        'enable_iommu = "$"',
+        "path = $",
+        'path = "\\$"',
+        "$ = 1\n$ = 2",
+        "[agent.kata]\n$ = 1",
+        '[runtime]\nvfio_mode = "guest-kernel"\ninternetworking_model = "$"\nexperimental = ["$"]',
+        '[runtime]\nsandbox_bind_mounts = ["/$", "$"]',
+        '[runtime]\nhypervisor_name = "qemu"\nagent_name = "$"\nname = "$"',
+    ],
+)
+def test_what_kata_refuses_quotes_nothing(flavour: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "configuration.toml"
+    path.write_text(f"[hypervisor.qemu]\n{text}\n".replace("$", SECRET))
+    annotations = {
+        "io.katacontainers.config.agent.policy": f"{SECRET}!",
+        "io.katacontainers.config.runtime.create_container_timeout": SECRET,
+        f"io.katacontainers.config.runtime.{SECRET}": SECRET,
+        "io.katacontainers.config.hypervisor.path": f"/{SECRET}",
+    }
+    config, again, data = load_again(path, flavour, annotations)
+    assert config.reading.refused
+    assert SECRET.encode() not in data
+    assert list_settings(again) == list_settings(config)
+
+
+@pytest.mark.parametrize("place", ["/x line 3", f"annotation {SECRET}"])
+def test_a_finding_about_kata_keeps_the_words_of_its_readers(place: str) -> None:
+    problem = f"shared_fs {SECRET} is none of virtio-9p; Kata 4.1 (here is 3) starts no sandbox with it"
+    hidden = hide_finding(Finding("warning", "kata-config-refused", place, problem, "h"))
+    assert hidden.problem == problem.replace(SECRET, LEFT_OUT)
+    assert hidden.subject == place.replace(SECRET, LEFT_OUT)
+    assert hide_finding(hidden) == hidden
+    doubt = hide_finding(Finding("warning", "kata-config-uncertain", place, f"{SECRET} is there twice", ""))
+    assert doubt.problem == f"{LEFT_OUT} is there twice"
+
+
+def test_a_recording_without_what_kata_makes_is_replayed(tmp_path: Path) -> None:
+    """One of an earlier version: it is read again from what was kept of the files."""
+    path = tmp_path / "configuration.toml"
+    path.write_text("[hypervisor.qemu]\nenable_iommu = true\n")
+    root = NotingRoot()
+    place = Place(str(path), str(path), "test")
+    load_config(root, place, "go", {})
+    events = [event for event in record.list_events(root.notes, {}, True) if "ask" in event]
+    again = load_config(RecordedRoot(RunRecord("", {}, tuple(events), {}, ())), place, "go", {})
+    assert again.hypervisor_setting("enable_iommu").value is True

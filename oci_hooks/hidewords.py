@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Kata makes of its configuration, without what that quotes of a document: a recording has the rest.
+
+A problem's text keeps the words that the readers' own code has: keys of Kata, what it takes for them, plain English.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, keep_setting
+from oci_hooks.kata_model import AGENT_PREFIX, HYPERVISOR_PREFIX, RUNTIME_PREFIX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from oci_hooks.errors import Finding
+
+READERS = (
+    *("kata_go", "kata_go_annotations", "kata_go_checks", "kata_rust", "kata_rust_annotations", "kata_rust_checks"),
+    *("kata_model", "kata_toml", "kata_toml_go"),
+)
+TOKEN = re.compile(r"""[^\s,;:()\[\]'".=]+""")
+FILE = re.compile(r"/[^\n]*")
+# What is asked inside of a reading and kept. What else is asked there, the configuration names.
+READS = ("listdir", "read_file", "readlink")
+# The codes of findings that quote a problem.
+CODES = ("kata-config-refused", "kata-config-uncertain")
+
+
+def hide_reading(answer: Any) -> Any:
+    """Return what kata_config.read_kata answered, as JSON, with what the host hook goes by."""
+    words = list_words()
+    values = {key: keep_setting(value, key) for key, value in answer["values"].items()}
+    return {
+        **answer,
+        "values": values,
+        "marks": [[keys, places] for keys, places in answer["marks"] if is_kept(keys)],
+        "tables": [
+            [keys, value if value is None else keep_setting(value, keys[-1])]
+            for keys, value in answer["tables"]
+            if is_kept(keys)
+        ],
+        "refused": [hide_problem(problem, words) for problem in answer["refused"]],
+        "uncertain": [hide_problem(problem, words) for problem in answer["uncertain"]],
+    }
+
+
+def is_kept(keys: list[str]) -> bool:
+    """Tell whether the hook goes by a key."""
+    if keys[0] == "runtime":
+        return len(keys) == 2 and keys[1] in RUNTIME_KEYS
+    return keys[0] == "hypervisor" and (len(keys) == 2 or (len(keys) == 3 and keys[2] in HYPERVISOR_KEYS))
+
+
+def hide_problem(problem: dict[str, Any], words: frozenset[str]) -> dict[str, Any]:
+    """Return a problem, as JSON, without what it quotes."""
+    return {**problem, "place": hide_place(problem["place"], words), "text": hide_words(problem["text"], words)}
+
+
+def hide_place(place: str, words: frozenset[str]) -> str:
+    """Return where a problem is: a file, which the recording names anyway, or an annotation that Kata has."""
+    if place.startswith("annotation "):
+        name = place.partition(" ")[2]
+        known = name.startswith((RUNTIME_PREFIX, AGENT_PREFIX)) and name.rpartition(".")[2] in words
+        return place if known or name.startswith(HYPERVISOR_PREFIX) else f"annotation {LEFT_OUT}"
+    return place if FILE.fullmatch(place) else hide_words(place, words)
+
+
+def hide_kata(finding: Finding) -> Finding:
+    """Return a finding of CODES without what its problem quotes; the release stands at its end."""
+    words = list_words()
+    place = hide_place(finding.subject, words)
+    head, mark, release = finding.problem.rpartition("; ")
+    if mark and release.endswith(" starts no sandbox with it"):
+        return finding.replace(subject=place, problem=f"{hide_words(head, words)}{mark}{release}")
+    return finding.replace(subject=place, problem=hide_words(finding.problem, words))
+
+
+def hide_words(text: str, words: frozenset[str]) -> str:
+    """Return a text with all but these words left out."""
+    return TOKEN.sub(lambda match: match[0] if match[0] in words else LEFT_OUT, text)
+
+
+def list_words() -> frozenset[str]:
+    """Return the words that the readers' code has, and the system's errors. One letter is none, but for "a"."""
+    from importlib.util import find_spec
+
+    words = {"a", *TOKEN.findall(LEFT_OUT)}
+    texts = [os.strerror(number) for number in errno.errorcode]
+    for name in READERS:
+        spec = find_spec(f"oci_hooks.{name}")
+        loader: Any = spec and spec.loader
+        texts += list_texts(loader.get_code(f"oci_hooks.{name}"))
+    for text in texts:
+        words.update(word for word in TOKEN.findall(text) if len(word) > 1)
+    return frozenset(words)
+
+
+def list_texts(value: Any) -> Iterator[str]:
+    """Yield the strings of a compiled module."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (tuple, frozenset)):
+        for item in value:
+            yield from list_texts(item)
+    elif hasattr(value, "co_consts"):
+        yield from list_texts(value.co_consts)
