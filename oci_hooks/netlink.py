@@ -8,7 +8,7 @@ all of them. Sources: netlink(7), rtnetlink(7); include/uapi/linux/netlink.h, rt
 from __future__ import annotations
 
 import os
-from errno import EBADMSG, EOPNOTSUPP
+from errno import EBADMSG, EIO, EOPNOTSUPP
 from struct import calcsize, pack, unpack_from
 
 TYPE_CHECKING = False
@@ -30,6 +30,8 @@ NLA_TYPE_MASK = 0x3FFF
 HEADER, ATTRIBUTE, NEXTHOP = "=IHHII", "=HH", "=HBBi"
 # Headers of the three kinds of messages: ifaddrmsg, rtmsg, nhmsg. What is asked for has them all zero: every family.
 ADDRESS_HEADER, ROUTE_HEADER, NEXTHOP_HEADER = "=BBBBI", "=BBBBBBBBI", "=BBBBI"
+# linux/err.h: error numbers end here.
+MAX_ERRNO = 4095
 # Some sixty thousand routes. A router with more has its interfaces in use, whatever the rest says.
 LONGEST_DUMP = 4 << 20
 # A dump during which something changed may lack an entry; one that is there all the time is in one of so many.
@@ -90,6 +92,8 @@ def read_dump(chunks: Iterator[bytes], found: Found) -> bool:
                 code = -take("=i", body)[0]
                 if code == EOPNOTSUPP:
                     return True
+                # What else is there is no error number, and no C int.
+                code = code if 0 < code <= MAX_ERRNO else EIO
                 raise OSError(code, os.strerror(code), "netlink")
             if total <= LONGEST_DUMP:
                 take_message(kind, body, found)

@@ -287,7 +287,7 @@ def list_mapped(place: str, text: bytes, seen: dict[tuple[bytes, bytes], str]) -
 def name_mapped(place: str, addresses: bytes, path: bytes) -> str:
     """Return the node or resource behind one mapping, "" for anything else."""
     name = os.fsdecode(path)
-    first, _, last = addresses.decode().partition("-")
+    first, _, last = os.fsdecode(addresses).partition("-")
     # The file itself, else (the kernel wants a privilege for that) what has its name now.
     for file in (f"{place}/map_files/{first.lstrip('0')}-{last.lstrip('0')}", f"{place}/root{name}"):
         try:

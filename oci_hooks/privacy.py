@@ -247,8 +247,8 @@ CONFIG = members(
 def hide_document(data: bytes, name: str) -> bytes:
     """Return a document with what the hooks go by. name: "state.json" or "config.json"."""
     try:
-        # From bytes the json package would take UTF-16 too, and the hooks' reader does not.
-        document = json.loads(data.decode("utf-8"))
+        # As the hooks' reader does: UTF-16 is no JSON to it, and bytes that are not UTF-8 are no mistake.
+        document = json.loads(data.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
         return hide_text(data)
     return json.dumps((STATE if name == "state.json" else CONFIG)(document), indent=1).encode()
