@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 QUESTIONS = (
     "ask_backing",
     "ask_group",
+    "list_empty_networks",
     "list_nodes",
     "list_openers",
     "listdir",

@@ -12,6 +12,7 @@ import stat
 import time
 
 from oci_hooks.holders import Process, read_process, read_status
+from oci_hooks.sysfs import PCI_DEVICES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ RAW_DRIVERS = ("", "uio_pci_generic", "igb_uio", "pci-stub")
 UDEV_NAMES = ("systemd-udevd", "udevd", "udevadm")
 # How thoroughly processes are looked at: descriptors; mapped memory of PCI functions, too; all that they have mapped.
 DESCRIPTORS, RESOURCES, MAPPINGS = range(3)
+# After how many descriptors of one process it is looked at the clock again.
+DESCRIPTORS_A_LOOK = 256
 # What is looked for when no device node is: the memory and ports of a function.
 RESOURCE = "/resource"
 
@@ -201,7 +204,10 @@ def list_openers(proc: str, wanted: frozenset[str], depth: int, seconds: float) 
         looked += 1
         if pid != own:
             try:
-                things = set(list_things(f"{proc}/{pid}", depth, seen))
+                things = set(list_things(f"{proc}/{pid}", depth, seen, end))
+            except TimeoutError:
+                looked -= 1
+                break
             except PermissionError:
                 hidden += 1
             except (FileNotFoundError, ProcessLookupError):
@@ -212,10 +218,10 @@ def list_openers(proc: str, wanted: frozenset[str], depth: int, seconds: float) 
     return {"open": found, "looked": looked, "total": len(pids), "hidden": hidden}
 
 
-def list_things(place: str, depth: int, seen: dict[tuple[bytes, bytes], str]) -> Iterator[tuple[str, str]]:
-    """Yield what a process has open or mapped. Raises OSError.
+def list_things(place: str, depth: int, seen: dict[tuple[bytes, bytes], str], end: float) -> Iterator[tuple[str, str]]:
+    """Yield what a process has open or mapped. Raises OSError, TimeoutError.
 
-    place: its directory; seen: mapped files known so far.
+    place: its directory; seen: mapped files known so far; end: the moment, of time.monotonic(), to give up at.
     """
     names = os.listdir(f"{place}/fd")
     if not names:
@@ -226,7 +232,10 @@ def list_things(place: str, depth: int, seen: dict[tuple[bytes, bytes], str]) ->
             if names:
                 place = f"{place}/task/{thread}"
                 break
-    for name in names:
+    for number, name in enumerate(names):
+        # One process may have a million of them.
+        if not number % DESCRIPTORS_A_LOOK and time.monotonic() >= end:
+            raise TimeoutError
         key = name_open(f"{place}/fd/{name}", depth)
         if key:
             yield key, "open"
@@ -246,8 +255,9 @@ def name_open(path: str, depth: int) -> str:
     try:
         # By its number: a node may have any name, in any mount namespace.
         status = os.stat(path)
+        place = path.rpartition("/fd/")[0]
         if depth >= RESOURCES and stat.S_ISREG(status.st_mode):
-            return name_resource(os.readlink(path))
+            return name_resource(place, os.readlink(path), status.st_ino, name_device(status.st_dev))
     except PermissionError:
         # The link can be read where it is only the file system (FUSE) that refuses; no node is on one.
         os.readlink(path)
@@ -264,11 +274,42 @@ def name_number(status: os.stat_result) -> str:
     return f"{kind} {os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if kind else ""
 
 
-def name_resource(path: str) -> str:
-    """Return "0000:01:00.0/resource0" of a path in sysfs, "" for anything else."""
+def name_device(device: int) -> str:
+    """Return the number of a file system as mountinfo writes it, "0:22"."""
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
+def name_resource(place: str, path: str, inode: int, device: str) -> str:
+    """Return "0000:01:00.0/resource0" of an open file of sysfs, "" for anything else.
+
+    place: the process's directory in /proc; path: what it names the file; inode, device: the file's, as name_device
+    writes it. Any process may have a file of such a name: it counts only if it is the kernel's, whose inode number is
+    the same in each network namespace's sysfs.
+    """
     above, found, number = path.rpartition(RESOURCE)
     # The file `resource`, without a number, is a list that lspci reads.
-    return f"{above.rpartition('/')[2]}{found}{number}" if number and "/devices/" in above else ""
+    if not number or "/devices/" not in above:
+        return ""
+    name = f"{above.rpartition('/')[2]}{found}{number}"
+    try:
+        real = os.stat(f"{place.rpartition('/proc/')[0]}{PCI_DEVICES}/{name}")
+    except (OSError, ValueError):
+        return ""
+    return name if real.st_ino == inode and may_be_sysfs(place, device) else ""
+
+
+def may_be_sysfs(place: str, device: str) -> bool:
+    """Check whether a file system is sysfs, or none of which it is known that the process has mounted it."""
+    number = device.encode()
+    try:
+        with open(f"{place}/mountinfo", "rb") as file:
+            lines = [line.split(b" ") for line in file.read().split(b"\n")]
+    except OSError:
+        # What can't be known is not free.
+        return True
+    # proc(5): the type of the file system comes after a field "-".
+    kinds = {line[line.index(b"-") + 1] for line in lines if line[2:3] == [number] and b"-" in line}
+    return not kinds or kinds == {b"sysfs"}
 
 
 def list_mapped(place: str, text: bytes, seen: dict[tuple[bytes, bytes], str]) -> Iterator[str]:
@@ -279,19 +320,26 @@ def list_mapped(place: str, text: bytes, seen: dict[tuple[bytes, bytes], str]) -
         if len(fields) == 6 and fields[5].startswith(b"/"):
             file = (fields[3], fields[4])
             if file not in seen:
-                seen[file] = name_mapped(place, fields[0], fields[5])
+                seen[file] = name_mapped(place, fields)
             if seen[file]:
                 yield seen[file]
 
 
-def name_mapped(place: str, addresses: bytes, path: bytes) -> str:
-    """Return the node or resource behind one mapping, "" for anything else."""
-    name = os.fsdecode(path)
-    first, _, last = os.fsdecode(addresses).partition("-")
+def name_mapped(place: str, fields: list[bytes]) -> str:
+    """Return the node or resource behind one mapping, "" for anything else. fields: of its line in maps."""
+    name = os.fsdecode(fields[5])
+    first, _, last = os.fsdecode(fields[0]).partition("-")
     # The file itself, else (the kernel wants a privilege for that) what has its name now.
     for file in (f"{place}/map_files/{first.lstrip('0')}-{last.lstrip('0')}", f"{place}/root{name}"):
         try:
-            return name_number(os.stat(file)) or name_resource(name)
-        except OSError:
+            number = name_number(os.stat(file))
+        except (OSError, ValueError):
             continue
-    return name_resource(name)
+        if number:
+            return number
+        break
+    try:
+        major, minor = (int(word, 16) for word in fields[3].split(b":"))
+        return name_resource(place, name, int(fields[4]), f"{major}:{minor}")
+    except ValueError:
+        return ""

@@ -273,9 +273,31 @@ def test_a_mapped_node_where_the_kernel_shows_no_mapped_files(tree: Tree) -> Non
 def test_memory_that_is_mapped_by_sysfs(tree: Tree, driver: str, name: str) -> None:
     path = tree.add_device(NIC, "20000", driver)
     tree.add_device("0000:03:00.0", "20000", driver)
-    add_process(tree, 51, "/usr/bin/ixy", maps=MAPS.format(inode=9, path=f"{path}/{name}"))
+    tree.write(f"{path}/{name}")
+    inode = (tree.top / f"{path}/{name}".lstrip("/")).stat().st_ino
+    add_process(tree, 51, "/usr/bin/ixy", maps=MAPS.format(inode=inode, path=f"{path}/{name}"))
     assert tree.find(NIC) == [f"holds its own {name}, which ixy (pid 51) has mapped"]
     assert tree.find("0000:03:00.0") == []
+
+
+@pytest.mark.parametrize("file_system", ["none", "tmpfs", "sysfs"])
+def test_a_file_of_the_same_name_is_not_the_kernels(tree: Tree, file_system: str) -> None:
+    """Any process can make one, and would have the device in use for everybody else."""
+    path = tree.add_device(NIC, "20000")
+    tree.write(f"{path}/resource0")
+    own = tree.top / f"{path}/resource0".lstrip("/")
+    fake = f"/home/devices/{NIC}/resource0"
+    tree.write(fake)
+    add_process(tree, 51, "/usr/bin/sh", f"{tree.top}{fake}", maps=MAPS.format(inode=9, path=fake))
+    assert tree.find(NIC) == []
+    # One that was brought to have the same inode number is on another file system.
+    add_process(tree, 52, "/usr/bin/sh", str(own))
+    number = own.stat().st_dev
+    if file_system != "none":
+        line = f"25 1 {os.major(number)}:{os.minor(number)} / /tmp rw - {file_system} none rw\n"
+        tree.write("/proc/52/mountinfo", line)
+    expected = [] if file_system == "tmpfs" else ["holds its own resource0, which sh (pid 52) has open"]
+    assert tree.find(NIC) == expected
 
 
 def test_ports_that_are_open_by_sysfs(tree: Tree) -> None:
