@@ -135,9 +135,16 @@ def read_process(root: Root, pid: int) -> Process:
     except OSError:
         text = ""
     arguments = tuple(text.rstrip("\0").split("\0")) if text else ()
+    return Process(pid, read_program(root, pid), arguments)
+
+
+def read_program(root: Root, pid: int) -> str:
+    """Return the name of a process's program, "" where it is gone.
+
+    Not from its command line: that is in its own memory, and a page of it may never come (FUSE, userfaultfd).
+    """
     executable = root.link_name(f"/proc/{pid}/exe").replace(" (deleted)", "")
-    name = executable or (arguments[0].rpartition("/")[2] if arguments else root.read_text_or(f"/proc/{pid}/comm", ""))
-    return Process(pid, name, arguments)
+    return executable or root.read_text_or(f"/proc/{pid}/comm", "").rstrip("\n")
 
 
 def read_status(root: Root, pid: int, key: str) -> int:

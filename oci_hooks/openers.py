@@ -11,7 +11,7 @@ import os
 import stat
 import time
 
-from oci_hooks.holders import Process, read_process, read_status
+from oci_hooks.holders import Process, read_program, read_status
 from oci_hooks.sysfs import PCI_DEVICES
 
 TYPE_CHECKING = False
@@ -175,12 +175,12 @@ def find_consoles(root: Root, own: dict[str, str]) -> list[str]:
 
 def read_user(root: Root, pid: int) -> Process | None:
     """Return a process that uses a device; None where it is udev, looking what there is, or gone by now."""
-    process = read_process(root, pid)
-    if not process.name or process.name in UDEV_NAMES:
+    name = read_program(root, pid)
+    if not name or name in UDEV_NAMES:
         return None
     # udev's programs (RUN, PROGRAM in its rules) are children of a worker.
     parent = read_status(root, pid, "PPid")
-    return None if parent > 1 and read_process(root, parent).name in UDEV_NAMES else process
+    return None if parent > 1 and read_program(root, parent) in UDEV_NAMES else Process(pid, name, ())
 
 
 # Looking at processes -------------------------------------------------------------------------------------------------

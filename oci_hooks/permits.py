@@ -75,13 +75,15 @@ def give(
 
 def check_alone(root: Root, place: Cgroup, others: Iterable[Claim]) -> None:
     """Raise StepError where a container is in the cgroup of another one: what one is permitted the other is."""
-    own = place.devices or place.unified
+    # With both hierarchies the kernel asks both, so that one in which the container is alone is enough.
+    own = [path for path in (place.devices, place.unified) if path and path not in place.shared]
     for claim in others:
         home = claim.home
-        for path, inode in ((home.unified, home.unified_inode), (home.devices, home.devices_inode)):
-            if path and path == own and inode in (0, sysfs.read_inode(root, path)):
-                problem = f"is the cgroup of container {claim.container} too, which would be permitted the same"
-                raise StepError("permit-failed", path, problem, "give each container a cgroup of its own (cgroupsPath)")
+        homes = ((home.unified, home.unified_inode), (home.devices, home.devices_inode))
+        common = {path for path, inode in homes if path and inode in (0, sysfs.read_inode(root, path))}
+        if own and common.issuperset(own):
+            problem = f"is the cgroup of container {claim.container} too, which would be permitted the same"
+            raise StepError("permit-failed", own[0], problem, "give each container a cgroup of its own (cgroupsPath)")
 
 
 def check_kept(claims: ClaimDirectory, journal: Journal, wanted: Iterable[Node]) -> None:

@@ -448,7 +448,7 @@ def test_a_virtio_card(tree: Tree) -> None:
     assert tree.find(NIC) == ["is network interface eth0, up with address 10.0.2.15"]
 
 
-@pytest.mark.parametrize("below", ["net", "virtio0/net"])
+@pytest.mark.parametrize("below", ["net", "virtio0/net", "usb3/3-1/3-1:1.0/net", "mlx5_core.sf.4/net"])
 def test_an_interface_that_is_in_another_namespace(tree: Tree, below: str) -> None:
     path = tree.add_device(NIC, "20000", "virtio-pci", "1AF4:1041")
     (tree.top / path.lstrip("/") / below).mkdir(parents=True)

@@ -7,6 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,15 @@ def test_a_scan_without_time_says_so() -> None:
     answer = list_openers("/proc", frozenset({NULL}), DESCRIPTORS, 0)
     assert answer["looked"] == 0
     assert answer["total"] > 1
+
+
+def test_the_clock_ends_the_look_at_one_process(monkeypatch: pytest.MonkeyPatch, tree: Tree) -> None:
+    """One process may have a million descriptors."""
+    add_process(tree, 51, "/usr/bin/sh", *["/dev/null"] * 3 * openers.DESCRIPTORS_A_LOOK)
+    moments = iter([0.0, 1.0, 1.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(moments, 10.0))
+    answer = list_openers(f"{tree.top}/proc", frozenset({NULL}), DESCRIPTORS, 5)
+    assert answer == {"open": [], "looked": 0, "total": 1, "hidden": 0}
 
 
 # Made processes -------------------------------------------------------------------------------------------------------

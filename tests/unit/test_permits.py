@@ -157,6 +157,26 @@ def test_what_was_there_before_the_first_is_there_after_the_last(claims: ClaimDi
     assert lists.read(POD, f"{POD}/c1", f"{POD}/c2") == before
 
 
+@pytest.mark.parametrize(
+    ("place", "home", "refused"),
+    [
+        (Cgroup(9, "/u/c", "/d", shared=("/d",)), Home("/u/c"), True),
+        (Cgroup(9, "/u/c", "/d/c"), Home("/u/c", 0, "/d/c"), True),
+        (Cgroup(9, "/u/c", "/d/c"), Home("/u/c", 0, "/d/x"), False),
+        (Cgroup(9, "/u", "/d", shared=("/u", "/d")), Home("/u/c", 0, "/d/x"), False),
+    ],
+)
+def test_the_kernel_asks_both_hierarchies(claims: ClaimDirectory, place: Cgroup, home: Home, refused: bool) -> None:
+    """One in which the container is alone is enough to keep another one's devices from it."""
+    other = Claim("/run/c1", "c1", 7, 70, ("4",), (), True, False, "/b", home)
+    try:
+        permits.check_alone(claims.root, place, [other])
+    except StepError as error:
+        assert refused, error
+    else:
+        assert not refused
+
+
 def test_two_containers_of_one_cgroup_are_not_both_permitted(claims: ClaimDirectory, lists: Lists) -> None:
     inode = os.stat(lists.place(f"{POD}/c2").parent).st_ino
     for known, refused in ((inode + 1, False), (inode, True), (0, True)):
