@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a review with fresh eyes broke on a real kernel: uses that were not seen, and one that was none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from tests.vm import calls, devices, guest
+from tests.vm.bundles import Containers
+from tests.vm.calls import ask, one_runtime
+
+MACHINE = "standard"
+NET = Path("/sys/class/net")
+# A program that keeps a file open which is called as a device's memory is, as any user can.
+PRETEND = "import os, sys, time; os.open(sys.argv[1], os.O_RDWR | os.O_CREAT); print(flush=True); time.sleep(600)"
+
+
+@one_runtime
+def test_a_file_called_as_a_devices_memory_is_no_use(containers: Containers, tmp_path: Path) -> None:
+    edu = guest.find_device(devices.EDU)
+    _, state = calls.make_created(containers)
+    directory = tmp_path / f"devices/{edu}"
+    directory.mkdir(parents=True)
+    command = ["/usr/bin/python3", "-ISc", PRETEND, str(directory / "resource0")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        done = calls.fork_hook({**state, "annotations": ask(edu)})
+        process.kill()
+    assert (done.code, done.stderr) == (0, "")
+
+
+@one_runtime
+def test_a_devices_own_memory_is_a_use(containers: Containers) -> None:
+    edu = guest.find_device(devices.EDU)
+    _, state = calls.make_created(containers)
+    command = ["/usr/bin/python3", "-ISc", PRETEND, f"{guest.PCI}/{edu}/resource0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        done = calls.fork_hook({**state, "annotations": ask(edu)})
+        process.kill()
+    assert (done.code, f"holds its own resource0, which python3.11 (pid {process.pid}) has open" in done.stderr) == (
+        1,
+        True,
+    ), done.stderr
+
+
+@one_runtime
+def test_a_usb_interface_in_another_namespace_is_a_use(containers: Containers) -> None:
+    """Of its controller: sysfs has no more of it there than an empty directory, some levels below the function."""
+    guest.qmp("device_add", driver="qemu-xhci", id="review-xhci", bus=guest.hotplug_ports()[0])
+    guest.settle()
+    guest.qmp("device_add", driver="usb-net", id="review-net", bus="review-xhci.0")
+    end = time.monotonic() + 60
+    while not (found := [path for path in NET.iterdir() if "/usb" in os.readlink(path)]):
+        assert time.monotonic() < end, "no interface came"
+        guest.settle()
+    words = os.readlink(found[0]).split("/")
+    controller = words[next(number for number, word in enumerate(words) if word.startswith("usb")) - 1]
+    _, state = calls.make_created(containers)
+    subprocess.run(["ip", "netns", "add", "review"], check=True)
+    try:
+        guest.settle()
+        (name,) = [path.name for path in NET.iterdir() if "/usb" in os.readlink(path)]
+        subprocess.run(["ip", "link", "set", name, "netns", "review"], check=True)
+        done = calls.fork_hook({**state, "annotations": ask(controller)})
+    finally:
+        subprocess.run(["ip", "netns", "del", "review"], check=True)
+    assert (done.code, "is a network interface in another network namespace" in done.stderr) == (1, True), done.stderr
