@@ -24,7 +24,7 @@ RELEASE = [bundles.make_hook(bundles.find_hook(bundles.GUEST_HOOK), "poststop")]
 HOOKS: dict[str, list[dict[str, Any]]] = {"prestart": HOST, "createRuntime": GUEST}
 
 
-# All of them are 260 containers. Without OCI_VFIO_FULL each kind is run by one runtime, by turns, and every second asks.
+# All are 260 containers. Without OCI_VFIO_FULL one runtime runs each kind, by turns, and every second kind asks.
 RUNTIMES = ("runc", "crun")
 IS_FULL = "OCI_VFIO_FULL" in os.environ
 
