@@ -158,14 +158,22 @@ def run_hook(
 
         report(program, container, outcome.findings, kmsg)
     if call.is_recorded(outcome.code):
-        from oci_hooks.log import log_findings
-        from oci_hooks.record import keep_record
-
-        # Not on stderr: there stands what is wrong, and nothing else, for the runtime's message.
-        log_findings(program, container, keep_record(call, outcome, root.notes), kmsg)
+        record_run(call, outcome, container, root, kmsg)
     if outcome.error and arguments.debug:
         raise outcome.error
     return outcome.code
+
+
+def record_run(call: Call, outcome: Outcome, container: str, root: NotingRoot, kmsg: bool) -> None:
+    """Record a run. A Python without its whole library can't, and that it lacks it is what was reported."""
+    from oci_hooks.log import log_findings
+
+    try:
+        from oci_hooks.record import keep_record
+    except ModuleNotFoundError:
+        return
+    # Not on stderr: there stands what is wrong, and nothing else, for the runtime's message.
+    log_findings(call.program, container, keep_record(call, outcome, root.notes), kmsg)
 
 
 def carry(call: Call, work: Callable[[Call], int]) -> Outcome:
