@@ -170,7 +170,9 @@ def record_run(call: Call, outcome: Outcome, container: str, root: NotingRoot, k
 
     try:
         from oci_hooks.record import keep_record
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("oci_hooks"):
+            raise
         return
     # Not on stderr: there stands what is wrong, and nothing else, for the runtime's message.
     log_findings(call.program, container, keep_record(call, outcome, root.notes), kmsg)
