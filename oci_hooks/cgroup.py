@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from oci_hooks.bpf import Numbers
     from oci_hooks.files import Root
 
-# Directories that are looked into below a cgroup. A container may have made any number of them.
-MOST_DIRECTORIES = 1000
 # Read and write is what a program that drives a device needs; mknod is never given.
 ACCESS = "rw"
 # One entry of linux.resources.devices (runtime-spec, config-linux.md).
@@ -173,19 +171,6 @@ def is_alone(root: Root, path: str, child: str) -> bool:
     """Tell whether a cgroup has no process of its own and no other child than this."""
     children = [name for name in root.list_names(path) if root.exists(f"{path}/{name}/cgroup.procs")]
     return root.read_text_or(f"{path}/cgroup.procs", "unknown") == "" and children == [child.rpartition("/")[2]]
-
-
-def list_processes(root: Root, path: str) -> list[int]:
-    """Return the processes in a cgroup and below it, as far as a container can have cgroups below its own."""
-    waiting, found = [path], []
-    for _ in range(MOST_DIRECTORIES):
-        if not waiting:
-            break
-        path = waiting.pop()
-        found += [int(word) for word in root.read_text_or(f"{path}/cgroup.procs", "").split() if word.isdecimal()]
-        below = (f"{path}/{name}" for name in root.list_names(path))
-        waiting += [directory for directory in below if root.exists(f"{directory}/cgroup.procs")]
-    return found
 
 
 def list_ancestors(path: str, mount: str) -> list[str]:

@@ -12,9 +12,11 @@ from oci_hooks.sysfs import read_inode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from oci_hooks.files import Root
 
-# Directories that are looked into below a cgroup of version 1. A container may have made any number of them.
+# Directories that are looked into below a cgroup. A container may have made any number of them.
 MOST_DIRECTORIES = 1000
 
 
@@ -62,17 +64,22 @@ def has_process(root: Root, path: str, inode: int) -> bool:
     events = root.read_text_or(f"{path}/cgroup.events", "").split("\n")
     if "populated 0" in events or "populated 1" in events:
         return "populated 1" in events
-    return has_process_below(root, path)
+    return any(True for _ in list_processes(root, path))
 
 
-def has_process_below(root: Root, path: str) -> bool:
-    """Check the same where the kernel does not count: in a cgroup of version 1."""
+def list_processes(root: Root, path: str) -> Iterator[int]:
+    """Yield the processes in a cgroup and below it; at last 0 where it is not known that these are all.
+
+    A container may make more cgroups below its own than are looked into.
+    """
     waiting, looked = [path], 0
     while waiting:
         path = waiting.pop()
         looked += 1
-        if looked > MOST_DIRECTORIES or root.read_text_or(f"{path}/cgroup.procs", ""):
-            return True
+        if looked > MOST_DIRECTORIES:
+            yield 0
+            return
+        for word in root.read_text_or(f"{path}/cgroup.procs", "").split():
+            yield int(word) if word.isdecimal() else 0
         below = (f"{path}/{name}" for name in root.list_names(path))
         waiting += [directory for directory in below if root.exists(f"{directory}/cgroup.procs")]
-    return False

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import cgroup, container, nodes, permission, sysfs
+from oci_hooks import container, nodes, permission, sysfs
 from oci_hooks.errors import Finding, Refusal, StepError
 from oci_hooks.files import step
+from oci_hooks.homes import list_processes
 from oci_hooks.instances import parse_instance, read_instance
 from oci_hooks.journal import parse_journal
 
@@ -315,13 +316,14 @@ def drop_replaced(root: Root, grant: Grant, home: Home | None) -> Grant:
 def explain_left(root: Root, grant: Grant, error: StepError) -> tuple[Finding, ...]:
     """Return what it means that a grant can't be taken back: with no process left in its cgroup, nobody has it."""
     own = (grant.unified, *(widening.path for widening in grant.devices[-1:]))
-    processes = sorted({pid for path in own if path for pid in cgroup.list_processes(root, path)})
+    processes = sorted({pid for path in own if path for pid in list_processes(root, path)})
     subject = next(filter(None, own))
     if not processes:
         problem = f"the permission for {format_numbers(grant.nodes)} can't be put back; no process is left to use it: "
         hint = "it ends with the cgroup: remove that if the runtime does not"
         return (Finding("error", "undo-failed", subject, problem + name_reason(error), hint),)
-    pids = " ".join(map(str, processes))
+    # 0 stands for what was not looked through.
+    pids = " ".join(map(str, filter(None, processes))) or "PID (see its cgroup.procs and those below it)"
     problem = f"processes {pids} of this cgroup keep the permission for {format_numbers(grant.nodes)}: "
     hint = f"end them with: kill -9 {pids}; the next hook on this machine tries again"
     return (Finding("error", "permission-left", subject, problem + name_reason(error), hint),)

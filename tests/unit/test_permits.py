@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import apply, binding, device_filter, device_list, permission, permits
+from oci_hooks import apply, binding, device_filter, device_list, homes, permission, permits
 from oci_hooks.cgroup import Cgroup, Node
 from oci_hooks.claims import Claim, ClaimDirectory, Owner
 from oci_hooks.command import Deadline
@@ -270,6 +270,20 @@ def test_what_can_not_be_revoked_while_processes_are_left_keeps_the_claim(
     assert findings[0].code == "undo-failed"
     assert "no process is left to use it" in findings[0].problem
     assert os.listdir(f"{claims.path}/claims") == []
+
+
+def test_what_was_not_looked_through_may_hold_a_process(
+    machine: Machine, claims: ClaimDirectory, lists: Lists, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(claims, "c1", GROUP, widen=False)
+    machine.place("/proc/7/stat").unlink()
+    lists.refused = "/c1/devices.deny"
+    lists.make(f"{POD}/c1/inner")
+    machine.write(f"{POD}/c1/inner/cgroup.procs")
+    monkeypatch.setattr(homes, "MOST_DIRECTORIES", 1)
+    (finding,) = binding.release(machine.root, make_state(), Deadline(5))
+    assert finding.code == "permission-left"
+    assert os.listdir(f"{claims.path}/claims") == ["c1"]
 
 
 def test_a_later_cgroup_of_the_same_path_keeps_what_it_has(claims: ClaimDirectory, lists: Lists) -> None:
