@@ -322,11 +322,16 @@ def list_empty_networks(path: str) -> list[str]:
     waiting = [path]
     while waiting:
         place = waiting.pop()
-        for entry in os.scandir(place):
-            if not entry.is_dir(follow_symlinks=False) or entry.name in NO_DEVICES:
-                continue
-            if entry.name != "net":
-                waiting.append(entry.path)
-            elif not os.listdir(entry.path):
-                found.append(entry.path)
+        try:
+            entries = list(os.scandir(place))
+        except FileNotFoundError:
+            # What goes while it is looked at has no interface any more; the device itself is the caller's to judge.
+            if place == path:
+                raise
+            continue
+        if place.endswith("/net"):
+            found += [place] if not entries else []
+        else:
+            below = (entry for entry in entries if entry.is_dir(follow_symlinks=False))
+            waiting += [entry.path for entry in below if entry.name not in NO_DEVICES]
     return found

@@ -455,6 +455,22 @@ def test_an_interface_that_is_in_another_namespace(tree: Tree, below: str) -> No
     assert tree.find(NIC) == ["is a network interface in another network namespace"]
 
 
+def test_what_is_unplugged_meanwhile_hides_no_interface(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that goes while the function is looked at is not the function."""
+    path = tree.add_device(NIC, "20000", "virtio-pci", "1AF4:1041")
+    for below in ("gone", "virtio0/net"):
+        (tree.top / path.lstrip("/") / below).mkdir(parents=True)
+    scan = os.scandir
+
+    def scan_late(place: str) -> object:
+        if place.endswith("/gone"):
+            os.rmdir(place)
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", scan_late)
+    assert tree.find(NIC) == ["is a network interface in another network namespace"]
+
+
 def test_another_cards_address_is_not_its_own(tree: Tree, nic: str) -> None:
     assert nic
     path = tree.add_device("0000:03:00.0", "20000", "e1000e")
