@@ -15,7 +15,7 @@ import os
 from oci_hooks import sysfs
 from oci_hooks.errors import Finding, StepError
 from oci_hooks.files import step
-from oci_hooks.instances import parse_instance, read_instance
+from oci_hooks.instances import GONE, parse_instance, read_instance
 from oci_hooks.plan import DRIVER, Rebind
 from oci_hooks.records import Record
 from oci_hooks.workers import Job, Result, Write, run_jobs
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from oci_hooks.journal import Entry, Journal
     from oci_hooks.nodes import Target
 
-# A device that is gone needs no unbinding: unplugged, or its driver went first.
-GONE = (errno.ENOENT, errno.ENODEV)
 # Codes of what was not put back and can be later: the claim stays, and its groups with it, for the next hook.
 UNFINISHED = ("unbind-blocked", "restore-unstarted", "permission-left")
 
@@ -64,11 +62,17 @@ def make_job(root: Root, address: str, instance: Instance, writes: Iterable[Writ
     return Job(address, tuple(writes), root.host_path(f"{sysfs.PCI_DEVICES}/{address}"), instance.inode)
 
 
+def is_at(root: Root, address: str, instance: Instance) -> bool:
+    """Check whether a device still is at its address: not unplugged, whatever has come there since."""
+    return instance.inode != 0 and sysfs.read_inode(root, f"{sysfs.PCI_DEVICES}/{address}") == instance.inode
+
+
 def make_bind_writes(root: Root, rebind: Rebind) -> tuple[Write, ...]:
     """Return the writes that bind a function to vfio-pci (Documentation/ABI/testing/sysfs-bus-pci)."""
     path = root.host_path(f"{sysfs.PCI_DEVICES}/{rebind.address}")
     override = Write(f"{path}/driver_override", f"{DRIVER}\n")
     # Also where there was no driver: one comes to a hot-plugged device some milliseconds after the device.
+    # Its driver may have gone first, or the device.
     unbind = Write(f"{path}/driver/unbind", rebind.address, GONE)
     return override, unbind, make_probe_write(root, rebind.address)
 
@@ -88,8 +92,7 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
             f"the kernel did not finish unbinding it from {rebind.driver or 'nothing'} within {deadline.seconds:g} s"
         )
         raise StepError("unbind-blocked", address, problem, "see dmesg; end what uses the device and try again")
-    # Gone, or another one has come to its address.
-    if sysfs.read_inode(root, f"{sysfs.PCI_DEVICES}/{address}") not in {rebind.instance.inode} - {0}:
+    if not is_at(root, address, rebind.instance):
         raise StepError("device-gone", address, "was unplugged while it was being bound", "start the container again")
     if not result.started:
         hint = "see the limits on processes and open files of the hook's cgroup and of the guest"
@@ -327,8 +330,7 @@ def check_restored(root: Root, result: Result, entry: Entry) -> list[Finding]:
         return [Finding("error", "restore-unstarted", address, problem, hint)]
     path = f"{sysfs.PCI_DEVICES}/{address}"
     current = sysfs.read_driver(root, address)
-    # Unplugged meanwhile, whatever has come to its address.
-    if sysfs.read_inode(root, path) != parse_instance(entry).inode or (current == driver and not result.code):
+    if not is_at(root, address, parse_instance(entry)) or (current == driver and not result.code):
         return []
     if current == driver:
         return [fail_restore(address, f"{result.path}: {os.strerror(result.code)}")]
