@@ -8,7 +8,7 @@ github.com/BurntSushi/toml v1.6.0 decode.go (unifyStruct: names whatever their c
 
 from __future__ import annotations
 
-from oci_hooks.kata_model import Ledger, Reading, read_layers
+from oci_hooks.kata_model import Ledger, read_layers
 from oci_hooks.kata_toml import Moment
 from oci_hooks.kata_toml_go import LenientReader
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oci_hooks.files import Root
-    from oci_hooks.kata_model import Layer
+    from oci_hooks.kata_model import Layer, Reading
     from oci_hooks.kata_toml import Keys
 
 
@@ -83,18 +83,8 @@ def read_go(root: Root, path: str, annotations: dict[str, str]) -> Reading:
         check_tables(ledger, tables, path)
     ledger.settle_files()
     name, values = find_values(ledger, tables)
-    by_annotation, unallowed = apply_annotations(ledger, tables, name, values, annotations)
-    return Reading(
-        "go",
-        name,
-        values,
-        ledger.marks,
-        by_annotation,
-        tables,
-        unallowed,
-        tuple(ledger.refused),
-        tuple(ledger.uncertain),
-    )
+    decided = apply_annotations(ledger, tables, name, values, annotations)
+    return ledger.conclude("go", tables, name, values, *decided)
 
 
 # Tables --------------------------------------------------------------------------------------------------------------

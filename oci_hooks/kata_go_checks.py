@@ -8,7 +8,7 @@ SetKernelParams, validateBindMounts, checkConfig), pkg/katautils/create.go, pkg/
 from __future__ import annotations
 
 from oci_hooks.kata_go import split_parameters
-from oci_hooks.kata_model import has_wrong_verity, read_parameters, write_parameters
+from oci_hooks.kata_model import check_sizes, has_wrong_verity, read_parameters, write_parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ WORDS = {
     "firecracker": "block_device_driver",
     "stratovirt": "block_device_driver shared_fs",
 }
-SIZES = ("block_device_logical_sector_size", "block_device_physical_sector_size")
 MIB = 1 << 20
 
 
@@ -124,16 +123,6 @@ def check_hypervisor(ledger: Ledger, name: str, table: dict[str, Any], path: str
         refuse("kernel_params", "kernel_params has a parameter without a name")
     if name in ("qemu", "clh"):
         check_ports(name, table, refuse)
-
-
-def check_sizes(table: dict[str, Any], refuse: Any) -> None:
-    """Note sector sizes that are none."""
-    for key in SIZES:
-        size = table.get(key, 0)
-        if size and (not 512 <= size <= 65536 or size & (size - 1)):
-            refuse(key, f"{key} {size} is no power of 2 from 512 to 65536")
-    if all(table.get(key, 0) for key in SIZES) and table[SIZES[0]] > table[SIZES[1]]:
-        refuse(SIZES[0], "the logical sector size is larger than the physical one")
 
 
 def check_images(table: dict[str, Any], refuse: Any) -> None:

@@ -18,15 +18,19 @@ from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from oci_hooks.files import Root
     from oci_hooks.kata_toml import Keys, StrictReader
 
+    # Notes what is refused: key, text.
+    Refuse = Callable[[str, str], None]
+
 # Bytes of all files together. Kata's own have 40 KB; what is larger would not be read before the deadline.
 LARGEST = 2 << 20
 MOST_FILES = 10000
+SIZES = ("block_device_logical_sector_size", "block_device_physical_sector_size")
 HYPERVISOR_PREFIX = "io.katacontainers.config.hypervisor."
 RUNTIME_PREFIX = "io.katacontainers.config.runtime."
 AGENT_PREFIX = "io.katacontainers.config.agent."
@@ -134,6 +138,29 @@ class Ledger:
         if self.present or not self.lost:
             for problem in self.missing:
                 self.refuse(problem.stage, problem.place, problem.text)
+
+    def conclude(
+        self,
+        flavour: str,
+        tables: dict[str, Any],
+        name: str,
+        values: dict[str, Any],
+        by_annotation: dict[str, str],
+        unallowed: tuple[str, ...],
+    ) -> Reading:
+        """Return the reading that all of this comes to. name: the hypervisor's; the rest as of a Reading."""
+        refused, uncertain = tuple(self.refused), tuple(self.uncertain)
+        return Reading(flavour, name, values, self.marks, by_annotation, tables, unallowed, refused, uncertain)
+
+
+def check_sizes(table: dict[str, Any], refuse: Refuse) -> None:
+    """Note sector sizes of block devices that both runtimes refuse."""
+    for key in SIZES:
+        size = table.get(key, 0)
+        if size and (not 512 <= size <= 65536 or size & (size - 1)):
+            refuse(key, f"{key} {size} is no power of 2 from 512 to 65536")
+    if all(table.get(key, 0) for key in SIZES) and table[SIZES[0]] > table[SIZES[1]]:
+        refuse(SIZES[0], "the logical sector size is larger than the physical one")
 
 
 def is_there(root: Root, path: str) -> bool:

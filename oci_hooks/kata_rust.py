@@ -8,7 +8,7 @@ hypervisor/mod.rs (the structures; `deny_unknown_fields` where it is).
 from __future__ import annotations
 
 from oci_hooks.kata_go import is_text, name_types
-from oci_hooks.kata_model import Ledger, Reading, read_layers
+from oci_hooks.kata_model import Ledger, read_layers
 from oci_hooks.kata_toml import StrictReader, Table
 
 TYPE_CHECKING = False
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oci_hooks.files import Root
-    from oci_hooks.kata_model import Layer
+    from oci_hooks.kata_model import Layer, Reading
     from oci_hooks.kata_toml import Keys
 
 HYPERVISOR = name_types(
@@ -109,22 +109,12 @@ def read_rust(root: Root, path: str, annotations: dict[str, str]) -> Reading:
         ledger.need_file(
             split_mount(mount), "sandbox_bind_mounts", ledger.place("runtime", "sandbox_bind_mounts"), True
         )
-    by_annotation, unallowed = apply_annotations(ledger, tables, annotations, path)
+    decided = apply_annotations(ledger, tables, annotations, path)
     name = tables["runtime"].get("hypervisor_name", "")
     values = find_values(tables, name)
     validate(ledger, tables, path)
     ledger.settle_files()
-    return Reading(
-        "rs",
-        name,
-        values,
-        ledger.marks,
-        by_annotation,
-        tables,
-        unallowed,
-        tuple(ledger.refused),
-        tuple(ledger.uncertain),
-    )
+    return ledger.conclude("rs", tables, name, values, *decided)
 
 
 def split_mount(mount: str) -> str:

@@ -14,12 +14,13 @@ from oci_hooks.kata_model import (
     AGENT_PREFIX,
     HYPERVISOR_PREFIX,
     RUNTIME_PREFIX,
+    SIZES,
     has_wrong_verity,
     is_there,
     read_parameters,
     write_parameters,
 )
-from oci_hooks.kata_rust_checks import LIMITS, SIZES, adjust
+from oci_hooks.kata_rust_checks import LIMITS, adjust
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

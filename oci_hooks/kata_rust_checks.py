@@ -10,17 +10,14 @@ from __future__ import annotations
 import os
 import re
 
-from oci_hooks.kata_model import has_wrong_verity
+from oci_hooks.kata_model import check_sizes, has_wrong_verity
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from oci_hooks.kata_model import Ledger
-
-    # key, text
-    Refuse = Callable[[str, str], None]
+    from oci_hooks.kata_model import Ledger, Refuse
 
 # Of each hypervisor: the least memory in MiB, the most processors; it knows no others.
 LIMITS = {
@@ -58,7 +55,6 @@ CACHES = ("never", "auto", "always")
 NETWORK_MODELS = ("macvtap", "none", "tcfilter", "l3forwarding")
 EMPTY_DIR_MODES = ("shared-fs", "block-encrypted", "block-plain")
 BOTH_KINDS = "pcie_root_port and pcie_switch_port are both set, runtime-rs takes only one of them"
-SIZES = ("block_device_logical_sector_size", "block_device_physical_sector_size")
 MOUNT_PATH = re.compile(r"(/[-\w.]+)+/?")
 
 
@@ -247,12 +243,7 @@ def validate_blocks(table: dict[str, Any], refuse: Refuse) -> None:
         return
     if table["block_device_driver"] not in BLOCK_DRIVERS:
         refuse("block_device_driver", f"block_device_driver {table['block_device_driver']} is unknown to runtime-rs")
-    for key in SIZES:
-        size = table.get(key, 0)
-        if size and (not 512 <= size <= 65536 or size & (size - 1)):
-            refuse(key, f"{key} {size} is no power of 2 from 512 to 65536")
-    if all(table.get(key, 0) for key in SIZES) and table[SIZES[0]] > table[SIZES[1]]:
-        refuse(SIZES[0], "the logical sector size is larger than the physical one")
+    check_sizes(table, refuse)
 
 
 def validate_shared(table: dict[str, Any], refuse: Refuse) -> None:
