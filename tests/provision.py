@@ -25,7 +25,7 @@ from tests.progress import PROGRESS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The interpreter the hooks run under on Debian; another `python` may come first on PATH.
@@ -163,12 +163,16 @@ def run(command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | N
     return done.stdout
 
 
-def run_twice(command: Sequence[str]) -> str:
-    """Run a command that asks a mirror, once more when it fails: a mirror that is being updated does."""
+def run_twice(command: Sequence[str], clear: Callable[[], None] = lambda: None) -> str:
+    """Run a command that asks a mirror, once more when it fails: a mirror that is being updated does.
+
+    clear: takes away what the first time has left.
+    """
     try:
         return run(command)
     except MissingError as error:
         say(f"  once more: {error}")
+        clear()
         return run(command)
 
 
@@ -295,13 +299,12 @@ def run_debootstrap(place: Path, suite: str, packages: Sequence[str]) -> None:
     include = [f"--include={','.join(packages)}"] if packages else []
     command = ["debootstrap", "--variant=minbase", *include, suite, str(place), find_mirror()]
     command = ["unshare", "--mount", "--propagation", "private", *command]
-    try:
-        run(command)
-    except MissingError as error:
-        say(f"  once more: {error}")
+
+    def clear() -> None:
         shutil.rmtree(place)
         place.mkdir()
-        run(command)
+
+    run_twice(command, clear)
 
 
 def make_partial(place: Path) -> Path:
