@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest hook: from an OCI state to VFIO groups that are open to one container, and back.
 
-The way of the data: state, spec, request, picture, plan, apply, proof. Only apply.py writes.
+The way of the data: state, spec, request, picture, plan, apply, proof. Reading and planning
+change nothing; binding.py has the plan carried out, and what is over put back.
 """
 
 from __future__ import annotations
