@@ -232,7 +232,7 @@ def list_things(place: str, depth: int, seen: dict[tuple[bytes, bytes], str], en
             if names:
                 place = f"{place}/task/{thread}"
                 break
-    for number, name in enumerate(names):
+    for number, name in enumerate(names, 1):
         # One process may have a million of them.
         if not number % DESCRIPTORS_A_LOOK and time.monotonic() >= end:
             raise TimeoutError

@@ -6,7 +6,10 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.vm import calls, devices, guest
 from tests.vm.bundles import Containers
@@ -49,12 +52,26 @@ def test_a_devices_own_memory_is_a_use(containers: Containers) -> None:
     ), done.stderr
 
 
-@one_runtime
-def test_a_usb_interface_in_another_namespace_is_a_use(containers: Containers) -> None:
-    """Of its controller: sysfs has no more of it there than an empty directory, some levels below the function."""
+@pytest.fixture
+def usb_interface() -> Iterator[None]:
+    """Plug in a USB controller with a network interface, and take both out again: the port is other tests' too."""
+    before = set(guest.PCI.iterdir())
     guest.qmp("device_add", driver="qemu-xhci", id="review-xhci", bus=guest.hotplug_ports()[0])
     guest.settle()
     guest.qmp("device_add", driver="usb-net", id="review-net", bus="review-xhci.0")
+    yield
+    guest.qmp("device_del", id="review-xhci")
+    # QEMU 7.2 sends no DEVICE_DELETED for this controller.
+    end = time.monotonic() + 60
+    while set(guest.PCI.iterdir()) != before:
+        assert time.monotonic() < end, "the controller is not gone"
+        guest.settle()
+
+
+@one_runtime
+@pytest.mark.usefixtures("usb_interface")
+def test_a_usb_interface_in_another_namespace_is_a_use(containers: Containers) -> None:
+    """Of its controller: sysfs has no more of it there than an empty directory, some levels below the function."""
     end = time.monotonic() + 60
     while not (found := [path for path in NET.iterdir() if "/usb" in os.readlink(path)]):
         assert time.monotonic() < end, "no interface came"
