@@ -179,11 +179,11 @@ def hide_toml(text: str, find: Callable[[dict[str, Any]], list[tuple[Keys, Keys,
     find: returns what is kept: its keys in the text, its keys as they are kept, its value. A text that is no TOML has
     its mistake on the same line.
     """
-    from oci_hooks.settings import load_toml
+    from oci_hooks.settings import format_key, read_toml
     from oci_hooks.tomllines import find_line
 
     try:
-        values = load_toml(text)
+        values = read_toml(text)
     except (ValueError, RecursionError, ImportError) as error:
         return hide_mistake(text, str(error))
     kept = find(values)
@@ -193,10 +193,10 @@ def hide_toml(text: str, find: Callable[[dict[str, Any]], list[tuple[Keys, Keys,
         # Of several on one line the later ones come further down.
         while place < len(lines) and lines[place]:
             place += 1
-        lines[place : place + 1] = [f"{'.'.join(map(write_text, names))} = {write_value(value)}"]
+        lines[place : place + 1] = [f"{'.'.join(map(format_key, names))} = {write_value(value)}"]
     hidden = "\n".join(lines)
     try:
-        again = find(load_toml(hidden))
+        again = find(read_toml(hidden))
         same = sorted(repr(value) for *_, value in again) == sorted(repr(value) for *_, value in kept)
     except ValueError:
         same = False

@@ -110,10 +110,10 @@ def expand(root: Root, pattern: str, importer: str) -> list[str]:
 
 def read_toml(root: Root, path: str) -> dict[str, Any]:
     """Return the values of a TOML file; empty where it can't be read: the engine's own files are not ours to judge."""
-    from oci_hooks.settings import load_toml
+    from oci_hooks.settings import read_toml
 
     try:
-        return load_toml(root.read_bytes(path).decode("utf-8"))
+        return read_toml(root.read_bytes(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError, ImportError):
         return {}
 

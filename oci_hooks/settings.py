@@ -108,13 +108,8 @@ def is_unmapped(root: Root, uid: int) -> bool:
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
     """Return the value of a TOML text. name: what to call it. Raises InputError [bad-settings] with the line."""
-    from oci_hooks.plaintoml import read_plain
-
-    values = read_plain(text)
-    if values is not None:
-        return values
     try:
-        return load_toml(text)
+        return read_toml(text)
     except (ValueError, RecursionError) as error:
         raise InputError("bad-settings", name, f"is not TOML: {error}", "mend the line or remove the file") from None
     except ImportError:
@@ -123,6 +118,14 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
             "apt install python3-tomli (pip: tomli), use Python 3.11, or write each value on one line without escapes"
         )
         raise InputError("settings-unreadable", name, problem, hint) from None
+
+
+def read_toml(text: str) -> dict[str, Any]:
+    """Return the value of a TOML text, without a library where it is plain. Raises what load_toml does."""
+    from oci_hooks.plaintoml import read_plain
+
+    values = read_plain(text)
+    return load_toml(text) if values is None else values
 
 
 def load_toml(text: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ keys, comments and strings of many lines need no second parser here.
 
 from __future__ import annotations
 
-from oci_hooks.settings import load_toml
+from oci_hooks.settings import read_toml
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def sets_key(lines: list[str], index: int, keys: tuple[str, ...]) -> bool:
 def parse_lines(lines: list[str]) -> dict[str, Any] | None:
     """Return the value of some lines of TOML; None where they are not whole."""
     try:
-        return load_toml("\n".join(lines))
+        return read_toml("\n".join(lines))
     except ValueError:
         return None
 

@@ -73,6 +73,7 @@ class MemoryRoot(Root):
             "realpath": posixpath.normpath,
             # Fuzzed by themselves, or of real processes only.
             "list_nodes": lambda _: {},
+            "list_empty_networks": lambda _: [],
             "ask_network": lambda _: [],
             "list_openers": lambda _: {"open": [], "looked": 1, "total": 1, "hidden": 0},
         }

@@ -590,7 +590,7 @@ FILES = {
     "/proc/10/cmdline": ("crun\0--log\0/geheim\0create\0--bundle\0/run/b\0-f\0/x/spec.json\0id", None),
     GUEST_SETTINGS: (
         '# geheim\n[auto]\nids = ["8086:10d3", "geheim"]\ngeheim = "geheim"\n[node]\nmode = 384\n',
-        '\n\n"auto"."ids" = ["8086:10d3", "(left out)"]\n"auto"."(left out) 2" = "(left out)"\n\n"node"."mode" = 384\n',
+        '\n\nauto.ids = ["8086:10d3", "(left out)"]\nauto."(left out) 2" = "(left out)"\n\nnode.mode = 384\n',
     ),
     "/etc/kata-containers/x.toml": ('[runtime]\na = "geheim"\nx = geheim # geheim\n', "\n\nx = xxxxxx # xxxxxx"),
     "/opt/kata/VERSION": ("3.2.0\n", "3.2.0\n"),

@@ -216,6 +216,5 @@ def test_without_a_toml_reader_plain_settings_are_read(tmp_path: Path, monkeypat
     (finding,) = refuse(write(tmp_path / "b", "mode = 'warn'\n"))
     assert finding.code == "settings-unreadable"
     assert "python3-tomli" in finding.hint
-    # The line of a mistake is what tomllib finds.
     (finding,) = refuse(write(tmp_path / "c", "mode = 7\n"))
-    assert (finding.code, finding.subject) == ("bad-settings", f"{HOST_SETTINGS}: mode")
+    assert (finding.code, finding.subject) == ("bad-settings", f"{HOST_SETTINGS} line 1: mode")
