@@ -306,11 +306,9 @@ def test_a_wrong_value(name: str, tmp_path: Path, settings: Path, text: str, key
     # A key that is written with an escape is not looked for in the text.
     line = "" if "\\" in key else f" line {1 + len(text.splitlines())}"
     found = refuse(name, settings, tmp_path)
-    if not has_toml():
-        line = ""
-        if read_plain(text) is None:
-            assert found.startswith(NO_TOML)
-            return
+    if not has_toml() and read_plain(text) is None:
+        assert found.startswith(NO_TOML)
+        return
     assert found.startswith(f"[bad-settings] FILE{line}: {key}: {said}")
     assert found.endswith("; mend it or take it out")
 
