@@ -79,7 +79,7 @@ def format_event(event: dict[str, Any]) -> list[str]:
         return [f"{at} read  {event['path']} ({event['ask']}): {format_answer(event)}"]
     if "note" in event:
         return [f"{at} {event['note']}", *(f"{'':14} {line}" for line in format_decision(event))]
-    words = [f"{at} {'  ' if event.get('inside') else ''}did   {event['do'].replace('_', ' ').strip()}"]
+    words = [f"{at} {'  ' if event.get('inside') else ''}did   {event['do'].replace('-', ' ')}"]
     subject = format_value(event.get("with", []))
     words += [f": {subject}"] if subject else []
     return [f"{''.join(words)} ({event['seconds']:.3f} s): {format_answer(event)}"]
@@ -116,7 +116,7 @@ def format_value(value: Any) -> str:
         "bytes": lambda: shorten(str(value.get("text")).strip()),
         "descriptor": str,
         "opaque": str,
-        "journal.Journal": str,
+        "undo-log": str,
         "member": lambda: str(value.get("name")),
         "stat": lambda: f"mode {value.get('st_mode', 0):o}, owner {value.get('st_uid')}:{value.get('st_gid')}",
     }
@@ -158,21 +158,21 @@ def tell_claim(claim: dict[str, Any]) -> str:
 
 # How records of the hooks are told, where their fields are more than anybody wants to read.
 TOLD: dict[object, Callable[[dict[str, Any]], str]] = {
-    "cgroup.Cgroup": lambda value: str(value["unified"] or value["devices"]),
-    "cgroup.Grant": lambda value: ", ".join(f"{major}:{minor}" for major, minor in value["nodes"]),
-    "cgroup.Node": lambda value: str(value["name"]),
-    "cgroup.NodeProof": tell_proof,
-    "claims.Claim": tell_claim,
-    "journal.Entry": lambda value: " ".join([value["kind"], *value["words"]]),
-    "nodes.Place": lambda value: f"{value['directory']}/{value['name']}".lstrip("/"),
-    "nodes.Target": lambda value: str(value["rootfs"]),
-    "plan.MapEntry": lambda value: f"{value['address']} in group {value['group']}",
-    "plan.Node": lambda value: f"{value['kind']} {value['subject']}".strip(),
-    "plan.Plan": lambda _: "",
-    "plan.Rebind": lambda value: f"{value['address']} from {value['driver'] or 'no driver'}",
-    "request.Selector": lambda value: f"{value['kind']} {value['value']}",
-    "workers.Job": tell_job,
-    "workers.Result": tell_result,
+    "cgroup": lambda value: str(value["unified"] or value["devices"]),
+    "grant": lambda value: ", ".join(f"{major}:{minor}" for major, minor in value["nodes"]),
+    "made-node": lambda value: str(value["name"]),
+    "node-proof": tell_proof,
+    "claim": tell_claim,
+    "entry": lambda value: " ".join([value["kind"], *value["words"]]),
+    "place": lambda value: f"{value['directory']}/{value['name']}".lstrip("/"),
+    "container": lambda value: str(value["rootfs"]),
+    "map-entry": lambda value: f"{value['address']} in group {value['group']}",
+    "node": lambda value: f"{value['kind']} {value['subject']}".strip(),
+    "plan": lambda _: "",
+    "rebind": lambda value: f"{value['address']} from {value['driver'] or 'no driver'}",
+    "selector": lambda value: f"{value['kind']} {value['value']}",
+    "job": tell_job,
+    "job-result": tell_result,
 }
 
 

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     from oci_hooks import cgroup
     from oci_hooks.claims import ClaimDirectory
-    from oci_hooks.command import Deadline
-    from oci_hooks.files import Root
+    from oci_hooks.files import Deadline, Root
     from oci_hooks.instances import Instance
     from oci_hooks.journal import Entry, Journal
     from oci_hooks.nodes import Target
@@ -107,7 +106,7 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
         raise StepError("bind-failed", address, problem, f"see dmesg for {DRIVER} {address}")
 
 
-@step
+@step("probe-again")
 def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
     """Have the kernel probe a function again while that may help, and return the driver that it has then."""
     from oci_hooks.schema import load_site_packages
@@ -229,7 +228,7 @@ def undo(
     return findings + restore_drivers(root, [entry for entry in entries if entry.kind == "device"], deadline, private)
 
 
-@step
+@step("undo")
 def undo_entry(root: Root, entry: Entry, pid: int) -> None:
     """Put back one change in the container. Raises OSError, StepError."""
     from oci_hooks import nodes

@@ -11,8 +11,8 @@ import os
 
 from oci_hooks import apply, ownership, plan, selection, sysfs
 from oci_hooks.claims import Claim, ClaimDirectory, Owner, read_start_time, take_lock
-from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding, HookError, InputError, Refusal, make_one_line
+from oci_hooks.files import Deadline, tagged
 from oci_hooks.guards import Uses
 from oci_hooks.homes import find_home
 from oci_hooks.instances import name_instance, parse_instance
@@ -95,6 +95,7 @@ def carry_out(work: Work, wanted: plan.Plan, journal: Journal) -> None:
     journal.note("done")
 
 
+@tagged("find-rootfs")
 def find_rootfs(state: State, spec: Spec) -> str:
     """Return the real path of the container's root file system, as the runtime sees it.
 
@@ -171,6 +172,7 @@ def wait_for_claim(work: Work) -> tuple[Journal, plan.Plan]:
                 return claimed
 
 
+@tagged("wait-for-event")
 def wait(listener: Listener, deadline: Deadline) -> str:
     """Return what happened to a device or a group; "" when too little time is left to bind one."""
     seconds = deadline.remaining() - BIND_SECONDS
@@ -259,6 +261,7 @@ def open_claim(work: Work, own: Claim | None, groups: tuple[str, ...]) -> Journa
     return journal
 
 
+@tagged("wait-for-hook")
 def wait_for_hook(claim: Claim, deadline: Deadline) -> None:
     """Wait until the hook that is at work on a claim has ended. Raises Refusal [lock-timeout]."""
     try:
@@ -337,6 +340,7 @@ def take_back(work: Work, journal: Journal) -> list[Finding]:
     return findings
 
 
+@tagged("end-claim")
 def end_claim(path: str, findings: list[Finding]) -> list[Finding]:
     """Remove a claim that was undone. One with a device that the kernel still holds stays, for the next hook."""
     if not is_unfinished(findings) and os.path.lexists(path):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from oci_hooks.files import tagged
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.files import Root
@@ -56,6 +58,7 @@ def find_backing(root: Root, loop: str, path: str, blocks: dict[str, str]) -> st
     return f"{os.major(number)}:{os.minor(number)}"
 
 
+@tagged("loop-backing")
 def ask_backing(path: str) -> int:
     """Return the number of the block device below a loop device, 0 for a file (loop(4)). Raises OSError.
 

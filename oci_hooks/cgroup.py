@@ -35,6 +35,8 @@ class Node(Record):
     whether VFIO_GROUP_GET_STATUS can be asked.
     """
 
+    tag = "made-node"
+
     name: str
     major: int
     minor: int
@@ -50,6 +52,8 @@ class Cgroup(Record):
     the same cgroup.
     """
 
+    tag = "cgroup"
+
     pid: int
     unified: str
     devices: str
@@ -63,6 +67,8 @@ class NodeProof(Record):
 
     error: errno, 0 when it opened; is_viable: what VFIO_GROUP_GET_STATUS said, True for nodes that are no groups.
     """
+
+    tag = "node-proof"
 
     node: Node
     error: int

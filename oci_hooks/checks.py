@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oci_hooks.asker import Asker
-    from oci_hooks.command import Deadline
-    from oci_hooks.files import Root
+    from oci_hooks.files import Deadline, Root
     from oci_hooks.groups import Member, Target, VfioGroup
     from oci_hooks.oci import Spec, State
     from oci_hooks.sysfs import Picture

@@ -24,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from oci_hooks.command import Deadline
+    from oci_hooks.files import Deadline
 
 STATE_DIRECTORY = "/run/oci-vfio-hooks"
 # What the file of an id that is too long for a file name begins with; of no other id does it.
@@ -39,6 +39,8 @@ class Owner(Record):
     """Whose a claim is. container: its id; pid, start: its init process (start in clock ticks since boot); bundle: the
     path of its bundle; home: its cgroups."""
 
+    tag = "owner"
+
     container: str
     pid: int
     start: int
@@ -50,6 +52,8 @@ class Claim(Record):
     """A container's journal as it stands. container: its id; pid, start, bundle, home: as of an Owner; groups: what it
     has; entries: all of the journal; done: its hook succeeded; at_work: its hook still runs; problem: why it can't be
     put back, "" where it can: of such a claim the rest is what could be read."""
+
+    tag = "claim"
 
     path: str
     container: str
@@ -89,7 +93,7 @@ class ClaimDirectory:
         self.root = root or Root()
         self.path = path or self.root.host_path(STATE_DIRECTORY)
 
-    @step
+    @step("prepare-claims")
     def prepare(self) -> None:
         """Make the directory, for root only. Raises Refusal [state-directory] where it is not what it must be."""
         for path in (self.path, f"{self.path}/claims"):
@@ -106,7 +110,7 @@ class ClaimDirectory:
                     hint = "remove it; the hook makes it anew"
                     raise Refusal("state-directory", path, "is not a directory of root's alone", hint) from None
 
-    @step
+    @step("lock-claims")
     def lock(self, deadline: Deadline) -> Descriptor:
         """Return a descriptor that holds the machine-wide lock. Raises Refusal [lock-timeout]."""
         fd = Descriptor(os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
@@ -128,13 +132,13 @@ class ClaimDirectory:
             name = HASHED + hashlib.sha256(container.encode("utf-8", "surrogateescape")).hexdigest()
         return f"{self.path}/claims/{name}"
 
-    @step
+    @step("read-claims")
     def read_claims(self) -> list[Claim]:
         """Return every claim. Without the lock held they may change while they are read."""
         paths = (f"{self.path}/claims/{name}" for name in self.list_files() if not name.startswith("."))
         return [claim for claim in map(self.read_claim, paths) if claim is not None]
 
-    @step
+    @step("remove-drafts")
     def remove_drafts(self) -> None:
         """Remove the drafts of killed hooks. Call it with the lock held: with it they are made, and get their names."""
         for name in self.list_files():
@@ -149,7 +153,7 @@ class ClaimDirectory:
         except FileNotFoundError:
             return []
 
-    @step
+    @step("read-claim")
     def read_claim(self, path: str) -> Claim | None:
         """Return one claim, or None where there is none at this path: nothing, or something that is no file.
 
@@ -186,17 +190,17 @@ class ClaimDirectory:
             return f"names another container, {claim.container}"
         return ""
 
-    @step
+    @step("read-undo-log")
     def read_entries(self, journal: Journal) -> tuple[Entry, ...]:
         """Return the entries that this run has added to a journal, also to one that somebody has removed."""
         return tuple(parse_journal(os.pread(journal.fd, JOURNAL_LIMIT, journal.kept)))
 
-    @step
+    @step("read-whole-undo-log")
     def read_all_entries(self, journal: Journal) -> tuple[Entry, ...]:
         """Return all entries of a journal, also those of earlier runs of this container's hook."""
         return tuple(parse_journal(os.pread(journal.fd, JOURNAL_LIMIT, 0)))
 
-    @step
+    @step("open-undo-log")
     def open_journal(self, owner: Owner, groups: tuple[str, ...]) -> Journal:
         """Write a new claim and return its journal, locked. Call it with the machine-wide lock held.
 
@@ -242,7 +246,7 @@ class ClaimDirectory:
         finally:
             os.close(fd)
 
-    @step
+    @step("reopen-undo-log")
     def reopen_journal(self, claim: Claim) -> Journal | None:
         """Return the journal of an existing claim, locked; None where a hook, or a blocked step of one, has it.
 

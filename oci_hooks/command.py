@@ -8,7 +8,7 @@ import os
 import time
 
 from oci_hooks.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
-from oci_hooks.files import NotingRoot, Root, read_pipe
+from oci_hooks.files import Deadline, NotingRoot, Root, read_pipe, tagged
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
@@ -41,26 +41,6 @@ class Arguments(Record):
     kata_config: str | None = None
     runtime: str = ""
     annotations: tuple[str, ...] = ()
-
-
-class Deadline:
-    """A moment by which the hook must have ended. seconds: from now."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.start = time.monotonic()
-
-    def remaining(self) -> float:
-        """Return the seconds left, never below zero."""
-        return max(0.0, self.start + self.seconds - time.monotonic())
-
-    def elapsed(self) -> float:
-        """Return the seconds that are over, never more than there are."""
-        return self.seconds - self.remaining()
-
-    def extend(self, seconds: float) -> None:
-        """Set how many seconds there are in all, from the same start: settings are read after the clock has begun."""
-        self.seconds = seconds
 
 
 class Call(Record):
@@ -252,6 +232,7 @@ def parse_arguments(program: str, argv: list[str], add_options: Callable[[Argume
     return Arguments(**values)
 
 
+@tagged("read-state")
 def read_input(deadline: Deadline) -> bytes:
     """Return what stands on stdin. Raises InputError [no-state] if nothing comes, or nobody closes it in time."""
     if os.isatty(0):
@@ -286,7 +267,6 @@ __all__ = [
     "EXIT_REFUSED",
     "Arguments",
     "Call",
-    "Deadline",
     "parse_arguments",
     "read_input",
     "run_hook",

@@ -15,7 +15,7 @@ import os
 import stat
 
 from oci_hooks.errors import StepError
-from oci_hooks.files import DEFAULT_LIMIT, Descriptor, Root, read_file
+from oci_hooks.files import DEFAULT_LIMIT, Descriptor, Root, read_file, tagged
 from oci_hooks.mounts import read_mounts
 from oci_hooks.records import Record
 
@@ -54,6 +54,7 @@ def is_same_directory(one: os.stat_result, other: os.stat_result) -> bool:
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
+@tagged("open-dev")
 def open_dev(pid: int, rootfs: str) -> Descriptor:
     """Return a descriptor of the container's /dev. Raises OSError."""
     root = open_rootfs(pid, rootfs)

@@ -109,7 +109,7 @@ def remove_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
     return bpf.make_prefix(set(bpf.read_prefix(code)) - set(nodes)) + bpf.strip_prefix(code)
 
 
-@step
+@step("find-filters-above")
 def find_programs_above(root: Root, cgroup: Cgroup) -> list[str]:
     """Return the ancestors of a version 2 cgroup that have device programs of their own, the nearest first."""
     from oci_hooks import bpf

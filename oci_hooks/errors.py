@@ -26,6 +26,8 @@ class Finding(Record):
     ("group 12", "/etc/...toml"); problem: what is wrong with it; hint: what the user can do.
     """
 
+    tag = "finding"
+
     level: str
     code: str
     subject: str

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 
 from oci_hooks.errors import StepError
+from oci_hooks.files import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 SUBSYSTEMS = ("pci", "vfio")
 
 
+@tagged("listen")
 class Listener:
     """Hears of devices from the moment it is made: make it first, then look, then wait. Raises StepError."""
 

@@ -20,13 +20,49 @@ if TYPE_CHECKING:
 
     from typing_extensions import ParamSpec
 
-    from oci_hooks.command import Deadline
-
     T = TypeVar("T")
     P = ParamSpec("P")
+    F = TypeVar("F", bound=Callable[..., Any])
 
 # A sysfs attribute is a page at most; config.json of a tenant may be anything.
 DEFAULT_LIMIT = 16 << 20
+
+
+def tagged(tag: str) -> Callable[[F], F]:
+    """Give a question or step the name that recordings have for it, whatever its function is called."""
+
+    def give(function: F) -> F:
+        function.tag = tag  # type: ignore[attr-defined]
+        return function
+
+    return give
+
+
+def name_tag(function: Callable[..., object]) -> str:
+    """Return the name that recordings have for a function: its tag, or that of the standard library's."""
+    tag: str = getattr(function, "tag", "") or function.__name__
+    return tag
+
+
+class Deadline:
+    """A moment by which the hook must have ended. seconds: from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.start = time.monotonic()
+
+    def remaining(self) -> float:
+        """Return the seconds left, never below zero."""
+        return max(0.0, self.start + self.seconds - time.monotonic())
+
+    @tagged("elapsed")
+    def elapsed(self) -> float:
+        """Return the seconds that are over, never more than there are."""
+        return self.seconds - self.remaining()
+
+    def extend(self, seconds: float) -> None:
+        """Set how many seconds there are in all, from the same start: settings are read after the clock has begun."""
+        self.seconds = seconds
 
 
 class Descriptor(int):
@@ -112,12 +148,6 @@ class Root:
         real: str = self.ask(os.path.realpath, path)
         return real[len(self.top) :] if self.top and real.startswith(self.top + "/") else real
 
-    def read_network(self) -> list[list[str]]:
-        """Return what the kernel says of addresses and routes (netlink.ask_network). A made tree has none."""
-        from oci_hooks.netlink import ask_network
-
-        return [] if self.top else self.ask(ask_network, "/proc/net")
-
     def is_held(self, path: str) -> bool:
         """Tell whether a block device's node can't be opened because it is in exclusive use. Nothing else is asked.
 
@@ -133,6 +163,7 @@ class Root:
 # What a root asks -----------------------------------------------------------------------------------------------------
 
 
+@tagged("read")
 def read_file(path: str, limit: int) -> bytes:
     """Return a file's content. Raises OSError; EFBIG when there is more than `limit` bytes."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -174,6 +205,7 @@ def read_pipe(fd: int, deadline: Deadline, limit: int = DEFAULT_LIMIT) -> bytes 
     return None
 
 
+@tagged("open-exclusively")
 def open_exclusively(path: str) -> None:
     """Open a block device's node for nobody else, and close it. Raises OSError."""
     os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
@@ -182,15 +214,22 @@ def open_exclusively(path: str) -> None:
 # What a root does -----------------------------------------------------------------------------------------------------
 
 
-def step(function: Callable[P, T]) -> Callable[P, T]:
-    """Have a function go through `Root.do`. Its first argument is the root, or has it as its attribute `root`."""
+def step(tag: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Have a function go through `Root.do`. Its first argument is the root, or has it as its attribute `root`.
 
-    def through_root(first: Any, *more: Any) -> T:
-        root: Root = first if isinstance(first, Root) else first.root
-        return root.do(function, first, *more)
+    tag: the name that recordings have for the step.
+    """
 
-    through_root.__name__, through_root.__doc__ = function.__name__, function.__doc__
-    return through_root  # type: ignore[return-value]
+    def wrap(function: Callable[P, T]) -> Callable[P, T]:
+        def through_root(first: Any, *more: Any) -> T:
+            root: Root = first if isinstance(first, Root) else first.root
+            return root.do(function, first, *more)
+
+        function.tag = tag  # type: ignore[attr-defined]
+        through_root.__name__, through_root.__doc__ = function.__name__, function.__doc__
+        return through_root  # type: ignore[return-value]
+
+    return wrap
 
 
 # Noting ---------------------------------------------------------------------------------------------------------------
@@ -230,11 +269,11 @@ class NotingRoot(Root):
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
         """Return what a reading function says of a path, and note it. Raises OSError."""
-        return self.noted(self.add("ask", question.__name__, (path,)), question, path, *more)
+        return self.noted(self.add("ask", name_tag(question), (path,)), question, path, *more)
 
     def do(self, function: Callable[..., T], *arguments: object) -> T:
         """Return what a step comes to, and note it."""
-        entry = self.add("do", function.__name__, arguments)
+        entry = self.add("do", name_tag(function), arguments)
         self.depth += 1
         try:
             return self.noted(entry, function, *arguments)

@@ -8,7 +8,9 @@ Sources: Documentation/ABI (sysfs-block, sysfs-class-net, sysfs-bus-pci), proc(5
 
 from __future__ import annotations
 
+from oci_hooks import netlink
 from oci_hooks.blocks import BLOCK_CLASS, describe_holder, name_block, read_loops
+from oci_hooks.files import tagged
 from oci_hooks.mounts import parse_mounts, unescape
 from oci_hooks.openers import SHARED, Openers, read_nodes
 from oci_hooks.records import Record
@@ -16,8 +18,7 @@ from oci_hooks.sysfs import PCI_DEVICES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.command import Deadline
-    from oci_hooks.files import Root
+    from oci_hooks.files import Deadline, Root
     from oci_hooks.sysfs import PciDevice
 
 NET_CLASS = "/sys/class/net"
@@ -250,7 +251,7 @@ def read_network(root: Root) -> tuple[dict[str, str], frozenset[str]]:
     Where it is not asked (a recording of an earlier version) there is neither.
     """
     try:
-        lines = root.read_network()
+        lines = netlink.read_network(root)
     except FileNotFoundError:
         lines = []
     addresses = {name: words for kind, name, words in lines if kind == "address"}
@@ -311,6 +312,7 @@ def find_moved_interfaces(root: Root, device: PciDevice, names: list[str]) -> li
     return ["is a network interface in another network namespace"] if empty else []
 
 
+@tagged("list-empty-networks")
 def list_empty_networks(path: str) -> list[str]:
     """Return the directories `net` below a device in sysfs in which no interface is to be seen. Raises OSError.
 

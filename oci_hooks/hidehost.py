@@ -43,20 +43,20 @@ if TYPE_CHECKING:
 # What the hooks ask of the system besides what a file holds: names in directories, targets of links, numbers of files,
 # devices and processes, a word. Whoever asks another question decides here what of the answer is kept.
 QUESTIONS = (
-    "ask_backing",
-    "ask_group",
-    "list_empty_networks",
-    "list_nodes",
-    "list_openers",
+    "loop-backing",
+    "group-status",
+    "list-empty-networks",
+    "list-nodes",
+    "list-openers",
     "listdir",
-    "look_for_request",
-    "open_exclusively",
+    "find-request",
+    "open-exclusively",
     "readlink",
     "realpath",
     "stat",
 )
 # Addresses of interfaces are kept where a finding names them.
-ADDRESS_QUESTIONS = ("ask_ipv4", "ask_network")
+ADDRESS_QUESTIONS = ("ipv4", "network")
 ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - stands for one that is left out
 # What Kata's shim has in its environment and the host hook asks for (kata_lookup.py).
 KEPT_VARIABLES = ("KATA_CONF_FILE=",)
@@ -130,7 +130,7 @@ class Teller:
         pids: processes of which something is told; links: open files that are told.
         """
         parts, answer = split(event), event.get("answer")
-        if event.get("do") == "read_kata" and "answer" in event:
+        if event.get("do") == "read-kata" and "answer" in event:
             return {**event, "answer": hide_reading(answer)}
         if "answer" not in event or "ask" not in event:
             return event if parts[3:] != ["fd"] or not is_process(parts) or parts[2] in pids else None
@@ -143,7 +143,7 @@ class Teller:
 
     def hide_answer(self, question: str, path: str, answer: Any) -> Any:
         """Return what is kept of the answer to a question."""
-        if question == "read_file" and isinstance(answer, dict):
+        if question == "read" and isinstance(answer, dict):
             # A member of its own, or a file that was too long to be kept, has no text.
             return {**answer, "text": self.hide_file(path, answer["text"])} if "text" in answer else answer
         if question in ADDRESS_QUESTIONS:

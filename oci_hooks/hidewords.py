@@ -27,7 +27,7 @@ READERS = (
 TOKEN = re.compile(r"""[^\s,;:()\[\]'".=]+""")
 FILE = re.compile(r"/[^\n]*")
 # What is asked inside of a reading and kept. What else is asked there, the configuration names.
-READS = ("listdir", "read_file", "readlink")
+READS = ("listdir", "read", "readlink")
 # The codes of findings that quote a problem.
 CODES = ("kata-config-refused", "kata-config-uncertain")
 

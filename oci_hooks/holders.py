@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 
+from oci_hooks.files import tagged
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from oci_hooks.command import Deadline
-    from oci_hooks.files import Root
+    from oci_hooks.files import Deadline, Root
 
 # _IO(VFIO_TYPE, VFIO_BASE + 3) of linux/vfio.h
 VFIO_GROUP_GET_STATUS = 0x3B67
@@ -25,6 +25,8 @@ VFIO_GROUP_FLAGS_VIABLE = 1
 
 class Process(Record):
     """A process. pid: as this process sees it; name: of its executable; arguments: its command line."""
+
+    tag = "process"
 
     pid: int
     name: str
@@ -43,6 +45,7 @@ def ask_kernel(root: Root, node: str) -> str:
     return root.ask(ask_group, node)
 
 
+@tagged("group-status")
 def ask_group(path: str) -> str:
     """Return what the kernel says of the group whose node is at this path; words as in ask_kernel."""
     import errno

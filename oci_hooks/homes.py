@@ -27,6 +27,8 @@ class Home(Record):
     is none, or where others share it; unified_inode, devices_inode: which directory of that path, 0 where not known.
     """
 
+    tag = "home"
+
     unified: str = ""
     unified_inode: int = 0
     devices: str = ""

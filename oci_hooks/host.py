@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser
 
     from oci_hooks.asker import Asker
-    from oci_hooks.command import Call, Deadline
+    from oci_hooks.command import Call
     from oci_hooks.errors import Finding
-    from oci_hooks.files import Root
+    from oci_hooks.files import Deadline, Root
     from oci_hooks.groups import Target
     from oci_hooks.host_settings import HostSettings
     from oci_hooks.oci import Spec, State

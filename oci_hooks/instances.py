@@ -26,6 +26,8 @@ GONE = (errno.ENOENT, errno.ENODEV)
 class Instance(Record):
     """One PCI function, while it is plugged in. inode: of its directory; the rest as of a PciDevice."""
 
+    tag = "instance"
+
     inode: int = 0
     vendor: str = ""
     device: str = ""

@@ -47,6 +47,8 @@ DIGITS = 20
 class Entry(Record):
     """One line of a journal. kind: a key of KINDS; words: as many as it says there."""
 
+    tag = "entry"
+
     kind: str
     words: tuple[str, ...]
 
@@ -62,6 +64,8 @@ class Journal:
     hook has written, which succeeded and is not this run's to put back; torn: its last line has no end; size: bytes
     that it has.
     """
+
+    tag = "undo-log"
 
     def __init__(self, fd: int, path: str, kept: int = 0, torn: bool = False, size: int = 0) -> None:
         self.fd = fd

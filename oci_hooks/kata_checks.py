@@ -10,6 +10,7 @@ import json
 import os
 
 from oci_hooks.errors import Finding
+from oci_hooks.files import tagged
 from oci_hooks.hypervisor import find_kernel_refusal
 from oci_hooks.kata_hints import make_viommu_hint, write_fix
 from oci_hooks.kata_lookup import read_major
@@ -75,6 +76,7 @@ def view_sandbox(root: Root, asker: Asker, found: Found, annotations: dict[str, 
     return KataView(asker, found.config, found.certain, asker.hypervisor, machine, str(mode), wanted, attached, major)
 
 
+@tagged("machine")
 def name_machine() -> str:
     """Return the host's architecture, as uname says it."""
     return os.uname().machine

@@ -8,6 +8,7 @@ The reading itself is in kata_go.py and kata_rust.py. Sources, in kata-container
 
 from __future__ import annotations
 
+from oci_hooks.files import tagged
 from oci_hooks.oci import is_name
 from oci_hooks.records import Record
 
@@ -155,6 +156,7 @@ def load_config(root: Root, place: Place, flavour: str, annotations: dict[str, s
     return KataConfig(place, reading.flavour, reading)
 
 
+@tagged("read-kata")
 def read_kata(root: Root, path: str, flavour: str, annotations: dict[str, str]) -> dict[str, Any]:
     """Return what the runtime makes of a configuration, in a form that JSON has: make_reading takes it.
 

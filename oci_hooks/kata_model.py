@@ -43,6 +43,8 @@ class Problem(Record):
     text: what is wrong there; code: "syntax" for what no release takes.
     """
 
+    tag = "problem"
+
     stage: str
     place: str
     text: str

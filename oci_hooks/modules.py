@@ -7,12 +7,11 @@ import os
 
 from oci_hooks import sysfs
 from oci_hooks.errors import StepError, make_one_line
-from oci_hooks.files import read_pipe
+from oci_hooks.files import read_pipe, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.command import Deadline
-    from oci_hooks.files import Root
+    from oci_hooks.files import Deadline, Root
 
 # No PATH: it is the runtime's, or nobody's.
 MODPROBE = ("/sbin/modprobe", "/usr/sbin/modprobe", "/bin/modprobe", "/usr/bin/modprobe")
@@ -43,6 +42,7 @@ def list_missing(root: Root) -> list[str]:
     return missing + ([] if root.exists("/sys/module/vfio_iommu_type1") else ["vfio_iommu_type1"])
 
 
+@tagged("modprobe")
 def run_modprobe(path: str, modules: list[str], deadline: Deadline) -> str:
     """Run modprobe on modules, with an empty environment, and return what it said, or why it does not run.
 

@@ -11,9 +11,13 @@ import os
 from errno import EBADMSG, EIO, EOPNOTSUPP
 from struct import calcsize, pack, unpack_from
 
+from oci_hooks.files import tagged
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from oci_hooks.files import Root
 
 AF_INET6 = 10
 NLMSG_ERROR, NLMSG_DONE = 2, 3
@@ -46,12 +50,21 @@ class Found:
         self.routed: set[int] = set()
 
 
-def ask_network(_path: str) -> list[list[str]]:
+def read_network(root: Root) -> list[list[str]]:
+    """Return what the kernel reports of addresses and routes, as ask_network has it. Raises OSError."""
+    return root.ask(ask_network, "/proc/net")
+
+
+@tagged("network")
+def ask_network(path: str) -> list[list[str]]:
     """Return what makes interfaces used: ["address", interface, address] and ["route", interface, ""].
 
     Left out is what every interface gets that is up: its link-local address, the routes to fe80::/10 and multicast. An
     interface "" stands for all of them: there are more routes than are looked at. Raises OSError.
+    path: /proc/net; any other is that of a made tree, which has no network.
     """
+    if path != "/proc/net":
+        return []
     # The socket module proper imports enum and selectors.
     import _socket
 

@@ -30,12 +30,16 @@ UNDOABLE = ("directory", "node", "stale", "file", "mount")
 class Target(Record):
     """The container that nodes are made for. pid: its init; rootfs: real path of its root file system."""
 
+    tag = "container"
+
     pid: int
     rootfs: str
 
 
 class Place(Record):
     """Where a node belongs. directory: below /dev, "" for /dev itself; numbers: major and minor."""
+
+    tag = "place"
 
     directory: str
     name: str
@@ -104,7 +108,7 @@ def expose_nodes(root: Root, plan: Plan, target: Target, journal: Journal) -> tu
     return tuple(cgroup.Node(place.path, *place.numbers, is_group=node.kind == "group") for node, place in places)
 
 
-@step
+@step("create-nodes")
 def give_nodes(_root: Root, places: list[tuple[Node, Place]], plan: Plan, target: Target, journal: Journal) -> None:
     """Make the nodes in the container's /dev, or mount them there. Raises StepError."""
     try:

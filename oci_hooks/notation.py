@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run met, as plain JSON, and back: answers, results of steps, errors.
 
-A value that JSON has is itself. Any other is an object with the key "!": its kind. Reading back makes nothing but the
-few classes that steps return (REVIVED), because a record may come from anybody.
+A value that JSON has is itself. Any other is an object with the key "!": its kind, which is a name of its own (`tag`),
+not the class's. Reading back makes nothing but the kinds that the reader hands in, because a recording may come from
+anybody.
 """
 
 from __future__ import annotations
@@ -16,23 +17,17 @@ from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
+    Kinds = Mapping[str, Callable[..., object]]
+
 KIND = "!"
-ERRORS = {error.__name__: error for error in (HookError, InputError, Refusal, StepError)}
-# Records that steps return, by module and name: modules of this package, imported when one is met.
-REVIVED = (
-    "cgroup.Node",
-    "cgroup.NodeProof",
-    "claims.Claim",
-    "errors.Finding",
-    "holders.Process",
-    "homes.Home",
-    "journal.Entry",
-    "kata_model.Problem",
-    "workers.Result",
-)
+# The names that recordings have for the exceptions of the hooks.
+ERRORS = {"error": HookError, "bad-input": InputError, "refusal": Refusal, "failed-step": StepError}
+UNDO_LOG = "undo-log"
+# Of these a recording has what privacy.py leaves of the document.
+DOCUMENTS = ("state", "spec")
 STAT_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size", "st_rdev")
 
 
@@ -65,13 +60,13 @@ def encode_object(value: Any) -> dict[str, Any]:
     if isinstance(value, bytes):
         return {KIND: "bytes", "text": value.decode("utf-8", "surrogateescape")}
     if isinstance(value, Record):
-        return {KIND: name_class(value), **{key: encode(item) for key, item in value.as_dict().items()}}
+        return {KIND: value.tag, **{key: encode(item) for key, item in value.as_dict().items()}}
     if isinstance(value, os.stat_result):
         return {KIND: "stat", **{name: getattr(value, name) for name in STAT_FIELDS}}
     if isinstance(value, Descriptor):
         return {KIND: "descriptor"}
-    if name_class(value) == "journal.Journal":
-        return {KIND: "journal.Journal", "path": value.path, "kept": value.kept}
+    if getattr(value, "tag", "") == UNDO_LOG:
+        return {KIND: UNDO_LOG, "path": value.path, "kept": value.kept}
     return {KIND: "opaque", "type": type(value).__name__}
 
 
@@ -83,7 +78,7 @@ def encode_arguments(values: tuple[object, ...]) -> list[Any]:
             kept.append(encode(value))
         elif isinstance(value, (list, tuple)) and value:
             kept.append(encode_arguments(tuple(value)))
-        elif isinstance(value, Record) and name_class(value) not in ("oci.State", "oci.Spec"):
+        elif isinstance(value, Record) and value.tag not in DOCUMENTS:
             kept.append(encode(value))
     return kept
 
@@ -91,7 +86,7 @@ def encode_arguments(values: tuple[object, ...]) -> list[Any]:
 def encode_error(error: BaseException) -> dict[str, Any]:
     """Return an exception as JSON."""
     if isinstance(error, HookError):
-        name = next((name for name, kind in ERRORS.items() if type(error) is kind), "Refusal")
+        name = next((name for name, kind in ERRORS.items() if type(error) is kind), "refusal")
         return {KIND: name, "findings": [finding.as_dict() for finding in error.findings]}
     if isinstance(error, OSError):
         return {KIND: "OSError", "errno": error.errno, "text": error.strerror, "path": name_path(error.filename)}
@@ -103,53 +98,25 @@ def name_path(path: object) -> str | None:
     return os.fsdecode(path) if isinstance(path, (str, bytes)) else None
 
 
-def name_class(value: object) -> str:
-    """Return a value's class as its module in this package and its name."""
-    return f"{type(value).__module__.rpartition('.')[2]}.{type(value).__name__}"
-
-
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def decode(value: Any) -> Any:
-    """Return the value that encode() was given. Raises NotationError."""
+def decode(value: Any, kinds: Kinds) -> Any:
+    """Return the value that encode() was given. kinds: what makes a record of each kind. Raises NotationError."""
     if isinstance(value, list):
-        return [decode(item) for item in value]
+        return [decode(item, kinds) for item in value]
     if not isinstance(value, dict):
         return value
     kind = value.get(KIND)
-    if kind is None:
-        return {key: decode(item) for key, item in value.items()}
+    fields = {key: item for key, item in value.items() if key != KIND}
     try:
-        return decoder(str(kind))(value)
+        if kind is None:
+            return {key: decode(item, kinds) for key, item in fields.items()}
+        if kind in PLAIN_KINDS:
+            return PLAIN_KINDS[kind](value)
+        return kinds[kind](**{key: freeze(decode(item, kinds)) for key, item in fields.items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise NotationError(f"{kind}: {error}") from None
-
-
-def decoder(kind: str) -> Callable[[dict[str, Any]], Any]:
-    """Return what makes a value of this kind. Raises NotationError."""
-    makers: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "bytes": lambda value: value["text"].encode("utf-8", "surrogateescape"),
-        "stat": make_stat,
-        "descriptor": lambda _: open_nothing(),
-        "journal.Journal": make_journal,
-        "opaque": lambda _: Opaque(),
-    }
-    if kind in REVIVED:
-        return make_record
-    if kind not in makers:
-        raise NotationError(f"{kind} is no kind of value")
-    return makers[kind]
-
-
-def make_record(value: dict[str, Any]) -> Record:
-    """Return one of the records of REVIVED; their lists are tuples."""
-    from importlib import import_module
-
-    module, _, name = value[KIND].partition(".")
-    fields = {key: freeze(decode(item)) for key, item in value.items() if key != KIND}
-    record: Record = getattr(import_module(f"oci_hooks.{module}"), name)(**fields)
-    return record
 
 
 def freeze(value: Any) -> Any:
@@ -163,16 +130,17 @@ def make_stat(value: dict[str, Any]) -> os.stat_result:
     return os.stat_result((*first, 0, 0, 0), {"st_rdev": int(value["st_rdev"])})
 
 
-def make_journal(value: dict[str, Any]) -> object:
-    """Return a journal whose entries go nowhere."""
-    from oci_hooks.journal import Journal
-
-    return Journal(open_nothing(), str(value["path"]), int(value["kept"]))
-
-
 def open_nothing() -> Descriptor:
     """Return a descriptor of /dev/null."""
     return Descriptor(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+
+
+PLAIN_KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "bytes": lambda value: value["text"].encode("utf-8", "surrogateescape"),
+    "stat": make_stat,
+    "descriptor": lambda _: open_nothing(),
+    "opaque": lambda _: Opaque(),
+}
 
 
 def decode_error(value: Any) -> Exception:

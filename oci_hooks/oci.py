@@ -59,6 +59,8 @@ class State(Record):
     pid: 0 where the runtime gives none (runc's poststop); status: "" from Kata's Go runtime; root: crun's extra key.
     """
 
+    tag = "state"
+
     id: str
     bundle: str
     pid: int
@@ -69,6 +71,8 @@ class State(Record):
 
 class Device(Record):
     """One entry of linux.devices (runtime-spec, config-linux.md). mode, uid, gid: -1 where not given."""
+
+    tag = "device"
 
     path: str
     type: str
@@ -105,6 +109,8 @@ class IdMapping(Record):
 
 class Spec(Record):
     """The part of config.json that the hooks read. path: where it was read from; raw: all of it."""
+
+    tag = "spec"
 
     path: str
     annotations: dict[str, str]

@@ -11,6 +11,7 @@ import os
 import stat
 import time
 
+from oci_hooks.files import tagged
 from oci_hooks.holders import Process, read_program, read_status
 from oci_hooks.sysfs import PCI_DEVICES
 
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from oci_hooks.command import Deadline
-    from oci_hooks.files import Root
+    from oci_hooks.files import Deadline, Root
     from oci_hooks.sysfs import PciDevice
 
 SYS_DEV = "/sys/dev"
@@ -53,6 +53,7 @@ def read_nodes(root: Root) -> dict[str, str]:
         return {}
 
 
+@tagged("list-nodes")
 def list_nodes(path: str) -> dict[str, str]:
     """Return what read_nodes does. path: where /sys/dev is. Raises OSError."""
     nodes = {}
@@ -186,6 +187,7 @@ def read_user(root: Root, pid: int) -> Process | None:
 # Looking at processes -------------------------------------------------------------------------------------------------
 
 
+@tagged("list-openers")
 def list_openers(proc: str, wanted: frozenset[str], depth: int, seconds: float) -> dict[str, Any]:
     """Return who has what open.
 

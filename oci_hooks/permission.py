@@ -57,6 +57,8 @@ class Grant(Record):
     ancestors to widen and at last the container's own.
     """
 
+    tag = "grant"
+
     nodes: tuple[Numbers, ...]
     unified: str
     devices: tuple[Widening, ...]
@@ -192,7 +194,7 @@ def is_open_list(root: Root, cgroup: Cgroup) -> bool:
     return has_own and permits_by_default(read_rules(root, cgroup.devices))
 
 
-@step
+@step("allow")
 def permit(root: Root, grant: Grant, note: Callable[[], object] = lambda: None) -> None:
     """Permit reading and writing of exactly these nodes. Doing it twice is doing it once. Raises StepError.
 
@@ -209,7 +211,7 @@ def permit(root: Root, grant: Grant, note: Callable[[], object] = lambda: None) 
         swaps.carry_out()
 
 
-@step
+@step("disallow")
 def forbid(root: Root, grant: Grant, others: tuple[Grant, ...] = ()) -> None:
     """Take a permission back, whole or half given, by this process or another. Raises StepError, after trying all.
 

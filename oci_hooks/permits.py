@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from oci_hooks.bpf import Numbers
     from oci_hooks.cgroup import Cgroup, Node
     from oci_hooks.claims import Claim, ClaimDirectory
-    from oci_hooks.command import Deadline
-    from oci_hooks.files import Root
+    from oci_hooks.files import Deadline, Root
     from oci_hooks.homes import Home
     from oci_hooks.journal import Entry, Journal
     from oci_hooks.permission import Grant
@@ -48,7 +47,7 @@ def list_others(claims: Iterable[Claim], but: str) -> list[Claim]:
 # Giving --------------------------------------------------------------------------------------------------------------
 
 
-@step
+@step("allow-nodes")
 def give(
     claims: ClaimDirectory,
     place: Cgroup,
@@ -122,7 +121,7 @@ def revoke_dead(claims: ClaimDirectory, held: list[Claim], but: str) -> None:
                 continue
 
 
-@step
+@step("claim-numbers")
 def take_numbers(claims: ClaimDirectory, made: tuple[Node, ...], journal: Journal, deadline: Deadline) -> bool:
     """Make device numbers one container's alone: they are revoked from all others. Return whether any had to be.
 
@@ -280,7 +279,7 @@ def is_permitting(entries: Iterable[Entry]) -> bool:
     return any(entry.kind == "permit" for entry in entries)
 
 
-@step
+@step("revoke")
 def revoke(root: Root, entries: Iterable[Entry], home: Home | None, others: tuple[Grant, ...]) -> list[Finding]:
     """Take back all that entries permit, whether the container's init lives or not, and return what could not be.
 

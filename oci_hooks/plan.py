@@ -28,6 +28,8 @@ class Rebind(Record):
     """A PCI function to bind to another driver. driver: the one before, "" without; override: the one before;
     instance: which device it is, that is at its address now."""
 
+    tag = "rebind"
+
     address: str
     driver: str
     override: str
@@ -40,6 +42,8 @@ class Node(Record):
     kind: "control", "group", "iommu" or "cdev"; subject: the VFIO group of a group's node, the BDF of a cdev's, else
     ""; mode: permission bits; uid, gid: outside the container's user namespace.
     """
+
+    tag = "node"
 
     kind: str
     subject: str
@@ -59,6 +63,8 @@ class Node(Record):
 class MapEntry(Record):
     """What /dev/vfio/devices.json says of a device: the driver that it had, its BDF on the host ("" if not known)."""
 
+    tag = "map-entry"
+
     address: str
     vendor: str
     device: str
@@ -74,6 +80,8 @@ class Plan(Record):
     linux.devices; user_namespace: the container has one, so that nodes must be mounted, not made; map: for
     /dev/vfio/devices.json, empty where that is switched off.
     """
+
+    tag = "plan"
 
     groups: tuple[str, ...]
     rebinds: tuple[Rebind, ...]

@@ -19,8 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.command import Call, Deadline
-    from oci_hooks.files import Root
+    from oci_hooks.command import Call
+    from oci_hooks.files import Deadline, Root
     from oci_hooks.groups import Member, VfioGroup
     from oci_hooks.holders import Process
     from oci_hooks.host_settings import HostSettings

@@ -15,8 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from oci_hooks.command import Deadline
-    from oci_hooks.files import Root
+    from oci_hooks.files import Deadline, Root
 
 # _IO(';', 103) of include/uapi/linux/vfio.h; struct vfio_group_status { __u32 argsz; __u32 flags; }
 VFIO_GROUP_GET_STATUS = 0x3B67
@@ -26,7 +25,7 @@ VFIO_GROUP_FLAGS_VIABLE = 1
 KILL_SECONDS = 0.5
 
 
-@step
+@step("verify-nodes")
 def prove(
     root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[Node], deadline: Deadline, flags: int = os.O_RDWR
 ) -> tuple[NodeProof, ...]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from oci_hooks.command import Call, Outcome
     from oci_hooks.files import Note
 
-VERSION = 1
+VERSION = 2
 DIRECTORY = "/var/lib/oci-vfio-hooks/records"
 # For a guest whose image is mounted read-only.
 SPARE_DIRECTORY = "/run/oci-vfio-hooks/records"
@@ -130,7 +130,7 @@ def list_events(notes: list[Note], members: dict[str, bytes], full: bool) -> lis
     outer = ""
     for note in notes:
         outer = note.name if note.kind == "do" and not note.inside else outer
-        if note.inside and outer == "read_kata" and not full and note.name not in READS:
+        if note.inside and outer == "read-kata" and not full and note.name not in READS:
             # Files that Kata's configuration names: the step has the answer.
             continue
         event: dict[str, Any] = {"at": round(note.begun, 4), note.kind: note.name}
@@ -170,9 +170,9 @@ def encode_answer(note: Note, members: dict[str, bytes], full: bool) -> dict[str
 def name_document(note: Note) -> str:
     """Return the member that a note's answer is; "" for everything but state and config.json."""
     if note.kind == "do":
-        return "state.json" if note.name == "read_input" else ""
+        return "state.json" if note.name == "read-state" else ""
     is_config = note.kind == "ask" and str(note.arguments[0]).endswith("/config.json")
-    return "config.json" if is_config and note.name == "read_file" else ""
+    return "config.json" if is_config and note.name == "read" else ""
 
 
 def describe_arguments(call: Call) -> dict[str, Any]:

@@ -227,10 +227,15 @@ def check_version(about: Any) -> None:
     version = about.get("version") if isinstance(about, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise RecordError("record.json has no version")
+    if version < VERSION:
+        raise RecordError(
+            f"is of version {version}, which only development versions of oci-vfio-hooks wrote, and this program reads "
+            f"version {VERSION}: record the run again"
+        )
     if version > VERSION:
         written = str(about.get("hook", "a later version"))[:40]
         raise RecordError(
-            f"is of version {version}, and this program knows records up to version {VERSION}: "
+            f"is of version {version}, and this program reads version {VERSION}: "
             f"use the vfio-hook-replay of oci-vfio-hooks {written} or later"
         )
 

@@ -28,8 +28,11 @@ class Record:
 
     if TYPE_CHECKING:
         known_fields: ClassVar[tuple[str, ...]]
+        tag: ClassVar[str]
     else:
         known_fields = ()
+        # The name that recordings have for a kind of records, whatever its class is called.
+        tag = "record"
 
     def __init_subclass__(cls) -> None:
         cls.known_fields += tuple(cls.__dict__.get("__annotations__", ()))

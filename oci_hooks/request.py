@@ -25,6 +25,8 @@ class Selector(Record):
     digits, the guest PCI path `[dddd:[bb/]]ss.f/ss.f`; host_address: the device's BDF on the host where known.
     """
 
+    tag = "selector"
+
     kind: str
     value: str
     host_address: str = ""
@@ -40,6 +42,8 @@ class Request(Record):
     source: where it says so, for errors; selectors: from an annotation; entries: from linux.devices, when there is no
     annotation; hints: BDFs that PCIDEVICE_* variables name; wants_cdev: device nodes of iommufd are asked for.
     """
+
+    tag = "request"
 
     source: str
     selectors: tuple[Selector, ...] = ()

@@ -14,9 +14,10 @@ import stat
 import sys
 
 from oci_hooks import notation
-from oci_hooks.command import Arguments, Call, Deadline, carry
+from oci_hooks.command import Arguments, Call, carry
 from oci_hooks.errors import make_one_line
-from oci_hooks.files import NotingRoot, Root
+from oci_hooks.files import Deadline, NotingRoot, Root, name_tag
+from oci_hooks.kinds import KINDS
 from oci_hooks.privacy import hide_finding
 from oci_hooks.records import Record
 
@@ -91,10 +92,10 @@ class RecordedRoot(Root):
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
         """Return what the question was answered with. Raises OSError; ENOENT where nobody asked it."""
-        known = self.answers.get((question.__name__, path))
+        known = self.answers.get((name_tag(question), path))
         if known is None:
             if not self.is_known_absent(path):
-                self.strange.append(f"asked {question.__name__} of {path}: not in the record, taken for absent")
+                self.strange.append(f"asked {name_tag(question)} of {path}: not in the record, taken for absent")
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         event = self.pick(known)
         if "errno" in event:
@@ -123,13 +124,13 @@ class RecordedRoot(Root):
         """Return what the step came to then, None for one that was not done. Raises what it raised then."""
         for number in range(self.next_step, len(self.steps)):
             event = self.steps[number][1]
-            if event["do"] == function.__name__:
+            if event["do"] == name_tag(function):
                 self.next_step = number + 1
                 if "error" in event:
                     raise self.decode_error(event["error"])
                 answer: T = self.decode(event.get("answer"))
                 return answer
-        self.strange.append(f"did {function.__name__}: not in the record, taken for done")
+        self.strange.append(f"did {name_tag(function)}: not in the record, taken for done")
         return None  # type: ignore[return-value]
 
     def note(self, what: str, value: object) -> None:
@@ -141,7 +142,7 @@ class RecordedRoot(Root):
         if isinstance(value, dict) and value.get(notation.KIND) == "member":
             return self.documents.get(str(value.get("name")), b"")
         try:
-            return notation.decode(value)
+            return notation.decode(value, KINDS)
         except notation.NotationError as error:
             # The hook takes any exception for its own.
             self.damage = error
@@ -169,13 +170,13 @@ class LiveRoot(NotingRoot):
         The record names files (of settings, of Kata's configuration), and may be a stranger's: to open a device may do
         something (/dev/watchdog).
         """
-        if question.__name__ == "read_file" and not stat.S_ISREG(os.stat(path).st_mode):
+        if name_tag(question) == "read" and not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "is no regular file", path)
         return super().ask(question, path, *more)
 
     def do(self, function: Callable[..., T], *arguments: object) -> T:
         """Return what a step comes to; the state is the record's."""
-        if function.__name__ == "read_input":
+        if name_tag(function) == "read-state":
             return self.state  # type: ignore[return-value]
         return super().do(function, *arguments)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 
+from oci_hooks.files import tagged
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -26,6 +28,7 @@ LARGEST_FILE = 1 << 30
 LARGEST_TEXT = 64 << 20
 
 
+@tagged("find-request")
 def look_for_request(path: str) -> bool | None:
     """Tell whether a config.json asks for VFIO; None where nobody can say, e.g. of an empty one.
 

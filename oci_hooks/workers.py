@@ -13,13 +13,14 @@ import errno
 import os
 
 from oci_hooks.children import end_child, start_child
+from oci_hooks.files import tagged
 from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from oci_hooks.command import Deadline
+    from oci_hooks.files import Deadline
 
 # How long a killed child may take to end: it comes off the time that is left to put things back.
 KILL_SECONDS = 0.1
@@ -31,6 +32,8 @@ CROWDED = (errno.EMFILE, errno.ENFILE)
 
 class Write(Record):
     """One write to a sysfs attribute. tolerated: errno values that mean there was nothing to do."""
+
+    tag = "write"
 
     path: str
     data: str
@@ -44,6 +47,8 @@ class Job(Record):
     that directory. Another device at this address is not written to: the job ends with ENODEV.
     """
 
+    tag = "job"
+
     address: str
     writes: tuple[Write, ...]
     directory: str = ""
@@ -53,6 +58,8 @@ class Job(Record):
 class Result(Record):
     """How a job ended. code: errno, 0 for success, ETIMEDOUT where it still blocks; path: of the write that failed;
     started: False where there was no process to be had for it, or that was killed: it has to be done again."""
+
+    tag = "job-result"
 
     address: str
     code: int
@@ -65,6 +72,7 @@ class Result(Record):
         return self.code == errno.ETIMEDOUT
 
 
+@tagged("write-sysfs")
 def run_jobs(
     jobs: Iterable[Job],
     deadline: Deadline,

@@ -39,13 +39,13 @@ from oci_hooks import (
     sysfs,
 )
 from oci_hooks.bounds import RecordError
-from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding, HookError, InputError
-from oci_hooks.files import Root
+from oci_hooks.files import Deadline, Root, name_tag
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import read_clh, read_qemu
 from oci_hooks.instances import parse_instance
 from oci_hooks.jsontext import parse_json
+from oci_hooks.kinds import KINDS
 from oci_hooks.permission import parse_grant
 
 ADDRESS = "0000:01:00.0"
@@ -66,19 +66,19 @@ class MemoryRoot(Root):
     def ask(self, question: Callable[..., Any], path: str, *more: object) -> Any:
         """Answer what the hooks ask of a path. Raises OSError."""
         answers: dict[str, Callable[[str], Any]] = {
-            "read_file": self.read,
+            "read": self.read,
             "listdir": self.list,
             "readlink": self.link,
             "stat": self.status,
             "realpath": posixpath.normpath,
             # Fuzzed by themselves, or of real processes only.
-            "list_nodes": lambda _: {},
-            "list_empty_networks": lambda _: [],
-            "ask_network": lambda _: [],
-            "list_openers": lambda _: {"open": [], "looked": 1, "total": 1, "hidden": 0},
+            "list-nodes": lambda _: {},
+            "list-empty-networks": lambda _: [],
+            "network": lambda _: [],
+            "list-openers": lambda _: {"open": [], "looked": 1, "total": 1, "hidden": 0},
         }
-        if question.__name__ in answers:
-            return answers[question.__name__](posixpath.normpath(path))
+        if name_tag(question) in answers:
+            return answers[name_tag(question)](posixpath.normpath(path))
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), path)
 
     def read(self, path: str) -> bytes:
@@ -354,7 +354,7 @@ def fuzz_packed(data: bytes) -> None:
 def fuzz_notation(data: bytes) -> None:
     """A value of a record, which may be an object."""
     try:
-        notation.decode(recordfile.load(data, "x"))
+        notation.decode(recordfile.load(data, "x"), KINDS)
     except (notation.NotationError, RecordError, RecursionError):
         return
 
@@ -461,9 +461,9 @@ SEEDS: dict[str, list[bytes]] = {
         + b"\x24\0\0\0\x18\0\x02\0\0\0\0\0\0\0\0\0\x02\x18\0\0\xfe\x03\0\x01\0\0\0\0\x08\0\x04\0\x07\0\0\0",
     ],
     "notation": [
-        b'{"!":"workers.Result","address":"a","code":0,"path":"","started":true}',
+        b'{"!":"job-result","address":"a","code":0,"path":"","started":true}',
         b'{"!":"stat","st_mode":33188}',
-        b'[{"!":"bytes","text":"x"},{"!":"claims.Claim"},{"!":"journal.Journal"}]',
+        b'[{"!":"bytes","text":"x"},{"!":"claim"},{"!":"undo-log"}]',
     ],
     "packed": [b"\x1f\x8b\x08\0\0\0\0\0\x02\x03\x03\0\0\0\0\0\0\0\0\0"],
     "proc": [

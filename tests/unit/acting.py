@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Callable, TypeVar
 
-from oci_hooks import cgroup, command, guest, log, oci, proof, record, workers
+from oci_hooks import cgroup, command, files, guest, log, oci, proof, record, workers
 from oci_hooks.files import NotingRoot
 from oci_hooks.sysfs import PCI_DEVICES
 from tests.steps import CHANGES
@@ -254,7 +254,7 @@ class ActingMachine(Machine):
         setattr(proof, "try_node", answer_open)  # noqa: B010
         # Where so many are at work at once, the usual time may be short.
         setattr(guest, "SECONDS", 20.0)  # noqa: B010
-        setattr(command.Deadline, "extend", lambda *_: None)  # noqa: B010
+        setattr(files.Deadline, "extend", lambda *_: None)  # noqa: B010
         setattr(log, "write_kmsg", lambda *_: None)  # noqa: B010
         setattr(command, "NotingRoot", self.make_root)  # noqa: B010
         for name in ("DIRECTORY", "SPARE_DIRECTORY"):

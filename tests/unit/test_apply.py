@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import apply, permission, workers
-from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding, StepError
+from oci_hooks.files import Deadline
 from oci_hooks.instances import Instance, read_instance
 from oci_hooks.journal import Entry, Journal, parse_journal
 from oci_hooks.permission import Grant, Widening

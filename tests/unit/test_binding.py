@@ -18,9 +18,9 @@ import pytest
 
 from oci_hooks import apply, binding, oci, selection, sysfs
 from oci_hooks.claims import STATE_DIRECTORY, Claim, ClaimDirectory, Owner
-from oci_hooks.command import Arguments, Call, Deadline
+from oci_hooks.command import Arguments, Call
 from oci_hooks.errors import Finding, HookError, Refusal
-from oci_hooks.files import Root
+from oci_hooks.files import Deadline, Root
 from oci_hooks.guest_settings import GuestSettings
 from oci_hooks.journal import Journal
 from oci_hooks.request import read_request
@@ -319,7 +319,8 @@ def start_hook(machine: Machine) -> Iterator[subprocess.Popen[str]]:
 import json, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from oci_hooks import apply, binding, oci, selection
-from oci_hooks.command import Arguments, Call, Deadline
+from oci_hooks.command import Arguments, Call
+from oci_hooks.files import Deadline
 from oci_hooks.errors import HookError
 from oci_hooks.files import Root
 from oci_hooks.guest_settings import GuestSettings

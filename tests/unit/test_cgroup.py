@@ -15,9 +15,8 @@ import pytest
 
 from oci_hooks import bpf, cgroup, device_list, permission, proof
 from oci_hooks.cgroup import Cgroup, Node, NodeProof
-from oci_hooks.command import Deadline
 from oci_hooks.errors import StepError
-from oci_hooks.files import Root
+from oci_hooks.files import Deadline, Root
 from oci_hooks.permission import Grant, Widening
 from tests.steps import list_children
 

@@ -11,8 +11,8 @@ import pytest
 
 from oci_hooks import checks
 from oci_hooks.asker import Asker
-from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding
+from oci_hooks.files import Deadline
 from oci_hooks.groups import Target, find_targets, list_cdevs
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import Hypervisor

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.claims import Claim, ClaimDirectory, Owner, alarm, list_owners, read_start_time
-from oci_hooks.command import Deadline
 from oci_hooks.errors import Refusal
-from oci_hooks.files import Root
+from oci_hooks.files import Deadline, Root
 from oci_hooks.homes import Home
 from oci_hooks.journal import Journal
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from oci_hooks import command
-from oci_hooks.command import Arguments, Call, Deadline, parse_arguments, read_input, run_hook
+from oci_hooks.command import Arguments, Call, parse_arguments, read_input, run_hook
 from oci_hooks.errors import Finding, InputError, Refusal
+from oci_hooks.files import Deadline
 
 pytestmark = pytest.mark.unit
 

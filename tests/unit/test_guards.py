@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from oci_hooks import blocks, sysfs
-from oci_hooks.command import Deadline
-from oci_hooks.files import Root
+from oci_hooks.files import Deadline, Root, name_tag
 from oci_hooks.guards import Uses
 from oci_hooks.mounts import Mount, read_mounts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.unit
 
@@ -30,9 +33,9 @@ class FakeRoot(Root):
         self.network: list[list[str]] = []
         self.held: set[str] = set()
 
-    def read_network(self) -> list[list[str]]:
-        """Return what the test says."""
-        return self.network
+    def ask(self, question: Callable[..., Any], path: str, *more: object) -> Any:
+        """Return what the test says of the network, and what the tree has of all else. Raises OSError."""
+        return self.network if name_tag(question) == "network" else super().ask(question, path, *more)
 
     def is_held(self, path: str) -> bool:
         """Return what the test says."""

@@ -20,8 +20,8 @@ from typing import Any, Callable
 import pytest
 
 from oci_hooks import apply, oci
-from oci_hooks.command import Deadline
 from oci_hooks.errors import StepError
+from oci_hooks.files import Deadline
 from oci_hooks.request import TEXT_LIMIT
 from tests.unit.acting import ActingMachine, Container
 from tests.unit.test_faults import leave_mounts, mount

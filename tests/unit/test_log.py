@@ -136,7 +136,7 @@ def test_a_line_of_the_kernels_log_is_cut_by_bytes(
     assert kmsg.read_text() == f"<11>vfio-guest-bind[{os.getpid()}]: kurz: \u675f \\udc80"
 
 
-@step
+@step("do-something")
 def do_something(_root: Root) -> None:
     """Do nothing, as a step."""
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.command import Deadline
 from oci_hooks.errors import StepError
+from oci_hooks.files import Deadline
 from oci_hooks.modules import load_drivers
 from tests.unit.machine import Machine
 

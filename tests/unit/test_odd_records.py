@@ -25,9 +25,9 @@ import pytest
 
 from oci_hooks import bounds, notation, record, recordfile, replay
 from oci_hooks.bounds import RecordError, RecordTooLarge, bounded
-from oci_hooks.command import Arguments, Call, Deadline, Outcome
+from oci_hooks.command import Arguments, Call, Outcome
 from oci_hooks.errors import make_one_line
-from oci_hooks.files import NotingRoot, read_file
+from oci_hooks.files import Deadline, NotingRoot, read_file
 from oci_hooks.recordfile import read_record, unpack
 from oci_hooks.rerun import LiveRoot, sealed
 from oci_hooks.schema import MOST_ERRORS, find_mistakes
@@ -98,8 +98,8 @@ def nest(depth: int) -> Any:
 
 
 HUGE = 10**400
-RESULT = {"!": "workers.Result", "address": "0000:01:00.0", "path": "/x", "started": True}
-PROOF = {"!": "cgroup.NodeProof", "error": 0, "is_viable": True}
+RESULT = {"!": "job-result", "address": "0000:01:00.0", "path": "/x", "started": True}
+PROOF = {"!": "node-proof", "error": 0, "is_viable": True}
 FINDING = {"level": "error", "code": "in-use", "subject": "x", "problem": "y", "hint": ""}
 ODD: dict[str, Edit] = {
     "errno beyond C": set_event("ask", "errno", 1 << 70),
@@ -118,31 +118,31 @@ ODD: dict[str, Edit] = {
     "seconds without end": set_event("do", "seconds", float("-inf")),
     "all seconds beyond float": set_about("seconds", HUGE),
     "all seconds of 64 bits": set_about("seconds", 1 << 63),
-    "code beyond C": set_answer("run_jobs", [{**RESULT, "code": 1 << 70}]),
-    "code beyond int": set_answer("run_jobs", [{**RESULT, "code": 1 << 40}]),
-    "code below zero": set_answer("run_jobs", [{**RESULT, "code": -(1 << 40)}]),
-    "code text": set_answer("run_jobs", [{**RESULT, "code": "x"}]),
-    "proof beyond C": set_answer("prove", [{**PROOF, "node": {"name": "x"}, "error": 1 << 62}]),
-    "proof without node": set_answer("prove", [PROOF]),
-    "answer 900 deep": set_answer("prove", nest(900)),
-    "decision 900 deep": set_answer("plan", {"!": "plan.Plan", "nodes": nest(900)}),
+    "code beyond C": set_answer("write-sysfs", [{**RESULT, "code": 1 << 70}]),
+    "code beyond int": set_answer("write-sysfs", [{**RESULT, "code": 1 << 40}]),
+    "code below zero": set_answer("write-sysfs", [{**RESULT, "code": -(1 << 40)}]),
+    "code text": set_answer("write-sysfs", [{**RESULT, "code": "x"}]),
+    "proof beyond C": set_answer("verify-nodes", [{**PROOF, "node": {"name": "x"}, "error": 1 << 62}]),
+    "proof without node": set_answer("verify-nodes", [PROOF]),
+    "answer 900 deep": set_answer("verify-nodes", nest(900)),
+    "decision 900 deep": set_answer("plan", {"!": "plan", "nodes": nest(900)}),
     "arguments 900 deep": set_event("do", "with", nest(900)),
-    "answer 30 deep": set_answer("prove", nest(25)),
+    "answer 30 deep": set_answer("verify-nodes", nest(25)),
     "stat of texts": set_answer("stat", {"!": "stat", "st_mode": "x"}),
     "stat beyond C": set_answer("stat", {"!": "stat", **dict.fromkeys(notation.STAT_FIELDS, (1 << 64) - 1)}),
     "names are numbers": set_answer("listdir", [1, 2, 3]),
     "names are a number": set_answer("listdir", 7),
     "link is a list": set_answer("readlink", ["x"]),
-    "file is a number": set_answer("read_file", 7),
-    "file without text": set_answer("read_file", {"!": "bytes"}),
-    "file of another member": set_answer("read_file", {"!": "member", "name": "../../etc/passwd"}),
-    "kind is a list": set_answer("prove", {"!": ["x"]}),
-    "kind is an object": set_answer("run_jobs", [{"!": {}}]),
-    "entry without words": set_answer("read_claims", [{"!": "journal.Entry", "kind": "x"}]),
-    "claim of numbers": set_answer("read_claims", [{"!": "claims.Claim", "container": 7, "groups": 7}]),
+    "file is a number": set_answer("read", 7),
+    "file without text": set_answer("read", {"!": "bytes"}),
+    "file of another member": set_answer("read", {"!": "member", "name": "../../etc/passwd"}),
+    "kind is a list": set_answer("verify-nodes", {"!": ["x"]}),
+    "kind is an object": set_answer("write-sysfs", [{"!": {}}]),
+    "entry without words": set_answer("read-claims", [{"!": "entry", "kind": "x"}]),
+    "claim of numbers": set_answer("read-claims", [{"!": "claim", "container": 7, "groups": 7}]),
     "decision is a text": set_answer("request", "x"),
-    "request without parts": set_answer("request", {"!": "request.Request", "selectors": 7}),
-    "selectors of numbers": set_answer("request", {"!": "request.Request", "selectors": [7], "entries": [7]}),
+    "request without parts": set_answer("request", {"!": "request", "selectors": 7}),
+    "selectors of numbers": set_answer("request", {"!": "request", "selectors": [7], "entries": [7]}),
     "error without findings": set_event("do", "error", {"!": "Refusal", "findings": []}),
     "error of numbers": set_event("do", "error", {"!": "OSError", "errno": "x", "text": 7, "path": 7}),
     "error errno of 64 bits": set_event("do", "error", {"!": "OSError", "errno": 1 << 63, "text": "x", "path": None}),
@@ -390,7 +390,7 @@ def test_what_a_hook_writes_can_be_read(tmp_path: Path, monkeypatch: pytest.Monk
         note = root.add("ask", "readlink", (f"/sys/{number}",))
         note.answer = "x"
     root.add("do", "x", ()).answer = 1 << 90
-    long = root.add("ask", "read_file", ("/x/config.json",))
+    long = root.add("ask", "read", ("/x/config.json",))
     long.answer = b"[" + b"0," * 700_000 + b"0]"
     root.notes.insert(0, long)
     root.notes.insert(0, root.notes[-2])

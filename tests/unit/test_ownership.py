@@ -11,9 +11,8 @@ import pytest
 
 from oci_hooks import binding, homes, journal, oci, workers
 from oci_hooks.claims import STATE_DIRECTORY, ClaimDirectory, Owner
-from oci_hooks.command import Deadline
 from oci_hooks.errors import Finding, Refusal, StepError
-from oci_hooks.files import Root
+from oci_hooks.files import Deadline, Root
 from oci_hooks.homes import Home, find_home, is_occupied
 from tests.unit.acting import ActingMachine
 from tests.unit.machine import NIC, Machine

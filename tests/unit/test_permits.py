@@ -12,8 +12,8 @@ import pytest
 from oci_hooks import apply, binding, device_filter, device_list, homes, permission, permits
 from oci_hooks.cgroup import Cgroup, Node
 from oci_hooks.claims import Claim, ClaimDirectory, Owner
-from oci_hooks.command import Deadline
 from oci_hooks.errors import StepError
+from oci_hooks.files import Deadline
 from oci_hooks.homes import Home
 from oci_hooks.journal import Entry
 from oci_hooks.sysfs import PCI_DEVICES

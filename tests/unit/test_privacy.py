@@ -23,12 +23,13 @@ from urllib.parse import quote
 import pytest
 
 from oci_hooks import guest, hidehost, hidetext, hidewords, host, notation, privacy, record
-from oci_hooks.command import Arguments, Call, Deadline, carry
+from oci_hooks.command import Arguments, Call, carry
 from oci_hooks.errors import Finding
-from oci_hooks.files import NotingRoot
+from oci_hooks.files import Deadline, NotingRoot, name_tag, tagged
 from oci_hooks.hidehost import Teller
 from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, hide_text
 from oci_hooks.kata_config import KataConfig, Place, load_config
+from oci_hooks.kinds import KINDS
 from oci_hooks.privacy import hide_document, hide_finding
 from oci_hooks.recordfile import RunRecord, read_record
 from oci_hooks.rerun import RecordedRoot, find_differences
@@ -174,7 +175,7 @@ class TreeRoot(NotingRoot):
 
     def ask(self, question: Callable[..., Any], path: str, *more: object) -> Any:
         """Return what a reading function says of a path below the tree."""
-        entry = self.add("ask", question.__name__, (path,))
+        entry = self.add("ask", name_tag(question), (path,))
         answer = self.noted(entry, question, self.tree + path, *more)
         if isinstance(answer, str) and answer.startswith(self.tree):
             entry.answer = answer = answer[len(self.tree) :]
@@ -199,6 +200,7 @@ def run_host(
     return read_record(said.subject), Path(said.subject).read_bytes()
 
 
+@tagged("read-state")
 def read_input(_deadline: Deadline) -> bytes:
     """Return the state that a test sets."""
     data: bytes = read_input.data  # type: ignore[attr-defined]
@@ -456,6 +458,7 @@ def test_each_piece_is_looked_at_once(head: str, unit: str) -> None:
 HIDE_ALL = """
 import sys
 from oci_hooks.hidetext import hide_text
+from oci_hooks.files import name_tag, tagged
 for unit in sys.argv[1:]:
     size = 1 << 20 if unit == sys.argv[1] else 1 << 17
     for head in ('{"a": "', ""):
@@ -520,8 +523,8 @@ def test_full_means_nothing_left_out(tree: HostTree, monkeypatch: pytest.MonkeyP
     found, _ = run_host(tree, state, monkeypatch, "full")
     assert found.about["full"] is True
     assert json.loads(found.documents["config.json"]) == merge(CONFIGS["podman"], GOES_BY)
-    answers = {event["path"]: event.get("answer") for event in found.events if event.get("ask") == "read_file"}
-    assert notation.decode(answers["/proc/812/cmdline"]) == HOST_FILES["/proc/812/cmdline"].encode()
+    answers = {event["path"]: event.get("answer") for event in found.events if event.get("ask") == "read"}
+    assert notation.decode(answers["/proc/812/cmdline"], KINDS) == HOST_FILES["/proc/812/cmdline"].encode()
     assert LEFT_OUT not in json.dumps(found.events)
     assert find_differences(found) == []
 
@@ -531,13 +534,13 @@ def tell(told: str = "", *names: str) -> Teller:
     return Teller(told, names, {GUEST_SETTINGS: load_schema("guest-settings")})
 
 
-def read(path: str, answer: object, question: str = "read_file") -> dict[str, Any]:
+def read(path: str, answer: object, question: str = "read") -> dict[str, Any]:
     """Return the event of a read."""
-    kept = {"!": "bytes", "text": answer} if question == "read_file" else answer
+    kept = {"!": "bytes", "text": answer} if question == "read" else answer
     return {"at": 0.0, "ask": question, "path": path, "answer": kept}
 
 
-NETWORK = "ask_network"
+NETWORK = "network"
 MOUNTINFO = """\
 22 1 8:1 /@geheim / rw,relatime shared:1 - ext4 /dev/root rw,errors=geheim
 30 22 0:45 /geheim /mnt/geheim rw - cifs //srv/geheim rw,username=geheim,password=geheim
@@ -629,8 +632,8 @@ def test_of_other_processes_only_what_was_looked_for_is_told() -> None:
         read("/proc/5/fd/3", "/dev/ttyS0", "readlink"),
         read("/proc/5/fd/4", "/dev/shm/geheim", "readlink"),  # noqa: S108
         read("/sys/x", "y"),
-        read("eth0", "10.0.0.1", "ask_ipv4"),
-        read("eth1", "10.0.0.2", "ask_ipv4"),
+        read("eth0", "10.0.0.1", "ipv4"),
+        read("eth1", "10.0.0.2", "ipv4"),
         read("/proc/net", [["address", "e0", "10.0.0.2"], ["address", "e1", "10.9.9.9"], ["route", "e1", ""]], NETWORK),
         read("/x", "geheim", "ask_something_new"),
     ]
@@ -740,7 +743,7 @@ def test_a_variable_of_the_hook_has_neither_name_nor_value(tmp_path: Path, monke
 
 def test_every_setting_of_kata_that_is_read_is_kept() -> None:
     """Who reads one more adds it to HYPERVISOR_KEYS or RUNTIME_KEYS, or a replay would come to something else."""
-    text = "".join(path.read_text() for path in PACKAGE.glob("*.py") if not path.name.startswith("hide"))
+    text = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if not path.name.startswith("hide"))
     read_keys = set(re.findall(r'hypervisor_setting\(\s*"(\w+)"', text))
     for group in re.findall(r"hypervisor_setting\(key\) for key in \((.*?)\)", text):
         read_keys |= set(re.findall(r"\w+", group))
@@ -751,14 +754,16 @@ def test_every_setting_of_kata_that_is_read_is_kept() -> None:
 
 def test_every_question_is_known() -> None:
     """An answer to another one is left out: who asks it decides what of it is kept, in hidehost.py."""
-    text = "".join(path.read_text() for path in PACKAGE.glob("*.py"))
-    asked = {name.rpartition(".")[2] for name in re.findall(r"(?:self|root)\.ask\(([\w.]+),", text)} - {"question"}
-    assert asked > {"listdir", "read_file"}
-    assert asked <= {*hidehost.QUESTIONS, *hidehost.ADDRESS_QUESTIONS, "read_file"}
+    text = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    tags = {name: tag for tag, name in re.findall(r'@tagged\("([\w-]+)"\)\s+def (\w+)', text)}
+    names = {name.rpartition(".")[2] for name in re.findall(r"(?:self|root)\.ask\(([\w.]+),", text)} - {"question"}
+    asked = {tags.get(name, name) for name in names}
+    assert asked > {"listdir", "read"}
+    assert asked <= {*hidehost.QUESTIONS, *hidehost.ADDRESS_QUESTIONS, "read"}
 
 
 def test_every_annotation_that_is_read_is_kept() -> None:
-    text = "".join(path.read_text() for path in PACKAGE.glob("*.py") if path.name != "privacy.py")
+    text = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "privacy.py")
     names = {name for name in re.findall(r'"(io\.[\w./-]+[\w])"', text) if name.count(".") > 2 and ".v1" not in name}
     unknown = [name for name in names if name not in privacy.DECIDING and not name.startswith(privacy.OWN_PREFIX)]
     assert unknown == []
@@ -766,7 +771,7 @@ def test_every_annotation_that_is_read_is_kept() -> None:
 
 def test_the_hooks_own_settings_are_known() -> None:
     """By their places, as the code that reads them has these."""
-    text = "".join(path.read_text() for path in PACKAGE.glob("*.py") if not path.name.startswith("hide"))
+    text = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if not path.name.startswith("hide"))
     assert set(re.findall(r'_SETTINGS = "(/etc/[\w./-]+\.toml)"', text)) == set(hidehost.SETTINGS)
 
 

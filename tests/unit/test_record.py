@@ -16,10 +16,11 @@ import pytest
 
 from oci_hooks import notation, record
 from oci_hooks.claims import Claim
-from oci_hooks.command import Arguments, Call, Deadline, Outcome
+from oci_hooks.command import Arguments, Call, Outcome
 from oci_hooks.errors import Finding, InputError, Refusal, StepError
-from oci_hooks.files import Descriptor, NotingRoot, Root, step
+from oci_hooks.files import Deadline, Descriptor, NotingRoot, Root, step
 from oci_hooks.journal import Entry
+from oci_hooks.kinds import KINDS
 from oci_hooks.recordfile import RunRecord, read_record
 from oci_hooks.workers import Result
 
@@ -47,13 +48,13 @@ def keep(call: Call, directory: Path, monkeypatch: pytest.MonkeyPatch) -> RunRec
 # Noting ---------------------------------------------------------------------------------------------------------------
 
 
-@step
+@step("inner")
 def inner(_root: Root) -> int:
     """Do a part of something."""
     return 7
 
 
-@step
+@step("outer")
 def outer(root: Root, fail: bool) -> int:
     """Do something that has a part."""
     number = inner(root)
@@ -74,13 +75,13 @@ def test_every_question_is_noted_with_its_answer(tmp_path: Path, monkeypatch: py
     assert not root.exists(f"{tmp_path}/absent")
     events = keep(make_call(root, asked="full"), tmp_path, monkeypatch).events
     assert [(event["ask"], event["path"].rpartition("/")[2]) for event in events] == [
-        ("read_file", "file"),
+        ("read", "file"),
         ("readlink", "link"),
         ("readlink", "file"),
         ("listdir", tmp_path.name),
         ("stat", "absent"),
     ]
-    assert notation.decode(events[0]["answer"]) == b"\xff text\n"
+    assert notation.decode(events[0]["answer"], KINDS) == b"\xff text\n"
     assert events[1]["answer"] == "else/where"
     assert events[2]["errno"] == errno.EINVAL
     assert events[4]["errno"] == errno.ENOENT
@@ -127,14 +128,14 @@ def test_an_answer_that_changes_is_noted_again(tmp_path: Path) -> None:
     ],
 )
 def test_values_come_back(value: object) -> None:
-    assert notation.decode(json.loads(json.dumps(notation.encode(value)))) == value
+    assert notation.decode(json.loads(json.dumps(notation.encode(value))), KINDS) == value
 
 
 def test_stat_and_descriptor_come_back_as_such() -> None:
     found = os.stat("/dev/null")
-    again = notation.decode(json.loads(json.dumps(notation.encode(found))))
+    again = notation.decode(json.loads(json.dumps(notation.encode(found))), KINDS)
     assert (again.st_mode, again.st_rdev, again.st_uid) == (found.st_mode, found.st_rdev, found.st_uid)
-    made = notation.decode(notation.encode(Descriptor(77)))
+    made = notation.decode(notation.encode(Descriptor(77)), KINDS)
     assert os.fstat(made).st_rdev == found.st_rdev
     os.close(made)
 
@@ -158,16 +159,16 @@ def test_errors_come_back(error: Exception) -> None:
     [
         {"!": "subprocess.Popen", "args": ["id"]},
         {"!": "files.Root"},
-        {"!": "workers.Result", "wrong": 1},
+        {"!": "job-result", "wrong": 1},
         {"!": "stat", "st_mode": "x"},
         {"!": 7},
         {"!": "bytes"},
-        {"!": "journal.Journal", "path": "/x"},
+        {"!": "undo-log", "path": "/x"},
     ],
 )
 def test_only_what_steps_return_is_made_of_a_record(value: Any) -> None:
     with pytest.raises(notation.NotationError):
-        notation.decode(value)
+        notation.decode(value, KINDS)
 
 
 # Privacy --------------------------------------------------------------------------------------------------------------

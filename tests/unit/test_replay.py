@@ -145,11 +145,11 @@ def test_what_the_record_does_not_know_is_told(tmp_path: Path, capfd: pytest.Cap
 
 def test_a_step_more_is_told_and_no_difference(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def edit(_about: dict[str, Any], events: list[dict[str, Any]]) -> None:
-        events[:] = [event for event in events if event.get("do") != "prepare"]
+        events[:] = [event for event in events if event.get("do") != "prepare-claims"]
 
     assert replay.main(["run", str(change(BY_NAME["guest-ambiguous"], tmp_path / "x.tar.gz", edit))]) == 0
     told = capfd.readouterr().out.splitlines()
-    assert "# did prepare: not in the record, taken for done" in told
+    assert "# did prepare-claims: not in the record, taken for done" in told
     assert told[-1] == "the same as recorded"
 
 
@@ -163,7 +163,7 @@ def test_answers_change_with_the_steps() -> None:
     seen = []
     for _, event in root.steps:
         root.do(type(event["do"], (), {}))
-        if event["do"] == "run_jobs":
+        if event["do"] == "write-sysfs":
             seen.append(root.link_name(link))
     assert seen == ["vfio-pci", "e1000e"]
 
@@ -232,7 +232,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "deep": (make_tar(make_entry("record.json", b"[" * 1_000_000)), "DEPTH"),
     "not JSON": (make_tar(make_entry("record.json", b"{")), "damaged"),
     "no version": (make_tar(make_entry("record.json")), "no version"),
-    "later version": (make_record(version=2, hook="9.9"), "use the vfio-hook-replay of oci-vfio-hooks 9.9 or later"),
+    "earlier version": (make_record(version=1), "record the run again"),
+    "later version": (make_record(version=3, hook="9.9"), "use the vfio-hook-replay of oci-vfio-hooks 9.9 or later"),
     "other program": (make_record(program="/bin/sh"), "about.program"),
     "wrong types": (make_record(arguments={"pid": "x"}), "about.arguments.pid"),
     "wrong finding": (make_record(findings=[{"level": "error"}]), "finding"),
@@ -246,11 +247,11 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "event of no kind": (with_events('{"at": 0}\n'), "events[0]"),
     "event of two kinds": (with_events('{"at": 0, "do": "x", "seconds": 0, "note": "y"}\n'), "events[0]"),
     "answer of no kind": (
-        with_events('{"at": 0, "do": "read_input", "seconds": 0, "answer": {"!": "os.system"}}\n'),
+        with_events('{"at": 0, "do": "read-state", "seconds": 0, "answer": {"!": "os.system"}}\n'),
         "os",
     ),
-    "answer of a wrong kind": (with_events('{"at": 0, "do": "read_input", "seconds": 0, "answer": 7}\n'), ""),
-    "error of no kind": (with_events('{"at": 0, "do": "read_input", "seconds": 0, "error": {"!": "x"}}\n'), "error"),
+    "answer of a wrong kind": (with_events('{"at": 0, "do": "read-state", "seconds": 0, "answer": 7}\n'), ""),
+    "error of no kind": (with_events('{"at": 0, "do": "read-state", "seconds": 0, "error": {"!": "x"}}\n'), "error"),
 }
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import sysfs
-from oci_hooks.command import Deadline
-from oci_hooks.files import Root
+from oci_hooks.files import Deadline, Root
 from oci_hooks.guards import Uses
 from tests.vm import devices, guest
 

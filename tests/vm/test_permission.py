@@ -20,9 +20,8 @@ import pytest
 
 from oci_hooks import bpf, cgroup, permission, proof
 from oci_hooks.cgroup import Node
-from oci_hooks.command import Deadline
 from oci_hooks.errors import StepError
-from oci_hooks.files import Root
+from oci_hooks.files import Deadline, Root
 from oci_hooks.permission import Grant, Widening
 from tests.vm import devices, guest
 

@@ -72,7 +72,7 @@ def test_a_device_that_does_not_come(containers: Containers) -> None:
     with calls.settings("deadline = 25"), meanwhile(lambda: (guest.PCI / nic / "uevent").write_text("add")):
         done = calls.fork_hook(state)
     record = check_record(done, "no-such-device")
-    waits = [event for event in record.events if event.get("do") == "wait"]
+    waits = [event for event in record.events if event.get("do") == "wait-for-event"]
     assert waits[0]["answer"].startswith("add /devices/")
     assert waits[0]["answer"].endswith(nic)
 
@@ -175,7 +175,7 @@ def test_a_kernel_without_device_nodes(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     _, state = calls.make_created(containers, annotations=ask([nic, "cdev"]))
     record = check_record(calls.fork_hook(state), "no-cdev")
-    assert sum(event.get("do") == "run_jobs" for event in record.events) == 2
+    assert sum(event.get("do") == "write-sysfs" for event in record.events) == 2
     assert guest.driver_of(nic) == "e1000e"
 
 

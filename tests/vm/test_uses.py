@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import netlink, sysfs
-from oci_hooks.command import Deadline
-from oci_hooks.files import Root
+from oci_hooks.files import Deadline, Root
 from oci_hooks.guards import Uses
 from tests.vm import calls, devices, guest
 from tests.vm.bundles import Containers

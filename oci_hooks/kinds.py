@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of records that a replay makes anew from a recording: what the hooks' steps return, and nothing else."""
+
+from __future__ import annotations
+
+from oci_hooks.cgroup import Node, NodeProof
+from oci_hooks.claims import Claim
+from oci_hooks.errors import Finding
+from oci_hooks.holders import Process
+from oci_hooks.homes import Home
+from oci_hooks.journal import Entry, Journal
+from oci_hooks.kata_model import Problem
+from oci_hooks.notation import UNDO_LOG, open_nothing
+from oci_hooks.workers import Result
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.notation import Kinds
+
+
+def make_journal(path: str, kept: int) -> Journal:
+    """Return a journal whose entries go nowhere."""
+    return Journal(open_nothing(), str(path), int(kept))
+
+
+RECORDS = (Claim, Entry, Finding, Home, Node, NodeProof, Problem, Process, Result)
+KINDS: Kinds = {**{record.tag: record for record in RECORDS}, UNDO_LOG: make_journal}
