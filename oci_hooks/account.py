@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 from oci_hooks.bounds import MOST_ERRNO
-from oci_hooks.errors import make_one_line
+from oci_hooks.findings import make_one_line
 from oci_hooks.notation import KIND
 
 TYPE_CHECKING = False
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
-    from oci_hooks.files import Note
     from oci_hooks.recordfile import RunRecord
+    from oci_hooks.system import Note
 
 
 def list_steps(notes: Iterable[Note]) -> Iterator[str]:

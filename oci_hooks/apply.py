@@ -13,11 +13,11 @@ import errno
 import os
 
 from oci_hooks import sysfs
-from oci_hooks.errors import Finding, StepError
-from oci_hooks.files import step
+from oci_hooks.findings import Finding, StepError
+from oci_hooks.frozen import Record
 from oci_hooks.instances import GONE, parse_instance, read_instance
 from oci_hooks.plan import DRIVER, Rebind
-from oci_hooks.records import Record
+from oci_hooks.system import step
 from oci_hooks.workers import Job, Result, Write, run_jobs
 
 TYPE_CHECKING = False
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from oci_hooks import cgroup
     from oci_hooks.claims import ClaimDirectory
-    from oci_hooks.files import Deadline, Root
     from oci_hooks.instances import Instance
     from oci_hooks.journal import Entry, Journal
     from oci_hooks.nodes import Target
+    from oci_hooks.system import Deadline, Root
 
 # Codes of what was not put back and can be later: the claim stays, and its groups with it, for the next hook.
 UNFINISHED = ("unbind-blocked", "restore-unstarted", "permission-left")

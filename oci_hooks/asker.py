@@ -10,15 +10,15 @@ from __future__ import annotations
 import os
 
 from oci_hooks import hypervisor as vmm
+from oci_hooks.frozen import Record
 from oci_hooks.holders import Process, list_ancestors, list_family, read_process
 from oci_hooks.oci import find_annotation
-from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.files import Root
     from oci_hooks.hypervisor import Hypervisor
     from oci_hooks.oci import Spec, State
+    from oci_hooks.system import Root
 
 SHIM_NAMES = ("containerd-shim-kata", "kata-runtime", "shim-kata", "kata-shim")
 # A sandbox is known by its own id to shim and hypervisor.

@@ -11,27 +11,27 @@ import os
 
 from oci_hooks import apply, ownership, plan, selection, sysfs
 from oci_hooks.claims import Claim, ClaimDirectory, Owner, read_start_time, take_lock
-from oci_hooks.errors import Finding, HookError, InputError, Refusal, make_one_line
-from oci_hooks.files import Deadline, tagged
+from oci_hooks.findings import Finding, HookError, InputError, Refusal, make_one_line
+from oci_hooks.frozen import Record
 from oci_hooks.guards import Uses
 from oci_hooks.homes import find_home
 from oci_hooks.instances import name_instance, parse_instance
 from oci_hooks.journal import HEADS
 from oci_hooks.modules import load_drivers
 from oci_hooks.oci import find_mappings
-from oci_hooks.records import Record
 from oci_hooks.signals import interruptible, reset_signals
+from oci_hooks.system import Deadline, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.command import Call
     from oci_hooks.events import Listener
-    from oci_hooks.files import Root
     from oci_hooks.guest_settings import GuestSettings
     from oci_hooks.journal import Entry, Journal
     from oci_hooks.oci import Spec, State
+    from oci_hooks.program import Call
     from oci_hooks.request import Request
     from oci_hooks.selection import Choice
+    from oci_hooks.system import Root
 
 # Putting back has to be possible when all of the deadline was used up on the way there.
 # Kata's agent kills a hook after 10 s, and a deadline of 8 s and an interpreter's start come before.

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.files import tagged
+from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 BLOCK_CLASS = "/sys/class/block"
 # The beginning of a device-mapper volume's uuid says who made it (sysfs-block-dm; lvm2, cryptsetup, multipath-tools).

@@ -22,7 +22,7 @@ MOST_PACKED_BYTES = 8 << 20
 MOST_BYTES = 26 << 20
 # record.json: findings of two thousand characters, arguments, versions, a traceback.
 MOST_SUMMARY_BYTES = 1 << 20
-# A state on stdin is refused above four MiB (command.py); a longer config.json is named in a recording, not kept.
+# A state on stdin is refused above four MiB (program.py); a longer config.json is named in a recording, not kept.
 MOST_DOCUMENT_BYTES = 4 << 20
 # Twenty thousand events of 800 bytes; those of a real run have 200 on average.
 MOST_EVENT_BYTES = 16 << 20

@@ -11,16 +11,16 @@ from __future__ import annotations
 import errno
 import os
 
-from oci_hooks.errors import StepError
+from oci_hooks.findings import StepError
+from oci_hooks.frozen import Record
 from oci_hooks.mounts import read_mounts
-from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from oci_hooks.bpf import Numbers
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 # Read and write is what a program that drives a device needs; mknod is never given.
 ACCESS = "rw"

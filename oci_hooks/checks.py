@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from oci_hooks.asker import is_own, list_own_family
-from oci_hooks.errors import Finding
+from oci_hooks.findings import Finding
 from oci_hooks.groups import CDEV_CLASS
 from oci_hooks.holders import ask_kernel, find_holders, list_open_paths
 from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oci_hooks.asker import Asker
-    from oci_hooks.files import Deadline, Root
     from oci_hooks.groups import Member, Target, VfioGroup
     from oci_hooks.oci import Spec, State
     from oci_hooks.sysfs import Picture
+    from oci_hooks.system import Deadline, Root
 
 IOMMUFD_NODE = "/dev/iommu"
 # ACPI tables by which the firmware tells of an IOMMU, and the kernel's argument that switches it on.

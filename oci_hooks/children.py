@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.records import Record
+from oci_hooks.frozen import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,17 +14,17 @@ import fcntl
 import os
 import stat
 
-from oci_hooks.errors import Refusal
-from oci_hooks.files import Descriptor, Root, step
+from oci_hooks.findings import Refusal
+from oci_hooks.frozen import Record
 from oci_hooks.homes import Home, is_occupied
 from oci_hooks.journal import FORMAT, JOURNAL_LIMIT, OWNER, Entry, Journal, parse_journal, quote, unquote
-from oci_hooks.records import Record
+from oci_hooks.system import Descriptor, Root, step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from oci_hooks.files import Deadline
+    from oci_hooks.system import Deadline
 
 STATE_DIRECTORY = "/run/oci-vfio-hooks"
 # What the file of an id that is too long for a file name begins with; of no other id does it.

@@ -14,10 +14,10 @@ import errno
 import os
 import stat
 
-from oci_hooks.errors import StepError
-from oci_hooks.files import DEFAULT_LIMIT, Descriptor, Root, read_file, tagged
+from oci_hooks.findings import StepError
+from oci_hooks.frozen import Record
 from oci_hooks.mounts import read_mounts
-from oci_hooks.records import Record
+from oci_hooks.system import DEFAULT_LIMIT, Descriptor, Root, read_file, tagged
 
 FOLLOW_NOTHING = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

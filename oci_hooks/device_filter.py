@@ -6,16 +6,16 @@ from __future__ import annotations
 import os
 
 from oci_hooks.cgroup import Cgroup, fail, list_ancestors
-from oci_hooks.files import step
-from oci_hooks.records import Record
+from oci_hooks.frozen import Record
+from oci_hooks.system import step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from oci_hooks.bpf import Numbers
-    from oci_hooks.errors import StepError
-    from oci_hooks.files import Root
+    from oci_hooks.findings import StepError
+    from oci_hooks.system import Root
 
     # From a program's instructions and nodes to the new instructions.
     Change = Callable[[bytes, tuple[Numbers, ...]], bytes]

@@ -16,7 +16,7 @@ from oci_hooks.cgroup import ACCESS, Node, fail, write_file
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.bpf import Numbers
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 # Kind, major, minor and access of a line.
 Rule = tuple[str, str, str, str]

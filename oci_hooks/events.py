@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 
-from oci_hooks.errors import StepError
-from oci_hooks.files import tagged
+from oci_hooks.findings import StepError
+from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ Documentation/driver-api/vfio.rst, ABI/testing/sysfs-kernel-iommu_groups and sys
 
 from __future__ import annotations
 
+from oci_hooks.frozen import Record
 from oci_hooks.oci import CDEV_PREFIX, GROUP_PREFIX
-from oci_hooks.records import Record
 from oci_hooks.sysfs import (
     IOMMU_GROUPS,
     NOIOMMU_NAME,
@@ -25,9 +25,9 @@ from oci_hooks.sysfs import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.files import Root
     from oci_hooks.oci import Device
     from oci_hooks.sysfs import PciDevice
+    from oci_hooks.system import Root
 
 CDEV_CLASS = "/sys/class/vfio-dev"
 # Modules that use vfio_pci_core are vfio drivers, also where the kernel shows no vfio-dev directory yet (before 6.1).

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from oci_hooks import netlink
 from oci_hooks.blocks import BLOCK_CLASS, describe_holder, name_block, read_loops
-from oci_hooks.files import tagged
+from oci_hooks.frozen import Record
 from oci_hooks.mounts import parse_mounts, unescape
 from oci_hooks.openers import SHARED, Openers, read_nodes
-from oci_hooks.records import Record
 from oci_hooks.sysfs import PCI_DEVICES
+from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.files import Deadline, Root
     from oci_hooks.sysfs import PciDevice
+    from oci_hooks.system import Deadline, Root
 
 NET_CLASS = "/sys/class/net"
 NVME_SUBSYSTEMS = "/sys/class/nvme-subsystem"

@@ -7,16 +7,16 @@ change nothing; binding.py has the plan carried out, and what is over put back.
 
 from __future__ import annotations
 
-from oci_hooks.command import Call, run_hook
-from oci_hooks.errors import EXIT_DONE, EXIT_REFUSED, InputError
+from oci_hooks.findings import EXIT_DONE, EXIT_REFUSED, InputError
+from oci_hooks.program import Call, run_hook
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
-    from oci_hooks.files import Root
     from oci_hooks.oci import Spec, State
     from oci_hooks.request import Request
+    from oci_hooks.system import Root
 
 PROGRAM = "vfio-guest-bind"
 # Kata's agent kills a guest hook after 10 s, and nothing of what it knew is left then.
@@ -64,7 +64,7 @@ def work(call: Call) -> int:
 def read_call_state(call: Call) -> State:
     """Return the state from stdin, or one made of --bundle and --pid. Raises InputError."""
     from oci_hooks import oci
-    from oci_hooks.command import read_input
+    from oci_hooks.program import read_input
 
     arguments = call.arguments
     if not arguments.bundle:

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
+from oci_hooks.frozen import Record
 from oci_hooks.plan import NodeOwner
-from oci_hooks.records import Record
 from oci_hooks.request import HEX, is_hex_list, normalize_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.files import Root
     from oci_hooks.settings import Table
+    from oci_hooks.system import Root
 
 GUEST_SETTINGS = "/etc/oci-vfio-hooks/guest.toml"
 # (uid_t)-1 means "leave as it is" to chown(2).

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from oci_hooks.command import Call
-    from oci_hooks.errors import Finding
+    from oci_hooks.findings import Finding
+    from oci_hooks.program import Call
 
 # What the hooks ask of the system besides what a file holds: names in directories, targets of links, numbers of files,
 # devices and processes, a word. Whoever asks another question decides here what of the answer is kept.

@@ -180,7 +180,7 @@ def hide_toml(text: str, find: Callable[[dict[str, Any]], list[tuple[Keys, Keys,
     its mistake on the same line.
     """
     from oci_hooks.settings import format_key, read_toml
-    from oci_hooks.tomllines import find_line
+    from oci_hooks.toml_lines import find_line
 
     try:
         values = read_toml(text)

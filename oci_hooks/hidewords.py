@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from oci_hooks.errors import Finding
+    from oci_hooks.findings import Finding
 
 READERS = (
     *("kata_go", "kata_go_annotations", "kata_go_checks", "kata_rust", "kata_rust_annotations", "kata_rust_checks"),

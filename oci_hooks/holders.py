@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.files import tagged
-from oci_hooks.records import Record
+from oci_hooks.frozen import Record
+from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from oci_hooks.files import Deadline, Root
+    from oci_hooks.system import Deadline, Root
 
 # _IO(VFIO_TYPE, VFIO_BASE + 3) of linux/vfio.h
 VFIO_GROUP_GET_STATUS = 0x3B67

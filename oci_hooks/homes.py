@@ -7,14 +7,14 @@ the kernel does not kill the other processes with it.
 
 from __future__ import annotations
 
-from oci_hooks.records import Record
+from oci_hooks.frozen import Record
 from oci_hooks.sysfs import read_inode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 # Directories that are looked into below a cgroup. A container may have made any number of them.
 MOST_DIRECTORIES = 1000

@@ -6,21 +6,21 @@ It changes nothing. Whatever a container without VFIO devices does not need is i
 
 from __future__ import annotations
 
-from oci_hooks.command import EXIT_DONE, read_input, run_hook
 from oci_hooks.oci import is_sandbox, mend_bundle, read_spec, read_state
+from oci_hooks.program import EXIT_DONE, read_input, run_hook
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
     from oci_hooks.asker import Asker
-    from oci_hooks.command import Call
-    from oci_hooks.errors import Finding
-    from oci_hooks.files import Deadline, Root
+    from oci_hooks.findings import Finding
     from oci_hooks.groups import Target
     from oci_hooks.host_settings import HostSettings
     from oci_hooks.oci import Spec, State
+    from oci_hooks.program import Call
     from oci_hooks.sysfs import Picture
+    from oci_hooks.system import Deadline, Root
 
 PROGRAM = "vfio-host-check"
 DEADLINE = 8.0
@@ -205,7 +205,7 @@ def check_sandbox(
 
 def admit_weakness(asker: Asker, code: int) -> tuple[Finding, ...]:
     """Return the warning that a refusal has no effect, where the runtime is known to ignore it."""
-    from oci_hooks.errors import Finding
+    from oci_hooks.findings import Finding
 
     if code == EXIT_DONE or asker.kind != "kata-rs":
         return ()

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from oci_hooks.records import Record
+from oci_hooks.frozen import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.files import Root
     from oci_hooks.settings import Table
+    from oci_hooks.system import Root
 
 HOST_SETTINGS = "/etc/oci-vfio-hooks/host.toml"
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")

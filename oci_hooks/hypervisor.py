@@ -7,12 +7,12 @@ runtime-rs cmdline_generator.rs).
 
 from __future__ import annotations
 
+from oci_hooks.frozen import Record
 from oci_hooks.holders import Process, read_process
-from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 QEMU_NAMES = ("qemu-system-", "qemu-kvm", "qemu-lite", "qemu-vanilla", "qemu")
 CLH_NAMES = ("cloud-hypervisor", "clh")
@@ -138,8 +138,8 @@ def pair_options(arguments: tuple[str, ...]) -> list[tuple[str, str]]:
 def name_device(value: str) -> str:
     """Return the driver that a -device option names, written as words or as JSON."""
     if value.startswith("{"):
-        from oci_hooks.errors import InputError
-        from oci_hooks.jsontext import parse_json
+        from oci_hooks.findings import InputError
+        from oci_hooks.json_input import parse_json
 
         try:
             document = parse_json(value.encode("utf-8", "replace"), "-device")

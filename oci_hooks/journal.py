@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 
-from oci_hooks.errors import StepError
-from oci_hooks.records import Record
+from oci_hooks.findings import StepError
+from oci_hooks.frozen import Record
 
 FORMAT = "oci-vfio-hooks 2"
 # Bytes that a journal may have: written and read alike. It has a line a device and a node; this is a thousand devices.

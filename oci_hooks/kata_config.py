@@ -8,16 +8,16 @@ The reading itself is in kata_go.py and kata_rust.py. Sources, in kata-container
 
 from __future__ import annotations
 
-from oci_hooks.files import tagged
+from oci_hooks.frozen import Record
 from oci_hooks.oci import is_name
-from oci_hooks.records import Record
+from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.files import Root
     from oci_hooks.kata_model import Reading
+    from oci_hooks.system import Root
 
 GO_DEFAULTS = (
     "/etc/kata-containers/configuration.toml",

@@ -16,9 +16,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.files import Root
     from oci_hooks.kata_model import Layer, Reading
     from oci_hooks.kata_toml import Keys
+    from oci_hooks.system import Root
 
 
 def name_types(**kinds: str) -> dict[str, str]:

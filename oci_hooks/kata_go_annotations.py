@@ -221,8 +221,8 @@ def find_wrong_other(annotation: str, text: str) -> str:
 
 def is_list(text: str) -> bool:
     """Tell whether a text is a list of strings in JSON, or null."""
-    from oci_hooks.errors import InputError
-    from oci_hooks.jsontext import parse_json
+    from oci_hooks.findings import InputError
+    from oci_hooks.json_input import parse_json
 
     try:
         value = parse_json(text.encode("utf-8", "replace"), "annotation")

@@ -8,6 +8,7 @@ then the default places. What only the shim knows is taken from the files that t
 
 from __future__ import annotations
 
+from oci_hooks.frozen import Record
 from oci_hooks.holders import read_environment
 from oci_hooks.kata_config import (
     PATH_ANNOTATION,
@@ -18,12 +19,11 @@ from oci_hooks.kata_config import (
     make_place,
 )
 from oci_hooks.oci import is_name
-from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.asker import Asker
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 VERSION_FILES = ("/opt/kata/VERSION",)
 

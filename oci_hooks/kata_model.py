@@ -13,16 +13,16 @@ from __future__ import annotations
 import os
 import stat
 
+from oci_hooks.frozen import Record
 from oci_hooks.kata_toml import TomlError
-from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-    from oci_hooks.files import Root
     from oci_hooks.kata_toml import Keys, StrictReader
+    from oci_hooks.system import Root
 
     # Notes what is refused: key, text.
     Refuse = Callable[[str, str], None]

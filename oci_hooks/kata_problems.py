@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from oci_hooks.errors import Finding
+from oci_hooks.findings import Finding
 from oci_hooks.kata_config import RELEASE
 from oci_hooks.kata_go_checks import BOTH_PORTS
 from oci_hooks.kata_rust_checks import BOTH_KINDS

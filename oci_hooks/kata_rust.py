@@ -15,9 +15,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.files import Root
     from oci_hooks.kata_model import Layer, Reading
     from oci_hooks.kata_toml import Keys
+    from oci_hooks.system import Root
 
 HYPERVISOR = name_types(
     text="path ctlpath jailer_path prefetch_list_path block_device_driver block_device_aio vhost_user_store_path "

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from oci_hooks.cgroup import Node, NodeProof
 from oci_hooks.claims import Claim
-from oci_hooks.errors import Finding
+from oci_hooks.findings import Finding
 from oci_hooks.holders import Process
 from oci_hooks.homes import Home
 from oci_hooks.journal import Entry, Journal

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.errors import make_one_line
+from oci_hooks.findings import make_one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from oci_hooks.errors import Finding
+    from oci_hooks.findings import Finding
 
 # Priorities of syslog(3), which the journal and the kernel's log have too.
 PRIORITIES = {"error": 3, "warning": 4, "info": 6, "debug": 7}

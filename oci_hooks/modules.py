@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 
 from oci_hooks import sysfs
-from oci_hooks.errors import StepError, make_one_line
-from oci_hooks.files import read_pipe, tagged
+from oci_hooks.findings import StepError, make_one_line
+from oci_hooks.system import read_pipe, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.files import Deadline, Root
+    from oci_hooks.system import Deadline, Root
 
 # No PATH: it is the runtime's, or nobody's.
 MODPROBE = ("/sbin/modprobe", "/usr/sbin/modprobe", "/bin/modprobe", "/usr/bin/modprobe")

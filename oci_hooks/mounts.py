@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from oci_hooks.records import Record
+from oci_hooks.frozen import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 
 class Mount(Record):

@@ -12,7 +12,7 @@ import ctypes
 import errno
 import os
 
-from oci_hooks.errors import StepError
+from oci_hooks.findings import StepError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

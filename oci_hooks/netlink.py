@@ -11,13 +11,13 @@ import os
 from errno import EBADMSG, EIO, EOPNOTSUPP
 from struct import calcsize, pack, unpack_from
 
-from oci_hooks.files import tagged
+from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 AF_INET6 = 10
 NLMSG_ERROR, NLMSG_DONE = 2, 3

@@ -6,18 +6,18 @@ from __future__ import annotations
 import os
 
 from oci_hooks import cgroup, container, sysfs
-from oci_hooks.errors import StepError
-from oci_hooks.files import step
+from oci_hooks.findings import StepError
+from oci_hooks.frozen import Record
 from oci_hooks.plan import MAP_PATH
-from oci_hooks.records import Record
+from oci_hooks.system import step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.container import FoundNode
-    from oci_hooks.files import Root
     from oci_hooks.journal import Entry, Journal
     from oci_hooks.oci import Device
     from oci_hooks.plan import MapEntry, Node, Plan
+    from oci_hooks.system import Root
 
 # vfio registers its control device with this fixed minor (kernel: include/linux/miscdevice.h, VFIO_MINOR).
 CONTROL_NUMBERS = (10, 196)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 
 from oci_hooks.bounds import MOST_NUMBER
-from oci_hooks.errors import Finding, HookError, InputError, Refusal, StepError
-from oci_hooks.files import Descriptor
-from oci_hooks.records import Record
+from oci_hooks.findings import Finding, HookError, InputError, Refusal, StepError
+from oci_hooks.frozen import Record
+from oci_hooks.system import Descriptor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

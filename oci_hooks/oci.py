@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from errno import EFBIG
 
-from oci_hooks.errors import Finding, InputError
-from oci_hooks.jsontext import parse_json
-from oci_hooks.records import Record
+from oci_hooks.findings import Finding, InputError
+from oci_hooks.frozen import Record
+from oci_hooks.json_input import parse_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 DEVICES_ANNOTATION = "io.katacontainers.x.vfio.devices"
 MAP_ANNOTATION = "io.katacontainers.x.vfio"
@@ -164,10 +164,10 @@ def drop_annotations(document: Any) -> Any:
 
 
 def mend_bundle(root: Root, state: State) -> State:
-    """Return the state with the bundle that it should name; commandline.py says which runtimes get it wrong."""
+    """Return the state with the bundle that it should name; runtime_command.py says which runtimes get it wrong."""
     if state.bundle != "/" and LOST_BYTE not in state.bundle:
         return state
-    from oci_hooks.commandline import find_bundle
+    from oci_hooks.runtime_command import find_bundle
 
     return state.replace(bundle=find_bundle(root, state.bundle))
 
@@ -219,7 +219,7 @@ def find_config(root: Root, state: State) -> str:
     found = next((place for place in places if root.exists(place)), "")
     if found:
         return found
-    from oci_hooks.commandline import find_other_config
+    from oci_hooks.runtime_command import find_other_config
 
     return find_other_config(root) or places[0]
 

@@ -11,17 +11,17 @@ import os
 import stat
 import time
 
-from oci_hooks.files import tagged
 from oci_hooks.holders import Process, read_program, read_status
 from oci_hooks.sysfs import PCI_DEVICES
+from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from oci_hooks.files import Deadline, Root
     from oci_hooks.sysfs import PciDevice
+    from oci_hooks.system import Deadline, Root
 
 SYS_DEV = "/sys/dev"
 # Virtual devices are below no function; NVMe namespaces are, where several controllers share them.

@@ -25,9 +25,9 @@ from oci_hooks.device_list import (
     read_rules,
     remove_letters,
 )
-from oci_hooks.errors import StepError
-from oci_hooks.files import step
-from oci_hooks.records import Record
+from oci_hooks.findings import StepError
+from oci_hooks.frozen import Record
+from oci_hooks.system import step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from oci_hooks.bpf import Numbers
     from oci_hooks.claims import Claim
-    from oci_hooks.files import Root
     from oci_hooks.journal import Entry
+    from oci_hooks.system import Root
 
 # Misc devices: /dev/vfio/vfio and /dev/iommu, which are every container's (include/uapi/linux/major.h).
 MISC_MAJOR = 10

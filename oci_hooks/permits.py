@@ -17,11 +17,11 @@ from __future__ import annotations
 import os
 
 from oci_hooks import container, nodes, permission, sysfs
-from oci_hooks.errors import Finding, Refusal, StepError
-from oci_hooks.files import step
+from oci_hooks.findings import Finding, Refusal, StepError
 from oci_hooks.homes import list_processes
 from oci_hooks.instances import parse_instance, read_instance
 from oci_hooks.journal import parse_journal
+from oci_hooks.system import step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from oci_hooks.bpf import Numbers
     from oci_hooks.cgroup import Cgroup, Node
     from oci_hooks.claims import Claim, ClaimDirectory
-    from oci_hooks.files import Deadline, Root
     from oci_hooks.homes import Home
     from oci_hooks.journal import Entry, Journal
     from oci_hooks.permission import Grant
+    from oci_hooks.system import Deadline, Root
 
 DEVICES_BY_NUMBER = "/sys/dev/char"
 CDEV_DIRECTORY = "vfio/devices/"

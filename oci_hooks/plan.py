@@ -3,20 +3,20 @@
 
 from __future__ import annotations
 
-from oci_hooks.errors import Refusal
+from oci_hooks.findings import Refusal
+from oci_hooks.frozen import Record
 from oci_hooks.instances import Instance, name_instance
 from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX, map_id
-from oci_hooks.records import Record
 from oci_hooks.sysfs import NOIOMMU_GROUP, read_override
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from oci_hooks.files import Root
     from oci_hooks.oci import Device, Spec
     from oci_hooks.selection import Choice
     from oci_hooks.sysfs import PciDevice
+    from oci_hooks.system import Root
 
 DRIVER = "vfio-pci"
 DEFAULT_MODE = 0o600

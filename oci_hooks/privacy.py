@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from oci_hooks.errors import Finding
+    from oci_hooks.findings import Finding
 
     Rule = Callable[[Any], Any]
 

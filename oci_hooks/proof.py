@@ -9,13 +9,13 @@ import stat
 
 from oci_hooks.cgroup import Cgroup, Node, NodeProof, fail, write_file
 from oci_hooks.children import end_child, start_child
-from oci_hooks.files import read_pipe, step
+from oci_hooks.system import read_pipe, step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from oci_hooks.files import Deadline, Root
+    from oci_hooks.system import Deadline, Root
 
 # _IO(';', 103) of include/uapi/linux/vfio.h; struct vfio_group_status { __u32 argsz; __u32 flags; }
 VFIO_GROUP_GET_STATUS = 0x3B67

@@ -12,7 +12,7 @@ import os
 import time
 
 from oci_hooks import __version__, bounds, hidehost, notation, privacy
-from oci_hooks.errors import Finding
+from oci_hooks.findings import Finding
 from oci_hooks.hidetext import LEFT_OUT
 from oci_hooks.hidewords import READS
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-    from oci_hooks.command import Call, Outcome
-    from oci_hooks.files import Note
+    from oci_hooks.program import Call, Outcome
+    from oci_hooks.system import Note
 
 VERSION = 2
 DIRECTORY = "/var/lib/oci-vfio-hooks/records"
@@ -38,10 +38,10 @@ RUNTIMES = ("runc", "crun", "youki", "kata-agent", "kata-runtime", "containerd-s
 
 def read_setting(call: Call) -> str:
     """Return the setting `record` for a run that failed before it came to its settings; "" where they are unusable."""
-    from oci_hooks.errors import InputError
-    from oci_hooks.files import Root
+    from oci_hooks.findings import InputError
     from oci_hooks.guest_settings import read_guest_settings
     from oci_hooks.host_settings import read_host_settings
+    from oci_hooks.system import Root
 
     read = read_guest_settings if call.program == "vfio-guest-bind" else read_host_settings
     try:

@@ -14,15 +14,15 @@ import zlib
 
 from oci_hooks import bounds
 from oci_hooks.bounds import RecordError, check_bound, check_value
+from oci_hooks.frozen import Record
 from oci_hooks.notation import NotationError, make_finding
 from oci_hooks.record import VERSION
-from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.errors import Finding
+    from oci_hooks.findings import Finding
 
 DOCUMENTS = ("state.json", "config.json")
 # Members by name, and the bound of each one's length.

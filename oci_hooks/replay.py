@@ -13,7 +13,7 @@ from pathlib import Path
 
 from oci_hooks import __version__, account
 from oci_hooks.bounds import RecordError, RecordTooLarge, bounded
-from oci_hooks.errors import Finding, make_one_line
+from oci_hooks.findings import Finding, make_one_line
 from oci_hooks.log import write_stderr, write_stdout
 from oci_hooks.notation import NotationError
 from oci_hooks.record import DIRECTORY, SPARE_DIRECTORY, SUFFIX

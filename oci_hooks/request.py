@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from oci_hooks import oci
-from oci_hooks.errors import InputError
-from oci_hooks.records import Record
+from oci_hooks.findings import InputError
+from oci_hooks.frozen import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def parse_map(text: str) -> tuple[Selector, ...]:
     ["02.0", "00.0"]}}]}`; a bare list or a string `02/00` is taken for the path too.
     Raises InputError [bad-annotation].
     """
-    from oci_hooks.jsontext import parse_json
+    from oci_hooks.json_input import parse_json
 
     source = f"annotation {oci.MAP_ANNOTATION}"
     groups = parse_json(text.encode("utf-8", "surrogatepass"), source)

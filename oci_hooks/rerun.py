@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a recorded hook again: on the recorded machine, where nothing is touched, or on this one.
 
-The hook's own code runs, all of it up to the door (files.py). Behind the door stands the record: a question has the
+The hook's own code runs, all of it up to the door (system.py). Behind the door stands the record: a question has the
 answer that it had then, a step the result. Compared are findings and plan; what this version of the code asks or does
 that the record has no answer to is told beside them.
 """
@@ -14,19 +14,19 @@ import stat
 import sys
 
 from oci_hooks import notation
-from oci_hooks.command import Arguments, Call, carry
-from oci_hooks.errors import make_one_line
-from oci_hooks.files import Deadline, NotingRoot, Root, name_tag
+from oci_hooks.findings import make_one_line
+from oci_hooks.frozen import Record
 from oci_hooks.kinds import KINDS
 from oci_hooks.privacy import hide_finding
-from oci_hooks.records import Record
+from oci_hooks.program import Arguments, Call, carry
+from oci_hooks.system import Deadline, NotingRoot, Root, name_tag
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any, TypeVar
 
-    from oci_hooks.command import Outcome
+    from oci_hooks.program import Outcome
     from oci_hooks.recordfile import RunRecord
 
     T = TypeVar("T")

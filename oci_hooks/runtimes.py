@@ -7,15 +7,15 @@ Kata's shim gets it as the option ConfigPath and tells nobody. Sources: containe
 
 from __future__ import annotations
 
+from oci_hooks.frozen import Record
 from oci_hooks.oci import is_name
-from oci_hooks.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 CONTAINERD_CONFIGS = (
     "/etc/containerd/config.toml",
@@ -80,8 +80,8 @@ def list_crio(root: Root) -> Iterator[Handler]:
 
 def list_docker(root: Root) -> Iterator[Handler]:
     """Yield the Kata runtimes of Docker's configuration."""
-    from oci_hooks.errors import InputError
-    from oci_hooks.jsontext import parse_json
+    from oci_hooks.findings import InputError
+    from oci_hooks.json_input import parse_json
 
     try:
         values = parse_json(root.read_bytes(DOCKER_CONFIG), DOCKER_CONFIG)

@@ -6,7 +6,7 @@ Loaded only when a hand-written reader has refused a document: jsonschema costs 
 
 from __future__ import annotations
 
-from oci_hooks.errors import Finding
+from oci_hooks.findings import Finding
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ rest by counting. A group is taken whole or not at all.
 
 from __future__ import annotations
 
-from oci_hooks.errors import Refusal
+from oci_hooks.findings import Refusal
+from oci_hooks.frozen import Record
 from oci_hooks.oci import DEVICES_ANNOTATION
-from oci_hooks.records import Record
 from oci_hooks.sysfs import NOIOMMU_GROUP, NOIOMMU_PREFIX
 
 TYPE_CHECKING = False

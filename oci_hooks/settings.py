@@ -11,15 +11,15 @@ from __future__ import annotations
 import os
 import stat
 
-from oci_hooks.errors import Finding, InputError
-from oci_hooks.records import Record
+from oci_hooks.findings import Finding, InputError
+from oci_hooks.frozen import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
     T = TypeVar("T")
 
@@ -122,7 +122,7 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
 
 def read_toml(text: str) -> dict[str, Any]:
     """Return the value of a TOML text, without a library where it is plain. Raises what load_toml does."""
-    from oci_hooks.plaintoml import read_plain
+    from oci_hooks.plain_toml import read_plain
 
     values = read_plain(text)
     return load_toml(text) if values is None else values
@@ -256,7 +256,7 @@ class Table:
 
 def make_finding(path: str, text: str, mistake: Mistake) -> Finding:
     """Return what to report of a mistake in a file with this text."""
-    from oci_hooks.tomllines import find_line
+    from oci_hooks.toml_lines import find_line
 
     try:
         line = find_line(text, mistake.keys)

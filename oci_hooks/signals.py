@@ -6,7 +6,7 @@ Loaded only where there is something to bind or to put back.
 
 from __future__ import annotations
 
-from oci_hooks.errors import HookError
+from oci_hooks.findings import HookError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

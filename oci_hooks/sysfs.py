@@ -7,11 +7,11 @@ A BDF is written `dddd:bb:ss.f`, in lower case hexadecimal, as sysfs names it.
 
 from __future__ import annotations
 
-from oci_hooks.records import Record
+from oci_hooks.frozen import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 PCI_DEVICES = "/sys/bus/pci/devices"
 PCI_DRIVERS = "/sys/bus/pci/drivers"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.files import tagged
+from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def look_for_request(path: str) -> bool | None:
 
     A question of its own to the system: a recording has the answer, and not the text, of which it leaves out most.
     """
-    from oci_hooks.files import read_file
+    from oci_hooks.system import read_file
 
     try:
         if is_file_free(path):

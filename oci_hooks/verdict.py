@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from oci_hooks.errors import EXIT_DONE, EXIT_REFUSED, Finding
+from oci_hooks.findings import EXIT_DONE, EXIT_REFUSED, Finding
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -13,14 +13,14 @@ import errno
 import os
 
 from oci_hooks.children import end_child, start_child
-from oci_hooks.files import tagged
-from oci_hooks.records import Record
+from oci_hooks.frozen import Record
+from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from oci_hooks.files import Deadline
+    from oci_hooks.system import Deadline
 
 # How long a killed child may take to end: it comes off the time that is left to put things back.
 KILL_SECONDS = 0.1

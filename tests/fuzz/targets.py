@@ -39,14 +39,14 @@ from oci_hooks import (
     sysfs,
 )
 from oci_hooks.bounds import RecordError
-from oci_hooks.errors import Finding, HookError, InputError
-from oci_hooks.files import Deadline, Root, name_tag
+from oci_hooks.findings import Finding, HookError, InputError
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import read_clh, read_qemu
 from oci_hooks.instances import parse_instance
-from oci_hooks.jsontext import parse_json
+from oci_hooks.json_input import parse_json
 from oci_hooks.kinds import KINDS
 from oci_hooks.permission import parse_grant
+from oci_hooks.system import Deadline, Root, name_tag
 
 ADDRESS = "0000:01:00.0"
 DEVICE = f"{sysfs.PCI_DEVICES}/{ADDRESS}"
@@ -204,7 +204,7 @@ def fuzz_settings(data: bytes) -> None:
     """guest.toml and host.toml: what is taken is what the schema takes; a plain text is to tomllib what it is here."""
     from oci_hooks.guest_settings import GUEST_SETTINGS, read_guest_settings
     from oci_hooks.host_settings import HOST_SETTINGS, read_host_settings
-    from oci_hooks.plaintoml import read_plain
+    from oci_hooks.plain_toml import read_plain
 
     plain, values = None, None
     try:

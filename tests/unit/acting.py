@@ -21,9 +21,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Callable, TypeVar
 
-from oci_hooks import cgroup, command, files, guest, log, oci, proof, record, workers
-from oci_hooks.files import NotingRoot
+from oci_hooks import cgroup, guest, log, oci, program, proof, record, system, workers
 from oci_hooks.sysfs import PCI_DEVICES
+from oci_hooks.system import NotingRoot
 from tests.steps import CHANGES
 from tests.unit.machine import Machine
 from tests.vm.calls import be_hook, import_hook
@@ -254,9 +254,9 @@ class ActingMachine(Machine):
         setattr(proof, "try_node", answer_open)  # noqa: B010
         # Where so many are at work at once, the usual time may be short.
         setattr(guest, "SECONDS", 20.0)  # noqa: B010
-        setattr(files.Deadline, "extend", lambda *_: None)  # noqa: B010
+        setattr(system.Deadline, "extend", lambda *_: None)  # noqa: B010
         setattr(log, "write_kmsg", lambda *_: None)  # noqa: B010
-        setattr(command, "NotingRoot", self.make_root)  # noqa: B010
+        setattr(program, "NotingRoot", self.make_root)  # noqa: B010
         for name in ("DIRECTORY", "SPARE_DIRECTORY"):
             setattr(record, name, str(self.place("/var/lib/records")))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from oci_hooks.files import Root
+from oci_hooks.system import Root
 
 VFIO_MAJOR = 237
 

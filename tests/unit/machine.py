@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oci_hooks.files import Root
 from oci_hooks.instances import read_instance
 from oci_hooks.sysfs import PCI_DEVICES, Picture, look
+from oci_hooks.system import Root
 
 NIC = "0000:01:00.0"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.plaintoml import read_plain
+from oci_hooks.plain_toml import read_plain
 
 pytestmark = pytest.mark.unit
 

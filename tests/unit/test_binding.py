@@ -18,14 +18,14 @@ import pytest
 
 from oci_hooks import apply, binding, oci, selection, sysfs
 from oci_hooks.claims import STATE_DIRECTORY, Claim, ClaimDirectory, Owner
-from oci_hooks.command import Arguments, Call
-from oci_hooks.errors import Finding, HookError, Refusal
-from oci_hooks.files import Deadline, Root
+from oci_hooks.findings import Finding, HookError, Refusal
 from oci_hooks.guest_settings import GuestSettings
 from oci_hooks.journal import Journal
+from oci_hooks.program import Arguments, Call
 from oci_hooks.request import read_request
 from oci_hooks.signals import Interrupted, interruptible
 from oci_hooks.sysfs import PCI_DEVICES
+from oci_hooks.system import Deadline, Root
 from tests.unit.machine import NIC, Machine
 from tests.unit.test_claims import STAT, make_claim
 
@@ -319,10 +319,10 @@ def start_hook(machine: Machine) -> Iterator[subprocess.Popen[str]]:
 import json, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from oci_hooks import apply, binding, oci, selection
-from oci_hooks.command import Arguments, Call
-from oci_hooks.files import Deadline
-from oci_hooks.errors import HookError
-from oci_hooks.files import Root
+from oci_hooks.program import Arguments, Call
+from oci_hooks.system import Deadline
+from oci_hooks.findings import HookError
+from oci_hooks.system import Root
 from oci_hooks.guest_settings import GuestSettings
 from oci_hooks.request import read_request
 root = Root({str(machine.top)!r})

@@ -15,9 +15,9 @@ import pytest
 
 from oci_hooks import bpf, cgroup, device_list, permission, proof
 from oci_hooks.cgroup import Cgroup, Node, NodeProof
-from oci_hooks.errors import StepError
-from oci_hooks.files import Deadline, Root
+from oci_hooks.findings import StepError
 from oci_hooks.permission import Grant, Widening
+from oci_hooks.system import Deadline, Root
 from tests.steps import list_children
 
 pytestmark = pytest.mark.unit

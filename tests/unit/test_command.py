@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import command
-from oci_hooks.command import Arguments, Call, parse_arguments, read_input, run_hook
-from oci_hooks.errors import Finding, InputError, Refusal
-from oci_hooks.files import Deadline
+from oci_hooks import program
+from oci_hooks.findings import Finding, InputError, Refusal
+from oci_hooks.program import Arguments, Call, parse_arguments, read_input, run_hook
+from oci_hooks.system import Deadline
 
 pytestmark = pytest.mark.unit
 
@@ -143,7 +143,7 @@ def test_input_that_does_not_end_is_refused_at_the_deadline(stdin: int) -> None:
 
 
 def test_input_without_end_is_refused_by_its_size(stdin: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "STATE_LIMIT", 1000)
+    monkeypatch.setattr(program, "STATE_LIMIT", 1000)
     os.write(stdin, b"x" * 1001)
     os.close(stdin)
     with pytest.raises(InputError, match="is longer than 1000 bytes"):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from oci_hooks import blocks, sysfs
-from oci_hooks.files import Deadline, Root, name_tag
 from oci_hooks.guards import Uses
 from oci_hooks.mounts import Mount, read_mounts
+from oci_hooks.system import Deadline, Root, name_tag
 
 if TYPE_CHECKING:
     from collections.abc import Callable

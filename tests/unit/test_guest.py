@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from oci_hooks import guest, oci
-from oci_hooks.command import Arguments, Call
-from oci_hooks.errors import HookError
-from oci_hooks.files import Deadline
+from oci_hooks.findings import HookError
+from oci_hooks.program import Arguments, Call
+from oci_hooks.system import Deadline
 from tests.unit.machine import NIC, Machine
 from tests.unit.test_claims import STAT
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import settings
-from oci_hooks.errors import InputError
-from oci_hooks.files import Root
+from oci_hooks.findings import InputError
 from oci_hooks.guest_settings import GUEST_SETTINGS, NEVER, GuestSettings, read_guest_settings
 from oci_hooks.plan import NodeOwner
+from oci_hooks.system import Root
 
 pytestmark = pytest.mark.unit
 

@@ -14,9 +14,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from oci_hooks import checks, command, guest, host, preflight
-from oci_hooks.files import Root
+from oci_hooks import checks, guest, host, preflight, program
 from oci_hooks.schema import load_schema
+from oci_hooks.system import Root
 from tests.unit.host_tree import HostTree
 
 pytestmark = pytest.mark.unit
@@ -50,9 +50,9 @@ class Bench:
         self.tree = HostTree(top)
         self.capfd = capfd
         self.monkeypatch = monkeypatch
-        monkeypatch.setattr(command, "NotingRoot", lambda: Root(str(top)))
+        monkeypatch.setattr(program, "NotingRoot", lambda: Root(str(top)))
         # Records would go to this machine's /var.
-        monkeypatch.setattr(command.Call, "is_recorded", lambda _call, _code: False)
+        monkeypatch.setattr(program.Call, "is_recorded", lambda _call, _code: False)
         self.tree.pci(NIC, "vfio-pci", "12")
         self.tree.vfio("12", 0)
         self.set_config()

@@ -20,9 +20,9 @@ from typing import Any, Callable
 import pytest
 
 from oci_hooks import apply, oci
-from oci_hooks.errors import StepError
-from oci_hooks.files import Deadline
+from oci_hooks.findings import StepError
 from oci_hooks.request import TEXT_LIMIT
+from oci_hooks.system import Deadline
 from tests.unit.acting import ActingMachine, Container
 from tests.unit.test_faults import leave_mounts, mount
 from tests.unit.test_nodes import Tree

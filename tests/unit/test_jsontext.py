@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oci_hooks.errors import EXIT_BAD_INPUT, InputError
-from oci_hooks.jsontext import parse_json, scan_text
+from oci_hooks.findings import EXIT_BAD_INPUT, InputError
+from oci_hooks.json_input import parse_json, scan_text
 from tests.unit.documents import ANYTHING
 
 pytestmark = pytest.mark.unit
@@ -104,7 +104,7 @@ def test_the_last_of_two_equal_keys_counts() -> None:
 
 
 def test_the_fast_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oci_hooks.jsontext.parse_slowly", lambda *_: pytest.fail("json was loaded for nothing"))
+    monkeypatch.setattr("oci_hooks.json_input.parse_slowly", lambda *_: pytest.fail("json was loaded for nothing"))
     assert parse_json(b' {"a": [1, -2.5, true, null, "\\u00e9", NaN]}\n', "x")["a"][:4] == [1, -2.5, True, None]
 
 

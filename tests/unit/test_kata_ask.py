@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from oci_hooks import host
-from oci_hooks.files import Root
 from oci_hooks.kata_admission import Gate
 from oci_hooks.kata_config import Place, load_config
+from oci_hooks.system import Root
 
 pytestmark = pytest.mark.unit
 

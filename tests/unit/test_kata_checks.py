@@ -10,8 +10,7 @@ import pytest
 
 from oci_hooks import kata_checks
 from oci_hooks.asker import Asker
-from oci_hooks.errors import Finding
-from oci_hooks.files import Root
+from oci_hooks.findings import Finding
 from oci_hooks.groups import Member, Target, VfioGroup
 from oci_hooks.holders import Process
 from oci_hooks.hypervisor import Hypervisor
@@ -20,6 +19,7 @@ from oci_hooks.kata_lookup import Found
 from oci_hooks.kata_model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.oci import Device
 from oci_hooks.sysfs import PciDevice
+from oci_hooks.system import Root
 from tests.unit.host_tree import HostTree, codes, make_spec
 
 pytestmark = pytest.mark.unit

@@ -9,7 +9,7 @@ import pytest
 
 from oci_hooks.kata_config import KataConfig, Place, load_config
 from oci_hooks.kata_model import HYPERVISOR_PREFIX
-from oci_hooks.tomllines import find_line
+from oci_hooks.toml_lines import find_line
 from tests.unit.host_tree import HostTree
 
 pytestmark = pytest.mark.unit

@@ -11,7 +11,7 @@ import pytest
 
 from oci_hooks import kata_checks
 from oci_hooks.asker import Asker
-from oci_hooks.errors import Finding
+from oci_hooks.findings import Finding
 from oci_hooks.kata_config import Place, load_config
 from oci_hooks.kata_lookup import Found
 from oci_hooks.kata_model import HYPERVISOR_PREFIX

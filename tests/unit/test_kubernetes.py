@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.command import parse_arguments
 from oci_hooks.host import PROGRAM, add_options
+from oci_hooks.program import parse_arguments
 
 pytestmark = pytest.mark.unit
 

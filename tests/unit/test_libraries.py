@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.files import Root
 from oci_hooks.sysfs import look
+from oci_hooks.system import Root
 
 pytestmark = [pytest.mark.unit, pytest.mark.skipif(os.geteuid() != 0, reason="hides a library by a mount")]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import account, log
-from oci_hooks.errors import Finding
-from oci_hooks.files import NotingRoot, Root, step
+from oci_hooks.findings import Finding
+from oci_hooks.system import NotingRoot, Root, step
 
 FINDING = Finding("error", "group-busy", "/dev/vfio/18", "another process has it open", "fuser -v /dev/vfio/18")
 
@@ -156,7 +156,7 @@ def test_steps_are_told_with_their_duration(journal: socket.socket, capfd: pytes
 def test_nothing_is_imported_for_it() -> None:
     """Only the interpreter's own socket type: the module proper costs as much as a hook."""
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from oci_hooks import log; from oci_hooks.errors import Finding\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from oci_hooks import log; from oci_hooks.findings import Finding\n"
         "log.JOURNAL_SOCKET = '/nonexistent'; log.report('p', 'c', [Finding('error', 'a', 'b', 'c')])\n"
         "print(sorted({'socket', 'json', 'subprocess', 'logging', 'syslog'} & set(sys.modules)))\n"
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.files import Root
 from oci_hooks.oci import State, find_config, mend_bundle
+from oci_hooks.system import Root
 
 pytestmark = pytest.mark.unit
 

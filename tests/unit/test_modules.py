@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.errors import StepError
-from oci_hooks.files import Deadline
+from oci_hooks.findings import StepError
 from oci_hooks.modules import load_drivers
+from oci_hooks.system import Deadline
 from tests.unit.machine import Machine
 
 pytestmark = pytest.mark.unit

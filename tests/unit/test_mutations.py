@@ -122,7 +122,7 @@ MUTATIONS = [
     ),
     (
         "a library that is not there",
-        "command",
+        "program",
         'isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("oci_hooks")',
         "False",
         "test_newcomer.py -k no_defect",
@@ -394,7 +394,7 @@ MUTATIONS = [
     ),
     (
         "bytes that are not UTF-8",
-        "jsontext",
+        "json_input",
         'data.decode("utf-8", "surrogateescape")',
         'data.decode("utf-8", "replace")',
         "test_jsontext.py -k utf_8",
@@ -423,7 +423,7 @@ MUTATIONS = [
     ),
     (
         "whose option it is",
-        "commandline",
+        "runtime_command",
         ' if words[0].rpartition("/")[2] == "crun" else ""',
         "",
         "test_mend_bundle.py",

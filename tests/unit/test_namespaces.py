@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import container, namespaces, nodes
-from oci_hooks.errors import StepError
+from oci_hooks.findings import StepError
 from tests.unit.test_faults import leave_mounts, mount
 from tests.unit.test_nodes import Tree
 

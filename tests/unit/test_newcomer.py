@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from examples import run_demo
-from oci_hooks.command import make_internal
+from oci_hooks.program import make_internal
 from tests import packages, provision
 from tests.chain import image
 from tests.newcomer import bare

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from oci_hooks import binding, container, nodes
-from oci_hooks.errors import StepError
+from oci_hooks.findings import StepError
 from oci_hooks.journal import Entry, Journal, parse_journal
 from oci_hooks.nodes import Target
 from oci_hooks.oci import Device, State, make_spec

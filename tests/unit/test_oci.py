@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 
 from oci_hooks import oci
-from oci_hooks.errors import EXIT_BAD_INPUT, InputError
-from oci_hooks.files import Root
+from oci_hooks.findings import EXIT_BAD_INPUT, InputError
 from oci_hooks.schema import load_schema
+from oci_hooks.system import Root
 from tests.unit.documents import ANYTHING, CONFIGS, STATES
 
 pytestmark = pytest.mark.unit

@@ -25,12 +25,12 @@ import pytest
 
 from oci_hooks import bounds, notation, record, recordfile, replay
 from oci_hooks.bounds import RecordError, RecordTooLarge, bounded
-from oci_hooks.command import Arguments, Call, Outcome
-from oci_hooks.errors import make_one_line
-from oci_hooks.files import Deadline, NotingRoot, read_file
+from oci_hooks.findings import make_one_line
+from oci_hooks.program import Arguments, Call, Outcome
 from oci_hooks.recordfile import read_record, unpack
 from oci_hooks.rerun import LiveRoot, sealed
 from oci_hooks.schema import MOST_ERRORS, find_mistakes
+from oci_hooks.system import Deadline, NotingRoot, read_file
 
 pytestmark = pytest.mark.unit
 

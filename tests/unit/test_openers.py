@@ -384,8 +384,8 @@ def test_what_was_not_looked_at_is_not_free(
 
 def test_processes_are_looked_at_once_and_only_if_there_is_a_node(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     from oci_hooks import sysfs
-    from oci_hooks.files import Deadline
     from oci_hooks.guards import Uses
+    from oci_hooks.system import Deadline
 
     asked: list[int] = []
 

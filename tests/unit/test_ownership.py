@@ -11,9 +11,9 @@ import pytest
 
 from oci_hooks import binding, homes, journal, oci, workers
 from oci_hooks.claims import STATE_DIRECTORY, ClaimDirectory, Owner
-from oci_hooks.errors import Finding, Refusal, StepError
-from oci_hooks.files import Deadline, Root
+from oci_hooks.findings import Finding, Refusal, StepError
 from oci_hooks.homes import Home, find_home, is_occupied
+from oci_hooks.system import Deadline, Root
 from tests.unit.acting import ActingMachine
 from tests.unit.machine import NIC, Machine
 from tests.unit.test_binding import DEVICE, INIT, START, bind, end_process, list_claims, make_state, start_process

@@ -12,11 +12,11 @@ import pytest
 from oci_hooks import apply, binding, device_filter, device_list, homes, permission, permits
 from oci_hooks.cgroup import Cgroup, Node
 from oci_hooks.claims import Claim, ClaimDirectory, Owner
-from oci_hooks.errors import StepError
-from oci_hooks.files import Deadline
+from oci_hooks.findings import StepError
 from oci_hooks.homes import Home
 from oci_hooks.journal import Entry
 from oci_hooks.sysfs import PCI_DEVICES
+from oci_hooks.system import Deadline
 from tests.unit.machine import NIC, Machine
 from tests.unit.test_binding import CGROUPS, bind, make_state, start_process
 from tests.unit.test_claims import STAT, make_claim

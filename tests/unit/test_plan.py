@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from oci_hooks.errors import Refusal
+from oci_hooks.findings import Refusal
 from oci_hooks.instances import Instance
 from oci_hooks.oci import Spec, make_spec
 from oci_hooks.plan import MapEntry, NodeOwner, Plan, PlanOptions, Rebind, list_actions, make_plan

@@ -23,17 +23,17 @@ from urllib.parse import quote
 import pytest
 
 from oci_hooks import guest, hidehost, hidetext, hidewords, host, notation, privacy, record
-from oci_hooks.command import Arguments, Call, carry
-from oci_hooks.errors import Finding
-from oci_hooks.files import Deadline, NotingRoot, name_tag, tagged
+from oci_hooks.findings import Finding
 from oci_hooks.hidehost import Teller
 from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, hide_text
 from oci_hooks.kata_config import KataConfig, Place, load_config
 from oci_hooks.kinds import KINDS
 from oci_hooks.privacy import hide_document, hide_finding
+from oci_hooks.program import Arguments, Call, carry
 from oci_hooks.recordfile import RunRecord, read_record
 from oci_hooks.rerun import RecordedRoot, find_differences
 from oci_hooks.schema import load_schema
+from oci_hooks.system import Deadline, NotingRoot, name_tag, tagged
 from tests.unit.host_tree import HostTree
 from tests.unit.kata_corpus import SAMPLE, lay_out, load_cases
 
@@ -458,7 +458,7 @@ def test_each_piece_is_looked_at_once(head: str, unit: str) -> None:
 HIDE_ALL = """
 import sys
 from oci_hooks.hidetext import hide_text
-from oci_hooks.files import name_tag, tagged
+from oci_hooks.system import name_tag, tagged
 for unit in sys.argv[1:]:
     size = 1 << 20 if unit == sys.argv[1] else 1 << 17
     for head in ('{"a": "', ""):

@@ -16,12 +16,12 @@ import pytest
 
 from oci_hooks import notation, record
 from oci_hooks.claims import Claim
-from oci_hooks.command import Arguments, Call, Outcome
-from oci_hooks.errors import Finding, InputError, Refusal, StepError
-from oci_hooks.files import Deadline, Descriptor, NotingRoot, Root, step
+from oci_hooks.findings import Finding, InputError, Refusal, StepError
 from oci_hooks.journal import Entry
 from oci_hooks.kinds import KINDS
+from oci_hooks.program import Arguments, Call, Outcome
 from oci_hooks.recordfile import RunRecord, read_record
+from oci_hooks.system import Deadline, Descriptor, NotingRoot, Root, step
 from oci_hooks.workers import Result
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oci_hooks.errors import Finding, HookError, InputError, StepError, make_one_line
-from oci_hooks.records import Record
+from oci_hooks.findings import Finding, HookError, InputError, StepError, make_one_line
+from oci_hooks.frozen import Record
 
 pytestmark = pytest.mark.unit
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from oci_hooks.errors import Refusal
+from oci_hooks.findings import Refusal
 from oci_hooks.guest_settings import NEVER
 from oci_hooks.oci import Device
 from oci_hooks.request import Request, parse_selector

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import settings
-from oci_hooks.errors import EXIT_BAD_INPUT, Finding, InputError
-from oci_hooks.files import Root
+from oci_hooks.findings import EXIT_BAD_INPUT, Finding, InputError
 from oci_hooks.host_settings import HOST_SETTINGS, HostSettings, read_host_settings
-from oci_hooks.plaintoml import read_plain
+from oci_hooks.plain_toml import read_plain
+from oci_hooks.system import Root
 
 pytestmark = pytest.mark.unit
 
@@ -192,7 +192,7 @@ def test_good_settings_load_no_library(tmp_path: Path, name: str, plain: bool) -
     text = 'deadline = 30\nrecord = "never"\n' if plain else "deadline = +30\nrecord = 'never'\n"
     script = (
         f"import sys; sys.path.insert(0, {os.getcwd()!r})\n"
-        "from oci_hooks.files import Root\n"
+        "from oci_hooks.system import Root\n"
         f"from oci_hooks.{name}_settings import read_{name}_settings as read\n"
         f"assert read(Root(), {str(tmp_path / 'x.toml')!r}).deadline == 30\n"
         "print(*sys.modules)\n"

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oci_hooks import oci, traces
-from oci_hooks.errors import InputError
-from oci_hooks.jsontext import parse_json
+from oci_hooks.findings import InputError
+from oci_hooks.json_input import parse_json
 from oci_hooks.traces import find_request, is_file_free, is_free, look_for_request, read_traces
 from tests.unit.documents import CONFIGS
 

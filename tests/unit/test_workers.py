@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from oci_hooks import workers
-from oci_hooks.files import Deadline
+from oci_hooks.system import Deadline
 from oci_hooks.workers import Job, Result, Write, run_jobs
 from tests.steps import list_children
 
@@ -103,7 +103,7 @@ def test_a_child_that_hangs_does_not_keep_the_runtimes_pipes_or_private_descript
 import os, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from oci_hooks import workers
-from oci_hooks.files import Deadline
+from oci_hooks.system import Deadline
 private = os.open({str(tmp_path)!r}, os.O_RDONLY)
 os.kill = lambda *_: None  # a child in a driver's remove() outlives SIGKILL
 job = workers.Job("stuck", (workers.Write({blocking!r}, "x"),))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import sysfs
-from oci_hooks.files import Deadline, Root
 from oci_hooks.guards import Uses
+from oci_hooks.system import Deadline, Root
 from tests.vm import devices, guest
 
 MACHINE = "standard"

@@ -20,9 +20,9 @@ import pytest
 
 from oci_hooks import bpf, cgroup, permission, proof
 from oci_hooks.cgroup import Node
-from oci_hooks.errors import StepError
-from oci_hooks.files import Deadline, Root
+from oci_hooks.findings import StepError
 from oci_hooks.permission import Grant, Widening
+from oci_hooks.system import Deadline, Root
 from tests.vm import devices, guest
 
 MACHINE = "standard"

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import netlink, sysfs
-from oci_hooks.files import Deadline, Root
 from oci_hooks.guards import Uses
+from oci_hooks.system import Deadline, Root
 from tests.vm import calls, devices, guest
 from tests.vm.bundles import Containers
 from tests.vm.calls import ask, one_runtime

@@ -7,9 +7,9 @@ import gc
 import os
 import time
 
-from oci_hooks.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
-from oci_hooks.files import Deadline, NotingRoot, Root, read_pipe, tagged
-from oci_hooks.records import Record
+from oci_hooks.findings import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
+from oci_hooks.frozen import Record
+from oci_hooks.system import Deadline, NotingRoot, Root, read_pipe, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

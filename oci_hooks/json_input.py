@@ -8,7 +8,7 @@ has no such scanner, the package is loaded and says what is wrong.
 
 from __future__ import annotations
 
-from oci_hooks.errors import InputError
+from oci_hooks.findings import InputError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

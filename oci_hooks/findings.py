@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from oci_hooks.records import Record
+from oci_hooks.frozen import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.files import Root
+    from oci_hooks.system import Root
 
 
 def find_bundle(root: Root, named: str) -> str:
