@@ -12,10 +12,10 @@ from __future__ import annotations
 import errno
 import os
 
-from oci_hooks import sysfs
 from oci_hooks.findings import Finding, StepError
 from oci_hooks.frozen import Record
-from oci_hooks.instances import GONE, parse_instance, read_instance
+from oci_hooks.linux import pci
+from oci_hooks.linux.instances import GONE, parse_instance, read_instance
 from oci_hooks.plan import DRIVER, Rebind
 from oci_hooks.system import step
 from oci_hooks.workers import Job, Result, Write, run_jobs
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from oci_hooks import cgroup
     from oci_hooks.claims import ClaimDirectory
-    from oci_hooks.instances import Instance
     from oci_hooks.journal import Entry, Journal
+    from oci_hooks.linux.instances import Instance
     from oci_hooks.nodes import Target
     from oci_hooks.system import Deadline, Root
 
@@ -58,17 +58,17 @@ def load_what_follows() -> None:
 
 def make_job(root: Root, address: str, instance: Instance, writes: Iterable[Write]) -> Job:
     """Return the writes to one device as a job that writes to no other."""
-    return Job(address, tuple(writes), root.host_path(f"{sysfs.PCI_DEVICES}/{address}"), instance.inode)
+    return Job(address, tuple(writes), root.host_path(f"{pci.PCI_DEVICES}/{address}"), instance.inode)
 
 
 def is_at(root: Root, address: str, instance: Instance) -> bool:
     """Check whether a device still is at its address: not unplugged, whatever has come there since."""
-    return instance.inode != 0 and sysfs.read_inode(root, f"{sysfs.PCI_DEVICES}/{address}") == instance.inode
+    return instance.inode != 0 and pci.read_inode(root, f"{pci.PCI_DEVICES}/{address}") == instance.inode
 
 
 def make_bind_writes(root: Root, rebind: Rebind) -> tuple[Write, ...]:
     """Return the writes that bind a function to vfio-pci (Documentation/ABI/testing/sysfs-bus-pci)."""
-    path = root.host_path(f"{sysfs.PCI_DEVICES}/{rebind.address}")
+    path = root.host_path(f"{pci.PCI_DEVICES}/{rebind.address}")
     override = Write(f"{path}/driver_override", f"{DRIVER}\n")
     # Also where there was no driver: one comes to a hot-plugged device some milliseconds after the device.
     # Its driver may have gone first, or the device.
@@ -98,7 +98,7 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
         raise StepError("bind-failed", address, f"no process to bind it: {os.strerror(result.code)}", hint)
     if result.code:
         raise StepError("bind-failed", address, f"{result.path}: {os.strerror(result.code)}", "see dmesg")
-    driver = sysfs.read_driver(root, address)
+    driver = pci.read_driver(root, address)
     if driver != DRIVER:
         driver = probe_again(root, rebind, deadline)
     if driver != DRIVER:
@@ -115,7 +115,7 @@ def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
 
     def probe() -> str:
         root.do(run_jobs, [make_job(root, address, rebind.instance, (make_probe_write(root, address),))], deadline)
-        return sysfs.read_driver(root, address)
+        return pci.read_driver(root, address)
 
     load_site_packages()
     try:
@@ -247,14 +247,14 @@ def restore_drivers(
     for address in dict.fromkeys(address for address, _ in before):
         try:
             found = read_instance(root, address)
-            override = sysfs.read_override(root, address) if found else ""
+            override = pci.read_override(root, address) if found else ""
         except OSError as error:
             problem, hint = f"can't be looked at: {error.strerror}", "the next hook on this machine tries again"
             findings.append(Finding("error", "restore-unstarted", address, problem, hint))
             continue
         if found is None:
             continue  # unplugged: nothing is left to put back
-        known, current = before.get((address, found)), sysfs.read_driver(root, address)
+        known, current = before.get((address, found)), pci.read_driver(root, address)
         if known is None:
             findings.append(explain_replaced(address, found))
         elif is_ours(known, override):
@@ -284,7 +284,7 @@ def is_ours(entry: Entry, override: str) -> bool:
 def make_restore_writes(root: Root, entry: Entry, current: str) -> Iterator[Write]:
     """Yield the writes that give a function back to the driver that it had. current: the one that it has."""
     address, driver, override = entry.words[:3]
-    path = root.host_path(f"{sysfs.PCI_DEVICES}/{address}")
+    path = root.host_path(f"{pci.PCI_DEVICES}/{address}")
     if current != driver:
         # Overridden by name, so that the driver comes back that was there, not the first that matches.
         if driver:
@@ -307,14 +307,14 @@ def explain_taken(entry: Entry, override: str) -> Finding:
     """Return the warning for a device whose override is not the hook's any more."""
     address, driver, before = entry.words[:3]
     problem = f"its driver_override is {override or 'unset'}, which is not the hook's: the device is left as it is"
-    path = f"{sysfs.PCI_DEVICES}/{address}/driver_override"
+    path = f"{pci.PCI_DEVICES}/{address}/driver_override"
     back = f"driverctl set-override {address} {driver}" if driver else f"echo '{before}' > {path}"
     return Finding("warning", "override-changed", address, problem, f"to put back how it was before: {back}")
 
 
 def fail_restore(address: str, problem: str) -> Finding:
     """Return the error for a device that was not put back."""
-    return Finding("error", "restore-failed", address, problem, f"see {sysfs.PCI_DEVICES}/{address}/driver_override")
+    return Finding("error", "restore-failed", address, problem, f"see {pci.PCI_DEVICES}/{address}/driver_override")
 
 
 def check_restored(root: Root, result: Result, entry: Entry) -> list[Finding]:
@@ -327,8 +327,8 @@ def check_restored(root: Root, result: Result, entry: Entry) -> list[Finding]:
         problem = f"no process to give it back to {driver or 'no driver'}: {os.strerror(result.code)}"
         hint = "see the limits on processes and open files; the next hook on this machine tries again"
         return [Finding("error", "restore-unstarted", address, problem, hint)]
-    path = f"{sysfs.PCI_DEVICES}/{address}"
-    current = sysfs.read_driver(root, address)
+    path = f"{pci.PCI_DEVICES}/{address}"
+    current = pci.read_driver(root, address)
     if not is_at(root, address, parse_instance(entry)) or (current == driver and not result.code):
         return []
     if current == driver:

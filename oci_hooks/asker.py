@@ -11,7 +11,7 @@ import os
 
 from oci_hooks import hypervisor as vmm
 from oci_hooks.frozen import Record
-from oci_hooks.holders import Process, list_ancestors, list_family, read_process
+from oci_hooks.linux.processes import Process, list_ancestors, list_family, read_process
 from oci_hooks.oci import find_annotation
 
 TYPE_CHECKING = False

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import apply, ownership, plan, selection, sysfs
+from oci_hooks import apply, ownership, plan, selection
 from oci_hooks.claims import Claim, ClaimDirectory, Owner, read_start_time, take_lock
 from oci_hooks.findings import Finding, HookError, InputError, Refusal, make_one_line
 from oci_hooks.frozen import Record
-from oci_hooks.guards import Uses
 from oci_hooks.homes import find_home
-from oci_hooks.instances import name_instance, parse_instance
 from oci_hooks.journal import HEADS
+from oci_hooks.linux import pci
+from oci_hooks.linux.instances import name_instance, parse_instance
+from oci_hooks.linux.usage import Uses
 from oci_hooks.modules import load_drivers
 from oci_hooks.oci import find_mappings
 from oci_hooks.signals import interruptible, reset_signals
@@ -24,9 +25,9 @@ from oci_hooks.system import Deadline, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.events import Listener
     from oci_hooks.guest_settings import GuestSettings
     from oci_hooks.journal import Entry, Journal
+    from oci_hooks.linux.uevents import Listener
     from oci_hooks.oci import Spec, State
     from oci_hooks.program import Call
     from oci_hooks.request import Request
@@ -154,7 +155,7 @@ def wait_for_claim(work: Work) -> tuple[Journal, plan.Plan]:
             claimed = claim_groups(work)
         except selection.NotYet as missing:
             if listener is None:
-                from oci_hooks.events import Listener
+                from oci_hooks.linux.uevents import Listener
 
                 try:
                     # Nothing is missed: it listens now, and the next look comes after.
@@ -214,9 +215,9 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
     """Return the groups for the container, from what the machine has now. Raises NotYet, Refusal."""
     settings = work.settings
     # Both have to say so: guest.toml for this hook, the kernel's switch for the whole guest.
-    noiommu = settings.allow_noiommu and work.root.read_text_or(sysfs.NOIOMMU_SWITCH, "N") == "Y"
-    picture, live = sysfs.look(work.root, noiommu, instances=True), sysfs.list_live_groups(work.root)
-    picture, live = sysfs.name_bare_groups(picture, live, noiommu)
+    noiommu = settings.allow_noiommu and work.root.read_text_or(pci.NOIOMMU_SWITCH, "N") == "Y"
+    picture, live = pci.look(work.root, noiommu, instances=True), pci.list_live_groups(work.root)
+    picture, live = pci.name_bare_groups(picture, live, noiommu)
     pool = selection.Pool(
         picture,
         ownership.find_owners(claims, picture, own_path(work)),
@@ -234,7 +235,7 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
     return tuple(choice.replace(drivers_before=before) for choice in choices)
 
 
-def is_there(picture: sysfs.Picture, entry: Entry) -> bool:
+def is_there(picture: pci.Picture, entry: Entry) -> bool:
     """Check whether the device that an entry notes is at its address, not another one."""
     device = picture.devices.get(entry.words[0])
     return device is not None and name_instance(device) == parse_instance(entry)

@@ -13,7 +13,7 @@ import os
 
 from oci_hooks.findings import StepError
 from oci_hooks.frozen import Record
-from oci_hooks.mounts import read_mounts
+from oci_hooks.linux.mounts import read_mounts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,19 +11,19 @@ import os
 
 from oci_hooks.asker import is_own, list_own_family
 from oci_hooks.findings import Finding
-from oci_hooks.groups import CDEV_CLASS
-from oci_hooks.holders import ask_kernel, find_holders, list_open_paths
+from oci_hooks.linux.pci import IOMMU_GROUPS, VFIO_CLASS
+from oci_hooks.linux.processes import ask_kernel, find_holders, list_open_paths
+from oci_hooks.linux.vfio import CDEV_CLASS
 from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX
-from oci_hooks.sysfs import IOMMU_GROUPS, VFIO_CLASS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from oci_hooks.asker import Asker
-    from oci_hooks.groups import Member, Target, VfioGroup
+    from oci_hooks.linux.pci import Picture
+    from oci_hooks.linux.vfio import Member, Target, VfioGroup
     from oci_hooks.oci import Spec, State
-    from oci_hooks.sysfs import Picture
     from oci_hooks.system import Deadline, Root
 
 IOMMUFD_NODE = "/dev/iommu"

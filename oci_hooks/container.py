@@ -16,7 +16,7 @@ import stat
 
 from oci_hooks.findings import StepError
 from oci_hooks.frozen import Record
-from oci_hooks.mounts import read_mounts
+from oci_hooks.linux.mounts import read_mounts
 from oci_hooks.system import DEFAULT_LIMIT, Descriptor, Root, read_file, tagged
 
 FOLLOW_NOTHING = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

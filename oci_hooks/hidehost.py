@@ -225,7 +225,7 @@ class Teller:
 
     def is_told_place(self, field: str) -> bool:
         """Tell whether a finding names a mount point, as it stands in mountinfo."""
-        from oci_hooks.mounts import unescape
+        from oci_hooks.linux.mounts import unescape
 
         return f"mounted on {unescape(field)}" in self.told
 

@@ -8,7 +8,7 @@ the kernel does not kill the other processes with it.
 from __future__ import annotations
 
 from oci_hooks.frozen import Record
-from oci_hooks.sysfs import read_inode
+from oci_hooks.linux.pci import read_inode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
     from oci_hooks.asker import Asker
     from oci_hooks.findings import Finding
-    from oci_hooks.groups import Target
     from oci_hooks.host_settings import HostSettings
+    from oci_hooks.linux.pci import Picture
+    from oci_hooks.linux.vfio import Target
     from oci_hooks.oci import Spec, State
     from oci_hooks.program import Call
-    from oci_hooks.sysfs import Picture
     from oci_hooks.system import Deadline, Root
 
 PROGRAM = "vfio-host-check"
@@ -105,8 +105,8 @@ def take_state(call: Call) -> State:
 def check_container(call: Call, root: Root, state: State, spec: Spec) -> int:
     """Check everything that a container with VFIO devices needs, and return the exit code."""
     from oci_hooks.asker import find_asker
-    from oci_hooks.groups import find_targets
-    from oci_hooks.sysfs import look
+    from oci_hooks.linux.pci import look
+    from oci_hooks.linux.vfio import find_targets
     from oci_hooks.verdict import choose_exit, excuse_privileged, settle
 
     settings = take_settings(call, root)

@@ -8,7 +8,7 @@ runtime-rs cmdline_generator.rs).
 from __future__ import annotations
 
 from oci_hooks.frozen import Record
-from oci_hooks.holders import Process, read_process
+from oci_hooks.linux.processes import Process, read_process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

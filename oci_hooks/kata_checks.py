@@ -22,10 +22,10 @@ from oci_hooks.system import tagged
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.asker import Asker
-    from oci_hooks.groups import Target
     from oci_hooks.hypervisor import Hypervisor
     from oci_hooks.kata_config import KataConfig, Setting
     from oci_hooks.kata_lookup import Found
+    from oci_hooks.linux.vfio import Target
     from oci_hooks.oci import Spec
     from oci_hooks.system import Root
 

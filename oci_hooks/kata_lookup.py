@@ -9,7 +9,6 @@ then the default places. What only the shim knows is taken from the files that t
 from __future__ import annotations
 
 from oci_hooks.frozen import Record
-from oci_hooks.holders import read_environment
 from oci_hooks.kata_config import (
     PATH_ANNOTATION,
     KataConfig,
@@ -18,6 +17,7 @@ from oci_hooks.kata_config import (
     load_config,
     make_place,
 )
+from oci_hooks.linux.processes import read_environment
 from oci_hooks.oci import is_name
 
 TYPE_CHECKING = False

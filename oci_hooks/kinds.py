@@ -6,10 +6,10 @@ from __future__ import annotations
 from oci_hooks.cgroup import Node, NodeProof
 from oci_hooks.claims import Claim
 from oci_hooks.findings import Finding
-from oci_hooks.holders import Process
 from oci_hooks.homes import Home
 from oci_hooks.journal import Entry, Journal
 from oci_hooks.kata_model import Problem
+from oci_hooks.linux.processes import Process
 from oci_hooks.notation import UNDO_LOG, open_nothing
 from oci_hooks.workers import Result
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import sysfs
 from oci_hooks.findings import StepError, make_one_line
+from oci_hooks.linux import pci
 from oci_hooks.system import read_pipe, tagged
 
 TYPE_CHECKING = False
@@ -37,7 +37,7 @@ def load_drivers(root: Root, deadline: Deadline) -> None:
 
 def list_missing(root: Root) -> list[str]:
     """Return which of the two modules are not there."""
-    missing = [] if root.exists(f"{sysfs.PCI_DRIVERS}/vfio-pci") else ["vfio-pci"]
+    missing = [] if root.exists(f"{pci.PCI_DRIVERS}/vfio-pci") else ["vfio-pci"]
     # It has parameters, so that sysfs shows it when it is built in, too.
     return missing + ([] if root.exists("/sys/module/vfio_iommu_type1") else ["vfio_iommu_type1"])
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import cgroup, container, sysfs
+from oci_hooks import cgroup, container
 from oci_hooks.findings import StepError
 from oci_hooks.frozen import Record
+from oci_hooks.linux import pci
 from oci_hooks.plan import MAP_PATH
 from oci_hooks.system import step
 
@@ -62,7 +63,7 @@ def find_place(root: Root, node: Node) -> Place:
         return find_group_place(root, node.subject)
     if node.kind == "iommu":
         return Place("", "iommu", read_numbers(root, "/sys/class/misc/iommu", "/dev/iommu"))
-    names = root.list_names(f"{sysfs.PCI_DEVICES}/{node.subject}/vfio-dev")
+    names = root.list_names(f"{pci.PCI_DEVICES}/{node.subject}/vfio-dev")
     name = names[0] if names else "vfio?"
     return Place("vfio/devices", name, read_numbers(root, f"/sys/class/vfio-dev/{name}", f"cdev of {node.subject}"))
 
@@ -73,13 +74,13 @@ def find_group_place(root: Root, group: str) -> Place:
     vfio's no-IOMMU mode gives a device a group, named vfio-noiommu, when it is bound, and calls the node noiommu-N.
     """
     name = group
-    if group.startswith(sysfs.NOIOMMU_GROUP):
-        address = group[len(sysfs.NOIOMMU_GROUP) :]
-        name = root.link_name(f"{sysfs.PCI_DEVICES}/{address}/iommu_group") or group
-    if root.read_text_or(f"{sysfs.IOMMU_GROUPS}/{name}/name", "") == sysfs.NOIOMMU_NAME:
-        name = sysfs.NOIOMMU_PREFIX + name
-    numbers = sysfs.read_group_number(root, name)
-    if numbers is None and name.isdigit() and not root.exists(f"{sysfs.IOMMU_GROUPS}/{name}"):
+    if group.startswith(pci.NOIOMMU_GROUP):
+        address = group[len(pci.NOIOMMU_GROUP) :]
+        name = root.link_name(f"{pci.PCI_DEVICES}/{address}/iommu_group") or group
+    if root.read_text_or(f"{pci.IOMMU_GROUPS}/{name}/name", "") == pci.NOIOMMU_NAME:
+        name = pci.NOIOMMU_PREFIX + name
+    numbers = pci.read_group_number(root, name)
+    if numbers is None and name.isdigit() and not root.exists(f"{pci.IOMMU_GROUPS}/{name}"):
         problem = "its devices were unplugged while they were being bound"
         raise StepError("device-gone", f"group {group}", problem, "start the container again")
     if numbers is None:
@@ -90,7 +91,7 @@ def find_group_place(root: Root, group: str) -> Place:
 
 def read_numbers(root: Root, path: str, subject: str) -> tuple[int, int]:
     """Return major and minor of a device in sysfs. Raises StepError [no-cdev]."""
-    numbers = sysfs.read_numbers(root, path)
+    numbers = pci.read_numbers(root, path)
     if numbers is None:
         problem = "this kernel has no VFIO device nodes of iommufd"
         hint = "Linux 6.6 with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV has; or take cdev out of the annotation"

@@ -10,8 +10,8 @@ from oci_hooks.homes import find_home
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.claims import Claim, Owner
+    from oci_hooks.linux.pci import Picture
     from oci_hooks.oci import State
-    from oci_hooks.sysfs import Picture
     from oci_hooks.system import Root
 
 UNREADABLE_HINT = "end its container, give its devices back by hand (driverctl unset-override), and remove the file"

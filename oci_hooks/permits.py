@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import container, nodes, permission, sysfs
+from oci_hooks import container, nodes, permission
 from oci_hooks.findings import Finding, Refusal, StepError
 from oci_hooks.homes import list_processes
-from oci_hooks.instances import parse_instance, read_instance
 from oci_hooks.journal import parse_journal
+from oci_hooks.linux import pci
+from oci_hooks.linux.instances import parse_instance, read_instance
 from oci_hooks.system import step
 
 TYPE_CHECKING = False
@@ -80,7 +81,7 @@ def check_alone(root: Root, place: Cgroup, others: Iterable[Claim]) -> None:
     for claim in others:
         home = claim.home
         homes = ((home.unified, home.unified_inode), (home.devices, home.devices_inode))
-        common = {path for path, inode in homes if path and inode in (0, sysfs.read_inode(root, path))}
+        common = {path for path, inode in homes if path and inode in (0, pci.read_inode(root, path))}
         if own and common.issuperset(own):
             problem = f"is the cgroup of container {claim.container} too, which would be permitted the same"
             raise StepError("permit-failed", own[0], problem, "give each container a cgroup of its own (cgroupsPath)")
@@ -162,8 +163,8 @@ def check_own(root: Root, entries: Iterable[Entry], made: Iterable[Node]) -> Non
             raise explain_gone(entry.words[0])
     for node in made:
         name = node.name.rpartition("/")[2]
-        place = f"/sys/class/vfio-dev/{name}" if node.name.startswith(CDEV_DIRECTORY) else f"{sysfs.VFIO_CLASS}/{name}"
-        if sysfs.read_numbers(root, place) != (node.major, node.minor):
+        place = f"/sys/class/vfio-dev/{name}" if node.name.startswith(CDEV_DIRECTORY) else f"{pci.VFIO_CLASS}/{name}"
+        if pci.read_numbers(root, place) != (node.major, node.minor):
             raise explain_gone(f"/dev/{node.name}")
 
 
@@ -307,7 +308,7 @@ def drop_replaced(root: Root, grant: Grant, home: Home | None) -> Grant:
     """
     if home is None or not home.devices_inode:
         return grant
-    gone = sysfs.read_inode(root, home.devices) not in (0, home.devices_inode)
+    gone = pci.read_inode(root, home.devices) not in (0, home.devices_inode)
     kept = [widening for widening in grant.devices if not (gone and widening.path == home.devices)]
     return grant.replace(devices=tuple(kept))
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from oci_hooks.findings import Refusal
 from oci_hooks.frozen import Record
-from oci_hooks.instances import Instance, name_instance
+from oci_hooks.linux.instances import Instance, name_instance
+from oci_hooks.linux.pci import NOIOMMU_GROUP, read_override
 from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX, map_id
-from oci_hooks.sysfs import NOIOMMU_GROUP, read_override
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from oci_hooks.linux.pci import PciDevice
     from oci_hooks.oci import Device, Spec
     from oci_hooks.selection import Choice
-    from oci_hooks.sysfs import PciDevice
     from oci_hooks.system import Root
 
 DRIVER = "vfio-pci"

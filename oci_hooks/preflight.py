@@ -9,22 +9,22 @@ from __future__ import annotations
 from oci_hooks import checks
 from oci_hooks.findings import Finding, InputError
 from oci_hooks.frozen import Record
-from oci_hooks.groups import Target, list_groups, read_group
-from oci_hooks.holders import list_open_paths, list_pids, read_process
+from oci_hooks.linux.pci import look
+from oci_hooks.linux.processes import list_open_paths, list_pids, read_process
+from oci_hooks.linux.vfio import Target, list_groups, read_group
 from oci_hooks.log import write_stdout
 from oci_hooks.oci import GROUP_PREFIX, Device, State
-from oci_hooks.sysfs import look
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.groups import Member, VfioGroup
-    from oci_hooks.holders import Process
     from oci_hooks.host_settings import HostSettings
     from oci_hooks.kata_checks import KataView
+    from oci_hooks.linux.pci import Picture
+    from oci_hooks.linux.processes import Process
+    from oci_hooks.linux.vfio import Member, VfioGroup
     from oci_hooks.program import Call
-    from oci_hooks.sysfs import Picture
     from oci_hooks.system import Deadline, Root
 
 # Base classes of PCI functions (pci.ids), as far as a person looks for them here.

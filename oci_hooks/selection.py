@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from oci_hooks.findings import Refusal
 from oci_hooks.frozen import Record
+from oci_hooks.linux.pci import NOIOMMU_GROUP, NOIOMMU_PREFIX
 from oci_hooks.oci import DEVICES_ANNOTATION
-from oci_hooks.sysfs import NOIOMMU_GROUP, NOIOMMU_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from oci_hooks.linux.pci import IommuGroup, PciDevice, Picture
     from oci_hooks.oci import Device
     from oci_hooks.request import Request, Selector
-    from oci_hooks.sysfs import IommuGroup, PciDevice, Picture
 
 LIST_HINT = "see what there is with: lspci -Dnnk"
 VIOMMU_HINT = (

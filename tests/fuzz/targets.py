@@ -22,34 +22,30 @@ from oci_hooks import (
     cgroup,
     claims,
     device_list,
-    guards,
     hidehost,
     journal,
     kata_config,
-    mounts,
-    netlink,
     notation,
     oci,
-    openers,
     privacy,
     recordfile,
     request,
     schema,
     settings,
-    sysfs,
 )
 from oci_hooks.bounds import RecordError
 from oci_hooks.findings import Finding, HookError, InputError
-from oci_hooks.holders import Process
 from oci_hooks.hypervisor import read_clh, read_qemu
-from oci_hooks.instances import parse_instance
 from oci_hooks.json_input import parse_json
 from oci_hooks.kinds import KINDS
+from oci_hooks.linux import mounts, netlink, openers, pci, usage
+from oci_hooks.linux.instances import parse_instance
+from oci_hooks.linux.processes import Process
 from oci_hooks.permission import parse_grant
 from oci_hooks.system import Deadline, Root, name_tag
 
 ADDRESS = "0000:01:00.0"
-DEVICE = f"{sysfs.PCI_DEVICES}/{ADDRESS}"
+DEVICE = f"{pci.PCI_DEVICES}/{ADDRESS}"
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Deeper than this no two JSON readers agree on whether they can read it.
 DEEPEST = 100
@@ -260,17 +256,17 @@ def fuzz_sysfs(data: bytes) -> None:
     files = {
         f"{DEVICE}/uevent": uevent,
         f"{DEVICE}/driver_override": override,
-        f"{sysfs.VFIO_CLASS}/4/dev": group,
+        f"{pci.VFIO_CLASS}/4/dev": group,
         f"{DEVICE}/sriov_numvfs": numvfs,
         f"{DEVICE}/boot_vga": vga,
         "/proc/self/mountinfo": b"",
     }
     links = {f"{DEVICE}/iommu_group": "../../../kernel/iommu_groups/4", DEVICE: "../../../devices/pci0000:01/x"}
     root = MemoryRoot(files, links)
-    picture = sysfs.look(root)
-    sysfs.list_live_groups(root)
-    sysfs.read_override(root, ADDRESS)
-    uses = guards.Uses(root, Deadline(1))
+    picture = pci.look(root)
+    pci.list_live_groups(root)
+    pci.read_override(root, ADDRESS)
+    uses = usage.Uses(root, Deadline(1))
     for device in picture.devices.values():
         uses.find(device)
 
@@ -289,7 +285,7 @@ def fuzz_proc(data: bytes) -> None:
     }
     root = MemoryRoot(files)
     mounts.read_mounts(root)
-    guards.look_at_usage(root)
+    usage.look_at_usage(root)
     openers.find_consoles(root, {"char 4:68": "/sys/devices/x/tty/ttyS4"})
     for name in openers.list_mapped("/nonexistent", maps, {}):
         assert openers.RESOURCE in name

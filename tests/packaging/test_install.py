@@ -125,7 +125,7 @@ def test_an_upgrade_keeps_settings_and_nothing_old(dist: Path, installed: MakeRo
         control = tree / "DEBIAN/control"
         control.write_text(control.read_text().replace(f"{__version__}-1", f"{__version__}-2"))
         # A module that the newer version does not have any more.
-        for path in tree.rglob("oci_hooks/events.py"):
+        for path in tree.rglob("oci_hooks/linux/uevents.py"):
             path.unlink()
         subprocess.run(["dpkg-deb", "--root-owner-group", "-Zgzip", "-b", tree, newer], check=True, capture_output=True)
     root = Root(root.layers, root.changes, ((newer, "/mnt/newer"),))

@@ -22,7 +22,7 @@ from tempfile import TemporaryFile
 from typing import Any, Callable, TypeVar
 
 from oci_hooks import cgroup, guest, log, oci, program, proof, record, system, workers
-from oci_hooks.sysfs import PCI_DEVICES
+from oci_hooks.linux.pci import PCI_DEVICES
 from oci_hooks.system import NotingRoot
 from tests.steps import CHANGES
 from tests.unit.machine import Machine

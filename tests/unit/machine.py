@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oci_hooks.instances import read_instance
-from oci_hooks.sysfs import PCI_DEVICES, Picture, look
+from oci_hooks.linux.instances import read_instance
+from oci_hooks.linux.pci import PCI_DEVICES, Picture, look
 from oci_hooks.system import Root
 
 NIC = "0000:01:00.0"

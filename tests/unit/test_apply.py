@@ -15,11 +15,11 @@ import pytest
 
 from oci_hooks import apply, permission, workers
 from oci_hooks.findings import Finding, StepError
-from oci_hooks.instances import Instance, read_instance
 from oci_hooks.journal import Entry, Journal, parse_journal
+from oci_hooks.linux.instances import Instance, read_instance
+from oci_hooks.linux.pci import PCI_DEVICES
 from oci_hooks.permission import Grant, Widening
 from oci_hooks.plan import Rebind
-from oci_hooks.sysfs import PCI_DEVICES
 from oci_hooks.system import Deadline
 from tests.unit.machine import NIC, Machine
 

@@ -16,15 +16,16 @@ from typing import Any, cast
 
 import pytest
 
-from oci_hooks import apply, binding, oci, selection, sysfs
+from oci_hooks import apply, binding, oci, selection
 from oci_hooks.claims import STATE_DIRECTORY, Claim, ClaimDirectory, Owner
 from oci_hooks.findings import Finding, HookError, Refusal
 from oci_hooks.guest_settings import GuestSettings
 from oci_hooks.journal import Journal
+from oci_hooks.linux import pci
+from oci_hooks.linux.pci import PCI_DEVICES
 from oci_hooks.program import Arguments, Call
 from oci_hooks.request import read_request
 from oci_hooks.signals import Interrupted, interruptible
-from oci_hooks.sysfs import PCI_DEVICES
 from oci_hooks.system import Deadline, Root
 from tests.unit.machine import NIC, Machine
 from tests.unit.test_claims import STAT, make_claim
@@ -382,7 +383,7 @@ def make_bare_machine(tmp_path: Path) -> Machine:
     machine.add(BOUND, driver="vfio-pci", group="5")
     machine.add_group_node("noiommu-5", "511:5")
     machine.add(FREE, driver="e1000e")
-    machine.write(sysfs.NOIOMMU_SWITCH, "Y\n")
+    machine.write(pci.NOIOMMU_SWITCH, "Y\n")
     machine.write("/proc/self/mountinfo", "22 1 0:21 / / rw - 9p root rw\n")
     return machine
 
@@ -428,6 +429,6 @@ def test_a_device_that_somebody_bound_without_an_iommu_is_not_taken_unless_allow
 ) -> None:
     with pytest.raises(Refusal, match=r"\[viommu-off\] " + BOUND):
         choose(bare, *asked, allowed=False)
-    bare.write(sysfs.NOIOMMU_SWITCH, "N\n")
+    bare.write(pci.NOIOMMU_SWITCH, "N\n")
     with pytest.raises(Refusal, match=r"\[viommu-off\] " + BOUND):
         choose(bare, *asked)

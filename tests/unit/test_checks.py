@@ -12,11 +12,11 @@ import pytest
 from oci_hooks import checks
 from oci_hooks.asker import Asker
 from oci_hooks.findings import Finding
-from oci_hooks.groups import Target, find_targets, list_cdevs
-from oci_hooks.holders import Process
 from oci_hooks.hypervisor import Hypervisor
+from oci_hooks.linux.pci import look
+from oci_hooks.linux.processes import Process
+from oci_hooks.linux.vfio import Target, find_targets, list_cdevs
 from oci_hooks.oci import Spec
-from oci_hooks.sysfs import look
 from oci_hooks.system import Deadline
 from tests.unit.host_tree import HostTree, codes, make_spec, make_state
 
@@ -441,7 +441,7 @@ def test_attached_is_what_the_hypervisor_has_open(tree: HostTree) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a device that can be opened")
 def test_a_node_that_is_no_group_says_nothing() -> None:
-    from oci_hooks.holders import ask_kernel
+    from oci_hooks.linux.processes import ask_kernel
     from oci_hooks.system import Root
 
     assert ask_kernel(Root(), "/dev/null") == "unknown"

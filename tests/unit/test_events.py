@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from oci_hooks.events import Listener
 from oci_hooks.findings import StepError
+from oci_hooks.linux.uevents import Listener
 
 pytestmark = pytest.mark.unit
 

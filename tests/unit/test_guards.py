@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from oci_hooks import blocks, sysfs
-from oci_hooks.guards import Uses
-from oci_hooks.mounts import Mount, read_mounts
+from oci_hooks.linux import block_devices, pci
+from oci_hooks.linux.mounts import Mount, read_mounts
+from oci_hooks.linux.usage import Uses
 from oci_hooks.system import Deadline, Root, name_tag
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Tree:
 
     def find(self, address: str) -> list[str]:
         """Return the uses of one function."""
-        device = sysfs.read_device(self.root, address)
+        device = pci.read_device(self.root, address)
         assert device is not None
         return Uses(self.root, Deadline(60)).find(device)
 
@@ -296,7 +296,7 @@ def test_what_is_below_a_loop_device_is_the_kernels_word(
         asked.append(path)
         return os.makedev(*backing)
 
-    monkeypatch.setattr(blocks, "ask_backing", ask_backing)
+    monkeypatch.setattr(block_devices, "ask_backing", ask_backing)
     assert tree.find(NVME) == ([f"holds /dev/nvme0n1p2, {use}"] if use else [])
     assert asked == [f"{tree.top}/dev/loop0"]
 
@@ -501,7 +501,7 @@ def test_the_machine_is_looked_at_once(tree: Tree, disk: str, monkeypatch: pytes
         return real(root, path)
 
     monkeypatch.setattr(Root, "list_names", list_names)
-    picture = sysfs.look(tree.root)
+    picture = pci.look(tree.root)
     uses = Uses(tree.root, Deadline(60))
     assert "/sys/class/block" not in listed
     for device in picture.devices.values():

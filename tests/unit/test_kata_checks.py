@@ -11,14 +11,14 @@ import pytest
 from oci_hooks import kata_checks
 from oci_hooks.asker import Asker
 from oci_hooks.findings import Finding
-from oci_hooks.groups import Member, Target, VfioGroup
-from oci_hooks.holders import Process
 from oci_hooks.hypervisor import Hypervisor
 from oci_hooks.kata_config import Place, load_config
 from oci_hooks.kata_lookup import Found
 from oci_hooks.kata_model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
+from oci_hooks.linux.pci import PciDevice
+from oci_hooks.linux.processes import Process
+from oci_hooks.linux.vfio import Member, Target, VfioGroup
 from oci_hooks.oci import Device
-from oci_hooks.sysfs import PciDevice
 from oci_hooks.system import Root
 from tests.unit.host_tree import HostTree, codes, make_spec
 

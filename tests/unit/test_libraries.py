@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.sysfs import look
+from oci_hooks.linux.pci import look
 from oci_hooks.system import Root
 
 pytestmark = [pytest.mark.unit, pytest.mark.skipif(os.geteuid() != 0, reason="hides a library by a mount")]

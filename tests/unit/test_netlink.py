@@ -8,8 +8,8 @@ import struct
 
 import pytest
 
-from oci_hooks import netlink
-from oci_hooks.netlink import Found, name_found, read_dump
+from oci_hooks.linux import netlink
+from oci_hooks.linux.netlink import Found, name_found, read_dump
 
 pytestmark = pytest.mark.unit
 

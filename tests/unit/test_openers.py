@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import openers
-from oci_hooks.openers import DESCRIPTORS, MAPPINGS, RESOURCES, list_openers
+from oci_hooks.linux import openers
+from oci_hooks.linux.openers import DESCRIPTORS, MAPPINGS, RESOURCES, list_openers
 from tests.unit.test_guards import NIC, NVME, Tree
 
 pytestmark = pytest.mark.unit
@@ -383,8 +383,8 @@ def test_what_was_not_looked_at_is_not_free(
 
 
 def test_processes_are_looked_at_once_and_only_if_there_is_a_node(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    from oci_hooks import sysfs
-    from oci_hooks.guards import Uses
+    from oci_hooks.linux import pci
+    from oci_hooks.linux.usage import Uses
     from oci_hooks.system import Deadline
 
     asked: list[int] = []
@@ -400,7 +400,7 @@ def test_processes_are_looked_at_once_and_only_if_there_is_a_node(tree: Tree, mo
 
     def look(*addresses: str) -> None:
         for address in addresses:
-            device = sysfs.read_device(tree.root, address)
+            device = pci.read_device(tree.root, address)
             assert device is not None
             uses.find(device)
 

@@ -15,7 +15,7 @@ from oci_hooks.claims import Claim, ClaimDirectory, Owner
 from oci_hooks.findings import StepError
 from oci_hooks.homes import Home
 from oci_hooks.journal import Entry
-from oci_hooks.sysfs import PCI_DEVICES
+from oci_hooks.linux.pci import PCI_DEVICES
 from oci_hooks.system import Deadline
 from tests.unit.machine import NIC, Machine
 from tests.unit.test_binding import CGROUPS, bind, make_state, start_process

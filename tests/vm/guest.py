@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """For tests inside the machine: find devices, look at and change their drivers, reach QEMU from inside.
 
-Written on its own, not with oci_hooks.sysfs: a test that reads with the code it tests sees what that code sees.
+Written on its own, not with oci_hooks.linux.pci: a test that reads with the code it tests sees what that code sees.
 """
 
 from __future__ import annotations

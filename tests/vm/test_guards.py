@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import sysfs
-from oci_hooks.guards import Uses
+from oci_hooks.linux import pci
+from oci_hooks.linux.usage import Uses
 from oci_hooks.system import Deadline, Root
 from tests.vm import devices, guest
 
@@ -31,7 +31,7 @@ def run(*command: str | Path, check: bool = True) -> str:
 
 def find(address: str) -> list[str]:
     """Return the uses of a device now."""
-    device = sysfs.read_device(ROOT, address)
+    device = pci.read_device(ROOT, address)
     assert device is not None
     return Uses(ROOT, Deadline(60)).find(device)
 

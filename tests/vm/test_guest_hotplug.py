@@ -89,7 +89,7 @@ def test_device_comes_while_the_hook_waits(containers: Containers) -> None:
 
     thread = Thread(target=plug_when_it_waits)
     thread.start()
-    waits = before_step("oci_hooks.events", "Listener.wait", lambda: os.write(writer, b"w"))
+    waits = before_step("oci_hooks.linux.uevents", "Listener.wait", lambda: os.write(writer, b"w"))
     with no_udev(), calls.settings("deadline = 60"):
         done = calls.fork_hook(state, prepare=waits)
         ended = time.monotonic()

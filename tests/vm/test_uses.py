@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import netlink, sysfs
-from oci_hooks.guards import Uses
+from oci_hooks.linux import netlink, pci
+from oci_hooks.linux.usage import Uses
 from oci_hooks.system import Deadline, Root
 from tests.vm import calls, devices, guest
 from tests.vm.bundles import Containers
@@ -33,7 +33,7 @@ def run(*command: str | Path) -> str:
 
 def find(address: str, seconds: float = 60) -> list[str]:
     """Return the uses of a device now."""
-    device = sysfs.read_device(Root(), address)
+    device = pci.read_device(Root(), address)
     assert device is not None
     return Uses(Root(), Deadline(seconds)).find(device)
 

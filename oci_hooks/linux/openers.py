@@ -11,8 +11,8 @@ import os
 import stat
 import time
 
-from oci_hooks.holders import Process, read_program, read_status
-from oci_hooks.sysfs import PCI_DEVICES
+from oci_hooks.linux.pci import PCI_DEVICES
+from oci_hooks.linux.processes import Process, read_program, read_status
 from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from oci_hooks.sysfs import PciDevice
+    from oci_hooks.linux.pci import PciDevice
     from oci_hooks.system import Deadline, Root
 
 SYS_DEV = "/sys/dev"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import errno
 
 from oci_hooks.frozen import Record
-from oci_hooks.sysfs import PCI_DEVICES, parse_ids, parse_uevent
+from oci_hooks.linux.pci import PCI_DEVICES, parse_ids, parse_uevent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.journal import Entry
-    from oci_hooks.sysfs import PciDevice
+    from oci_hooks.linux.pci import PciDevice
     from oci_hooks.system import Root
 
 # A device that was unplugged: before its directory is opened, and after.

@@ -2,23 +2,23 @@
 """What makes a PCI function off-limits: it is in use, or the machine stands on it. Reading only.
 
 What is a use is the kernel's answer as far as it gives one: every device node below the function that a process has
-open (openers.py), every address and route (netlink.py), each block device that is made of another (blocks.py).
+open (linux/openers.py), every address and route (linux/netlink.py), each block device that is made of another (linux/block_devices.py).
 Sources: Documentation/ABI (sysfs-block, sysfs-class-net, sysfs-bus-pci), proc(5).
 """
 
 from __future__ import annotations
 
-from oci_hooks import netlink
-from oci_hooks.blocks import BLOCK_CLASS, describe_holder, name_block, read_loops
 from oci_hooks.frozen import Record
-from oci_hooks.mounts import parse_mounts, unescape
-from oci_hooks.openers import SHARED, Openers, read_nodes
-from oci_hooks.sysfs import PCI_DEVICES
+from oci_hooks.linux import netlink
+from oci_hooks.linux.block_devices import BLOCK_CLASS, describe_holder, name_block, read_loops
+from oci_hooks.linux.mounts import parse_mounts, unescape
+from oci_hooks.linux.openers import SHARED, Openers, read_nodes
+from oci_hooks.linux.pci import PCI_DEVICES
 from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.sysfs import PciDevice
+    from oci_hooks.linux.pci import PciDevice
     from oci_hooks.system import Deadline, Root
 
 NET_CLASS = "/sys/class/net"

@@ -9,8 +9,7 @@ Documentation/driver-api/vfio.rst, ABI/testing/sysfs-kernel-iommu_groups and sys
 from __future__ import annotations
 
 from oci_hooks.frozen import Record
-from oci_hooks.oci import CDEV_PREFIX, GROUP_PREFIX
-from oci_hooks.sysfs import (
+from oci_hooks.linux.pci import (
     IOMMU_GROUPS,
     NOIOMMU_NAME,
     NOIOMMU_PREFIX,
@@ -22,11 +21,12 @@ from oci_hooks.sysfs import (
     read_group_number,
     read_numbers,
 )
+from oci_hooks.oci import CDEV_PREFIX, GROUP_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from oci_hooks.linux.pci import PciDevice
     from oci_hooks.oci import Device
-    from oci_hooks.sysfs import PciDevice
     from oci_hooks.system import Root
 
 CDEV_CLASS = "/sys/class/vfio-dev"
