@@ -91,7 +91,7 @@ PATH_OPTIONS = ("bundle", "b", "config", "f")
 OTHER_PROPERTIES = f"{LEFT_OUT}={LEFT_OUT}"
 STATUS_LINE = re.compile(r"[A-Za-z_]+:[\s\d]*", re.ASCII)
 KIND_OF_FILE_SYSTEM = re.compile(r"[a-z0-9_]{1,20}", re.ASCII)
-# Options of a mount that the hooks read (cgroup.py), or that say nothing.
+# Options of a mount that the hooks read (guest/apply/cgroup.py), or that say nothing.
 MOUNT_OPTIONS = ("rw", "ro", "devices")
 
 

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from oci_hooks.cgroup import Node, NodeProof
-from oci_hooks.claims import Claim
 from oci_hooks.findings import Finding
-from oci_hooks.homes import Home
-from oci_hooks.journal import Entry, Journal
+from oci_hooks.guest.apply.cgroup import Node, NodeProof
+from oci_hooks.guest.apply.sysfs_writer import Result
+from oci_hooks.guest.claims import Claim
+from oci_hooks.guest.homes import Home
+from oci_hooks.guest.undo_log import Entry, Journal
 from oci_hooks.kata_model import Problem
 from oci_hooks.linux.processes import Process
 from oci_hooks.notation import UNDO_LOG, open_nothing
-from oci_hooks.workers import Result
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import os.path
 import re
 
 from oci_hooks import hidewords
+from oci_hooks.guest.request import normalize_address
 from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, hide_kernel, hide_text
 from oci_hooks.kata_config import PATH_ANNOTATION
 from oci_hooks.kata_model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.oci import CONTROL_NODE, is_name
-from oci_hooks.request import normalize_address
 from oci_hooks.verdict import HOST_ONLY_NODES
 
 TYPE_CHECKING = False

@@ -39,7 +39,7 @@ RUNTIMES = ("runc", "crun", "youki", "kata-agent", "kata-runtime", "containerd-s
 def read_setting(call: Call) -> str:
     """Return the setting `record` for a run that failed before it came to its settings; "" where they are unusable."""
     from oci_hooks.findings import InputError
-    from oci_hooks.guest_settings import read_guest_settings
+    from oci_hooks.guest.settings import read_guest_settings
     from oci_hooks.host_settings import read_host_settings
     from oci_hooks.system import Root
 

@@ -233,7 +233,7 @@ def find_work(program: str) -> Callable[[Call], int]:
         from oci_hooks.host import work as check
 
         return check
-    from oci_hooks.guest import work as bind
+    from oci_hooks.guest.hook import work as bind
 
     return bind
 

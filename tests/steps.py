@@ -23,8 +23,8 @@ from typing import Any, Callable
 PR_SET_CHILD_SUBREAPER = 36
 CHANGES = {
     "os": ("write", "mknod", "unlink", "mkdir", "rmdir", "rename", "chown", "ftruncate"),
-    "oci_hooks.bpf": ("load_program", "replace_program"),
-    "oci_hooks.namespaces": ("call",),
+    "oci_hooks.guest.apply.bpf": ("load_program", "replace_program"),
+    "oci_hooks.guest.apply.mount_ns": ("call",),
 }
 COUNT, LEADER, FIRED = slice(0, 8), slice(8, 16), slice(16, 24)
 

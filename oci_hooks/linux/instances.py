@@ -15,7 +15,7 @@ from oci_hooks.linux.pci import PCI_DEVICES, parse_ids, parse_uevent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.journal import Entry
+    from oci_hooks.guest.undo_log import Entry
     from oci_hooks.linux.pci import PciDevice
     from oci_hooks.system import Root
 

@@ -17,31 +17,18 @@ from typing import Any, Callable
 
 import jsonschema
 
-from oci_hooks import (
-    bpf,
-    cgroup,
-    claims,
-    device_list,
-    hidehost,
-    journal,
-    kata_config,
-    notation,
-    oci,
-    privacy,
-    recordfile,
-    request,
-    schema,
-    settings,
-)
+from oci_hooks import hidehost, kata_config, notation, oci, privacy, recordfile, schema, settings
 from oci_hooks.bounds import RecordError
 from oci_hooks.findings import Finding, HookError, InputError
+from oci_hooks.guest import claims, request, undo_log
+from oci_hooks.guest.apply import bpf, cgroup, device_list
+from oci_hooks.guest.apply.permission import parse_grant
 from oci_hooks.hypervisor import read_clh, read_qemu
 from oci_hooks.json_input import parse_json
 from oci_hooks.kinds import KINDS
 from oci_hooks.linux import mounts, netlink, openers, pci, usage
 from oci_hooks.linux.instances import parse_instance
 from oci_hooks.linux.processes import Process
-from oci_hooks.permission import parse_grant
 from oci_hooks.system import Deadline, Root, name_tag
 
 ADDRESS = "0000:01:00.0"
@@ -198,7 +185,7 @@ def fuzz_map(data: bytes) -> None:
 
 def fuzz_settings(data: bytes) -> None:
     """guest.toml and host.toml: what is taken is what the schema takes; a plain text is to tomllib what it is here."""
-    from oci_hooks.guest_settings import GUEST_SETTINGS, read_guest_settings
+    from oci_hooks.guest.settings import GUEST_SETTINGS, read_guest_settings
     from oci_hooks.host_settings import HOST_SETTINGS, read_host_settings
     from oci_hooks.plain_toml import read_plain
 
@@ -312,14 +299,14 @@ def fuzz_devices_list(data: bytes) -> None:
 
 def fuzz_journal(data: bytes) -> None:
     """A claim: whatever lies there is read as some entries, and a hook makes of them what it can."""
-    entries = journal.parse_journal(data)
+    entries = undo_log.parse_journal(data)
     claim = claims.make_claim("/run/claims/c%20", entries, False)
     claims.ClaimDirectory("/run").find_problem(claim, data)
     for entry in entries:
         if entry.kind == "device":
             parse_instance(entry)
-        line = journal.format_entry(entry.kind, *entry.words)
-        assert journal.parse_journal(line) == [entry]
+        line = undo_log.format_entry(entry.kind, *entry.words)
+        assert undo_log.parse_journal(line) == [entry]
         if entry.kind == "permit":
             try:
                 parse_grant(entry)

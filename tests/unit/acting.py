@@ -21,7 +21,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Callable, TypeVar
 
-from oci_hooks import cgroup, guest, log, oci, program, proof, record, system, workers
+from oci_hooks import log, oci, program, record, system
+from oci_hooks.guest import hook as guest_hook
+from oci_hooks.guest.apply import cgroup, proof, sysfs_writer
 from oci_hooks.linux.pci import PCI_DEVICES
 from oci_hooks.system import NotingRoot
 from tests.steps import CHANGES
@@ -37,7 +39,7 @@ CALLS = ("open", "fork", "pipe")
 # As they were before a test wrapped them (tests/steps.py): what the kernel does is no step of the hook.
 UNWRAPPED = {name: getattr(os, name) for name in (*CHANGES["os"], *CALLS)}
 # What changes something on this machine, and all that the hook asks the system for besides.
-CHANGING = {**CHANGES, "oci_hooks.workers": ("write_attribute",)}
+CHANGING = {**CHANGES, "oci_hooks.guest.apply.sysfs_writer": ("write_attribute",)}
 STEPS = {**CHANGING, "os": (*CHANGES["os"], *CALLS)}
 
 
@@ -250,10 +252,10 @@ class ActingMachine(Machine):
 
     def enter(self) -> None:
         """Make this process one on this machine."""
-        setattr(workers, "write_attribute", self.kernel.write_attribute)  # noqa: B010
+        setattr(sysfs_writer, "write_attribute", self.kernel.write_attribute)  # noqa: B010
         setattr(proof, "try_node", answer_open)  # noqa: B010
         # Where so many are at work at once, the usual time may be short.
-        setattr(guest, "SECONDS", 20.0)  # noqa: B010
+        setattr(guest_hook, "SECONDS", 20.0)  # noqa: B010
         setattr(system.Deadline, "extend", lambda *_: None)  # noqa: B010
         setattr(log, "write_kmsg", lambda *_: None)  # noqa: B010
         setattr(program, "NotingRoot", self.make_root)  # noqa: B010

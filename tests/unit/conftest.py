@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from oci_hooks import proof, workers
+from oci_hooks.guest.apply import proof, sysfs_writer
 
 settings.register_profile("unit", deadline=None, derandomize="OCI_VFIO_FULL" not in os.environ)
 settings.load_profile("unit")
@@ -30,5 +30,5 @@ def garbage_is_collected() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def time_to_die(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give a killed child more time to end: where others are at work too, a tenth of a second may not be enough."""
-    for module in (proof, workers):
+    for module in (proof, sysfs_writer):
         monkeypatch.setattr(module, "KILL_SECONDS", 5.0)

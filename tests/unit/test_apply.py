@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import apply, permission, workers
 from oci_hooks.findings import Finding, StepError
-from oci_hooks.journal import Entry, Journal, parse_journal
+from oci_hooks.guest.apply import drivers, permission, sysfs_writer
+from oci_hooks.guest.apply.permission import Grant, Widening
+from oci_hooks.guest.plan import Rebind
+from oci_hooks.guest.undo_log import Entry, Journal, parse_journal
 from oci_hooks.linux.instances import Instance, read_instance
 from oci_hooks.linux.pci import PCI_DEVICES
-from oci_hooks.permission import Grant, Widening
-from oci_hooks.plan import Rebind
 from oci_hooks.system import Deadline
 from tests.unit.machine import NIC, Machine
 
@@ -58,7 +58,7 @@ def bind(machine: Machine, journal: Journal, *rebinds: Rebind, seconds: float = 
     """Bind, and return what was said of it: on this machine it fails."""
     rebinds = tuple(rebind.replace(instance=identify(machine, rebind.address)) for rebind in rebinds or (NATIVE,))
     with pytest.raises(StepError) as caught:
-        apply.bind_devices(machine.root, rebinds, journal, Deadline(seconds))
+        drivers.bind_devices(machine.root, rebinds, journal, Deadline(seconds))
     (finding,) = caught.value.findings
     assert finding.hint
     return finding
@@ -72,7 +72,7 @@ def note_bound(machine: Machine, driver: str, override: str) -> Entry:
 
 def undo(machine: Machine, entries: list[Entry], seconds: float = 10) -> list[Finding]:
     """Put back what these entries note."""
-    return apply.undo(machine.root, entries, 0, Deadline(seconds))
+    return drivers.undo(machine.root, entries, 0, Deadline(seconds))
 
 
 def test_a_device_that_does_not_bind_is_told_and_its_override_put_back(machine: Machine, journal: Journal) -> None:
@@ -93,11 +93,11 @@ def test_it_is_noted_before_anything_is_written(
 ) -> None:
     seen: list[list[Entry]] = []
 
-    def look(*_: object) -> list[workers.Result]:
+    def look(*_: object) -> list[sysfs_writer.Result]:
         seen.append(read_entries(journal))
-        return [workers.Result(NIC, errno.EIO, "x"), workers.Result("0000:02:00.0", 0, "")]
+        return [sysfs_writer.Result(NIC, errno.EIO, "x"), sysfs_writer.Result("0000:02:00.0", 0, "")]
 
-    monkeypatch.setattr(apply, "run_jobs", look)
+    monkeypatch.setattr(drivers, "run_jobs", look)
     bind(machine, journal, Rebind(NIC, "e1000e", "x"), Rebind("0000:02:00.0", "", ""))
     assert [[entry.words[:3] for entry in entries] for entries in seen] == [
         [(NIC, "e1000e", "x"), ("0000:02:00.0", "", "")]
@@ -107,7 +107,7 @@ def test_it_is_noted_before_anything_is_written(
 def test_nothing_is_written_where_it_can_not_be_noted(machine: Machine) -> None:
     journal = Journal(os.open("/dev/full", os.O_WRONLY), "/dev/full")
     with pytest.raises(OSError, match="No space"):
-        apply.bind_devices(machine.root, (Rebind(NIC, "e1000e", ""),), journal, Deadline(10))
+        drivers.bind_devices(machine.root, (Rebind(NIC, "e1000e", ""),), journal, Deadline(10))
     assert machine.read(f"{DEVICE}/driver_override") == "(null)\n"
 
 
@@ -144,7 +144,7 @@ def test_an_override_that_can_not_be_written_is_told(machine: Machine, journal: 
     # That goes wrong when it is put back, too, and is not passed over because the driver is right: the claim stays.
     (left,) = undo(machine, read_entries(journal))
     assert (left.code, left.subject) == ("restore-unstarted", NIC)
-    assert left.code in apply.UNFINISHED
+    assert left.code in drivers.UNFINISHED
     assert left.hint
 
 
@@ -165,7 +165,7 @@ def test_a_driver_that_does_not_let_go_when_putting_back_is_told(machine: Machin
     os.mkfifo(unbind)
     (finding,) = undo(machine, [note_bound(machine, "igb", "")], seconds=0.3)
     assert finding.code == "unbind-blocked"
-    assert finding.code in apply.UNFINISHED
+    assert finding.code in drivers.UNFINISHED
     assert finding.hint
 
 
@@ -181,7 +181,7 @@ def test_no_process_to_be_had_is_told_and_can_be_done_later(
     assert "no process to bind it: Resource temporarily unavailable" in finding.problem
     (left,) = undo(machine, [note_bound(machine, "igb", "")])
     assert left.code == "restore-unstarted"
-    assert left.code in apply.UNFINISHED
+    assert left.code in drivers.UNFINISHED
     assert left.hint
 
 
@@ -197,7 +197,7 @@ def test_a_driver_that_does_not_come_back_is_told(machine: Machine, driver: str,
     assert finding.code == "restore-failed"
     assert problem in finding.problem
     assert hint in finding.hint
-    assert finding.code not in apply.UNFINISHED
+    assert finding.code not in drivers.UNFINISHED
     # The override is put back all the same.
     assert machine.read(f"{DEVICE}/driver_override").startswith("before\n")
 
@@ -221,13 +221,13 @@ def test_an_entry_that_can_not_be_put_back_stops_no_other(machine: Machine) -> N
 
 def test_the_real_sys_is_not_touched(machine: Machine, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     paths: list[str] = []
-    real = workers.run_jobs
+    real = sysfs_writer.run_jobs
 
-    def see(jobs: list[workers.Job], *more: object) -> list[workers.Result]:
+    def see(jobs: list[sysfs_writer.Job], *more: object) -> list[sysfs_writer.Result]:
         paths.extend(write.path for job in jobs for write in job.writes)
         return real(jobs, *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(apply, "run_jobs", see)
+    monkeypatch.setattr(drivers, "run_jobs", see)
     bind(machine, journal)
     undo(machine, [note_bound(machine, "igb", "")])
     assert len(paths) > 6

@@ -16,16 +16,18 @@ from typing import Any, cast
 
 import pytest
 
-from oci_hooks import apply, binding, oci, selection
-from oci_hooks.claims import STATE_DIRECTORY, Claim, ClaimDirectory, Owner
+from oci_hooks import oci
 from oci_hooks.findings import Finding, HookError, Refusal
-from oci_hooks.guest_settings import GuestSettings
-from oci_hooks.journal import Journal
+from oci_hooks.guest import selection, session
+from oci_hooks.guest.apply import drivers
+from oci_hooks.guest.claims import STATE_DIRECTORY, Claim, ClaimDirectory, Owner
+from oci_hooks.guest.request import read_request
+from oci_hooks.guest.settings import GuestSettings
+from oci_hooks.guest.signals import Interrupted, interruptible
+from oci_hooks.guest.undo_log import Journal
 from oci_hooks.linux import pci
 from oci_hooks.linux.pci import PCI_DEVICES
 from oci_hooks.program import Arguments, Call
-from oci_hooks.request import read_request
-from oci_hooks.signals import Interrupted, interruptible
 from oci_hooks.system import Deadline, Root
 from tests.unit.machine import NIC, Machine
 from tests.unit.test_claims import STAT, make_claim
@@ -89,7 +91,7 @@ def bind(machine: Machine, state: oci.State, call: Call | None = None) -> tuple[
     call = call or make_call(machine)
     assert request is not None
     with pytest.raises(HookError) as caught:
-        binding.bind(call, machine.root, state, spec, request, GuestSettings())
+        session.bind(call, machine.root, state, spec, request, GuestSettings())
     return call, caught.value
 
 
@@ -115,14 +117,14 @@ def test_a_defect_puts_everything_back_and_tells_what_could_not_be(
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(apply, "bind_devices", fail)
-    monkeypatch.setattr(apply, "undo", lambda *_: [Finding("error", "restore-failed", NIC, "x", "y")])
+    monkeypatch.setattr(drivers, "bind_devices", fail)
+    monkeypatch.setattr(drivers, "undo", lambda *_: [Finding("error", "restore-failed", NIC, "x", "y")])
     call, state = make_call(machine), make_state()
     spec = oci.make_spec({}, "config.json")
     request = read_request(state, spec)
     assert request is not None
     with pytest.raises(ZeroDivisionError):
-        binding.bind(call, machine.root, state, spec, request, GuestSettings())
+        session.bind(call, machine.root, state, spec, request, GuestSettings())
     assert [finding.code for finding in call.findings] == ["restore-failed"]
     assert list_claims(machine) == []
 
@@ -180,7 +182,7 @@ def test_a_stale_claim_is_undone_without_its_process_and_without_the_lock(
         seen.append((pid, [os.readlink(f"/proc/self/fd/{fd}") for fd in private]))
         return []
 
-    monkeypatch.setattr(apply, "undo", undo)
+    monkeypatch.setattr(drivers, "undo", undo)
     bind(machine, make_state())
     assert seen == [(0, [f"{directory.path}/lock"]), (INIT, [])]
 
@@ -190,11 +192,11 @@ def test_no_container_is_ended_that_is_none(machine: Machine, monkeypatch: pytes
     """0 is the hook's own process group, 1 this machine's init."""
     start_process(machine, pid, START)
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("killed"))
-    binding.end_container(machine.root, make_state(pid=pid))
+    session.end_container(machine.root, make_state(pid=pid))
 
 
 def test_what_is_waited_for_leaves_time_to_bind_it() -> None:
-    assert binding.wait(cast(Any, None), Deadline(binding.BIND_SECONDS / 2)) == ""
+    assert session.wait(cast(Any, None), Deadline(session.BIND_SECONDS / 2)) == ""
 
 
 def test_only_the_first_signal_to_end_is_heard() -> None:
@@ -254,7 +256,7 @@ def test_a_release_puts_back_and_is_done_twice(machine: Machine, directory: Clai
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "e1000e", "before"))
     end_process(machine)
     for _ in range(2):
-        assert binding.release(machine.root, make_state(), Deadline(5)) == []
+        assert session.release(machine.root, make_state(), Deadline(5)) == []
         assert list_claims(machine) == []
         assert machine.read(f"{DEVICE}/driver_override").startswith("before\n")
 
@@ -269,7 +271,7 @@ def test_a_release_has_the_time_that_the_settings_give(
     if text:
         machine.write("/etc/oci-vfio-hooks/guest.toml", text)
     deadline = Deadline(5)
-    assert binding.release(machine.root, make_state(), deadline) == []
+    assert session.release(machine.root, make_state(), deadline) == []
     assert (deadline.seconds, list_claims(machine)) == (seconds, [])
 
 
@@ -280,7 +282,7 @@ def test_a_release_that_is_stuck_keeps_the_claim(machine: Machine, directory: Cl
     os.mkfifo(unbind)
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "igb", ""))
     end_process(machine)
-    (finding,) = binding.release(machine.root, make_state(), Deadline(0.2))
+    (finding,) = session.release(machine.root, make_state(), Deadline(0.2))
     assert finding.code == "unbind-blocked"
     assert list_claims(machine) == ["c1"]
 
@@ -319,19 +321,22 @@ def start_hook(machine: Machine) -> Iterator[subprocess.Popen[str]]:
     program = f"""
 import json, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from oci_hooks import apply, binding, oci, selection
+from oci_hooks import oci
+from oci_hooks.guest.apply import drivers
+from oci_hooks.guest import session
+from oci_hooks.guest import selection
 from oci_hooks.program import Arguments, Call
 from oci_hooks.system import Deadline
 from oci_hooks.findings import HookError
 from oci_hooks.system import Root
-from oci_hooks.guest_settings import GuestSettings
-from oci_hooks.request import read_request
+from oci_hooks.guest.settings import GuestSettings
+from oci_hooks.guest.request import read_request
 root = Root({str(machine.top)!r})
 state = oci.State("c1", "/nowhere", {INIT}, "created", {{oci.DEVICES_ANNOTATION: {NIC!r}}})
 spec = oci.make_spec({{}}, "config.json")
 call = Call("x", Arguments(), Deadline(20), [], [], [], {{}}, root, {{}})
 try:
-    binding.bind(call, root, state, spec, read_request(state, spec), GuestSettings())
+    session.bind(call, root, state, spec, read_request(state, spec), GuestSettings())
 except HookError as error:
     print(json.dumps([finding.as_dict() for finding in error.findings]))
 """
@@ -366,7 +371,7 @@ def test_a_killed_hook_is_repaired_by_the_next(machine: Machine, hook: subproces
     os.close(os.open(machine.place("/sys/bus/pci/drivers/e1000e/unbind"), os.O_RDONLY | os.O_NONBLOCK))
     time.sleep(0.3)
     end_process(machine)
-    assert binding.release(machine.root, make_state(), Deadline(5)) == []
+    assert session.release(machine.root, make_state(), Deadline(5)) == []
     assert list_claims(machine) == []
     assert machine.read(f"{DEVICE}/driver_override").startswith("\n")
 
@@ -398,11 +403,11 @@ def choose(
     request = read_request(state, spec)
     assert request is not None
     settings = GuestSettings(allow_noiommu=allowed)
-    work = binding.Work(
+    work = session.Work(
         make_call(machine), machine.root, state, spec, request, settings, ClaimDirectory("/nowhere"), OWNER
     )
     held = [Claim(f"/nowhere/claims/{owner}", owner, 1, 1, (f"noiommu:{BOUND}",), (), True, False)] if owner else []
-    return [choice.group.name for choice in binding.choose(work, held)]
+    return [choice.group.name for choice in session.choose(work, held)]
 
 
 @pytest.mark.parametrize("path", ["/dev/vfio/noiommu-5", "/dev/vfio/12"])

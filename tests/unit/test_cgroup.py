@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import bpf, cgroup, device_list, permission, proof
-from oci_hooks.cgroup import Cgroup, Node, NodeProof
 from oci_hooks.findings import StepError
-from oci_hooks.permission import Grant, Widening
+from oci_hooks.guest.apply import bpf, cgroup, device_list, permission, proof
+from oci_hooks.guest.apply.cgroup import Cgroup, Node, NodeProof
+from oci_hooks.guest.apply.permission import Grant, Widening
 from oci_hooks.system import Deadline, Root
 from tests.steps import list_children
 

@@ -18,7 +18,7 @@ from typing import Any, Callable
 
 import pytest
 
-from oci_hooks import proof
+from oci_hooks.guest.apply import proof
 from tests import steps
 from tests.steps import Steps
 from tests.unit.acting import CHANGING, NATIVE, STEPS, ActingMachine, Container, answer_open
@@ -29,7 +29,7 @@ GROUP = ("0000:01:00.0", "0000:01:00.1")
 # The host's nodes, one of which has the name of the guest's group.
 STALE = [{"path": f"/dev/vfio/{name}", "type": "c", "major": 244, "minor": 3} for name in ("77", "1")]
 # The first write to sysfs is that of an override.
-OVERRIDE = {"oci_hooks.workers": ("write_attribute",)}
+OVERRIDE = {"oci_hooks.guest.apply.sysfs_writer": ("write_attribute",)}
 CLONE_NEWNS = 0x20000
 MS_PRIVATE, MS_REC, MS_RDONLY, MS_REMOUNT = 1 << 18, 1 << 14, 1, 32
 Act = Callable[[Steps], None]

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import guest, oci
+from oci_hooks import oci
 from oci_hooks.findings import HookError
+from oci_hooks.guest import hook as guest_hook
 from oci_hooks.program import Arguments, Call
 from oci_hooks.system import Deadline
 from tests.unit.machine import NIC, Machine
@@ -115,7 +116,7 @@ def test_who_asks_for_nothing_pays_for_nothing(tmp_path: Path) -> None:
     done = subprocess.run(command, input=make_state(bundle), capture_output=True, check=True, env={})
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.decode().splitlines()}
     # The measure works: the hook's own modules are in the list.
-    assert {"oci_hooks.guest", "oci_hooks.oci"} <= modules
+    assert {"oci_hooks.guest.hook", "oci_hooks.oci"} <= modules
     assert [name for name in HEAVY if name in modules] == []
     needless = ("binding", "log", "record", "request", "schema", "settings")
     assert not {f"oci_hooks.{name}" for name in needless} & modules
@@ -335,9 +336,9 @@ def test_a_state_that_does_not_come_ends_at_the_deadline(tmp_path: Path) -> None
     program = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from oci_hooks import guest
-guest.SECONDS = 0.3
-sys.exit(guest.main([]))
+from oci_hooks.guest import hook as guest_hook
+guest_hook.SECONDS = 0.3
+sys.exit(guest_hook.main([]))
 """
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -372,9 +373,9 @@ def work_on(machine: Machine, monkeypatch: pytest.MonkeyPatch, annotation: str, 
     (machine.top / "run").mkdir(exist_ok=True)
     machine.write("/proc/self/mountinfo", "22 1 0:21 / / rw - 9p root rw\n")
     call = Call("vfio-guest-bind", Arguments(), Deadline(5), [], [], [], {}, machine.root, {})
-    monkeypatch.setattr(guest, "read_call_state", lambda _: oci.State("c1", "/b", pid, "created", {}))
+    monkeypatch.setattr(guest_hook, "read_call_state", lambda _: oci.State("c1", "/b", pid, "created", {}))
     with pytest.raises(HookError) as caught:
-        guest.work(call)
+        guest_hook.work(call)
     return caught.value
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from oci_hooks import settings
 from oci_hooks.findings import InputError
-from oci_hooks.guest_settings import GUEST_SETTINGS, NEVER, GuestSettings, read_guest_settings
-from oci_hooks.plan import NodeOwner
+from oci_hooks.guest.plan import NodeOwner
+from oci_hooks.guest.settings import GUEST_SETTINGS, NEVER, GuestSettings, read_guest_settings
 from oci_hooks.system import Root
 
 pytestmark = pytest.mark.unit

@@ -14,7 +14,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from oci_hooks import checks, guest, host, preflight, program
+from oci_hooks import checks, host, preflight, program
+from oci_hooks.guest import hook as guest_hook
 from oci_hooks.schema import load_schema
 from oci_hooks.system import Root
 from tests.unit.host_tree import HostTree
@@ -330,7 +331,7 @@ def test_json_has_its_schema(bench: Bench) -> None:
     assert answer["findings"][0]["code"] == "group-not-viable"
 
 
-@pytest.mark.parametrize("main", [host.main, guest.main], ids=["host", "guest"])
+@pytest.mark.parametrize("main", [host.main, guest_hook.main], ids=["host", "guest"])
 @pytest.mark.parametrize("argv", [("--frob",), ("start",), ("--pid", "x"), ("--bundle",)], ids=" ".join)
 @pytest.mark.parametrize("first", [True, False])
 def test_bad_arguments_are_told_in_json(

@@ -19,9 +19,10 @@ from typing import Any, Callable
 
 import pytest
 
-from oci_hooks import apply, oci
+from oci_hooks import oci
 from oci_hooks.findings import StepError
-from oci_hooks.request import TEXT_LIMIT
+from oci_hooks.guest.apply import drivers
+from oci_hooks.guest.request import TEXT_LIMIT
 from oci_hooks.system import Deadline
 from tests.unit.acting import ActingMachine, Container
 from tests.unit.test_faults import leave_mounts, mount
@@ -142,7 +143,7 @@ def test_a_directory_is_swapped_for_a_link_all_the_time(
             except StepError:
                 refused += 1
             # What can't be put back is told; it must not be put back elsewhere.
-            apply.undo(tree.machine.root, tree.entries(), 0, Deadline(60))
+            drivers.undo(tree.machine.root, tree.entries(), 0, Deadline(60))
             os.ftruncate(tree.journal.fd, 0)
     assert take_stock(outside) == before
     assert 0 < refused < TRIES or make_swap is swap_node

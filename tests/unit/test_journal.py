@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oci_hooks.journal import FORMAT, KINDS, NUMBERS, Entry, Journal, format_entry, parse_journal, quote, unquote
+from oci_hooks.guest.undo_log import FORMAT, KINDS, NUMBERS, Entry, Journal, format_entry, parse_journal, quote, unquote
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.findings import StepError
-from oci_hooks.modules import load_drivers
+from oci_hooks.guest.apply.modprobe import load_drivers
 from oci_hooks.system import Deadline
 from tests.unit.machine import Machine
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import container, namespaces, nodes
 from oci_hooks.findings import StepError
+from oci_hooks.guest.apply import container_dev, mount_ns, nodes
 from tests.unit.test_faults import leave_mounts, mount
 from tests.unit.test_nodes import Tree
 
@@ -48,7 +48,7 @@ class Container:
 
     def open(self, path: str = "") -> int:
         """Return a descriptor of a directory below its /dev, made if need be."""
-        dev = container.open_dev(self.pid, str(self.tree.rootfs))
+        dev = container_dev.open_dev(self.pid, str(self.tree.rootfs))
         try:
             return nodes.open_or_make(dev, path, self.tree.target, self.tree.journal)
         finally:
@@ -105,9 +105,9 @@ def count_own() -> tuple[int, str, str]:
 
 def attach_null(made: Container) -> None:
     """Mount a file system with a node in it over the container's /dev/vfio."""
-    directory, tree = made.open("vfio"), namespaces.make_tmpfs()
-    container.make_node(tree, "null", NULL, 0o666, 0, 0)
-    namespaces.attach(made.pid, tree, directory)
+    directory, tree = made.open("vfio"), mount_ns.make_tmpfs()
+    container_dev.make_node(tree, "null", NULL, 0o666, 0, 0)
+    mount_ns.attach(made.pid, tree, directory)
     os.close(tree)
     os.close(directory)
 
@@ -116,7 +116,7 @@ def detach(made: Container, name: str) -> None:
     """Take away what is mounted on a name in the container's /dev."""
     dev = made.open()
     try:
-        namespaces.detach(made.pid, dev, name)
+        mount_ns.detach(made.pid, dev, name)
     finally:
         os.close(dev)
 
@@ -126,7 +126,7 @@ def detach(made: Container, name: str) -> None:
 
 def test_a_new_file_system_is_small_roots_and_without_programs() -> None:
     old = os.umask(0o777)
-    tree = namespaces.make_tmpfs()
+    tree = mount_ns.make_tmpfs()
     assert os.umask(old) == 0o777
     try:
         at, room = os.fstat(tree), os.fstatvfs(tree)
@@ -134,7 +134,7 @@ def test_a_new_file_system_is_small_roots_and_without_programs() -> None:
         assert room.f_blocks * room.f_frsize == 64 << 10
         assert room.f_flag & (os.ST_NOSUID | os.ST_NOEXEC | os.ST_NODEV) == os.ST_NOSUID | os.ST_NOEXEC
         assert not os.get_inheritable(tree)
-        container.make_node(tree, "null", NULL, 0o666, 0, 0)
+        container_dev.make_node(tree, "null", NULL, 0o666, 0, 0)
         os.close(os.open("null", os.O_RDWR, dir_fd=tree))
     finally:
         os.close(tree)
@@ -145,7 +145,7 @@ def test_no_file_system_without_privilege() -> None:
     os.seteuid(65534)
     try:
         with pytest.raises(StepError) as caught:
-            namespaces.make_tmpfs()
+            mount_ns.make_tmpfs()
     finally:
         os.seteuid(0)
     (finding,) = caught.value.findings
@@ -161,7 +161,7 @@ def test_no_file_system_without_privilege() -> None:
 def test_a_node_opens_on_what_is_mounted_and_none_can_be_on_the_containers_own(made: Container) -> None:
     dev = made.open()
     with pytest.raises(OSError, match="Value too large"):
-        container.make_node(dev, "null", NULL, 0o666, FIRST_ID, FIRST_ID)
+        container_dev.make_node(dev, "null", NULL, 0o666, FIRST_ID, FIRST_ID)
     os.close(dev)
     attach_null(made)
     os.close(os.open(made.dev / "vfio/null", os.O_RDWR))
@@ -203,7 +203,7 @@ def test_what_can_not_be_mounted_is_told(made: Container) -> None:
     mounts = made.list_mounts()
     with pytest.raises(StepError) as caught:
         # A directory is no tree that somebody detached.
-        namespaces.attach(made.pid, directory, directory)
+        mount_ns.attach(made.pid, directory, directory)
     os.close(directory)
     (finding,) = caught.value.findings
     assert (finding.code, bool(finding.hint)) == ("mount-failed", True)
@@ -216,13 +216,13 @@ def test_what_becomes_of_work_inside(made: Container, capfd: pytest.CaptureFixtu
         raise error
 
     namespace = os.readlink(f"/proc/{made.pid}/ns/mnt")
-    assert namespaces.run_inside(made.pid, lambda: None) == 0
-    assert namespaces.run_inside(made.pid, lambda: fail(OSError(errno.ENOSPC, "x"))) == errno.ENOSPC
+    assert mount_ns.run_inside(made.pid, lambda: None) == 0
+    assert mount_ns.run_inside(made.pid, lambda: fail(OSError(errno.ENOSPC, "x"))) == errno.ENOSPC
     # No number of its own, no error of the system, no end of its own making: never taken for success.
-    assert namespaces.run_inside(made.pid, lambda: fail(OSError("x"))) == errno.EIO
-    assert namespaces.run_inside(made.pid, lambda: fail(ZeroDivisionError())) == errno.EIO
-    assert namespaces.run_inside(made.pid, lambda: os.kill(os.getpid(), signal.SIGKILL)) == -signal.SIGKILL
-    assert namespaces.run_inside(made.pid, lambda: os._exit(os.readlink("/proc/self/ns/mnt") != namespace)) == 0
+    assert mount_ns.run_inside(made.pid, lambda: fail(OSError("x"))) == errno.EIO
+    assert mount_ns.run_inside(made.pid, lambda: fail(ZeroDivisionError())) == errno.EIO
+    assert mount_ns.run_inside(made.pid, lambda: os.kill(os.getpid(), signal.SIGKILL)) == -signal.SIGKILL
+    assert mount_ns.run_inside(made.pid, lambda: os._exit(os.readlink("/proc/self/ns/mnt") != namespace)) == 0
     assert capfd.readouterr() == ("", "")
 
 
@@ -238,7 +238,7 @@ def test_a_signal_before_the_work_is_begun_stays_in_the_child(made: Container, m
 
     monkeypatch.setattr(os, "fork", interrupted)
     try:
-        assert namespaces.run_inside(made.pid, lambda: None) == errno.EIO
+        assert mount_ns.run_inside(made.pid, lambda: None) == errno.EIO
     finally:
         if os.getpid() != parent:
             os._exit(99)
@@ -250,7 +250,7 @@ def test_no_process_to_be_had_is_an_error(made: Container, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "fork", refuse)
     with pytest.raises(OSError, match="x"):
-        namespaces.run_inside(made.pid, lambda: None)
+        mount_ns.run_inside(made.pid, lambda: None)
 
 
 def test_a_container_that_is_gone(made: Container) -> None:
@@ -258,11 +258,11 @@ def test_a_container_that_is_gone(made: Container) -> None:
     made.init.kill()
     # Gone but for its name, which its runtime has not asked for yet.
     os.waitid(os.P_PID, made.pid, os.WEXITED | os.WNOWAIT)
-    tree = namespaces.make_tmpfs()
+    tree = mount_ns.make_tmpfs()
     with pytest.raises(FileNotFoundError):
-        namespaces.attach(made.pid, tree, directory)
+        mount_ns.attach(made.pid, tree, directory)
     with pytest.raises(FileNotFoundError):
-        namespaces.detach(made.pid, directory, "vfio")
+        mount_ns.detach(made.pid, directory, "vfio")
     os.close(tree)
     os.close(directory)
 
@@ -301,7 +301,7 @@ def test_a_directory_of_the_hooks_own_is_the_namespaces_and_goes_too(made: Conta
 
 def test_a_mount_that_was_noted_and_not_made_is_undone(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill between the two: what lies below is not the hook's."""
-    monkeypatch.setattr(namespaces, "attach", lambda *_: None)
+    monkeypatch.setattr(mount_ns, "attach", lambda *_: None)
     made.tree.expose(user_namespace=True)
     made.execute("touch", "dev/vfio/own")
     undo(made)

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import binding, container, nodes
 from oci_hooks.findings import StepError
-from oci_hooks.journal import Entry, Journal, parse_journal
-from oci_hooks.nodes import Target
+from oci_hooks.guest import session
+from oci_hooks.guest.apply import container_dev, nodes
+from oci_hooks.guest.apply.nodes import Target
+from oci_hooks.guest.plan import MapEntry, Node, Plan
+from oci_hooks.guest.undo_log import Entry, Journal, parse_journal
 from oci_hooks.oci import Device, State, make_spec
-from oci_hooks.plan import MapEntry, Node, Plan
 from tests.unit.machine import NIC, Machine
 
 pytestmark = pytest.mark.unit
@@ -378,7 +379,7 @@ def test_a_read_only_tree_is_told_with_what_to_do(tree: Tree, monkeypatch: pytes
 
 
 def test_the_guests_own_dev_gets_no_nodes(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "is_guests_own", lambda _: True)
+    monkeypatch.setattr(container_dev, "is_guests_own", lambda _: True)
     with pytest.raises(StepError) as caught:
         tree.expose()
     assert caught.value.findings[0].code == "node-missing"
@@ -391,7 +392,7 @@ def test_a_node_that_the_guests_own_dev_lacks_is_not_made(tree: Tree, monkeypatc
     (tree.dev / "vfio").mkdir()
     put_node(tree.dev / "vfio/vfio", 10, 196)
     before = tree.list_all()
-    monkeypatch.setattr(container, "is_guests_own", lambda _: True)
+    monkeypatch.setattr(container_dev, "is_guests_own", lambda _: True)
     with pytest.raises(StepError) as caught:
         tree.expose()
     assert (caught.value.findings[0].code, caught.value.findings[0].subject) == ("node-missing", "/dev/vfio/12")
@@ -407,7 +408,7 @@ def test_a_node_that_the_guests_own_dev_lacks_is_not_made(tree: Tree, monkeypatc
 def test_whose_dev_it_is_goes_by_its_file_system(tree: Tree) -> None:
     for path, own in (("/dev", True), (str(tree.dev), os.stat("/dev").st_dev == tree.dev.stat().st_dev)):
         fd = os.open(path, os.O_RDONLY)
-        assert container.is_guests_own(fd) == own
+        assert container_dev.is_guests_own(fd) == own
         os.close(fd)
 
 
@@ -488,8 +489,8 @@ def test_another_process_undoes_from_the_journal_alone(tree: Tree) -> None:
     program = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from oci_hooks import nodes
-from oci_hooks.journal import parse_journal
+from oci_hooks.guest.apply import nodes
+from oci_hooks.guest.undo_log import parse_journal
 for entry in reversed(parse_journal(open({str(tree.journal_path)!r}, "rb").read())):
     nodes.undo(entry, 0)
 """
@@ -513,7 +514,7 @@ def test_undo_leaves_the_guests_own_dev_alone(tree: Tree, monkeypatch: pytest.Mo
     """It was mounted there since: nothing in it is of the hook's making."""
     tree.expose()
     before = tree.list_all()
-    monkeypatch.setattr(container, "is_guests_own", lambda _: True)
+    monkeypatch.setattr(container_dev, "is_guests_own", lambda _: True)
     tree.undo()
     assert tree.list_all() == before
 
@@ -548,12 +549,12 @@ def test_the_root_file_system_is_found(tmp_path: Path, root: str, state_root: st
     (tmp_path / "b/link").symlink_to(tmp_path / "r")
     state = State("c1", f"{tmp_path}/b", 7, "", {}, state_root.format(top=tmp_path))
     spec = make_spec({"root": {"path": root.format(top=tmp_path)}} if root else {}, "config.json")
-    assert binding.find_rootfs(state, spec) == f"{os.path.realpath(tmp_path)}/{found}"
+    assert session.find_rootfs(state, spec) == f"{os.path.realpath(tmp_path)}/{found}"
 
 
 def test_the_tree_of_a_process_is_reached_through_proc(tree: Tree) -> None:
     # This process's root is this machine's: the path leads on from there, as before pivot_root.
-    fd = container.open_dev(os.getpid(), str(tree.rootfs))
+    fd = container_dev.open_dev(os.getpid(), str(tree.rootfs))
     assert os.path.samestat(os.fstat(fd), tree.dev.stat())
     os.close(fd)
 
@@ -566,7 +567,7 @@ def test_after_pivot_root_the_processs_root_is_the_tree(tree: Tree) -> None:
         os._exit(0)
     os.waitpid(child, os.WUNTRACED)
     try:
-        fd = container.open_dev(child, "/no/such/path")
+        fd = container_dev.open_dev(child, "/no/such/path")
         assert os.path.samestat(os.fstat(fd), tree.dev.stat())
         os.close(fd)
     finally:

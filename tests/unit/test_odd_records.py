@@ -356,7 +356,7 @@ def test_seconds_are_bounded_also_inside_a_hook(
     put: Callable[[str, bytes], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A hook takes every Exception for its own; this is none."""
-    from oci_hooks import guest
+    from oci_hooks.guest import hook as guest_hook
 
     def work(_call: Call) -> int:
         end = time.monotonic() + 30
@@ -367,7 +367,7 @@ def test_seconds_are_bounded_also_inside_a_hook(
                 continue
         return 0
 
-    monkeypatch.setattr(guest, "work", work)
+    monkeypatch.setattr(guest_hook, "work", work)
     path = put("slow", REAL.read_bytes())
     assert replay.main(["run", str(path)]) == 2
     assert "(SECONDS)" in capfd.readouterr().err

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import binding, homes, journal, oci, workers
-from oci_hooks.claims import STATE_DIRECTORY, ClaimDirectory, Owner
+from oci_hooks import oci
 from oci_hooks.findings import Finding, Refusal, StepError
-from oci_hooks.homes import Home, find_home, is_occupied
+from oci_hooks.guest import homes, session, undo_log
+from oci_hooks.guest.apply import sysfs_writer
+from oci_hooks.guest.claims import STATE_DIRECTORY, ClaimDirectory, Owner
+from oci_hooks.guest.homes import Home, find_home, is_occupied
 from oci_hooks.system import Deadline, Root
 from tests.unit.acting import ActingMachine
 from tests.unit.machine import NIC, Machine
@@ -31,7 +33,7 @@ LIST = "/sys/fs/cgroup/devices/c7"
 def release(machine: Machine, container: str = "c1", bundle: str = "/nowhere") -> list[Finding]:
     """Release as at the poststop of a container."""
     state = oci.State(container, bundle, 0, "stopped", {})
-    return binding.release(machine.root, state, Deadline(5))
+    return session.release(machine.root, state, Deadline(5))
 
 
 def refuse(machine: Machine, **of: str) -> Finding:
@@ -87,7 +89,7 @@ def test_another_device_at_the_address_is_not_written_to(machine: Machine, direc
 @pytest.mark.parametrize("word", ["vendor", "device", "class"])
 def test_a_number_that_came_round_is_no_proof(machine: Machine, directory: ClaimDirectory, word: str) -> None:
     words = list(machine.note_bound(NIC, "igb", "before"))
-    words[journal.KINDS["device"].index(word) + 1] = "ffff"
+    words[undo_log.KINDS["device"].index(word) + 1] = "ffff"
     make_claim(directory, "c1", INIT, START, tuple(words))
     end_process(machine)
     before = take_stock(machine)
@@ -141,14 +143,14 @@ def test_a_device_plugged_in_again_for_the_same_container_is_put_back(
     assert machine.read(f"{DEVICE}/driver_override").startswith("second\n")
 
 
-def make_job(machine: Machine) -> workers.Job:
+def make_job(machine: Machine) -> sysfs_writer.Job:
     """Return a job for the network card that is there now."""
     directory = machine.root.host_path(DEVICE)
     writes = (
-        workers.Write(f"{directory}/driver_override", "vfio-pci\n"),
-        workers.Write(machine.root.host_path("/sys/bus/pci/drivers_probe"), NIC),
+        sysfs_writer.Write(f"{directory}/driver_override", "vfio-pci\n"),
+        sysfs_writer.Write(machine.root.host_path("/sys/bus/pci/drivers_probe"), NIC),
     )
-    return workers.Job(NIC, writes, directory, os.stat(directory).st_ino)
+    return sysfs_writer.Job(NIC, writes, directory, os.stat(directory).st_ino)
 
 
 def test_a_device_that_comes_before_the_first_write_is_not_written_to(
@@ -157,8 +159,8 @@ def test_a_device_that_comes_before_the_first_write_is_not_written_to(
     job = make_job(machine)
     replace(machine)
     before = take_stock(machine)
-    monkeypatch.setattr(workers, "check_device", lambda _: None)
-    (result,) = workers.run_jobs([job], Deadline(5))
+    monkeypatch.setattr(sysfs_writer, "check_device", lambda _: None)
+    (result,) = sysfs_writer.run_jobs([job], Deadline(5))
     assert os.strerror(result.code) == "No such device"
     assert take_stock(machine) == before
 
@@ -168,9 +170,9 @@ def test_a_device_that_comes_between_two_writes_is_not_written_to(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """At the first write its directory is open: what is written goes to the device that is gone, or nowhere."""
-    job, real, looks = make_job(machine), workers.check_device, list[None]()
+    job, real, looks = make_job(machine), sysfs_writer.check_device, list[None]()
 
-    def check(of: workers.Job) -> None:
+    def check(of: sysfs_writer.Job) -> None:
         """Have the other device come right after the first look, or right before the second."""
         if len(looks) == at == 1:
             replace(machine, override="(null)")
@@ -179,8 +181,8 @@ def test_a_device_that_comes_between_two_writes_is_not_written_to(
             replace(machine, override="(null)")
         looks.append(None)
 
-    monkeypatch.setattr(workers, "check_device", check)
-    code, _ = workers.do_writes(job)
+    monkeypatch.setattr(sysfs_writer, "check_device", check)
+    code, _ = sysfs_writer.do_writes(job)
     assert code != 0
     assert machine.read(f"{DEVICE}/driver_override") == "(null)\n"
     assert machine.read("/sys/bus/pci/drivers_probe") == ""
@@ -416,7 +418,7 @@ def test_nobody_writes_more_than_is_read(directory: ClaimDirectory) -> None:
     assert finding.code == "claim-too-large"
     assert finding.hint
     made.close()
-    assert os.stat(made.path).st_size <= journal.JOURNAL_LIMIT
+    assert os.stat(made.path).st_size <= undo_log.JOURNAL_LIMIT
     (claim,) = directory.read_claims()
     assert claim.problem == ""
     again = directory.reopen_journal(claim)
@@ -430,7 +432,7 @@ def test_a_container_that_asks_for_too_much_is_refused_and_in_nobodys_way(tmp_pa
     """Each node with a number of the host's that is taken away is an entry, with the path of its root file system."""
     machine = ActingMachine(tmp_path, groups=2)
     name = "b" * 200
-    count = journal.JOURNAL_LIMIT // 200
+    count = undo_log.JOURNAL_LIMIT // 200
     entries = [{"path": f"/dev/vfio/{n + 100}", "type": "c", "major": 244, "minor": n} for n in range(count)]
     greedy = machine.make_container(name, "0000:01:00.0", linux={"devices": entries})
     (greedy.dev / "vfio").mkdir()

@@ -22,8 +22,9 @@ from urllib.parse import quote
 
 import pytest
 
-from oci_hooks import guest, hidehost, hidetext, hidewords, host, notation, privacy, record
+from oci_hooks import hidehost, hidetext, hidewords, host, notation, privacy, record
 from oci_hooks.findings import Finding
+from oci_hooks.guest import hook as guest_hook
 from oci_hooks.hidehost import Teller
 from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, hide_text
 from oci_hooks.kata_config import KataConfig, Place, load_config
@@ -731,7 +732,7 @@ def test_a_variable_of_the_hook_has_neither_name_nor_value(tmp_path: Path, monke
     monkeypatch.setenv(f"A_{SECRET}", SECRET)
     monkeypatch.setenv("PYTHONPATH", SECRET)
     call = Call("vfio-guest-bind", Arguments(), Deadline(8.0), [], [], [], {}, NotingRoot(), {})
-    (said,) = record.keep_record(call, carry(call, guest.work), [])
+    (said,) = record.keep_record(call, carry(call, guest_hook.work), [])
     kept = read_record(said.subject).about["environment"]
     assert "PYTHONPATH" in kept
     assert kept[-1] == LEFT_OUT

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from oci_hooks import notation, record
-from oci_hooks.claims import Claim
 from oci_hooks.findings import Finding, InputError, Refusal, StepError
-from oci_hooks.journal import Entry
+from oci_hooks.guest.apply.sysfs_writer import Result
+from oci_hooks.guest.claims import Claim
+from oci_hooks.guest.undo_log import Entry
 from oci_hooks.kinds import KINDS
 from oci_hooks.program import Arguments, Call, Outcome
 from oci_hooks.recordfile import RunRecord, read_record
 from oci_hooks.system import Deadline, Descriptor, NotingRoot, Root, step
-from oci_hooks.workers import Result
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 FINDING = Finding("error", "in-use", "0000:01:00.0", "is mounted", "stop using it first")

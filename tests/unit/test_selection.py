@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from oci_hooks.findings import Refusal
-from oci_hooks.guest_settings import NEVER
+from oci_hooks.guest.request import Request, parse_selector
+from oci_hooks.guest.selection import Choice, NotYet, Pool, choose_groups
+from oci_hooks.guest.settings import NEVER
 from oci_hooks.linux.pci import PciDevice
 from oci_hooks.oci import Device
-from oci_hooks.request import Request, parse_selector
-from oci_hooks.selection import Choice, NotYet, Pool, choose_groups
 from tests.unit.machine import Machine
 
 pytestmark = pytest.mark.unit

@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import workers
+from oci_hooks.guest.apply import sysfs_writer
+from oci_hooks.guest.apply.sysfs_writer import Job, Result, Write, run_jobs
 from oci_hooks.system import Deadline
-from oci_hooks.workers import Job, Result, Write, run_jobs
 from tests.steps import list_children
 
 pytestmark = pytest.mark.unit
@@ -102,12 +102,12 @@ def test_a_child_that_hangs_does_not_keep_the_runtimes_pipes_or_private_descript
     program = f"""
 import os, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from oci_hooks import workers
+from oci_hooks.guest.apply import sysfs_writer
 from oci_hooks.system import Deadline
 private = os.open({str(tmp_path)!r}, os.O_RDONLY)
 os.kill = lambda *_: None  # a child in a driver's remove() outlives SIGKILL
-job = workers.Job("stuck", (workers.Write({blocking!r}, "x"),))
-(result,) = workers.run_jobs([job], Deadline(2), (private,))
+job = sysfs_writer.Job("stuck", (sysfs_writer.Write({blocking!r}, "x"),))
+(result,) = sysfs_writer.run_jobs([job], Deadline(2), (private,))
 (child,) = open(f"/proc/self/task/{{os.getpid()}}/children").read().split()
 links = [os.readlink(f"/proc/{{child}}/fd/{{fd}}") for fd in os.listdir(f"/proc/{{child}}/fd")]
 print(result.blocked, child, {str(tmp_path)!r} in links, [links.count("/dev/null") >= 3])
@@ -126,7 +126,7 @@ def test_a_child_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
         os.kill(os.getpid(), signal.SIGKILL)
         return 0, 0
 
-    monkeypatch.setattr(workers, "do_writes", die)
+    monkeypatch.setattr(sysfs_writer, "do_writes", die)
     job = Job("a", (Write(make_file(tmp_path / "a"), "x"),))
     assert run_jobs([job], Deadline(10)) == [Result("a", errno.EIO, "", started=False)]
 
@@ -139,7 +139,7 @@ def test_what_a_child_raises_stays_in_the_child(tmp_path: Path, monkeypatch: pyt
     def fail(_: Job) -> tuple[int, int]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workers, "do_writes", fail)
+    monkeypatch.setattr(sysfs_writer, "do_writes", fail)
     job = Job("a", (Write(make_file(tmp_path / "a"), "x"),))
     try:
         assert run_jobs([job], Deadline(10)) == [Result("a", errno.EIO, "", started=False)]
@@ -216,14 +216,14 @@ def test_jobs_are_done_side_by_side(tmp_path: Path, first: int) -> None:
 
 def test_fewer_descriptors_than_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who finds none free gives way, and has its turn when the others have closed theirs."""
-    real = workers.do_jobs
+    real = sysfs_writer.do_jobs
 
     def do_jobs(jobs: tuple[Job, ...], writer: int) -> None:
         limit = count_descriptors() + 1
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         real(jobs, writer)
 
-    monkeypatch.setattr(workers, "do_jobs", do_jobs)
+    monkeypatch.setattr(sysfs_writer, "do_jobs", do_jobs)
     pipes = [make_blocking(tmp_path / name) for name in "ab"]
     free = make_file(tmp_path / "free")
     # Two at a time at most are open: the others wait until both pipes have a reader.

@@ -66,7 +66,7 @@ def be_hook(streams: Iterable[IO[bytes]], arguments: Iterable[str], *prepare: Ca
             os.dup2(file.fileno(), target)
         for preparation in prepare:
             preparation()
-        os._exit(importlib.import_module("oci_hooks.guest").main(list(arguments)))
+        os._exit(importlib.import_module("oci_hooks.guest.hook").main(list(arguments)))
     finally:
         # An exception that the hook let through must not come back as another pytest.
         os._exit(70)

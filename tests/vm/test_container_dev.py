@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import cgroup, container, proof
+from oci_hooks.guest.apply import cgroup, container_dev, proof
 from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
 from tests.vm.calls import ask
@@ -68,14 +68,14 @@ def test_a_root_file_system_on_btrfs_is_the_containers_own(btrfs: Path) -> None:
     """Without a mount on /dev: its directory is found by the same path, when the container's mounts are gone."""
     root = btrfs / "volume/rootfs"
     (root / "dev").mkdir(parents=True)
-    dev = container.open_dev(0, str(root))
-    assert not container.is_borrowed(dev, 0, str(root))
+    dev = container_dev.open_dev(0, str(root))
+    assert not container_dev.is_borrowed(dev, 0, str(root))
     (btrfs / "dev").mkdir()
     run("mount", "--bind", btrfs / "dev", root / "dev")
-    borrowed = container.open_dev(0, str(root))
+    borrowed = container_dev.open_dev(0, str(root))
     # Found by the same path: it is what this machine itself has there.
-    assert not container.is_borrowed(borrowed, 0, str(root))
-    assert container.is_borrowed(borrowed, 0, str(btrfs / "volume"))
+    assert not container_dev.is_borrowed(borrowed, 0, str(root))
+    assert container_dev.is_borrowed(borrowed, 0, str(btrfs / "volume"))
     for fd in (dev, borrowed):
         os.close(fd)
     run("umount", root / "dev")

@@ -124,7 +124,10 @@ def test_device_never_comes(containers: Containers) -> None:
 
 @one_runtime
 @pytest.mark.usefixtures("plugged")
-@pytest.mark.parametrize(("module", "step"), [("oci_hooks.apply", "bind_devices"), ("oci_hooks.nodes", "expose_nodes")])
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [("oci_hooks.guest.apply.drivers", "bind_devices"), ("oci_hooks.guest.apply.nodes", "expose_nodes")],
+)
 def test_device_goes_while_the_hook_works(containers: Containers, module: str, step: str) -> None:
     """Unplugged after the plan was made, or after it was bound: the rest is put back, the other device included."""
     plug()

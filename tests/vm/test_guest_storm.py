@@ -37,7 +37,7 @@ def start_hook(state: dict[str, Any], steps_of_it: Steps | None) -> int:
                 os.dup2(fd, target)
             if steps_of_it:
                 steps_of_it.prepare()
-            os._exit(importlib.import_module("oci_hooks.guest").main([]))
+            os._exit(importlib.import_module("oci_hooks.guest.hook").main([]))
         finally:
             os._exit(70)
     os.close(reader)

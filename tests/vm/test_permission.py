@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import bpf, cgroup, permission, proof
-from oci_hooks.cgroup import Node
 from oci_hooks.findings import StepError
-from oci_hooks.permission import Grant, Widening
+from oci_hooks.guest.apply import bpf, cgroup, permission, proof
+from oci_hooks.guest.apply.cgroup import Node
+from oci_hooks.guest.apply.permission import Grant, Widening
 from oci_hooks.system import Deadline, Root
 from tests.vm import devices, guest
 
@@ -282,8 +282,8 @@ def test_another_process_takes_it_back_after_a_kill(container: Container, monkey
     assert [dump(program) for program in list_programs(container.path)] != dumps
 
     code = (
-        "from oci_hooks import files, permission;"
-        f"permission.forbid(files.Root(), permission.Grant({grant.nodes!r}, {grant.unified!r}, ()))"
+        "from oci_hooks import system; from oci_hooks.guest.apply import permission;"
+        f"permission.forbid(system.Root(), permission.Grant({grant.nodes!r}, {grant.unified!r}, ()))"
     )
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     subprocess.run([sys.executable, "-S", "-c", code], check=True, env=environment)

@@ -212,7 +212,7 @@ def test_a_number_that_is_given_out_anew_is_one_containers(containers: Container
         unplug()
         again = succeed(second_state, nic)
     else:
-        act = before_step("oci_hooks.apply", "bind_devices", unplug)
+        act = before_step("oci_hooks.guest.apply.drivers", "bind_devices", unplug)
         done = calls.fork_hook({**second_state, "annotations": ask(nic)}, prepare=act)
         assert (done.code, done.stderr) == (0, "")
         again = guest.numbers_of_group(guest.group_of(nic))

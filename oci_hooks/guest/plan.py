@@ -13,9 +13,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from oci_hooks.guest.selection import Choice
     from oci_hooks.linux.pci import PciDevice
     from oci_hooks.oci import Device, Spec
-    from oci_hooks.selection import Choice
     from oci_hooks.system import Root
 
 DRIVER = "vfio-pci"

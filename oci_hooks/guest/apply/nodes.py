@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import cgroup, container
 from oci_hooks.findings import StepError
 from oci_hooks.frozen import Record
+from oci_hooks.guest.apply import cgroup, container_dev
+from oci_hooks.guest.plan import MAP_PATH
 from oci_hooks.linux import pci
-from oci_hooks.plan import MAP_PATH
 from oci_hooks.system import step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.container import FoundNode
-    from oci_hooks.journal import Entry, Journal
+    from oci_hooks.guest.apply.container_dev import FoundNode
+    from oci_hooks.guest.plan import MapEntry, Node, Plan
+    from oci_hooks.guest.undo_log import Entry, Journal
     from oci_hooks.oci import Device
-    from oci_hooks.plan import MapEntry, Node, Plan
     from oci_hooks.system import Root
 
 # vfio registers its control device with this fixed minor (kernel: include/linux/miscdevice.h, VFIO_MINOR).
@@ -113,9 +113,9 @@ def expose_nodes(root: Root, plan: Plan, target: Target, journal: Journal) -> tu
 def give_nodes(_root: Root, places: list[tuple[Node, Place]], plan: Plan, target: Target, journal: Journal) -> None:
     """Make the nodes in the container's /dev, or mount them there. Raises StepError."""
     try:
-        dev = container.open_dev(target.pid, target.rootfs)
+        dev = container_dev.open_dev(target.pid, target.rootfs)
         try:
-            if not container.is_guests_own(dev) and container.is_borrowed(dev, target.pid, target.rootfs):
+            if not container_dev.is_guests_own(dev) and container_dev.is_borrowed(dev, target.pid, target.rootfs):
                 hint = "mount a tmpfs there: nodes in another directory would outlive the container"
                 raise StepError("hostile-tree", "/dev", "another directory is mounted there", hint)
             if plan.user_namespace:
@@ -125,7 +125,7 @@ def give_nodes(_root: Root, places: list[tuple[Node, Place]], plan: Plan, target
         finally:
             os.close(dev)
     except OSError as error:
-        raise container.explain_tree_error(error, target.rootfs) from None
+        raise container_dev.explain_tree_error(error, target.rootfs) from None
 
 
 def make_nodes(dev: int, places: list[tuple[Node, Place]], plan: Plan, target: Target, journal: Journal) -> None:
@@ -134,7 +134,7 @@ def make_nodes(dev: int, places: list[tuple[Node, Place]], plan: Plan, target: T
         directory = open_or_make(dev, place.directory, target, journal)
         try:
             check_mount(dev, directory, place)
-            if place.directory == "vfio" and node.kind == "control" and not container.is_guests_own(directory):
+            if place.directory == "vfio" and node.kind == "control" and not container_dev.is_guests_own(directory):
                 for entry in plan.stale:
                     remove_stale(dev, entry, target, journal)
                 if plan.map:
@@ -147,7 +147,7 @@ def make_nodes(dev: int, places: list[tuple[Node, Place]], plan: Plan, target: T
 def check_mount(dev: int, directory: int, place: Place) -> None:
     """Raise StepError where nodes would come to lie in a directory of somebody else that is mounted in /dev."""
     # The guest's own /dev/vfio is made no node in, and has those that are needed.
-    if container.is_mounted(dev, directory) and not container.is_guests_own(directory):
+    if container_dev.is_mounted(dev, directory) and not container_dev.is_guests_own(directory):
         hint = "take it out of the mounts in config.json: the hook makes the nodes"
         raise StepError("hostile-tree", f"/dev/{place.directory}", "another directory is mounted there", hint)
 
@@ -172,34 +172,34 @@ def open_or_make_one(parent: int, name: str, path: str, target: Target, journal:
     path: below /dev.
     """
     try:
-        return container.open_below(parent, name)
+        return container_dev.open_below(parent, name)
     except FileNotFoundError:
-        if container.is_guests_own(parent):
+        if container_dev.is_guests_own(parent):
             raise missing_node(f"/dev/{path}") from None
         journal.note("directory", target.rootfs, path)
-        container.make_directory(parent, name)
-        return container.open_below(parent, name)
+        container_dev.make_directory(parent, name)
+        return container_dev.open_below(parent, name)
 
 
 def make_node(directory: int, node: Node, place: Place, target: Target, journal: Journal) -> None:
     """Make one node unless it is there as it should be. Raises StepError."""
     path = f"/dev/{place.path}"
-    found = container.look_at_node(directory, place.name)
+    found = container_dev.look_at_node(directory, place.name)
     if found and found.kind != "char":
         raise StepError(
             "node-in-the-way", path, f"a {found.kind} lies there in the container", "take it out of the image"
         )
     if found and (found.major, found.minor) == place.numbers:
         return
-    if container.is_guests_own(directory):
+    if container_dev.is_guests_own(directory):
         # The kernel keeps the nodes there; one of the hook's making would outlive the device, for everybody.
         raise missing_node(path)
     if found:
         note_stale(journal, target, place.path, found)
-        container.remove_node(directory, place.name, (found.major, found.minor))
+        container_dev.remove_node(directory, place.name, (found.major, found.minor))
     journal.note("node", target.rootfs, place.path, *place.numbers)
     try:
-        container.make_node(directory, place.name, place.numbers, node.mode, node.uid, node.gid)
+        container_dev.make_node(directory, place.name, place.numbers, node.mode, node.uid, node.gid)
     except OSError as error:
         raise StepError("node-failed", path, f"mknod: {error.strerror}", "the hook needs CAP_MKNOD") from None
 
@@ -213,14 +213,14 @@ def remove_stale(dev: int, entry: Device, target: Target, journal: Journal) -> N
     """Take away a node that the runtime made with the host's numbers, which mean something else here, or nothing."""
     path, _, name = entry.path[len("/dev/") :].rpartition("/")
     try:
-        directory = container.open_path(dev, path)
+        directory = container_dev.open_path(dev, path)
     except FileNotFoundError:
         return
     try:
-        found = container.look_at_node(directory, name)
+        found = container_dev.look_at_node(directory, name)
         if found and found.kind == "char" and (found.major, found.minor) == (entry.major, entry.minor):
             note_stale(journal, target, f"{path}/{name}", found)
-            container.remove_node(directory, name, (found.major, found.minor))
+            container_dev.remove_node(directory, name, (found.major, found.minor))
     finally:
         os.close(directory)
 
@@ -238,7 +238,7 @@ def mount_nodes(
     The container's own /dev belongs to its user namespace, where the kernel opens no device node. A tmpfs made here
     belongs to the guest, so its nodes open; mounted over /dev/vfio it also covers the host's stale nodes.
     """
-    from oci_hooks import namespaces
+    from oci_hooks.guest.apply import mount_ns
 
     if any(place.directory != "vfio" for _, place in places):
         hint = "take cdev out of the annotation: the group's node is there without it"
@@ -249,14 +249,14 @@ def mount_nodes(
     try:
         if all(is_there(directory, place) for _, place in places):
             return
-        tree = namespaces.make_tmpfs()
+        tree = mount_ns.make_tmpfs()
         try:
             for node, place in places:
-                container.make_node(tree, place.name, place.numbers, node.mode, max(node.uid, 0), max(node.gid, 0))
+                container_dev.make_node(tree, place.name, place.numbers, node.mode, max(node.uid, 0), max(node.gid, 0))
             if entries:
-                container.write_file(tree, MAP_PATH.rpartition("/")[2], format_map(entries))
+                container_dev.write_file(tree, MAP_PATH.rpartition("/")[2], format_map(entries))
             journal.note("mount", target.rootfs, "vfio")
-            namespaces.attach(target.pid, tree, directory)
+            mount_ns.attach(target.pid, tree, directory)
         finally:
             os.close(tree)
     finally:
@@ -265,7 +265,7 @@ def mount_nodes(
 
 def is_there(directory: int, place: Place) -> bool:
     """Tell whether a node is in a directory, with the right numbers."""
-    found = container.look_at_node(directory, place.name)
+    found = container_dev.look_at_node(directory, place.name)
     return found is not None and found.kind == "char" and (found.major, found.minor) == place.numbers
 
 
@@ -279,9 +279,9 @@ def write_map(directory: int, entries: tuple[MapEntry, ...], target: Target, jou
     """
     name = MAP_PATH.rpartition("/")[2]
     data = format_map(entries)
-    found = container.look_at_node(directory, name)
+    found = container_dev.look_at_node(directory, name)
     if found:
-        known = container.read_head(directory, name, len(data) + 1)
+        known = container_dev.read_head(directory, name, len(data) + 1)
         if known == data and journal.kept:
             # An earlier run wrote it, and its journal says so.
             return
@@ -290,8 +290,8 @@ def write_map(directory: int, entries: tuple[MapEntry, ...], target: Target, jou
             hint = "take it out of the image, or set map = false in guest.toml"
             raise StepError("node-in-the-way", MAP_PATH, f"a {found.kind} lies there that is not the hook's", hint)
     journal.note("file", target.rootfs, f"vfio/{name}")
-    container.remove_file(directory, name)
-    container.write_file(directory, name, data)
+    container_dev.remove_file(directory, name)
+    container_dev.write_file(directory, name, data)
 
 
 def format_map(entries: tuple[MapEntry, ...]) -> bytes:
@@ -312,15 +312,15 @@ def undo(entry: Entry, pid: int) -> None:
     parent, _, name = path.rpartition("/")
     try:
         # Without the container's namespace, nodes are still where its image itself holds /dev.
-        dev = container.open_dev(pid, rootfs)
+        dev = container_dev.open_dev(pid, rootfs)
     except (FileNotFoundError, ProcessLookupError):
         # The container is gone, and all that was in it.
         return
     try:
-        directory = container.open_path(dev, parent)
+        directory = container_dev.open_path(dev, parent)
         try:
             # Mounted there since: what the hook made lies below.
-            if not container.is_guests_own(directory):
+            if not container_dev.is_guests_own(directory):
                 undo_in(directory, name, entry, pid)
         finally:
             os.close(directory)
@@ -333,16 +333,16 @@ def undo(entry: Entry, pid: int) -> None:
 def undo_in(directory: int, name: str, entry: Entry, pid: int) -> None:
     """Put back one change in the directory it was made in. Raises OSError."""
     if entry.kind == "directory":
-        container.remove_directory(directory, name)
+        container_dev.remove_directory(directory, name)
     elif entry.kind == "file":
-        container.remove_file(directory, name)
+        container_dev.remove_file(directory, name)
     elif entry.kind == "mount":
         if pid:
-            from oci_hooks import namespaces
+            from oci_hooks.guest.apply import mount_ns
 
-            namespaces.detach(pid, directory, name)
+            mount_ns.detach(pid, directory, name)
     elif entry.kind == "node":
-        container.remove_node(directory, name, (entry.number(2), entry.number(3)))
-    elif container.look_at_node(directory, name) is None:
+        container_dev.remove_node(directory, name, (entry.number(2), entry.number(3)))
+    elif container_dev.look_at_node(directory, name) is None:
         numbers = (entry.number(2), entry.number(3))
-        container.make_node(directory, name, numbers, entry.number(4), entry.number(5), entry.number(6))
+        container_dev.make_node(directory, name, numbers, entry.number(4), entry.number(5), entry.number(6))

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from oci_hooks.frozen import Record
-from oci_hooks.plan import NodeOwner
-from oci_hooks.request import HEX, is_hex_list, normalize_address
+from oci_hooks.guest.plan import NodeOwner
+from oci_hooks.guest.request import HEX, is_hex_list, normalize_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import _thread
 import errno
 import os
 
-from oci_hooks.children import end_child, start_child
 from oci_hooks.frozen import Record
+from oci_hooks.guest.apply.child import end_child, start_child
 from oci_hooks.system import tagged
 
 TYPE_CHECKING = False

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from oci_hooks.claims import list_owners
 from oci_hooks.findings import Finding, Refusal
-from oci_hooks.homes import find_home
+from oci_hooks.guest.claims import list_owners
+from oci_hooks.guest.homes import find_home
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.claims import Claim, Owner
+    from oci_hooks.guest.claims import Claim, Owner
     from oci_hooks.linux.pci import Picture
     from oci_hooks.oci import State
     from oci_hooks.system import Root

@@ -7,8 +7,8 @@ import errno
 import os
 import stat
 
-from oci_hooks.cgroup import Cgroup, Node, NodeProof, fail, write_file
-from oci_hooks.children import end_child, start_child
+from oci_hooks.guest.apply.cgroup import Cgroup, Node, NodeProof, fail, write_file
+from oci_hooks.guest.apply.child import end_child, start_child
 from oci_hooks.system import read_pipe, step
 
 TYPE_CHECKING = False
@@ -65,7 +65,7 @@ def try_node(directory: int, node: Node, flags: int = os.O_RDWR) -> tuple[int, b
     import fcntl
     import struct
 
-    from oci_hooks.container import open_path
+    from oci_hooks.guest.apply.container_dev import open_path
 
     above, _, name = node.name.rpartition("/")
     place = fd = -1

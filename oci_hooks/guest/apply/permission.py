@@ -6,7 +6,7 @@ ancestor of version 2 ever is; one of version 1 only when asked for, because the
 lacks.
 
 The caller's order: `cgroup.find_cgroup`, `proof.prove`; when something is not permitted `plan_grant`, `permit`, `prove`
-again; when it still is not, `forbid` and raise what `explain_denial` returns. permits.py does it for all claims
+again; when it still is not, `forbid` and raise what `explain_denial` returns. guest/permits.py does it for all claims
 together: grants of several containers may be for one parent.
 """
 
@@ -15,9 +15,11 @@ from __future__ import annotations
 import errno
 import os
 
-from oci_hooks.cgroup import ACCESS, Cgroup, Node, NodeProof, fail, list_ancestors, list_own, list_scope
-from oci_hooks.device_filter import Swaps, add_nodes, find_programs_above, remove_nodes
-from oci_hooks.device_list import (
+from oci_hooks.findings import StepError
+from oci_hooks.frozen import Record
+from oci_hooks.guest.apply.cgroup import ACCESS, Cgroup, Node, NodeProof, fail, list_ancestors, list_own, list_scope
+from oci_hooks.guest.apply.device_filter import Swaps, add_nodes, find_programs_above, remove_nodes
+from oci_hooks.guest.apply.device_list import (
     allow_node,
     deny_node,
     find_missing,
@@ -25,17 +27,15 @@ from oci_hooks.device_list import (
     read_rules,
     remove_letters,
 )
-from oci_hooks.findings import StepError
-from oci_hooks.frozen import Record
 from oci_hooks.system import step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from oci_hooks.bpf import Numbers
-    from oci_hooks.claims import Claim
-    from oci_hooks.journal import Entry
+    from oci_hooks.guest.apply.bpf import Numbers
+    from oci_hooks.guest.claims import Claim
+    from oci_hooks.guest.undo_log import Entry
     from oci_hooks.system import Root
 
 # Misc devices: /dev/vfio/vfio and /dev/iommu, which are every container's (include/uapi/linux/major.h).

@@ -2,7 +2,7 @@
 """The guest hook: from an OCI state to VFIO groups that are open to one container, and back.
 
 The way of the data: state, spec, request, picture, plan, apply, proof. Reading and planning
-change nothing; binding.py has the plan carried out, and what is over put back.
+change nothing; guest/session.py has the plan carried out, and what is over put back.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
+    from oci_hooks.guest.request import Request
     from oci_hooks.oci import Spec, State
-    from oci_hooks.request import Request
     from oci_hooks.system import Root
 
 PROGRAM = "vfio-guest-bind"
@@ -47,7 +47,7 @@ def work(call: Call) -> int:
     spec = read_spec(root, state)
     if not is_asked(state, spec):
         return EXIT_DONE
-    from oci_hooks.request import read_request
+    from oci_hooks.guest.request import read_request
 
     try:
         request = read_request(state, spec)
@@ -79,8 +79,8 @@ def read_call_state(call: Call) -> State:
 
 def bind_groups(call: Call, root: Root, state: State, spec: Spec, request: Request) -> None:
     """Give the container what it asks for. Raises HookError with everything put back."""
-    from oci_hooks.binding import bind, print_plan
-    from oci_hooks.guest_settings import read_guest_settings
+    from oci_hooks.guest.session import bind, print_plan
+    from oci_hooks.guest.settings import read_guest_settings
 
     settings = read_guest_settings(root, call.arguments.settings)
     call.deadline.extend(settings.deadline)
@@ -96,8 +96,8 @@ def end_if_wanted(call: Call, root: Root, state: State) -> None:
 
     Kata's agent ignores a hook's exit code, and would start it without its devices.
     """
-    from oci_hooks.binding import end_container
-    from oci_hooks.guest_settings import read_guest_settings
+    from oci_hooks.guest.session import end_container
+    from oci_hooks.guest.settings import read_guest_settings
 
     try:
         settings = read_guest_settings(root, call.arguments.settings)
@@ -112,12 +112,12 @@ def release_groups(call: Call, root: Root, state: State) -> int:
     """Put back what this container's claim notes, if it has one. Returns the exit code."""
     import os
 
-    from oci_hooks.claims import ClaimDirectory
+    from oci_hooks.guest.claims import ClaimDirectory
 
     # Most containers have none, and do not pay for what puts it back.
     if not root.do(os.path.exists, ClaimDirectory(root=root).journal_path(state.id)):
         return EXIT_DONE
-    from oci_hooks.binding import print_release, release
+    from oci_hooks.guest.session import print_release, release
 
     if call.arguments.dry_run:
         print_release(call, root, state)

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import container, nodes, permission
 from oci_hooks.findings import Finding, Refusal, StepError
-from oci_hooks.homes import list_processes
-from oci_hooks.journal import parse_journal
+from oci_hooks.guest.apply import container_dev, nodes, permission
+from oci_hooks.guest.homes import list_processes
+from oci_hooks.guest.undo_log import parse_journal
 from oci_hooks.linux import pci
 from oci_hooks.linux.instances import parse_instance, read_instance
 from oci_hooks.system import step
@@ -28,12 +28,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from oci_hooks.bpf import Numbers
-    from oci_hooks.cgroup import Cgroup, Node
-    from oci_hooks.claims import Claim, ClaimDirectory
-    from oci_hooks.homes import Home
-    from oci_hooks.journal import Entry, Journal
-    from oci_hooks.permission import Grant
+    from oci_hooks.guest.apply.bpf import Numbers
+    from oci_hooks.guest.apply.cgroup import Cgroup, Node
+    from oci_hooks.guest.apply.permission import Grant
+    from oci_hooks.guest.claims import Claim, ClaimDirectory
+    from oci_hooks.guest.homes import Home
+    from oci_hooks.guest.undo_log import Entry, Journal
     from oci_hooks.system import Deadline, Root
 
 DEVICES_BY_NUMBER = "/sys/dev/char"
@@ -221,14 +221,14 @@ def remove_nodes(entries: Iterable[Entry], pid: int, numbers: set[Numbers]) -> N
 
 def remove_from_mount(entry: Entry, pid: int, numbers: set[Numbers]) -> None:
     """Remove nodes from the file system that was mounted for a container with a user namespace. Raises OSError."""
-    dev = container.open_dev(pid, entry.words[0])
+    dev = container_dev.open_dev(pid, entry.words[0])
     try:
-        directory = container.open_path(dev, entry.words[1])
+        directory = container_dev.open_path(dev, entry.words[1])
         try:
-            if not container.is_guests_own(directory):
+            if not container_dev.is_guests_own(directory):
                 for name in os.listdir(directory):
                     for each in numbers:
-                        container.remove_node(directory, name, each)
+                        container_dev.remove_node(directory, name, each)
         finally:
             os.close(directory)
     finally:

@@ -16,9 +16,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from oci_hooks.guest.request import Request, Selector
     from oci_hooks.linux.pci import IommuGroup, PciDevice, Picture
     from oci_hooks.oci import Device
-    from oci_hooks.request import Request, Selector
 
 LIST_HINT = "see what there is with: lspci -Dnnk"
 VIOMMU_HINT = (

@@ -9,29 +9,30 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import apply, ownership, plan, selection
-from oci_hooks.claims import Claim, ClaimDirectory, Owner, read_start_time, take_lock
 from oci_hooks.findings import Finding, HookError, InputError, Refusal, make_one_line
 from oci_hooks.frozen import Record
-from oci_hooks.homes import find_home
-from oci_hooks.journal import HEADS
+from oci_hooks.guest import ownership, plan, selection
+from oci_hooks.guest.apply import drivers
+from oci_hooks.guest.apply.modprobe import load_drivers
+from oci_hooks.guest.claims import Claim, ClaimDirectory, Owner, read_start_time, take_lock
+from oci_hooks.guest.homes import find_home
+from oci_hooks.guest.signals import interruptible, reset_signals
+from oci_hooks.guest.undo_log import HEADS
 from oci_hooks.linux import pci
 from oci_hooks.linux.instances import name_instance, parse_instance
 from oci_hooks.linux.usage import Uses
-from oci_hooks.modules import load_drivers
 from oci_hooks.oci import find_mappings
-from oci_hooks.signals import interruptible, reset_signals
 from oci_hooks.system import Deadline, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.guest_settings import GuestSettings
-    from oci_hooks.journal import Entry, Journal
+    from oci_hooks.guest.request import Request
+    from oci_hooks.guest.selection import Choice
+    from oci_hooks.guest.settings import GuestSettings
+    from oci_hooks.guest.undo_log import Entry, Journal
     from oci_hooks.linux.uevents import Listener
     from oci_hooks.oci import Spec, State
     from oci_hooks.program import Call
-    from oci_hooks.request import Request
-    from oci_hooks.selection import Choice
     from oci_hooks.system import Root
 
 # Putting back has to be possible when all of the deadline was used up on the way there.
@@ -86,13 +87,13 @@ def carry_out(work: Work, wanted: plan.Plan, journal: Journal) -> None:
     root, deadline = work.root, work.call.deadline
     rootfs = root.do(find_rootfs, work.state, work.spec)
     load_drivers(root, deadline)
-    apply.bind_devices(root, wanted.rebinds, journal, deadline)
-    from oci_hooks import nodes
+    drivers.bind_devices(root, wanted.rebinds, journal, deadline)
+    from oci_hooks.guest.apply import nodes
 
     target = nodes.Target(work.state.pid, rootfs)
     made = nodes.expose_nodes(root, wanted, target, journal)
-    permission = apply.Permission(work.settings.widen_parent_cgroups, expects_user=journal.kept > 0)
-    apply.grant_nodes(root, made, target, permission, work.directory, journal, deadline)
+    permission = drivers.Permission(work.settings.widen_parent_cgroups, expects_user=journal.kept > 0)
+    drivers.grant_nodes(root, made, target, permission, work.directory, journal, deadline)
     journal.note("done")
 
 
@@ -134,7 +135,7 @@ def release(root: Root, state: State, deadline: Deadline, settings: str = "") ->
 
 def extend_deadline(root: Root, deadline: Deadline, settings: str) -> None:
     """Give a release the time that the settings give to the hook."""
-    from oci_hooks.guest_settings import read_guest_settings
+    from oci_hooks.guest.settings import read_guest_settings
 
     try:
         deadline.extend(read_guest_settings(root, settings).deadline)
@@ -161,7 +162,7 @@ def wait_for_claim(work: Work) -> tuple[Journal, plan.Plan]:
                     # Nothing is missed: it listens now, and the next look comes after.
                     listener = root.do(Listener)
                     # Nobody waits for it now; when the device is there, its driver keeps it for a while anyway.
-                    apply.load_what_follows()
+                    drivers.load_what_follows()
                 except HookError as error:
                     # What is missing is the news; that it can't be waited for comes after.
                     error.findings = missing.findings + error.findings
@@ -192,7 +193,7 @@ def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
         if not own or not own.at_work:
             ownership.check_own(own, work.owner)
             if len(claims) > bool(own):
-                from oci_hooks import permits
+                from oci_hooks.guest import permits
 
                 permits.revoke_dead(work.directory, claims, but=own_path(work))
             wanted = plan.make_plan(work.root, choose(work, claims), work.spec, make_options(work))
@@ -306,7 +307,7 @@ def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Findin
 
     seconds: how long that may take. None where somebody has the journal, or it is gone.
     """
-    from oci_hooks import permits
+    from oci_hooks.guest import permits
 
     directory = ClaimDirectory(root=root)
     journal = directory.reopen_journal(claim)
@@ -318,7 +319,7 @@ def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Findin
         findings = permits.revoke_claim(directory, claim)
         # What keeps its permission keeps its device, whose numbers nobody else gets then.
         if not is_unfinished(findings):
-            findings += apply.undo(root, claim.entries, pid, Deadline(seconds), (lock,))
+            findings += drivers.undo(root, claim.entries, pid, Deadline(seconds), (lock,))
         return root.do(end_claim, claim.path, findings)
     finally:
         journal.close()
@@ -326,13 +327,13 @@ def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Findin
 
 def take_back(work: Work, journal: Journal) -> list[Finding]:
     """Undo what this run of the hook has done, and remove the claim."""
-    from oci_hooks import permits
+    from oci_hooks.guest import permits
 
     entries = work.directory.read_entries(journal)
     deadline = Deadline(max(work.call.deadline.remaining(), UNDO_SECONDS))
     findings = permits.take_back(work.directory, journal, entries, deadline)
     if not is_unfinished(findings):
-        findings += apply.undo(work.root, entries, work.state.pid, deadline)
+        findings += drivers.undo(work.root, entries, work.state.pid, deadline)
     if not journal.kept:
         return work.root.do(end_claim, journal.path, findings)
     if not is_unfinished(findings):
@@ -351,7 +352,7 @@ def end_claim(path: str, findings: list[Finding]) -> list[Finding]:
 
 def is_unfinished(findings: list[Finding]) -> bool:
     """Tell whether something is left to put back that can be put back later."""
-    return any(finding.code in apply.UNFINISHED for finding in findings)
+    return any(finding.code in drivers.UNFINISHED for finding in findings)
 
 
 def end_container(root: Root, state: State) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carry a plan out and put it back: what changes the machine is called from here, and permits.py revokes permissions.
+"""Carry a plan out and put it back: what changes the machine is called from here, and guest/permits.py revokes permissions.
 
 Before each change, what undoes it goes to the journal. Undoing reads nothing but the journal, so that it is the same
 after a failure, at poststop, and in the next hook after a kill. Every undo may be done twice.
@@ -14,21 +14,21 @@ import os
 
 from oci_hooks.findings import Finding, StepError
 from oci_hooks.frozen import Record
+from oci_hooks.guest.apply.sysfs_writer import Job, Result, Write, run_jobs
+from oci_hooks.guest.plan import DRIVER, Rebind
 from oci_hooks.linux import pci
 from oci_hooks.linux.instances import GONE, parse_instance, read_instance
-from oci_hooks.plan import DRIVER, Rebind
 from oci_hooks.system import step
-from oci_hooks.workers import Job, Result, Write, run_jobs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from oci_hooks import cgroup
-    from oci_hooks.claims import ClaimDirectory
-    from oci_hooks.journal import Entry, Journal
+    from oci_hooks.guest.apply import cgroup
+    from oci_hooks.guest.apply.nodes import Target
+    from oci_hooks.guest.claims import ClaimDirectory
+    from oci_hooks.guest.undo_log import Entry, Journal
     from oci_hooks.linux.instances import Instance
-    from oci_hooks.nodes import Target
     from oci_hooks.system import Deadline, Root
 
 # Codes of what was not put back and can be later: the claim stays, and its groups with it, for the next hook.
@@ -53,7 +53,15 @@ def load_what_follows() -> None:
     """Import what making and permitting nodes needs; ctypes, for bpf(2), is the dearest import of a whole run."""
     import ctypes  # noqa: F401
 
-    from oci_hooks import bpf, cgroup, container, device_filter, nodes, permits, proof  # noqa: F401
+    from oci_hooks.guest import permits  # noqa: F401
+    from oci_hooks.guest.apply import (
+        bpf,  # noqa: F401
+        cgroup,  # noqa: F401
+        container_dev,  # noqa: F401
+        device_filter,  # noqa: F401
+        nodes,  # noqa: F401
+        proof,  # noqa: F401
+    )
 
 
 def make_job(root: Root, address: str, instance: Instance, writes: Iterable[Write]) -> Job:
@@ -160,11 +168,12 @@ def grant_nodes(
     deadline: Deadline,
 ) -> None:
     """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
-    from oci_hooks import cgroup, container, permission, permits, proof
+    from oci_hooks.guest import permits
+    from oci_hooks.guest.apply import cgroup, container_dev, permission, proof
 
     reused = permits.take_numbers(claims, made, journal, deadline)
     place = cgroup.find_cgroup(root, target.pid)
-    directory = root.do(container.open_dev, target.pid, target.rootfs)
+    directory = root.do(container_dev.open_dev, target.pid, target.rootfs)
     try:
         proofs = proof.prove(root, place, directory, made, deadline)
         denied = [proof.node for proof in proofs if proof.is_denied]
@@ -184,7 +193,7 @@ def grant_nodes(
 
 def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProof, ...]) -> None:
     """Raise StepError where a node did not open, or its group is not viable."""
-    from oci_hooks import permission
+    from oci_hooks.guest.apply import permission
 
     if any(proof.is_denied for proof in proofs):
         raise permission.explain_denial(root, place, proofs)
@@ -208,7 +217,7 @@ def undo(
 ) -> list[Finding]:
     """Put back what a journal notes, last change first, and return what could not be put back.
 
-    Permissions are revoked before, by permits.py: they are a matter of all claims. pid: the container's init, 0 when it
+    Permissions are revoked before, by guest/permits.py: they are a matter of all claims. pid: the container's init, 0 when it
     is gone: a process that it left has nodes in its mount namespace, which open nothing without permission; private:
     descriptors that a child which hangs must not keep. A finding with a code of UNFINISHED means that the journal has
     to stay.
@@ -231,7 +240,7 @@ def undo(
 @step("undo")
 def undo_entry(root: Root, entry: Entry, pid: int) -> None:
     """Put back one change in the container. Raises OSError, StepError."""
-    from oci_hooks import nodes
+    from oci_hooks.guest.apply import nodes
 
     if entry.kind in nodes.UNDOABLE:
         nodes.undo(entry, pid)

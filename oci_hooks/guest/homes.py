@@ -37,7 +37,7 @@ class Home(Record):
 
 def find_home(root: Root, pid: int) -> Home:
     """Return the cgroups of a container. pid: its init. Raises StepError where they can't be found."""
-    from oci_hooks import cgroup
+    from oci_hooks.guest.apply import cgroup
 
     place = cgroup.find_cgroup(root, pid)
     unified, devices = (path if path not in place.shared else "" for path in (place.unified, place.devices))

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import errno
 
-from oci_hooks.cgroup import ACCESS, Node, fail, write_file
+from oci_hooks.guest.apply.cgroup import ACCESS, Node, fail, write_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.bpf import Numbers
+    from oci_hooks.guest.apply.bpf import Numbers
     from oci_hooks.system import Root
 
 # Kind, major, minor and access of a line.

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.cgroup import Cgroup, fail, list_ancestors
 from oci_hooks.frozen import Record
+from oci_hooks.guest.apply.cgroup import Cgroup, fail, list_ancestors
 from oci_hooks.system import step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from oci_hooks.bpf import Numbers
     from oci_hooks.findings import StepError
+    from oci_hooks.guest.apply.bpf import Numbers
     from oci_hooks.system import Root
 
     # From a program's instructions and nodes to the new instructions.
@@ -62,7 +62,7 @@ class Swaps:
 
         A cgroup without a program of its own restricts nothing, and is left alone; so is a program that stays the same.
         """
-        from oci_hooks import bpf
+        from oci_hooks.guest.apply import bpf
 
         try:
             cgroup = self.keep(os.open(self.root.host_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -79,7 +79,7 @@ class Swaps:
 
     def carry_out(self) -> None:
         """Replace the programs. Raises StepError."""
-        from oci_hooks import bpf
+        from oci_hooks.guest.apply import bpf
 
         for swap in self.swaps:
             try:
@@ -97,14 +97,14 @@ def explain_failure(error: Exception, path: str, nodes: tuple[Numbers, ...]) -> 
 
 def add_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
     """Return a program that permits these nodes besides all that it permits now."""
-    from oci_hooks import bpf
+    from oci_hooks.guest.apply import bpf
 
     return bpf.make_prefix([*bpf.read_prefix(code), *nodes]) + bpf.strip_prefix(code)
 
 
 def remove_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
     """Return a program without what was once added for these nodes."""
-    from oci_hooks import bpf
+    from oci_hooks.guest.apply import bpf
 
     return bpf.make_prefix(set(bpf.read_prefix(code)) - set(nodes)) + bpf.strip_prefix(code)
 
@@ -112,7 +112,7 @@ def remove_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
 @step("find-filters-above")
 def find_programs_above(root: Root, cgroup: Cgroup) -> list[str]:
     """Return the ancestors of a version 2 cgroup that have device programs of their own, the nearest first."""
-    from oci_hooks import bpf
+    from oci_hooks.guest.apply import bpf
 
     found = []
     for path in reversed(list_ancestors(cgroup.unified, cgroup.unified_mount)):

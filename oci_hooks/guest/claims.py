@@ -16,8 +16,8 @@ import stat
 
 from oci_hooks.findings import Refusal
 from oci_hooks.frozen import Record
-from oci_hooks.homes import Home, is_occupied
-from oci_hooks.journal import FORMAT, JOURNAL_LIMIT, OWNER, Entry, Journal, parse_journal, quote, unquote
+from oci_hooks.guest.homes import Home, is_occupied
+from oci_hooks.guest.undo_log import FORMAT, JOURNAL_LIMIT, OWNER, Entry, Journal, parse_journal, quote, unquote
 from oci_hooks.system import Descriptor, Root, step
 
 TYPE_CHECKING = False
