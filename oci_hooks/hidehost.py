@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 
-from oci_hooks.asker import SANDBOX_ID_ANNOTATIONS
 from oci_hooks.hideforms import (
     DEVICE_PROPERTIES,
     NOWHERE,
@@ -27,9 +26,10 @@ from oci_hooks.hideforms import (
 )
 from oci_hooks.hidetext import KEPT_KEYS, LEFT_OUT, hide_json_values, hide_kernel, hide_toml, hide_values
 from oci_hooks.hidewords import hide_reading
-from oci_hooks.kata_lookup import VERSION_FILES
+from oci_hooks.host.kata.handlers import DOCKER_CONFIG
+from oci_hooks.host.kata.lookup import VERSION_FILES
+from oci_hooks.host.runtime import SANDBOX_ID_ANNOTATIONS
 from oci_hooks.privacy import hide_document
-from oci_hooks.runtimes import DOCKER_CONFIG
 from oci_hooks.schema import load_schema
 
 TYPE_CHECKING = False
@@ -58,7 +58,7 @@ QUESTIONS = (
 # Addresses of interfaces are kept where a finding names them.
 ADDRESS_QUESTIONS = ("ipv4", "network")
 ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - stands for one that is left out
-# What Kata's shim has in its environment and the host hook asks for (kata_lookup.py).
+# What Kata's shim has in its environment and the host hook asks for (host/kata/lookup.py).
 KEPT_VARIABLES = ("KATA_CONF_FILE=",)
 # The hooks' own settings, and the schemas that say which keys they have.
 SETTINGS = {
@@ -68,7 +68,7 @@ SETTINGS = {
 # Programs whose command lines decide something; of others the name is enough, where a finding has it.
 TOLD_PROGRAMS = ("qemu", "cloud-hypervisor", "clh", "firecracker", "stratovirt", "containerd-shim-kata", "crun", "runc")
 VFIO_NODES = ("/dev/vfio/", "/dev/iommu")
-# Options of QEMU, Cloud Hypervisor and crun, and of the properties of their values those that decide (hypervisor.py).
+# Options of QEMU, Cloud Hypervisor and crun, and of the properties of their values those that decide (host/hypervisor.py).
 OPTIONS: dict[str, tuple[str, ...]] = {
     "device": DEVICE_PROPERTIES,
     "machine": ("", "type", "accel", "iommu", "kernel_irqchip"),

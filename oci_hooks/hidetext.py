@@ -37,7 +37,7 @@ PIECE = re.compile(r'\\u[0-9a-fA-F]{4}|\\["\\/bfnrt]|\\.|vfio|[^\\]', re.DOTALL)
 BYTE_ORDER_MARK = "\ufeff"
 # Words of a kernel's command line that decide something here.
 KERNEL_WORD = re.compile(r"[\w.-]*iommu[\w.]*(=[\w,.:+-]{0,80})?")
-# The keys of Kata's tables that the host hook reads (kata_checks.py, kata_lookup.py, kata_config.py).
+# The keys of Kata's tables that the host hook reads (host/kata/checks.py, host/kata/lookup.py, host/kata/config.py).
 HYPERVISOR_KEYS = (
     "enable_iommu",
     "enable_annotations",
@@ -56,7 +56,7 @@ RUNTIME_KEYS = ("hypervisor_name", "vfio_mode")
 # Of these Kata takes no string, so that one is nothing to go by.
 NO_TEXTS = ("enable_iommu", "pcie_root_port", "pcie_switch_port", "confidential_guest", "rootless")
 ANY = "*"
-# Values that are kept of the files of Kata and of container engines (runtimes.py), by their keys.
+# Values that are kept of the files of Kata and of container engines (host/kata/handlers.py), by their keys.
 KEPT_KEYS = (
     *(("hypervisor", ANY, key) for key in HYPERVISOR_KEYS),
     *(("runtime", key) for key in RUNTIME_KEYS),

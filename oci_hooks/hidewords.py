@@ -11,7 +11,7 @@ import os
 import re
 
 from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, keep_setting
-from oci_hooks.kata_model import AGENT_PREFIX, HYPERVISOR_PREFIX, RUNTIME_PREFIX
+from oci_hooks.host.kata.model import AGENT_PREFIX, HYPERVISOR_PREFIX, RUNTIME_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

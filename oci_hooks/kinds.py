@@ -9,7 +9,7 @@ from oci_hooks.guest.apply.sysfs_writer import Result
 from oci_hooks.guest.claims import Claim
 from oci_hooks.guest.homes import Home
 from oci_hooks.guest.undo_log import Entry, Journal
-from oci_hooks.kata_model import Problem
+from oci_hooks.host.kata.model import Problem
 from oci_hooks.linux.processes import Process
 from oci_hooks.notation import UNDO_LOG, open_nothing
 

@@ -15,10 +15,10 @@ import re
 from oci_hooks import hidewords
 from oci_hooks.guest.request import normalize_address
 from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, hide_kernel, hide_text
-from oci_hooks.kata_config import PATH_ANNOTATION
-from oci_hooks.kata_model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
+from oci_hooks.host.kata.config import PATH_ANNOTATION
+from oci_hooks.host.kata.model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
+from oci_hooks.host.suite import HOST_ONLY_NODES
 from oci_hooks.oci import CONTROL_NODE, is_name
-from oci_hooks.verdict import HOST_ONLY_NODES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Rule = Callable[[Any], Any]
 
 OWN_PREFIX = "io.katacontainers.x.vfio"
-# Annotations by which the hooks know sandbox, container and runtime (oci.py, asker.py); their values are kept.
+# Annotations by which the hooks know sandbox, container and runtime (oci.py, host/runtime.py); their values are kept.
 DECIDING = (
     PATH_ANNOTATION,
     RUNTIME_PREFIX + "vfio_mode",

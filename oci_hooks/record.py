@@ -40,7 +40,7 @@ def read_setting(call: Call) -> str:
     """Return the setting `record` for a run that failed before it came to its settings; "" where they are unusable."""
     from oci_hooks.findings import InputError
     from oci_hooks.guest.settings import read_guest_settings
-    from oci_hooks.host_settings import read_host_settings
+    from oci_hooks.host.settings import read_host_settings
     from oci_hooks.system import Root
 
     read = read_guest_settings if call.program == "vfio-guest-bind" else read_host_settings

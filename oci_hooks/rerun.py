@@ -230,7 +230,7 @@ def make_call(record: RunRecord, root: Root, arguments: Arguments) -> Call:
 def find_work(program: str) -> Callable[[Call], int]:
     """Return what a hook does."""
     if program == "vfio-host-check":
-        from oci_hooks.host import work as check
+        from oci_hooks.host.hook import work as check
 
         return check
     from oci_hooks.guest.hook import work as bind

@@ -17,13 +17,14 @@ from typing import Any, Callable
 
 import jsonschema
 
-from oci_hooks import hidehost, kata_config, notation, oci, privacy, recordfile, schema, settings
+from oci_hooks import hidehost, notation, oci, privacy, recordfile, schema, settings
 from oci_hooks.bounds import RecordError
 from oci_hooks.findings import Finding, HookError, InputError
 from oci_hooks.guest import claims, request, undo_log
 from oci_hooks.guest.apply import bpf, cgroup, device_list
 from oci_hooks.guest.apply.permission import parse_grant
-from oci_hooks.hypervisor import read_clh, read_qemu
+from oci_hooks.host.hypervisor import read_clh, read_qemu
+from oci_hooks.host.kata import config as kata_config
 from oci_hooks.json_input import parse_json
 from oci_hooks.kinds import KINDS
 from oci_hooks.linux import mounts, netlink, openers, pci, usage
@@ -186,7 +187,7 @@ def fuzz_map(data: bytes) -> None:
 def fuzz_settings(data: bytes) -> None:
     """guest.toml and host.toml: what is taken is what the schema takes; a plain text is to tomllib what it is here."""
     from oci_hooks.guest.settings import GUEST_SETTINGS, read_guest_settings
-    from oci_hooks.host_settings import HOST_SETTINGS, read_host_settings
+    from oci_hooks.host.settings import HOST_SETTINGS, read_host_settings
     from oci_hooks.plain_toml import read_plain
 
     plain, values = None, None

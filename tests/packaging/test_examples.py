@@ -13,8 +13,8 @@ import jsonschema
 import pytest
 import tomllib
 
-from oci_hooks import host_settings
 from oci_hooks.guest import settings as guest_settings
+from oci_hooks.host import settings as host_settings
 from oci_hooks.schema import find_mistakes
 from tests.provision import REPOSITORY
 

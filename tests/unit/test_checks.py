@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import checks
-from oci_hooks.asker import Asker
 from oci_hooks.findings import Finding
-from oci_hooks.hypervisor import Hypervisor
+from oci_hooks.host import checks
+from oci_hooks.host.hypervisor import Hypervisor
+from oci_hooks.host.runtime import Asker
 from oci_hooks.linux.pci import look
 from oci_hooks.linux.processes import Process
 from oci_hooks.linux.vfio import Target, find_targets, list_cdevs
@@ -42,7 +42,7 @@ def check_all(
     tree: HostTree, target: Target, asker: Asker | None = None, pid: int = 0, seconds: float = 5.0
 ) -> list[Finding]:
     """Return the findings of all checks of one target."""
-    from oci_hooks.host import check_host, check_target
+    from oci_hooks.host.hook import check_host, check_target
 
     who = asker or ask()
     picture = look(tree.root)
@@ -550,8 +550,8 @@ def test_memlock(
 )
 def test_modes(settings: dict[str, Any], level: str, expected: str) -> None:
     from oci_hooks.findings import EXIT_DONE, EXIT_REFUSED
-    from oci_hooks.host_settings import HostSettings
-    from oci_hooks.verdict import choose_exit, settle
+    from oci_hooks.host.settings import HostSettings
+    from oci_hooks.host.suite import choose_exit, settle
 
     told = settle([Finding(level, "x", "s", "p")], HostSettings(**settings))
     assert [finding.level for finding in told] == ([expected] if expected else [])
@@ -559,15 +559,15 @@ def test_modes(settings: dict[str, Any], level: str, expected: str) -> None:
 
 
 def test_errors_come_first_and_once() -> None:
-    from oci_hooks.host_settings import HostSettings
-    from oci_hooks.verdict import settle
+    from oci_hooks.host.settings import HostSettings
+    from oci_hooks.host.suite import settle
 
     findings = [Finding("info", "a", "", ""), Finding("error", "b", "", ""), Finding("error", "b", "", "")]
     assert [finding.code for finding in settle(findings, HostSettings())] == ["b", "a"]
 
 
 def test_a_check_that_cannot_look_does_not_refuse() -> None:
-    from oci_hooks.verdict import run_check
+    from oci_hooks.host.suite import run_check
 
     def check_it() -> tuple[Finding, ...]:
         raise PermissionError(13, "Permission denied", "/sys/x")

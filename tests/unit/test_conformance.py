@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.kata_config import Place, load_config
-from oci_hooks.kata_model import Reading
+from oci_hooks.host.kata.config import Place, load_config
+from oci_hooks.host.kata.model import Reading
 from oci_hooks.system import Root
 from tests.unit import kata_corpus
 from tests.unit.kata_corpus import Case

@@ -14,8 +14,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from oci_hooks import checks, host, preflight, program
+from oci_hooks import program
 from oci_hooks.guest import hook as guest_hook
+from oci_hooks.host import checks, survey
+from oci_hooks.host import hook as host_hook
 from oci_hooks.schema import load_schema
 from oci_hooks.system import Root
 from tests.unit.host_tree import HostTree
@@ -67,8 +69,8 @@ class Bench:
     def run(self, state: Any, *argv: str) -> tuple[int, str, str]:
         """Run the hook with this state and return exit code, stdout and stderr."""
         data = state if isinstance(state, bytes) else json.dumps(state).encode()
-        self.monkeypatch.setattr(host, "read_input", lambda _deadline: data)
-        code = host.main(list(argv))
+        self.monkeypatch.setattr(host_hook, "read_input", lambda _deadline: data)
+        code = host_hook.main(list(argv))
         out, err = self.capfd.readouterr()
         return code, out, err
 
@@ -187,11 +189,11 @@ def test_a_container_without_vfio_imports_nothing_heavy(tmp_path: Path) -> None:
     assert "oci_hooks.oci" in modules
     heavy = {"json", "re", "typing", "pathlib", "argparse", "dataclasses", "enum", "logging", "tomllib", "subprocess"}
     ours = {
-        "oci_hooks.checks",
+        "oci_hooks.host.checks",
         "oci_hooks.linux.pci",
         "oci_hooks.linux.vfio",
         "oci_hooks.settings",
-        "oci_hooks.kata_config",
+        "oci_hooks.host.kata.config",
     }
     assert modules & (heavy | ours) == set()
     assert not [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
@@ -314,11 +316,11 @@ def test_the_bundle_that_crun_gets_wrong(bench: Bench, monkeypatch: pytest.Monke
 
 
 def test_by_hand(bench: Bench) -> None:
-    assert host.main(["--bundle", "/run/b"]) == 0
-    assert host.main(["--bundle", "/nowhere"]) == 2
+    assert host_hook.main(["--bundle", "/run/b"]) == 0
+    assert host_hook.main(["--bundle", "/nowhere"]) == 2
     bench.tree.write(CONFIG, KATA)
     bench.tree.process(812, QEMU)
-    assert host.main(["--bundle", "/run/b", "--pid", "812"]) == 1
+    assert host_hook.main(["--bundle", "/run/b", "--pid", "812"]) == 1
     assert "[viommu-off]" in bench.capfd.readouterr().err
 
 
@@ -331,7 +333,7 @@ def test_json_has_its_schema(bench: Bench) -> None:
     assert answer["findings"][0]["code"] == "group-not-viable"
 
 
-@pytest.mark.parametrize("main", [host.main, guest_hook.main], ids=["host", "guest"])
+@pytest.mark.parametrize("main", [host_hook.main, guest_hook.main], ids=["host", "guest"])
 @pytest.mark.parametrize("argv", [("--frob",), ("start",), ("--pid", "x"), ("--bundle",)], ids=" ".join)
 @pytest.mark.parametrize("first", [True, False])
 def test_bad_arguments_are_told_in_json(
@@ -382,7 +384,7 @@ def host_of_groups(bench: Bench) -> Bench:
 
 
 def test_the_listing(host_of_groups: Bench) -> None:
-    assert host.main(["--all"]) == 0
+    assert host_hook.main(["--all"]) == 0
     out, err = host_of_groups.capfd.readouterr()
     assert err == ""
     assert out.splitlines() == [
@@ -397,12 +399,12 @@ def test_the_listing(host_of_groups: Bench) -> None:
 
 def test_the_listing_opens_nothing(host_of_groups: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "ask_kernel", lambda _root, _node: pytest.fail("opened"))
-    assert host.main(["--all"]) == 0
+    assert host_hook.main(["--all"]) == 0
 
 
 def test_a_half_bound_group_is_a_problem(host_of_groups: Bench) -> None:
     host_of_groups.tree.pci("0000:03:00.1", "ixgbe", "12")
-    assert host.main(["--all", "--format", "npd"]) == 1
+    assert host_hook.main(["--all", "--format", "npd"]) == 1
     out, err = host_of_groups.capfd.readouterr()
     assert out.startswith("group-not-viable: group 12: 0000:03:00.1 is bound to ixgbe")
     assert len(out.rstrip("\n")) <= 80
@@ -412,25 +414,25 @@ def test_a_half_bound_group_is_a_problem(host_of_groups: Bench) -> None:
 def test_a_kernel_without_group_nodes_is_no_problem(bench: Bench) -> None:
     """With CONFIG_VFIO_GROUP off there are only the devices' own nodes."""
     bench.tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
-    assert host.main(["--all"]) == 0
+    assert host_hook.main(["--all"]) == 0
 
 
 def test_a_host_without_iommu_is_a_problem(bench: Bench) -> None:
     import shutil
 
     shutil.rmtree(bench.tree.top / "sys/kernel/iommu_groups")
-    assert host.main(["--all", "--format", "npd"]) == 1
+    assert host_hook.main(["--all", "--format", "npd"]) == 1
     assert bench.capfd.readouterr().out.startswith("iommu-off: host: ")
 
 
 def test_npd_on_a_good_host(host_of_groups: Bench) -> None:
-    assert host.main(["--all", "--format", "npd"]) == 0
+    assert host_hook.main(["--all", "--format", "npd"]) == 0
     assert host_of_groups.capfd.readouterr().out == "1 VFIO groups ready\n"
 
 
 def test_nfd_labels(host_of_groups: Bench) -> None:
     host_of_groups.tree.write(CONFIG, KATA.replace("false", "true"))
-    assert host.main(["--all", "--format", "nfd"]) == 0
+    assert host_hook.main(["--all", "--format", "nfd"]) == 0
     labels = dict(line.split("=") for line in host_of_groups.capfd.readouterr().out.splitlines())
     assert labels == {
         "vfio.iommu": "true",
@@ -445,7 +447,7 @@ def test_nfd_labels(host_of_groups: Bench) -> None:
 def test_all_as_json_has_its_schema(host_of_groups: Bench) -> None:
     host_of_groups.tree.write(CONFIG, KATA)
     host_of_groups.tree.mdev("6f7a0b1e", "20", driver="vfio_mdev")
-    code = host.main(["--all", "--json"])
+    code = host_hook.main(["--all", "--json"])
     answer = json.loads(host_of_groups.capfd.readouterr().out)
     jsonschema.validate(answer, load_schema("findings"))
     assert {group["state"] for group in answer["groups"]} >= {"ready", "in use", "bridges only", "host's", "not bound"}
@@ -467,7 +469,7 @@ def test_all_as_json_has_its_schema(host_of_groups: Bench) -> None:
     ],
 )
 def test_single_groups(host_of_groups: Bench, argv: tuple[str, ...], code: int) -> None:
-    assert host.main(list(argv)) == code
+    assert host_hook.main(list(argv)) == code
 
 
 def test_kata_in_the_listing(host_of_groups: Bench) -> None:
@@ -478,7 +480,7 @@ def test_kata_in_the_listing(host_of_groups: Bench) -> None:
     host_of_groups.tree.write(
         "/etc/crio/crio.conf", '[crio.runtime.runtimes.kata]\nruntime_config_path = "/opt/kata/clh.toml"\n'
     )
-    assert host.main(["--all"]) == 0
+    assert host_hook.main(["--all"]) == 0
     lines = host_of_groups.capfd.readouterr().out.splitlines()
     table = [line.split() for line in lines[lines.index("") + 1 :]]
     assert table[0] == ["KATA", "HYPERVISOR", "VFIO_MODE", "ENABLE_IOMMU", "PORT"]
@@ -499,7 +501,7 @@ def test_label_names_are_valid(vendor: str) -> None:
 def test_every_code_is_in_the_table_and_the_other_way_round() -> None:
     import re
 
-    top = Path(host.__file__).parents[1]
+    top = Path(host_hook.__file__).parents[1]
     modules = ("checks", "kata_checks", "kata_problems", "host", "verdict", "settings", "preflight")
     text = "".join((top / f"oci_hooks/{name}.py").read_text() for name in modules)
     shared = "".join((top / f"oci_hooks/{name}.py").read_text() for name in ("oci", "command", "jsontext"))
@@ -515,6 +517,6 @@ def test_every_code_is_in_the_table_and_the_other_way_round() -> None:
 
 
 def test_preflight_is_not_imported_by_the_hook() -> None:
-    assert "preflight" not in vars(host)
-    assert preflight.survey.__module__ == "oci_hooks.preflight"
+    assert "preflight" not in vars(host_hook)
+    assert survey.survey.__module__ == "oci_hooks.host.survey"
     assert os.path.exists(HOOK)

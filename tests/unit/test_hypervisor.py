@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.hypervisor import find_hypervisor
+from oci_hooks.host.hypervisor import find_hypervisor
 from tests.unit.host_tree import HostTree
 
 pytestmark = pytest.mark.unit

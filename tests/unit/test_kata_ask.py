@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import host
-from oci_hooks.kata_admission import Gate
-from oci_hooks.kata_config import Place, load_config
+from oci_hooks.host import hook as host_hook
+from oci_hooks.host.kata.admission import Gate
+from oci_hooks.host.kata.config import Place, load_config
 from oci_hooks.system import Root
 
 pytestmark = pytest.mark.unit
@@ -36,7 +36,7 @@ vfio_mode = "guest-kernel"
 
 def ask(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, Any]:
     """Return the exit code and the object that is printed."""
-    code = host.main(["--kata-config", *argv, "--json"])
+    code = host_hook.main(["--kata-config", *argv, "--json"])
     out, err = capfd.readouterr()
     assert err == ""
     return code, json.loads(out)
@@ -76,7 +76,7 @@ def test_what_cannot_be_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
 def test_a_person_sees_a_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "configuration.toml"
     path.write_text(TEXT)
-    assert host.main(["--kata-config", str(path), "--runtime", "go"]) == 0
+    assert host_hook.main(["--kata-config", str(path), "--runtime", "go"]) == 0
     assert re.search(rf"(?m)^  enable_iommu +false +{re.escape(str(path))}:6$", capfd.readouterr().out)
 
 
@@ -181,7 +181,7 @@ def test_expressions_as_both_libraries_read_them(pattern: str, go: bool, rust: b
 
 def test_no_message_reads_as_another_error_to_kata() -> None:
     """Kata's agent and shim turn an error that says so into gRPC's NotFound."""
-    for path in sorted(Path(host.__file__).parent.glob("kata_*.py")):
+    for path in sorted(Path(host_hook.__file__).parent.glob("kata_*.py")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             for word in re.findall(r'"[^"]*"', line):
                 assert not re.search("not found|not exist", word), f"{path.name}:{number}"

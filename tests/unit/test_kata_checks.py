@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import kata_checks
-from oci_hooks.asker import Asker
 from oci_hooks.findings import Finding
-from oci_hooks.hypervisor import Hypervisor
-from oci_hooks.kata_config import Place, load_config
-from oci_hooks.kata_lookup import Found
-from oci_hooks.kata_model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
+from oci_hooks.host.hypervisor import Hypervisor
+from oci_hooks.host.kata import checks as kata_checks
+from oci_hooks.host.kata.config import Place, load_config
+from oci_hooks.host.kata.lookup import Found
+from oci_hooks.host.kata.model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
+from oci_hooks.host.runtime import Asker
 from oci_hooks.linux.pci import PciDevice
 from oci_hooks.linux.processes import Process
 from oci_hooks.linux.vfio import Member, Target, VfioGroup

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.kata_config import KataConfig, Place, load_config
-from oci_hooks.kata_model import HYPERVISOR_PREFIX
+from oci_hooks.host.kata.config import KataConfig, Place, load_config
+from oci_hooks.host.kata.model import HYPERVISOR_PREFIX
 from oci_hooks.toml_lines import find_line
 from tests.unit.host_tree import HostTree
 
@@ -154,7 +154,7 @@ def test_drop_ins_stand_beside_the_resolved_file(tmp_path: Path) -> None:
     tree.write("/etc/kata-containers/config.d/1", "[hypervisor.qemu]\nenable_iommu = 7\n")
     tree.link("/etc/kata-containers/configuration.toml", "/opt/kata/share/defaults/kata-containers/configuration.toml")
     tree.link("/opt/kata/share/defaults/kata-containers/configuration.toml", "configuration-qemu.toml")
-    from oci_hooks.kata_config import make_place
+    from oci_hooks.host.kata.config import make_place
 
     place = make_place(tree.root, "/etc/kata-containers/configuration.toml", "test")
     assert place is not None

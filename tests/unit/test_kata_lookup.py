@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from oci_hooks.asker import Asker, find_asker, find_shim
-from oci_hooks.hypervisor import find_hypervisor
-from oci_hooks.kata_lookup import find_config
+from oci_hooks.host.hypervisor import find_hypervisor
+from oci_hooks.host.kata.handlers import list_kata_handlers
+from oci_hooks.host.kata.lookup import find_config
+from oci_hooks.host.runtime import Asker, find_asker, find_shim
 from oci_hooks.linux.processes import Process, read_process
-from oci_hooks.runtimes import list_kata_handlers
 from tests.unit.host_tree import HostTree, make_spec, make_state
 
 pytestmark = pytest.mark.unit

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.host import PROGRAM, add_options
+from oci_hooks.host.hook import PROGRAM, add_options
 from oci_hooks.program import parse_arguments
 
 pytestmark = pytest.mark.unit
@@ -53,6 +53,6 @@ def test_the_problem_detectors_arguments_are_the_hooks() -> None:
     arguments = parse_arguments(PROGRAM, rule["args"], add_options)
     assert (arguments.all, arguments.format) == (True, "npd")
     assert rule["condition"] in [condition["type"] for condition in plugin["conditions"]]
-    from oci_hooks.preflight import NPD_LENGTH
+    from oci_hooks.host.survey import NPD_LENGTH
 
     assert plugin["pluginConfig"]["max_output_length"] == NPD_LENGTH

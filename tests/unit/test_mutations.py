@@ -401,12 +401,12 @@ MUTATIONS = [
     ),
     (
         "own hypervisor first",
-        "asker",
+        "host/runtime",
         "(*list_family(root, state.pid), *list_family(root, shim))",
         "()",
         "test_checks.py",
     ),
-    ("a search cut short", "checks", "        if looked < total:\n", "        if False:\n", "test_checks.py"),
+    ("a search cut short", "host/checks", "        if looked < total:\n", "        if False:\n", "test_checks.py"),
     (
         "what can't be read is looked at",
         "oci",
@@ -641,7 +641,7 @@ MUTATIONS = [
     ),
     (
         "proxies in a finding",
-        "kata_checks",
+        "host/kata/checks",
         "kernel.replace(value=refusal, written=refusal) if",
         "kernel if",
         "test_privacy.py -k without_a_running",

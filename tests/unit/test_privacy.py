@@ -22,12 +22,13 @@ from urllib.parse import quote
 
 import pytest
 
-from oci_hooks import hidehost, hidetext, hidewords, host, notation, privacy, record
+from oci_hooks import hidehost, hidetext, hidewords, notation, privacy, record
 from oci_hooks.findings import Finding
 from oci_hooks.guest import hook as guest_hook
 from oci_hooks.hidehost import Teller
 from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, hide_text
-from oci_hooks.kata_config import KataConfig, Place, load_config
+from oci_hooks.host import hook as host_hook
+from oci_hooks.host.kata.config import KataConfig, Place, load_config
 from oci_hooks.kinds import KINDS
 from oci_hooks.privacy import hide_document, hide_finding
 from oci_hooks.program import Arguments, Call, carry
@@ -188,12 +189,12 @@ def run_host(
 ) -> tuple[RunRecord, bytes]:
     """Run the host hook on a tree, and return its recording and the bytes of it."""
     monkeypatch.setattr(record, "DIRECTORY", str(tree.top / "records"))
-    monkeypatch.setattr(host, "read_input", read_input)
+    monkeypatch.setattr(host_hook, "read_input", read_input)
     monkeypatch.setattr(os, "getppid", getppid)
     read_input.data = json.dumps(state).encode()  # type: ignore[attr-defined]
     root = TreeRoot(str(tree.top))
     call = Call("vfio-host-check", Arguments(), Deadline(60.0), [], [], [], {}, root, {})
-    outcome = carry(call, host.work)
+    outcome = carry(call, host_hook.work)
     if asked:
         call.wishes["asked"] = asked
     (said,) = record.keep_record(call, outcome, root.notes)

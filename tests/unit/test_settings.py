@@ -12,7 +12,7 @@ import pytest
 
 from oci_hooks import settings
 from oci_hooks.findings import EXIT_BAD_INPUT, Finding, InputError
-from oci_hooks.host_settings import HOST_SETTINGS, HostSettings, read_host_settings
+from oci_hooks.host.settings import HOST_SETTINGS, HostSettings, read_host_settings
 from oci_hooks.plain_toml import read_plain
 from oci_hooks.system import Root
 

@@ -7,16 +7,16 @@ hypervisor/mod.rs (the structures; `deny_unknown_fields` where it is).
 
 from __future__ import annotations
 
-from oci_hooks.kata_go import is_text, name_types
-from oci_hooks.kata_model import Ledger, read_layers
-from oci_hooks.kata_toml import StrictReader, Table
+from oci_hooks.host.kata.go import is_text, name_types
+from oci_hooks.host.kata.model import Ledger, read_layers
+from oci_hooks.host.kata.toml import StrictReader, Table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.kata_model import Layer, Reading
-    from oci_hooks.kata_toml import Keys
+    from oci_hooks.host.kata.model import Layer, Reading
+    from oci_hooks.host.kata.toml import Keys
     from oci_hooks.system import Root
 
 HYPERVISOR = name_types(
@@ -97,8 +97,8 @@ RANGES = {
 
 def read_rust(root: Root, path: str, annotations: dict[str, str]) -> Reading:
     """Return what runtime-rs makes of a configuration. path: the main file, links resolved."""
-    from oci_hooks.kata_rust_annotations import apply_annotations
-    from oci_hooks.kata_rust_checks import adjust, find_values, validate
+    from oci_hooks.host.kata.rust_annotations import apply_annotations
+    from oci_hooks.host.kata.rust_checks import adjust, find_values, validate
 
     ledger = Ledger(root)
     tables = merge_layers(read_layers(root, path, StrictReader, ledger, False), ledger)

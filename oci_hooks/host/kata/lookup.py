@@ -9,7 +9,7 @@ then the default places. What only the shim knows is taken from the files that t
 from __future__ import annotations
 
 from oci_hooks.frozen import Record
-from oci_hooks.kata_config import (
+from oci_hooks.host.kata.config import (
     PATH_ANNOTATION,
     KataConfig,
     Place,
@@ -22,7 +22,7 @@ from oci_hooks.oci import is_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.asker import Asker
+    from oci_hooks.host.runtime import Asker
     from oci_hooks.system import Root
 
 VERSION_FILES = ("/opt/kata/VERSION",)
@@ -79,7 +79,7 @@ def find_places(root: Root, asker: Asker, annotations: dict[str, str], named: st
 
 def find_options(root: Root, asker: Asker) -> tuple[Place, ...]:
     """Return the files that the container engine may have named in its option ConfigPath, without doubles."""
-    from oci_hooks.runtimes import list_kata_handlers
+    from oci_hooks.host.kata.handlers import list_kata_handlers
 
     engines = find_engines(asker)
     handlers = [handler for handler in list_kata_handlers(root) if handler.engine in engines]

@@ -14,14 +14,14 @@ import os
 import stat
 
 from oci_hooks.frozen import Record
-from oci_hooks.kata_toml import TomlError
+from oci_hooks.host.kata.toml import TomlError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-    from oci_hooks.kata_toml import Keys, StrictReader
+    from oci_hooks.host.kata.toml import Keys, StrictReader
     from oci_hooks.system import Root
 
     # Notes what is refused: key, text.

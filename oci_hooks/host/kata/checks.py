@@ -11,20 +11,20 @@ import os
 
 from oci_hooks.findings import Finding
 from oci_hooks.frozen import Record
-from oci_hooks.hypervisor import find_kernel_refusal
-from oci_hooks.kata_hints import make_viommu_hint, write_fix
-from oci_hooks.kata_lookup import read_major
-from oci_hooks.kata_model import HYPERVISOR_PREFIX
-from oci_hooks.kata_problems import RELEASE_MAJOR, check_refused, check_uncertain
+from oci_hooks.host.hypervisor import find_kernel_refusal
+from oci_hooks.host.kata.hints import make_viommu_hint, write_fix
+from oci_hooks.host.kata.lookup import read_major
+from oci_hooks.host.kata.model import HYPERVISOR_PREFIX
+from oci_hooks.host.kata.problems import RELEASE_MAJOR, check_refused, check_uncertain
 from oci_hooks.oci import DEVICES_ANNOTATION, MAP_ANNOTATION
 from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.asker import Asker
-    from oci_hooks.hypervisor import Hypervisor
-    from oci_hooks.kata_config import KataConfig, Setting
-    from oci_hooks.kata_lookup import Found
+    from oci_hooks.host.hypervisor import Hypervisor
+    from oci_hooks.host.kata.config import KataConfig, Setting
+    from oci_hooks.host.kata.lookup import Found
+    from oci_hooks.host.runtime import Asker
     from oci_hooks.linux.vfio import Target
     from oci_hooks.oci import Spec
     from oci_hooks.system import Root

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.asker import is_own, list_own_family
 from oci_hooks.findings import Finding
+from oci_hooks.host.runtime import is_own, list_own_family
 from oci_hooks.linux.pci import IOMMU_GROUPS, VFIO_CLASS
 from oci_hooks.linux.processes import ask_kernel, find_holders, list_open_paths
 from oci_hooks.linux.vfio import CDEV_CLASS
@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.asker import Asker
+    from oci_hooks.host.runtime import Asker
     from oci_hooks.linux.pci import Picture
     from oci_hooks.linux.vfio import Member, Target, VfioGroup
     from oci_hooks.oci import Spec, State

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import re
 
-from oci_hooks.kata_admission import Gate
-from oci_hooks.kata_go_checks import BLOCK_AIO, BLOCK_DRIVERS, NETWORK_MODELS, NO_PORT, PORTS, VFIO_MODES
-from oci_hooks.kata_model import (
+from oci_hooks.host.kata.admission import Gate
+from oci_hooks.host.kata.go_checks import BLOCK_AIO, BLOCK_DRIVERS, NETWORK_MODELS, NO_PORT, PORTS, VFIO_MODES
+from oci_hooks.host.kata.model import (
     AGENT_PREFIX,
     HYPERVISOR_PREFIX,
     RUNTIME_PREFIX,
@@ -25,7 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.kata_model import Ledger
+    from oci_hooks.host.kata.model import Ledger
 
 # strconv.ParseBool
 TRUE_WORDS = ("1", "t", "T", "TRUE", "true", "True")

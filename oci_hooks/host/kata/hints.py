@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from oci_hooks.kata_admission import Gate
-from oci_hooks.kata_model import HYPERVISOR_PREFIX
+from oci_hooks.host.kata.admission import Gate
+from oci_hooks.host.kata.model import HYPERVISOR_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.kata_config import KataConfig, Setting
+    from oci_hooks.host.kata.config import KataConfig, Setting
 
 # What printf(1) or a quoted word of a shell would change.
 UNSAFE = ("\\", "'", "%")

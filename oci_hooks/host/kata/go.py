@@ -8,16 +8,16 @@ github.com/BurntSushi/toml v1.6.0 decode.go (unifyStruct: names whatever their c
 
 from __future__ import annotations
 
-from oci_hooks.kata_model import Ledger, read_layers
-from oci_hooks.kata_toml import Moment
-from oci_hooks.kata_toml_go import LenientReader
+from oci_hooks.host.kata.model import Ledger, read_layers
+from oci_hooks.host.kata.toml import Moment
+from oci_hooks.host.kata.toml_go import LenientReader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.kata_model import Layer, Reading
-    from oci_hooks.kata_toml import Keys
+    from oci_hooks.host.kata.model import Layer, Reading
+    from oci_hooks.host.kata.toml import Keys
     from oci_hooks.system import Root
 
 
@@ -74,8 +74,8 @@ MOST_REAL = 16777215
 
 def read_go(root: Root, path: str, annotations: dict[str, str]) -> Reading:
     """Return what the Go runtime makes of a configuration. path: the main file, links resolved."""
-    from oci_hooks.kata_go_annotations import apply_annotations
-    from oci_hooks.kata_go_checks import check_tables, find_values
+    from oci_hooks.host.kata.go_annotations import apply_annotations
+    from oci_hooks.host.kata.go_checks import check_tables, find_values
 
     ledger = Ledger(root)
     tables = merge_layers(read_layers(root, path, LenientReader, ledger, True), ledger)

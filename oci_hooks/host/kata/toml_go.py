@@ -6,13 +6,13 @@ Source: github.com/BurntSushi/toml v1.6.0, parse.go (addContext, setValue, addIm
 
 from __future__ import annotations
 
-from oci_hooks.kata_toml import StrictReader, Table, Tables
+from oci_hooks.host.kata.toml import StrictReader, Table, Tables
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.kata_toml import Keys
+    from oci_hooks.host.kata.toml import Keys
 
 
 class LenientReader(StrictReader):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks import hypervisor as vmm
 from oci_hooks.frozen import Record
+from oci_hooks.host import hypervisor as vmm
 from oci_hooks.linux.processes import Process, list_ancestors, list_family, read_process
 from oci_hooks.oci import find_annotation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.hypervisor import Hypervisor
+    from oci_hooks.host.hypervisor import Hypervisor
     from oci_hooks.oci import Spec, State
     from oci_hooks.system import Root
 

@@ -13,9 +13,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
-    from oci_hooks.asker import Asker
     from oci_hooks.findings import Finding
-    from oci_hooks.host_settings import HostSettings
+    from oci_hooks.host.runtime import Asker
+    from oci_hooks.host.settings import HostSettings
     from oci_hooks.linux.pci import Picture
     from oci_hooks.linux.vfio import Target
     from oci_hooks.oci import Spec, State
@@ -72,11 +72,11 @@ def work(call: Call) -> int:
     """Do what the arguments ask for and return the exit code."""
     root = call.root
     if call.arguments.kata_config is not None:
-        from oci_hooks.kata_ask import ask
+        from oci_hooks.host.kata.ask import ask
 
         return ask(call, root)
     if call.arguments.all or call.arguments.groups:
-        from oci_hooks.preflight import survey
+        from oci_hooks.host.survey import survey
 
         return survey(call, root)
     state = take_state(call)
@@ -104,10 +104,10 @@ def take_state(call: Call) -> State:
 
 def check_container(call: Call, root: Root, state: State, spec: Spec) -> int:
     """Check everything that a container with VFIO devices needs, and return the exit code."""
-    from oci_hooks.asker import find_asker
+    from oci_hooks.host.runtime import find_asker
+    from oci_hooks.host.suite import choose_exit, excuse_privileged, settle
     from oci_hooks.linux.pci import look
     from oci_hooks.linux.vfio import find_targets
-    from oci_hooks.verdict import choose_exit, excuse_privileged, settle
 
     settings = take_settings(call, root)
     asker = find_asker(root, state, spec, settings.kata_mode, bool(call.arguments.bundle))
@@ -129,7 +129,7 @@ def check_container(call: Call, root: Root, state: State, spec: Spec) -> int:
 
 def take_settings(call: Call, root: Root) -> HostSettings:
     """Return the settings of host.toml, or of the file that the command line names. Raises InputError."""
-    from oci_hooks.host_settings import read_host_settings
+    from oci_hooks.host.settings import read_host_settings
 
     settings = read_host_settings(root, call.arguments.settings)
     call.deadline.extend(settings.deadline)
@@ -139,8 +139,8 @@ def take_settings(call: Call, root: Root) -> HostSettings:
 
 def check_host(root: Root, picture: Picture, targets: tuple[Target, ...]) -> list[Finding]:
     """Return what is wrong with the host itself."""
-    from oci_hooks import checks
-    from oci_hooks.verdict import run_check
+    from oci_hooks.host import checks
+    from oci_hooks.host.suite import run_check
 
     findings = [*run_check(checks.check_host_nodes, root, targets)]
     if any(target.group is None and not target.found_by for target in targets):
@@ -150,8 +150,8 @@ def check_host(root: Root, picture: Picture, targets: tuple[Target, ...]) -> lis
 
 def check_target(root: Root, target: Target, asker: Asker, state: State, deadline: Deadline) -> list[Finding]:
     """Return what is wrong with one entry of linux.devices and the group that it means."""
-    from oci_hooks import checks
-    from oci_hooks.verdict import run_check
+    from oci_hooks.host import checks
+    from oci_hooks.host.suite import run_check
 
     return [
         *run_check(checks.check_presence, root, target),
@@ -166,8 +166,8 @@ def check_target(root: Root, target: Target, asker: Asker, state: State, deadlin
 
 def check_plain(root: Root, spec: Spec, asker: Asker, targets: tuple[Target, ...]) -> list[Finding]:
     """Return what a container of a plain runtime lacks itself: there is no guest between it and the host."""
-    from oci_hooks import checks
-    from oci_hooks.verdict import run_check
+    from oci_hooks.host import checks
+    from oci_hooks.host.suite import run_check
 
     return [
         *run_check(checks.check_control_node, spec, targets),
@@ -186,10 +186,10 @@ def check_sandbox(
     deadline: Deadline,
 ) -> list[Finding]:
     """Return what Kata's configuration, or the hypervisor that runs, makes impossible."""
-    from oci_hooks import checks
-    from oci_hooks.kata_checks import check_kata, view_sandbox
-    from oci_hooks.kata_lookup import find_config
-    from oci_hooks.verdict import run_check
+    from oci_hooks.host import checks
+    from oci_hooks.host.kata.checks import check_kata, view_sandbox
+    from oci_hooks.host.kata.lookup import find_config
+    from oci_hooks.host.suite import run_check
 
     annotations = {**spec.annotations, **state.annotations}
     found = find_config(root, asker, annotations, settings.kata_config)

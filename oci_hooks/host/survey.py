@@ -6,9 +6,9 @@ Exit codes are the hook's own, and those of a Node Problem Detector plugin: 0 we
 
 from __future__ import annotations
 
-from oci_hooks import checks
 from oci_hooks.findings import Finding, InputError
 from oci_hooks.frozen import Record
+from oci_hooks.host import checks
 from oci_hooks.linux.pci import look
 from oci_hooks.linux.processes import list_open_paths, list_pids, read_process
 from oci_hooks.linux.vfio import Target, list_groups, read_group
@@ -19,8 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.host_settings import HostSettings
-    from oci_hooks.kata_checks import KataView
+    from oci_hooks.host.kata.checks import KataView
+    from oci_hooks.host.settings import HostSettings
     from oci_hooks.linux.pci import Picture
     from oci_hooks.linux.processes import Process
     from oci_hooks.linux.vfio import Member, VfioGroup
@@ -58,8 +58,8 @@ class Line(Record):
 
 def survey(call: Call, root: Root) -> int:
     """Tell of all groups, or of those that the arguments name, and return the exit code. Raises InputError."""
-    from oci_hooks.host import take_settings
-    from oci_hooks.verdict import choose_exit, settle
+    from oci_hooks.host.hook import take_settings
+    from oci_hooks.host.suite import choose_exit, settle
 
     settings = take_settings(call, root)
     picture = look(root)
@@ -97,7 +97,7 @@ def name_group(text: str) -> str:
 
 def check_named(root: Root, picture: Picture, group: VfioGroup, deadline: Deadline) -> list[Finding]:
     """Return what would stand in the way of a container that asks for this group."""
-    from oci_hooks.host import check_host, check_target
+    from oci_hooks.host.hook import check_host, check_target
 
     entry = make_entry(group)
     is_there = bool(group.iommu_group or group.number)
@@ -109,7 +109,7 @@ def check_named(root: Root, picture: Picture, group: VfioGroup, deadline: Deadli
 
 def make_nobody() -> Any:
     """Return the asker of a check that no runtime started."""
-    from oci_hooks.asker import Asker
+    from oci_hooks.host.runtime import Asker
 
     return Asker("plain", None, None, "", "", False, True)
 
@@ -169,10 +169,10 @@ def name_state(group: VfioGroup, holders: tuple[Process, ...]) -> str:
 
 def view_configs(root: Root, settings: HostSettings) -> tuple[KataView, ...]:
     """Return Kata's configurations on this host: those that container engines name, and the default one."""
-    from oci_hooks.kata_checks import view_sandbox
-    from oci_hooks.kata_config import find_default_places, load_config, make_place
-    from oci_hooks.kata_lookup import Found
-    from oci_hooks.runtimes import list_kata_handlers
+    from oci_hooks.host.kata.checks import view_sandbox
+    from oci_hooks.host.kata.config import find_default_places, load_config, make_place
+    from oci_hooks.host.kata.handlers import list_kata_handlers
+    from oci_hooks.host.kata.lookup import Found
 
     named = settings.kata_config
     candidates = [make_place(root, named, "named in host.toml")] if named else []
@@ -187,7 +187,7 @@ def view_configs(root: Root, settings: HostSettings) -> tuple[KataView, ...]:
 
 def check_view(view: KataView) -> list[Finding]:
     """Return what contradicts itself in a configuration, as far as that can be told without a container."""
-    from oci_hooks import kata_checks
+    from oci_hooks.host.kata import checks as kata_checks
 
     return [
         *kata_checks.check_config(view),

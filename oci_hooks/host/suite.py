@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-    from oci_hooks.host_settings import HostSettings
+    from oci_hooks.host.settings import HostSettings
     from oci_hooks.oci import Spec
 
 # Nodes that nobody gives to a container one by one: where they are listed, everything is.

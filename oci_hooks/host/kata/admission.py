@@ -10,12 +10,12 @@ Sources: kata-containers src/runtime/pkg/oci/utils.go (regexpContains), src/libs
 
 from __future__ import annotations
 
-from oci_hooks.kata_characters import ASCII, WORDS
-from oci_hooks.kata_regex import Expression, Invalid, Unsure
+from oci_hooks.host.kata.characters import ASCII, WORDS
+from oci_hooks.host.kata.regex import Expression, Invalid, Unsure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.kata_regex import Node
+    from oci_hooks.host.kata.regex import Node
 
 # Characters of an expression, and states of the program that it becomes.
 LONGEST = 5000

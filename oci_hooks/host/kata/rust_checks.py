@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import re
 
-from oci_hooks.kata_model import check_sizes, has_wrong_verity
+from oci_hooks.host.kata.model import check_sizes, has_wrong_verity
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from oci_hooks.kata_model import Ledger, Refuse
+    from oci_hooks.host.kata.model import Ledger, Refuse
 
 # Of each hypervisor: the least memory in MiB, the most processors; it knows no others.
 LIMITS = {

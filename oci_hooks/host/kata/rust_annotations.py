@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 
-from oci_hooks.kata_admission import Gate
-from oci_hooks.kata_model import (
+from oci_hooks.host.kata.admission import Gate
+from oci_hooks.host.kata.model import (
     AGENT_PREFIX,
     HYPERVISOR_PREFIX,
     RUNTIME_PREFIX,
@@ -20,13 +20,13 @@ from oci_hooks.kata_model import (
     read_parameters,
     write_parameters,
 )
-from oci_hooks.kata_rust_checks import LIMITS, adjust
+from oci_hooks.host.kata.rust_checks import LIMITS, adjust
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.kata_model import Ledger
+    from oci_hooks.host.kata.model import Ledger
 
 TRUTHS = [
     "enable_iothreads",
@@ -275,8 +275,8 @@ def change_other(runtime: dict[str, Any], annotation: str, text: str, decided: d
 def change_mounts(runtime: dict[str, Any], text: str) -> str:
     """Take the shared mounts of an annotation; return why runtime-rs refuses them, "" if it takes them."""
     from oci_hooks.findings import InputError
+    from oci_hooks.host.kata.rust import find_wrong
     from oci_hooks.json_input import parse_json
-    from oci_hooks.kata_rust import find_wrong
 
     try:
         mounts = parse_json(text.encode("utf-8", "replace"), "shared_mounts")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kata's configuration as Kata itself would come to it: which file, its drop-ins, the sandbox's annotations.
 
-The reading itself is in kata_go.py and kata_rust.py. Sources, in kata-containers: containerd-shim-v2/create.go
+The reading itself is in host/kata/go.py and host/kata/rust.py. Sources, in kata-containers: containerd-shim-v2/create.go
 (loadRuntimeConfig), katautils/config.go (GetDefaultConfigFilePaths); runtime-rs crates/runtimes/src/manager.rs
 (load_config), libs/kata-types/src/config/default.rs. 1.x has no drop-ins.
 """
@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.kata_model import Reading
+    from oci_hooks.host.kata.model import Reading
     from oci_hooks.system import Root
 
 GO_DEFAULTS = (
@@ -162,8 +162,8 @@ def read_kata(root: Root, path: str, flavour: str, annotations: dict[str, str]) 
 
     A step: a recording keeps of the files less than what Kata refuses them by, so it has the answer.
     """
-    from oci_hooks.kata_go import read_go
-    from oci_hooks.kata_rust import read_rust
+    from oci_hooks.host.kata.go import read_go
+    from oci_hooks.host.kata.rust import read_rust
 
     reading = None
     if flavour != "go":
@@ -190,7 +190,7 @@ def list_keys(tables: dict[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
 
 def make_reading(answer: dict[str, Any]) -> Reading:
     """Return the reading that read_kata answered, from the machine or from a recording."""
-    from oci_hooks.kata_model import Reading
+    from oci_hooks.host.kata.model import Reading
 
     tables: dict[str, Any] = {"hypervisor": {}, "agent": {}, "runtime": {}, "factory": {}}
     for keys, value in answer["tables"]:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from oci_hooks.findings import Finding
-from oci_hooks.kata_config import RELEASE
-from oci_hooks.kata_go_checks import BOTH_PORTS
-from oci_hooks.kata_rust_checks import BOTH_KINDS
+from oci_hooks.host.kata.config import RELEASE
+from oci_hooks.host.kata.go_checks import BOTH_PORTS
+from oci_hooks.host.kata.rust_checks import BOTH_KINDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.kata_checks import KataView
-    from oci_hooks.kata_config import KataConfig
+    from oci_hooks.host.kata.checks import KataView
+    from oci_hooks.host.kata.config import KataConfig
 
 # Of one kind, in one configuration; who mends them one by one sees the rest.
 MOST_PROBLEMS = 3

@@ -7,13 +7,13 @@ One object a runtime: the effective values with what decided each, or what Kata 
 from __future__ import annotations
 
 from oci_hooks.findings import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, InputError, make_one_line
-from oci_hooks.kata_config import RELEASE, Place, find_default_places, load_config
+from oci_hooks.host.kata.config import RELEASE, Place, find_default_places, load_config
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.kata_model import Problem, Reading
+    from oci_hooks.host.kata.model import Problem, Reading
     from oci_hooks.program import Call
     from oci_hooks.system import Root
 

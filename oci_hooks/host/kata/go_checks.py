@@ -7,14 +7,14 @@ SetKernelParams, validateBindMounts, checkConfig), pkg/katautils/create.go, pkg/
 
 from __future__ import annotations
 
-from oci_hooks.kata_go import split_parameters
-from oci_hooks.kata_model import check_sizes, has_wrong_verity, read_parameters, write_parameters
+from oci_hooks.host.kata.go import split_parameters
+from oci_hooks.host.kata.model import check_sizes, has_wrong_verity, read_parameters, write_parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.kata_model import Ledger
+    from oci_hooks.host.kata.model import Ledger
 
 # Tables below [hypervisor], and which of them Kata makes a machine of.
 HYPERVISORS = ("qemu", "clh", "firecracker", "dragonball", "stratovirt", "remote")
