@@ -11,11 +11,11 @@ from oci_hooks.guest.homes import Home
 from oci_hooks.guest.undo_log import Entry, Journal
 from oci_hooks.host.kata.model import Problem
 from oci_hooks.linux.processes import Process
-from oci_hooks.notation import UNDO_LOG, open_nothing
+from oci_hooks.record.encoding import UNDO_LOG, open_nothing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.notation import Kinds
+    from oci_hooks.record.encoding import Kinds
 
 
 def make_journal(path: str, kept: int) -> Journal:

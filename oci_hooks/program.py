@@ -129,8 +129,8 @@ def run_hook(
         print_json(program, outcome.code, outcome.findings, more)
     container = call.container[-1] if call.container else ""
     if arguments.debug or "log" in call.wishes:
-        from oci_hooks.account import list_steps
         from oci_hooks.log import report_steps
+        from oci_hooks.record.timeline import list_steps
 
         report_steps(program, container, list_steps(root.notes), kmsg)
     if outcome.findings:
@@ -149,7 +149,7 @@ def record_run(call: Call, outcome: Outcome, container: str, root: NotingRoot, k
     from oci_hooks.log import log_findings
 
     try:
-        from oci_hooks.record import keep_record
+        from oci_hooks.record.writer import keep_record
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("oci_hooks"):
             raise

@@ -11,13 +11,14 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from oci_hooks import __version__, account
-from oci_hooks.bounds import RecordError, RecordTooLarge, bounded
+from oci_hooks import __version__
 from oci_hooks.findings import Finding, make_one_line
 from oci_hooks.log import write_stderr, write_stdout
-from oci_hooks.notation import NotationError
-from oci_hooks.record import DIRECTORY, SPARE_DIRECTORY, SUFFIX
-from oci_hooks.recordfile import RunRecord, read_record
+from oci_hooks.record import timeline
+from oci_hooks.record.bounds import RecordError, RecordTooLarge, bounded
+from oci_hooks.record.encoding import NotationError
+from oci_hooks.record.reader import RunRecord, read_record
+from oci_hooks.record.writer import DIRECTORY, SPARE_DIRECTORY, SUFFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def list_records(arguments: Namespace) -> int:
     rows = [("RECORD", "WHEN", "HOOK", "CONTAINER", "SAID")]
     for path in find_paths(arguments):
         try:
-            rows.append(account.format_row(read_record(path)))  # type: ignore[arg-type]
+            rows.append(timeline.format_row(read_record(path)))  # type: ignore[arg-type]
         except OSError as error:
             rows.append((make_one_line(os.path.basename(path)), "-", "-", "-", f"unusable: {error.strerror}"))
         except (RecordError, *DAMAGE) as error:
@@ -180,13 +181,13 @@ def list_records(arguments: Namespace) -> int:
 
 def explain(arguments: Namespace) -> int:
     """Print the account of a run for a ticket."""
-    write_stdout(account.format_explanation(find_record(arguments, arguments.record)))
+    write_stdout(timeline.format_explanation(find_record(arguments, arguments.record)))
     return EXIT_SAME
 
 
 def show_record(arguments: Namespace) -> int:
     """Print the timeline of a run."""
-    write_stdout(account.format_run(find_record(arguments, arguments.record), arguments.reads))
+    write_stdout(timeline.format_run(find_record(arguments, arguments.record), arguments.reads))
     return EXIT_SAME
 
 
@@ -201,7 +202,7 @@ def run_record(arguments: Namespace) -> int:
 
     again = rerun(record)
     different = compare(record, again)
-    lines = [*(different or account.format_findings(record)), *(f"# {text}" for text in again.strange)]
+    lines = [*(different or timeline.format_findings(record)), *(f"# {text}" for text in again.strange)]
     lines += [] if different else ["the same as recorded"]
     write_stdout("".join(f"{make_one_line(line, 10_000)}\n" for line in lines))
     return EXIT_DIFFERENT if different else EXIT_SAME
@@ -230,8 +231,8 @@ def diff_records(arguments: Namespace) -> int:
     one, other = find_record(arguments, arguments.record), find_record(arguments, arguments.other)
     lines = list(
         difflib.unified_diff(
-            list(account.list_facts(one)),
-            list(account.list_facts(other)),
+            list(timeline.list_facts(one)),
+            list(timeline.list_facts(other)),
             os.path.basename(one.path),
             os.path.basename(other.path),
             lineterm="",
@@ -262,7 +263,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oci_hooks.recordfile import read_record
+from oci_hooks.record.reader import read_record
 from oci_hooks.rerun import find_differences
 
 

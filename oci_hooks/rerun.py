@@ -13,12 +13,12 @@ import os
 import stat
 import sys
 
-from oci_hooks import notation
 from oci_hooks.findings import make_one_line
 from oci_hooks.frozen import Record
 from oci_hooks.kinds import KINDS
-from oci_hooks.privacy import hide_finding
 from oci_hooks.program import Arguments, Call, carry
+from oci_hooks.record import encoding
+from oci_hooks.record.privacy import hide_finding
 from oci_hooks.system import Deadline, NotingRoot, Root, name_tag
 
 TYPE_CHECKING = False
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from oci_hooks.program import Outcome
-    from oci_hooks.recordfile import RunRecord
+    from oci_hooks.record.reader import RunRecord
 
     T = TypeVar("T")
 
@@ -88,7 +88,7 @@ class RecordedRoot(Root):
         self.next_step = 0
         self.decisions: list[Any] = []
         self.strange: list[str] = []
-        self.damage: notation.NotationError | None = None
+        self.damage: encoding.NotationError | None = None
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
         """Return what the question was answered with. Raises OSError; ENOENT where nobody asked it."""
@@ -135,15 +135,15 @@ class RecordedRoot(Root):
 
     def note(self, what: str, value: object) -> None:
         """Keep what was decided, to compare it."""
-        self.decisions.append([what, notation.encode(value)])
+        self.decisions.append([what, encoding.encode(value)])
 
     def decode(self, value: Any) -> Any:
         """Return an answer of the record. Raises NotationError."""
-        if isinstance(value, dict) and value.get(notation.KIND) == "member":
+        if isinstance(value, dict) and value.get(encoding.KIND) == "member":
             return self.documents.get(str(value.get("name")), b"")
         try:
-            return notation.decode(value, KINDS)
-        except notation.NotationError as error:
+            return encoding.decode(value, KINDS)
+        except encoding.NotationError as error:
             # The hook takes any exception for its own.
             self.damage = error
             raise
@@ -151,8 +151,8 @@ class RecordedRoot(Root):
     def decode_error(self, value: Any) -> Exception:
         """Return an error of the record. Raises NotationError."""
         try:
-            return notation.decode_error(value)
-        except notation.NotationError as error:
+            return encoding.decode_error(value)
+        except encoding.NotationError as error:
             self.damage = error
             raise
 

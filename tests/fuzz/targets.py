@@ -17,8 +17,7 @@ from typing import Any, Callable
 
 import jsonschema
 
-from oci_hooks import hidehost, notation, oci, privacy, recordfile, schema, settings
-from oci_hooks.bounds import RecordError
+from oci_hooks import oci, schema, settings
 from oci_hooks.findings import Finding, HookError, InputError
 from oci_hooks.guest import claims, request, undo_log
 from oci_hooks.guest.apply import bpf, cgroup, device_list
@@ -30,6 +29,9 @@ from oci_hooks.kinds import KINDS
 from oci_hooks.linux import mounts, netlink, openers, pci, usage
 from oci_hooks.linux.instances import parse_instance
 from oci_hooks.linux.processes import Process
+from oci_hooks.record import encoding, hidehost, privacy
+from oci_hooks.record import reader as record_reader
+from oci_hooks.record.bounds import RecordError
 from oci_hooks.system import Deadline, Root, name_tag
 
 ADDRESS = "0000:01:00.0"
@@ -318,11 +320,11 @@ def fuzz_journal(data: bytes) -> None:
 def fuzz_record(data: bytes) -> None:
     """A record, unpacked: its members, its JSON, the values of its events."""
     try:
-        members = recordfile.read_members(data)
-        about = recordfile.parse(members, "record.json")
-        recordfile.check_version(about)
-        recordfile.check_schema(about)
-        recordfile.read_events(members.get("events.jsonl", b""))
+        members = record_reader.read_members(data)
+        about = record_reader.parse(members, "record.json")
+        record_reader.check_version(about)
+        record_reader.check_schema(about)
+        record_reader.read_events(members.get("events.jsonl", b""))
     except RecordError:
         return
 
@@ -330,7 +332,7 @@ def fuzz_record(data: bytes) -> None:
 def fuzz_packed(data: bytes) -> None:
     """A record as the file that it is."""
     try:
-        recordfile.unpack(data)
+        record_reader.unpack(data)
     except RecordError:
         return
 
@@ -338,8 +340,8 @@ def fuzz_packed(data: bytes) -> None:
 def fuzz_notation(data: bytes) -> None:
     """A value of a record, which may be an object."""
     try:
-        notation.decode(recordfile.load(data, "x"), KINDS)
-    except (notation.NotationError, RecordError, RecursionError):
+        encoding.decode(record_reader.load(data, "x"), KINDS)
+    except (encoding.NotationError, RecordError, RecursionError):
         return
 
 
@@ -480,4 +482,4 @@ def list_seeds(name: str) -> list[bytes]:
     if name != "record":
         return SEEDS[name]
     kept = sorted((REPOSITORY / "tests/data/records").glob("*.tar.gz"))[:4]
-    return [recordfile.unpack(path.read_bytes()) for path in kept]
+    return [record_reader.unpack(path.read_bytes()) for path in kept]

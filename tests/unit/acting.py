@@ -21,10 +21,11 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Callable, TypeVar
 
-from oci_hooks import log, oci, program, record, system
+from oci_hooks import log, oci, program, system
 from oci_hooks.guest import hook as guest_hook
 from oci_hooks.guest.apply import cgroup, proof, sysfs_writer
 from oci_hooks.linux.pci import PCI_DEVICES
+from oci_hooks.record import writer as record_writer
 from oci_hooks.system import NotingRoot
 from tests.steps import CHANGES
 from tests.unit.machine import Machine
@@ -260,7 +261,7 @@ class ActingMachine(Machine):
         setattr(log, "write_kmsg", lambda *_: None)  # noqa: B010
         setattr(program, "NotingRoot", self.make_root)  # noqa: B010
         for name in ("DIRECTORY", "SPARE_DIRECTORY"):
-            setattr(record, name, str(self.place("/var/lib/records")))
+            setattr(record_writer, name, str(self.place("/var/lib/records")))
 
     def make_root(self) -> NotingRoot:
         """Return the door to this machine."""

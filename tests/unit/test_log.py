@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import account, log
+from oci_hooks import log
 from oci_hooks.findings import Finding
+from oci_hooks.record import timeline
 from oci_hooks.system import NotingRoot, Root, step
 
 FINDING = Finding("error", "group-busy", "/dev/vfio/18", "another process has it open", "fuser -v /dev/vfio/18")
@@ -145,7 +146,7 @@ def test_steps_are_told_with_their_duration(journal: socket.socket, capfd: pytes
     root = NotingRoot()
     do_something(root)
     root.note("plan", {"groups": ["18"]})
-    log.report_steps("vfio-guest-bind", "web", account.list_steps(root.notes))
+    log.report_steps("vfio-guest-bind", "web", timeline.list_steps(root.notes))
     told = capfd.readouterr().err.splitlines()
     assert told[0].startswith("vfio-guest-bind: debug: ")
     assert "did   do something (0.00" in told[0]

@@ -23,11 +23,14 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import bounds, notation, record, recordfile, replay
-from oci_hooks.bounds import RecordError, RecordTooLarge, bounded
+from oci_hooks import replay
 from oci_hooks.findings import make_one_line
 from oci_hooks.program import Arguments, Call, Outcome
-from oci_hooks.recordfile import read_record, unpack
+from oci_hooks.record import bounds, encoding
+from oci_hooks.record import reader as record_reader
+from oci_hooks.record import writer as record_writer
+from oci_hooks.record.bounds import RecordError, RecordTooLarge, bounded
+from oci_hooks.record.reader import read_record, unpack
 from oci_hooks.rerun import LiveRoot, sealed
 from oci_hooks.schema import MOST_ERRORS, find_mistakes
 from oci_hooks.system import Deadline, NotingRoot, read_file
@@ -54,7 +57,7 @@ def pack_changed(path: Path, edit: Edit) -> bytes:
     events = [json.loads(line) for line in members["events.jsonl"].splitlines()]
     edit(about, events)
     lines = "".join(f"{json.dumps(event)}\n" for event in events).encode()
-    return record.pack({**members, "record.json": json.dumps(about).encode(), "events.jsonl": lines})
+    return record_writer.pack({**members, "record.json": json.dumps(about).encode(), "events.jsonl": lines})
 
 
 def set_about(key: str, value: Any) -> Edit:
@@ -129,7 +132,7 @@ ODD: dict[str, Edit] = {
     "arguments 900 deep": set_event("do", "with", nest(900)),
     "answer 30 deep": set_answer("verify-nodes", nest(25)),
     "stat of texts": set_answer("stat", {"!": "stat", "st_mode": "x"}),
-    "stat beyond C": set_answer("stat", {"!": "stat", **dict.fromkeys(notation.STAT_FIELDS, (1 << 64) - 1)}),
+    "stat beyond C": set_answer("stat", {"!": "stat", **dict.fromkeys(encoding.STAT_FIELDS, (1 << 64) - 1)}),
     "names are numbers": set_answer("listdir", [1, 2, 3]),
     "names are a number": set_answer("listdir", 7),
     "link is a list": set_answer("readlink", ["x"]),
@@ -226,7 +229,7 @@ def test_what_no_hook_writes_is_refused(
 
 def with_member(name: str, data: bytes) -> bytes:
     """Return a record with other content of one member."""
-    return record.pack({**read_members(REAL), name: data})
+    return record_writer.pack({**read_members(REAL), name: data})
 
 
 def with_events(answer: bytes) -> bytes:
@@ -293,7 +296,7 @@ LARGE: dict[str, tuple[Callable[[], bytes], str]] = {
     "gzip bomb": (lambda: gzip.compress(bytes(300 << 20)), "BYTES"),
     "gzip bomb of many members": (lambda: gzip.compress(bytes(27 << 20)) * 3, "BYTES"),
     "packed": (lambda: os.urandom((8 << 20) + 1), "PACKED_BYTES"),
-    "members": (lambda: make_tar([(name, b"") for name in (*recordfile.MEMBERS, "record.json")]), "MEMBERS"),
+    "members": (lambda: make_tar([(name, b"") for name in (*record_reader.MEMBERS, "record.json")]), "MEMBERS"),
     "ten thousand members": (lambda: make_tar([("x", b"")] * 10_000), "holds 'x'"),
     "long name": (lambda: make_tar([("x" * 5000, b"")]), "holds '././@LongLink'"),
     "sparse": (
@@ -384,7 +387,7 @@ def test_memory_is_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_a_hook_writes_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much a run saw: what is above a bound is not written."""
-    monkeypatch.setattr(record, "DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path))
     root = NotingRoot()
     for number in range(bounds.MOST_EVENTS + 10):
         note = root.add("ask", "readlink", (f"/sys/{number}",))
@@ -395,7 +398,7 @@ def test_what_a_hook_writes_can_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     root.notes.insert(0, long)
     root.notes.insert(0, root.notes[-2])
     call = Call("vfio-guest-bind", Arguments(), Deadline(8.0), [], [], [], {}, root, {"asked": "full"})
-    (said,) = record.keep_record(call, Outcome(0, [], 0.1), root.notes)
+    (said,) = record_writer.keep_record(call, Outcome(0, [], 0.1), root.notes)
     found = read_record(said.subject)
     assert len(found.events) == bounds.MOST_EVENTS
     assert found.events[0]["answer"]["!"] == "opaque"

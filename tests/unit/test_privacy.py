@@ -22,17 +22,18 @@ from urllib.parse import quote
 
 import pytest
 
-from oci_hooks import hidehost, hidetext, hidewords, notation, privacy, record
 from oci_hooks.findings import Finding
 from oci_hooks.guest import hook as guest_hook
-from oci_hooks.hidehost import Teller
-from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, hide_text
 from oci_hooks.host import hook as host_hook
 from oci_hooks.host.kata.config import KataConfig, Place, load_config
 from oci_hooks.kinds import KINDS
-from oci_hooks.privacy import hide_document, hide_finding
 from oci_hooks.program import Arguments, Call, carry
-from oci_hooks.recordfile import RunRecord, read_record
+from oci_hooks.record import encoding, hidehost, hidetext, hidewords, privacy
+from oci_hooks.record import writer as record_writer
+from oci_hooks.record.hidehost import Teller
+from oci_hooks.record.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, hide_text
+from oci_hooks.record.privacy import hide_document, hide_finding
+from oci_hooks.record.reader import RunRecord, read_record
 from oci_hooks.rerun import RecordedRoot, find_differences
 from oci_hooks.schema import load_schema
 from oci_hooks.system import Deadline, NotingRoot, name_tag, tagged
@@ -188,7 +189,7 @@ def run_host(
     tree: HostTree, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: str = ""
 ) -> tuple[RunRecord, bytes]:
     """Run the host hook on a tree, and return its recording and the bytes of it."""
-    monkeypatch.setattr(record, "DIRECTORY", str(tree.top / "records"))
+    monkeypatch.setattr(record_writer, "DIRECTORY", str(tree.top / "records"))
     monkeypatch.setattr(host_hook, "read_input", read_input)
     monkeypatch.setattr(os, "getppid", getppid)
     read_input.data = json.dumps(state).encode()  # type: ignore[attr-defined]
@@ -197,7 +198,7 @@ def run_host(
     outcome = carry(call, host_hook.work)
     if asked:
         call.wishes["asked"] = asked
-    (said,) = record.keep_record(call, outcome, root.notes)
+    (said,) = record_writer.keep_record(call, outcome, root.notes)
     assert said.code == "recorded", said
     return read_record(said.subject), Path(said.subject).read_bytes()
 
@@ -459,7 +460,7 @@ def test_each_piece_is_looked_at_once(head: str, unit: str) -> None:
 
 HIDE_ALL = """
 import sys
-from oci_hooks.hidetext import hide_text
+from oci_hooks.record.hidetext import hide_text
 from oci_hooks.system import name_tag, tagged
 for unit in sys.argv[1:]:
     size = 1 << 20 if unit == sys.argv[1] else 1 << 17
@@ -526,7 +527,7 @@ def test_full_means_nothing_left_out(tree: HostTree, monkeypatch: pytest.MonkeyP
     assert found.about["full"] is True
     assert json.loads(found.documents["config.json"]) == merge(CONFIGS["podman"], GOES_BY)
     answers = {event["path"]: event.get("answer") for event in found.events if event.get("ask") == "read"}
-    assert notation.decode(answers["/proc/812/cmdline"], KINDS) == HOST_FILES["/proc/812/cmdline"].encode()
+    assert encoding.decode(answers["/proc/812/cmdline"], KINDS) == HOST_FILES["/proc/812/cmdline"].encode()
     assert LEFT_OUT not in json.dumps(found.events)
     assert find_differences(found) == []
 
@@ -708,7 +709,7 @@ def test_a_finding_names_no_name_of_a_document(code: str, subject: str, problem:
 
 
 def test_a_defects_traceback_has_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path))
     call = Call("vfio-guest-bind", Arguments(), Deadline(8.0), [], [], [], {}, NotingRoot(), {})
 
     def work(_call: Call) -> int:
@@ -720,7 +721,7 @@ def test_a_defects_traceback_has_no_value(tmp_path: Path, monkeypatch: pytest.Mo
             return numbers[word]
 
     outcome = carry(call, work)
-    (said,) = record.keep_record(call, outcome, [])
+    (said,) = record_writer.keep_record(call, outcome, [])
     text = read_record(said.subject).about["traceback"]
     assert find_secrets(Path(said.subject).read_bytes()) == []
     assert "ValueError: invalid literal" in text
@@ -729,11 +730,11 @@ def test_a_defects_traceback_has_no_value(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_variable_of_the_hook_has_neither_name_nor_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path))
     monkeypatch.setenv(f"A_{SECRET}", SECRET)
     monkeypatch.setenv("PYTHONPATH", SECRET)
     call = Call("vfio-guest-bind", Arguments(), Deadline(8.0), [], [], [], {}, NotingRoot(), {})
-    (said,) = record.keep_record(call, carry(call, guest_hook.work), [])
+    (said,) = record_writer.keep_record(call, carry(call, guest_hook.work), [])
     kept = read_record(said.subject).about["environment"]
     assert "PYTHONPATH" in kept
     assert kept[-1] == LEFT_OUT
@@ -787,7 +788,7 @@ def load_again(path: Path, flavour: str, annotations: dict[str, str]) -> tuple[K
     root = NotingRoot()
     place = Place(str(path), root.real_path(str(path)), "test")
     config = load_config(root, place, flavour, annotations)
-    events = tell().hide_events(record.list_events(root.notes, {}, False))
+    events = tell().hide_events(record_writer.list_events(root.notes, {}, False))
     data = json.dumps(events).encode()
     again = RecordedRoot(RunRecord("", {}, tuple(json.loads(data)), {}, ()))
     replayed = load_config(again, place, flavour, annotations)
@@ -875,6 +876,6 @@ def test_a_recording_without_what_kata_makes_is_replayed(tmp_path: Path) -> None
     root = NotingRoot()
     place = Place(str(path), str(path), "test")
     load_config(root, place, "go", {})
-    events = [event for event in record.list_events(root.notes, {}, True) if "ask" in event]
+    events = [event for event in record_writer.list_events(root.notes, {}, True) if "ask" in event]
     again = load_config(RecordedRoot(RunRecord("", {}, tuple(events), {}, ())), place, "go", {})
     assert again.hypervisor_setting("enable_iommu").value is True

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import notation, record
 from oci_hooks.findings import Finding, InputError, Refusal, StepError
 from oci_hooks.guest.apply.sysfs_writer import Result
 from oci_hooks.guest.claims import Claim
 from oci_hooks.guest.undo_log import Entry
 from oci_hooks.kinds import KINDS
 from oci_hooks.program import Arguments, Call, Outcome
-from oci_hooks.recordfile import RunRecord, read_record
+from oci_hooks.record import encoding
+from oci_hooks.record import writer as record_writer
+from oci_hooks.record.reader import RunRecord, read_record
 from oci_hooks.system import Deadline, Descriptor, NotingRoot, Root, step
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -38,9 +39,9 @@ def make_call(root: Root | None = None, **wishes: str) -> Call:
 
 def keep(call: Call, directory: Path, monkeypatch: pytest.MonkeyPatch) -> RunRecord:
     """Write a record into a directory and read it back."""
-    monkeypatch.setattr(record, "DIRECTORY", str(directory / "records"))
+    monkeypatch.setattr(record_writer, "DIRECTORY", str(directory / "records"))
     assert isinstance(call.root, NotingRoot)
-    (said,) = record.keep_record(call, Outcome(1, [FINDING], 0.5), call.root.notes)
+    (said,) = record_writer.keep_record(call, Outcome(1, [FINDING], 0.5), call.root.notes)
     assert (said.level, said.code) == ("info", "recorded"), said
     return read_record(said.subject)
 
@@ -81,7 +82,7 @@ def test_every_question_is_noted_with_its_answer(tmp_path: Path, monkeypatch: py
         ("listdir", tmp_path.name),
         ("stat", "absent"),
     ]
-    assert notation.decode(events[0]["answer"], KINDS) == b"\xff text\n"
+    assert encoding.decode(events[0]["answer"], KINDS) == b"\xff text\n"
     assert events[1]["answer"] == "else/where"
     assert events[2]["errno"] == errno.EINVAL
     assert events[4]["errno"] == errno.ENOENT
@@ -92,7 +93,7 @@ def test_steps_are_noted_with_parts_and_errors() -> None:
     assert outer(root, False) == 7
     with pytest.raises(StepError):
         outer(root, True)
-    events = record.list_events(root.notes, {}, False)
+    events = record_writer.list_events(root.notes, {}, False)
     assert [(event["do"], event.get("inside", False), event.get("answer")) for event in events] == [
         ("outer", False, 7),
         ("inner", True, 7),
@@ -108,7 +109,7 @@ def test_an_answer_that_changes_is_noted_again(tmp_path: Path) -> None:
     for text in ("a", "a", "b", "a"):
         path.write_text(text)
         root.read_text(str(path))
-    texts = [event["answer"]["text"] for event in record.list_events(root.notes, {}, False)]
+    texts = [event["answer"]["text"] for event in record_writer.list_events(root.notes, {}, False)]
     assert texts == ["a", "b", "a"]
 
 
@@ -128,14 +129,14 @@ def test_an_answer_that_changes_is_noted_again(tmp_path: Path) -> None:
     ],
 )
 def test_values_come_back(value: object) -> None:
-    assert notation.decode(json.loads(json.dumps(notation.encode(value))), KINDS) == value
+    assert encoding.decode(json.loads(json.dumps(encoding.encode(value))), KINDS) == value
 
 
 def test_stat_and_descriptor_come_back_as_such() -> None:
     found = os.stat("/dev/null")
-    again = notation.decode(json.loads(json.dumps(notation.encode(found))), KINDS)
+    again = encoding.decode(json.loads(json.dumps(encoding.encode(found))), KINDS)
     assert (again.st_mode, again.st_rdev, again.st_uid) == (found.st_mode, found.st_rdev, found.st_uid)
-    made = notation.decode(notation.encode(Descriptor(77)), KINDS)
+    made = encoding.decode(encoding.encode(Descriptor(77)), KINDS)
     assert os.fstat(made).st_rdev == found.st_rdev
     os.close(made)
 
@@ -150,7 +151,7 @@ def test_stat_and_descriptor_come_back_as_such() -> None:
     ],
 )
 def test_errors_come_back(error: Exception) -> None:
-    again = notation.decode_error(json.loads(json.dumps(notation.encode_error(error))))
+    again = encoding.decode_error(json.loads(json.dumps(encoding.encode_error(error))))
     assert (type(again), str(again)) == (type(error), str(error))
 
 
@@ -167,8 +168,8 @@ def test_errors_come_back(error: Exception) -> None:
     ],
 )
 def test_only_what_steps_return_is_made_of_a_record(value: Any) -> None:
-    with pytest.raises(notation.NotationError):
-        notation.decode(value, KINDS)
+    with pytest.raises(encoding.NotationError):
+        encoding.decode(value, KINDS)
 
 
 # Privacy --------------------------------------------------------------------------------------------------------------
@@ -209,10 +210,10 @@ def test_everything_is_kept_only_where_asked_for(
 
 
 def test_only_the_newest_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in range(record.NEWEST + 3):
+    for _ in range(record_writer.NEWEST + 3):
         last = keep(make_call(), tmp_path, monkeypatch)
     kept = sorted((tmp_path / "records").iterdir())
-    assert len(kept) == record.NEWEST
+    assert len(kept) == record_writer.NEWEST
     assert str(kept[-1]) == last.path
     assert {path.stat().st_mode & 0o777 for path in kept} == {0o600}
     assert (tmp_path / "records").stat().st_mode & 0o777 == 0o700
@@ -228,22 +229,22 @@ def test_a_container_id_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_where_the_first_place_is_read_only_there_is_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(record, "DIRECTORY", f"{tmp_path}/file/records")
-    monkeypatch.setattr(record, "SPARE_DIRECTORY", f"{tmp_path}/spare")
-    (said,) = record.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    monkeypatch.setattr(record_writer, "DIRECTORY", f"{tmp_path}/file/records")
+    monkeypatch.setattr(record_writer, "SPARE_DIRECTORY", f"{tmp_path}/spare")
+    (said,) = record_writer.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
     assert said.subject.startswith(f"{tmp_path}/spare/")
 
 
 def test_a_full_disk_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "DIRECTORY", f"{tmp_path}/one")
-    monkeypatch.setattr(record, "SPARE_DIRECTORY", f"{tmp_path}/two")
+    monkeypatch.setattr(record_writer, "DIRECTORY", f"{tmp_path}/one")
+    monkeypatch.setattr(record_writer, "SPARE_DIRECTORY", f"{tmp_path}/two")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
 
     def write(_fd: int, _data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", write)
-    (said,) = record.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    (said,) = record_writer.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
     assert (said.level, said.code) == ("warning", "not-recorded")
     assert "No space left" in said.problem
     assert list(tmp_path.glob("*/*")) == list(tmp_path.glob("*/.*")) == []
@@ -252,9 +253,9 @@ def test_a_full_disk_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_somebody_elses_directory_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "records").symlink_to("elsewhere")
-    monkeypatch.setattr(record, "DIRECTORY", f"{tmp_path}/records")
-    monkeypatch.setattr(record, "SPARE_DIRECTORY", f"{tmp_path}/records")
-    said = record.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    monkeypatch.setattr(record_writer, "DIRECTORY", f"{tmp_path}/records")
+    monkeypatch.setattr(record_writer, "SPARE_DIRECTORY", f"{tmp_path}/records")
+    said = record_writer.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
     assert [finding.code for finding in said] in (["not-recorded"], [])
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -262,19 +263,19 @@ def test_somebody_elses_directory_is_not_written_to(tmp_path: Path, monkeypatch:
 def test_another_users_directory_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "records").mkdir()
     os.chown(tmp_path / "records", 1234, 1234)
-    monkeypatch.setattr(record, "DIRECTORY", f"{tmp_path}/records")
-    monkeypatch.setattr(record, "SPARE_DIRECTORY", f"{tmp_path}/records")
-    (said,) = record.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    monkeypatch.setattr(record_writer, "DIRECTORY", f"{tmp_path}/records")
+    monkeypatch.setattr(record_writer, "SPARE_DIRECTORY", f"{tmp_path}/records")
+    (said,) = record_writer.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
     assert (said.code, "another user's" in said.problem or "not permitted" in said.problem) == ("not-recorded", True)
     assert list((tmp_path / "records").iterdir()) == []
 
 
 def test_a_defect_leaves_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path))
     try:
         raise ZeroDivisionError("a defect")
     except ZeroDivisionError as error:
-        (said,) = record.keep_record(make_call(), Outcome(1, [FINDING], 0.5, error), [])
+        (said,) = record_writer.keep_record(make_call(), Outcome(1, [FINDING], 0.5, error), [])
     assert "ZeroDivisionError: a defect" in read_record(said.subject).about["traceback"]
 
 
@@ -306,11 +307,11 @@ def test_a_survey_is_not_recorded() -> None:
 
 def test_the_admins_never_holds_for_a_run_that_did_not_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run failed on its config.json, before it came to its settings."""
-    monkeypatch.setattr(record, "DIRECTORY", str(tmp_path / "records"))
+    monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path / "records"))
     settings = tmp_path / "guest.toml"
     settings.write_text('record = "never"\n')
     call = make_call().replace(arguments=Arguments(settings=str(settings)), wishes={})
-    assert record.keep_record(call, Outcome(2, [FINDING], 0.5), []) == []
+    assert record_writer.keep_record(call, Outcome(2, [FINDING], 0.5), []) == []
     assert not (tmp_path / "records").exists()
 
 
@@ -320,9 +321,9 @@ def test_whatever_befalls_a_record_is_one_warning(monkeypatch: pytest.MonkeyPatc
     def explode(_call: Call) -> str:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(record, "read_setting", explode)
+    monkeypatch.setattr(record_writer, "read_setting", explode)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    (said,) = record.keep_record(make_call().replace(wishes={}), Outcome(2, [FINDING], 0.5), [])
+    (said,) = record_writer.keep_record(make_call().replace(wishes={}), Outcome(2, [FINDING], 0.5), [])
     assert (said.level, said.code) == ("warning", "not-recorded")
     assert "ZeroDivisionError" in said.problem
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import record, replay
-from oci_hooks.bounds import RecordError
-from oci_hooks.recordfile import read_record
+from oci_hooks import replay
+from oci_hooks.record import writer as record_writer
+from oci_hooks.record.bounds import RecordError
+from oci_hooks.record.reader import read_record
 from oci_hooks.rerun import RecordedRoot, find_differences, sealed
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -42,7 +43,7 @@ def change(path: Path, target: Path, edit: Callable[[dict[str, Any], list[dict[s
     edit(about, events)
     members["record.json"] = json.dumps(about).encode()
     members["events.jsonl"] = "".join(f"{json.dumps(event)}\n" for event in events).encode()
-    target.write_bytes(record.pack(members))
+    target.write_bytes(record_writer.pack(members))
     return target
 
 
@@ -63,7 +64,7 @@ def test_a_record_says_the_same_again(path: Path) -> None:
 
 AS_NOBODY = """
 import os, sys
-from oci_hooks.recordfile import read_record
+from oci_hooks.record.reader import read_record
 from oci_hooks.rerun import find_differences
 records = [read_record(path) for path in sys.argv[1:]]
 # Python itself may lie where only root can read: what is loaded late is loaded now.
@@ -200,12 +201,12 @@ def make_record(**changes: Any) -> bytes:
     """Return a record with some of record.json changed."""
     members = read_members(BY_NAME["guest-bridge"])
     about = {**json.loads(members["record.json"]), **changes}
-    return record.pack({**members, "record.json": json.dumps(about).encode()})
+    return record_writer.pack({**members, "record.json": json.dumps(about).encode()})
 
 
 def with_events(text: str) -> bytes:
     """Return a record with other events."""
-    return record.pack({**read_members(BY_NAME["guest-bridge"]), "events.jsonl": text.encode()})
+    return record_writer.pack({**read_members(BY_NAME["guest-bridge"]), "events.jsonl": text.encode()})
 
 
 GOOD = make_record() if "guest-bridge" in BY_NAME else b""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a record that may come from anybody.
 
-Nothing is unpacked to disk. A file is read only within bounds (bounds.py), its members only by the names that records
+Nothing is unpacked to disk. A file is read only within bounds (record/bounds.py), its members only by the names that records
 have, as plain files; what is in them is checked against schemas/record.json before anything looks at it.
 """
 
@@ -12,11 +12,11 @@ import os
 import stat
 import zlib
 
-from oci_hooks import bounds
-from oci_hooks.bounds import RecordError, check_bound, check_value
 from oci_hooks.frozen import Record
-from oci_hooks.notation import NotationError, make_finding
-from oci_hooks.record import VERSION
+from oci_hooks.record import bounds
+from oci_hooks.record.bounds import RecordError, check_bound, check_value
+from oci_hooks.record.encoding import NotationError, make_finding
+from oci_hooks.record.writer import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,22 +5,22 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.bounds import MOST_ERRNO
 from oci_hooks.findings import make_one_line
-from oci_hooks.notation import KIND
+from oci_hooks.record.bounds import MOST_ERRNO
+from oci_hooks.record.encoding import KIND
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
-    from oci_hooks.recordfile import RunRecord
+    from oci_hooks.record.reader import RunRecord
     from oci_hooks.system import Note
 
 
 def list_steps(notes: Iterable[Note]) -> Iterator[str]:
     """Yield a line for each step and decision of a run that is still in memory, for --debug."""
-    from oci_hooks.record import list_events
+    from oci_hooks.record.writer import list_events
 
     for event in list_events(list(notes), {}, True):
         if "ask" not in event:

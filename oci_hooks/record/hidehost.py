@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 import re
 
-from oci_hooks.hideforms import (
+from oci_hooks.host.kata.handlers import DOCKER_CONFIG
+from oci_hooks.host.kata.lookup import VERSION_FILES
+from oci_hooks.host.runtime import SANDBOX_ID_ANNOTATIONS
+from oci_hooks.record.hideforms import (
     DEVICE_PROPERTIES,
     NOWHERE,
     PROPERTY,
@@ -24,12 +27,9 @@ from oci_hooks.hideforms import (
     keep_numbers,
     keep_settings,
 )
-from oci_hooks.hidetext import KEPT_KEYS, LEFT_OUT, hide_json_values, hide_kernel, hide_toml, hide_values
-from oci_hooks.hidewords import hide_reading
-from oci_hooks.host.kata.handlers import DOCKER_CONFIG
-from oci_hooks.host.kata.lookup import VERSION_FILES
-from oci_hooks.host.runtime import SANDBOX_ID_ANNOTATIONS
-from oci_hooks.privacy import hide_document
+from oci_hooks.record.hidetext import KEPT_KEYS, LEFT_OUT, hide_json_values, hide_kernel, hide_toml, hide_values
+from oci_hooks.record.hidewords import hide_reading
+from oci_hooks.record.privacy import hide_document
 from oci_hooks.schema import load_schema
 
 TYPE_CHECKING = False

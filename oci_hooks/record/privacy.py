@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a run is written down: recordings are sent to strangers.
 
-Kept is what the hooks go by, by the lists in this module (state, config.json, findings), in hidetext.py (configuration
-files) and in hidehost.py (processes, /proc); of everything else only what kind of thing it was. A list of secrets would
+Kept is what the hooks go by, by the lists in this module (state, config.json, findings), in record/hidetext.py (configuration
+files) and in record/hidehost.py (processes, /proc); of everything else only what kind of thing it was. A list of secrets would
 always lack one. The manual has the same table: vfio-hook-replay(1), WHAT IS KEPT.
 """
 
@@ -12,13 +12,13 @@ import json
 import os.path
 import re
 
-from oci_hooks import hidewords
 from oci_hooks.guest.request import normalize_address
-from oci_hooks.hidetext import HYPERVISOR_KEYS, LEFT_OUT, hide_kernel, hide_text
 from oci_hooks.host.kata.config import PATH_ANNOTATION
 from oci_hooks.host.kata.model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.host.suite import HOST_ONLY_NODES
 from oci_hooks.oci import CONTROL_NODE, is_name
+from oci_hooks.record import hidewords
+from oci_hooks.record.hidetext import HYPERVISOR_KEYS, LEFT_OUT, hide_kernel, hide_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

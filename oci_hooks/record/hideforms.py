@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 import re
 
-from oci_hooks.hidetext import LEFT_OUT
+from oci_hooks.record.hidetext import LEFT_OUT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from oci_hooks.hidetext import Keys
+    from oci_hooks.record.hidetext import Keys
 
 NUMBERS = re.compile(r"[\s\d]*", re.ASCII)
 # Stands for a path that is left out: white space would end the field.

@@ -2,7 +2,7 @@
 """The record of a run: written after everything is said, when the run failed or somebody asked.
 
 A compressed tar with four members at most: record.json (what came of it, versions), events.jsonl (every question with
-its answer or errno, every step, every decision, in order), state.json and config.json (what privacy.py leaves of them).
+its answer or errno, every step, every decision, in order), state.json and config.json (what record/privacy.py leaves of them).
 Whatever goes wrong here is one warning and nothing more.
 """
 
@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import time
 
-from oci_hooks import __version__, bounds, hidehost, notation, privacy
+from oci_hooks import __version__
 from oci_hooks.findings import Finding
-from oci_hooks.hidetext import LEFT_OUT
-from oci_hooks.hidewords import READS
+from oci_hooks.record import bounds, encoding, hidehost, privacy
+from oci_hooks.record.hidetext import LEFT_OUT
+from oci_hooks.record.hidewords import READS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def make_members(call: Call, outcome: Outcome, notes: list[Note]) -> dict[str, b
 
 
 def write_events(events: Iterable[dict[str, Any]]) -> bytes:
-    """Return events as lines of JSON, as many of them as a reader takes (bounds.py)."""
+    """Return events as lines of JSON, as many of them as a reader takes (record/bounds.py)."""
     import json
 
     lines: list[bytes] = []
@@ -137,7 +138,7 @@ def list_events(notes: list[Note], members: dict[str, bytes], full: bool) -> lis
         if note.kind == "ask":
             event["path"] = note.arguments[0]
         elif note.kind == "do":
-            event.update({"with": notation.encode_arguments(note.arguments), "seconds": round(note.seconds, 4)})
+            event.update({"with": encoding.encode_arguments(note.arguments), "seconds": round(note.seconds, 4)})
             event.update({"inside": True} if note.inside else {})
         event.update(encode_answer(note, members, full))
         if note.kind == "ask":
@@ -155,16 +156,16 @@ def encode_answer(note: Note, members: dict[str, bytes], full: bool) -> dict[str
     if isinstance(answer, OSError) and note.kind == "ask":
         return {"errno": answer.errno or 0}
     if isinstance(answer, Exception):
-        return {"error": notation.encode_error(answer)}
+        return {"error": encoding.encode_error(answer)}
     document = name_document(note)
     if document and isinstance(answer, bytes):
         data = answer if full else privacy.hide_document(answer, document)
         fits = len(data) <= bounds.MOST_DOCUMENT_BYTES and bounds.estimate_values(data) <= bounds.MOST_VALUES
         if fits and members.setdefault(document, data) == data:
-            return {"answer": {notation.KIND: "member", "name": document}}
+            return {"answer": {encoding.KIND: "member", "name": document}}
     if isinstance(answer, bytes) and len(answer) > bounds.MOST_ANSWER_BYTES:
-        return {"answer": {notation.KIND: "opaque", "type": f"{len(answer)} bytes"}}
-    return {"answer": notation.encode(answer)}
+        return {"answer": {encoding.KIND: "opaque", "type": f"{len(answer)} bytes"}}
+    return {"answer": encoding.encode(answer)}
 
 
 def name_document(note: Note) -> str:
