@@ -2,7 +2,7 @@
 """The guest hook: from an OCI state to VFIO groups that are open to one container, and back.
 
 The way of the data: state, spec, request, picture, plan, apply, proof. Reading and planning
-change nothing; guest/session.py has the plan carried out, and what is over put back.
+change nothing; session.py has the plan carried out, and what is over put back.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """What makes a PCI function off-limits: it is in use, or the machine stands on it. Reading only.
 
 What is a use is the kernel's answer as far as it gives one: every device node below the function that a process has
-open (linux/openers.py), every address and route (linux/netlink.py), each block device that is made of another (linux/block_devices.py).
+open (openers.py), every address and route (netlink.py), each block device made of another (block_devices.py).
 Sources: Documentation/ABI (sysfs-block, sysfs-class-net, sysfs-bus-pci), proc(5).
 """
 

@@ -26,7 +26,7 @@ KIND = "!"
 # The names that recordings have for the exceptions of the hooks.
 ERRORS = {"error": HookError, "bad-input": InputError, "refusal": Refusal, "failed-step": StepError}
 UNDO_LOG = "undo-log"
-# Of these a recording has what record/privacy.py leaves of the document.
+# Of these a recording has what privacy.py leaves of the document.
 DOCUMENTS = ("state", "spec")
 STAT_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size", "st_rdev")
 

@@ -68,7 +68,7 @@ SETTINGS = {
 # Programs whose command lines decide something; of others the name is enough, where a finding has it.
 TOLD_PROGRAMS = ("qemu", "cloud-hypervisor", "clh", "firecracker", "stratovirt", "containerd-shim-kata", "crun", "runc")
 VFIO_NODES = ("/dev/vfio/", "/dev/iommu")
-# Options of QEMU, Cloud Hypervisor and crun, and of the properties of their values those that decide (host/hypervisor.py).
+# Options of QEMU, Cloud Hypervisor and crun, and of the properties of their values those that decide.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "device": DEVICE_PROPERTIES,
     "machine": ("", "type", "accel", "iommu", "kernel_irqchip"),

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from oci_hooks.findings import Finding
 
 READERS = (
-    *("kata_go", "kata_go_annotations", "kata_go_checks", "kata_rust", "kata_rust_annotations", "kata_rust_checks"),
-    *("kata_model", "kata_toml", "kata_toml_go"),
+    *("go", "go_annotations", "go_checks", "rust", "rust_annotations", "rust_checks"),
+    *("model", "toml", "toml_go"),
 )
 TOKEN = re.compile(r"""[^\s,;:()\[\]'".=]+""")
 FILE = re.compile(r"/[^\n]*")
@@ -93,9 +93,9 @@ def list_words() -> frozenset[str]:
     words = {"a", *TOKEN.findall(LEFT_OUT)}
     texts = [os.strerror(number) for number in errno.errorcode]
     for name in READERS:
-        spec = find_spec(f"oci_hooks.{name}")
+        spec = find_spec(f"oci_hooks.host.kata.{name}")
         loader: Any = spec and spec.loader
-        texts += list_texts(loader.get_code(f"oci_hooks.{name}"))
+        texts += list_texts(loader.get_code(f"oci_hooks.host.kata.{name}"))
     for text in texts:
         words.update(word for word in TOKEN.findall(text) if len(word) > 1)
     return frozenset(words)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a run is written down: recordings are sent to strangers.
 
-Kept is what the hooks go by, by the lists in this module (state, config.json, findings), in record/hidetext.py (configuration
-files) and in record/hidehost.py (processes, /proc); of everything else only what kind of thing it was. A list of secrets would
+Kept is what the hooks go by, by the lists in this module (state, config.json, findings), in hidetext.py (configuration
+files) and in hidehost.py (processes, /proc); of everything else only what kind of thing it was. A list of secrets would
 always lack one. The manual has the same table: vfio-hook-replay(1), WHAT IS KEPT.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a record that may come from anybody.
 
-Nothing is unpacked to disk. A file is read only within bounds (record/bounds.py), its members only by the names that records
+Nothing is unpacked to disk. A file is read only within bounds (bounds.py), its members only by the names that records
 have, as plain files; what is in them is checked against schemas/record.json before anything looks at it.
 """
 

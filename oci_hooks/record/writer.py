@@ -2,7 +2,7 @@
 """The record of a run: written after everything is said, when the run failed or somebody asked.
 
 A compressed tar with four members at most: record.json (what came of it, versions), events.jsonl (every question with
-its answer or errno, every step, every decision, in order), state.json and config.json (what record/privacy.py leaves of them).
+its answer or errno, every step, every decision, in order), state.json and config.json (what privacy.py leaves of them).
 Whatever goes wrong here is one warning and nothing more.
 """
 
@@ -106,7 +106,7 @@ def make_members(call: Call, outcome: Outcome, notes: list[Note]) -> dict[str, b
 
 
 def write_events(events: Iterable[dict[str, Any]]) -> bytes:
-    """Return events as lines of JSON, as many of them as a reader takes (record/bounds.py)."""
+    """Return events as lines of JSON, as many of them as a reader takes (bounds.py)."""
     import json
 
     lines: list[bytes] = []

@@ -25,13 +25,13 @@ from oci_hooks.guest.apply.permission import parse_grant
 from oci_hooks.host.hypervisor import read_clh, read_qemu
 from oci_hooks.host.kata import config as kata_config
 from oci_hooks.json_input import parse_json
-from oci_hooks.kinds import KINDS
 from oci_hooks.linux import mounts, netlink, openers, pci, usage
 from oci_hooks.linux.instances import parse_instance
 from oci_hooks.linux.processes import Process
 from oci_hooks.record import encoding, hidehost, privacy
 from oci_hooks.record import reader as record_reader
 from oci_hooks.record.bounds import RecordError
+from oci_hooks.replay.kinds import KINDS
 from oci_hooks.system import Deadline, Root, name_tag
 
 ADDRESS = "0000:01:00.0"

@@ -69,8 +69,8 @@ def test_debs_on_a_fresh_debian(installed: MakeRoot, name: str) -> None:
     # A library that an attacker's environment names must not be loaded.
     use_hooks(root, HOOKS, PYTHONPATH="/nowhere", PYTHONHOME="/nowhere")
     layer = root.layers[0]
-    compiled = {path.name.partition(".")[0] for path in layer.rglob("dist-packages/oci_hooks/__pycache__/*.pyc")}
-    assert compiled == {path.stem for path in (REPOSITORY / "oci_hooks").glob("*.py")}
+    compiled = {path.name.partition(".")[0] for path in layer.rglob("dist-packages/oci_hooks/**/*.pyc")}
+    assert compiled == {path.stem for path in (REPOSITORY / "oci_hooks").rglob("*.py")}
     # The hooks use what was compiled on installation and leave nothing behind: no file of ours is new.
     assert not [path for path in root.list_changes() if "__pycache__" in path]
     replay_a_record(root)
@@ -131,7 +131,9 @@ def test_an_upgrade_keeps_settings_and_nothing_old(dist: Path, installed: MakeRo
     root = Root(root.layers, root.changes, ((newer, "/mnt/newer"),))
     root.run("sh", "-ec", "mkdir -p /etc/oci-vfio-hooks; echo 'mode = \"warn\"' > /etc/oci-vfio-hooks/host.toml")
     root.run("sh", "-ec", "dpkg -i /mnt/newer/*.deb")
-    assert root.run("sh", "-c", "ls /usr/lib/python3/dist-packages/oci_hooks/__pycache__ | grep -c ^events", code=1)
+    assert root.run(
+        "sh", "-c", "ls /usr/lib/python3/dist-packages/oci_hooks/linux/__pycache__ | grep -c ^uevents", code=1
+    )
     root.run("apt-get", "remove", "-y", "python3-oci-vfio-hooks")
     assert root.run("ls", "/etc/oci-vfio-hooks").stdout == "host.toml\n"
     assert root.run("ls", "/usr/lib/python3/dist-packages/oci_hooks", code=2).stdout == ""
@@ -184,11 +186,11 @@ def test_an_executable_without_its_options_takes_them(tmp_path: Path) -> None:
     hook.parent.mkdir()
     hook.write_text((REPOSITORY / "hooks/vfio-host-check").read_text().replace("python3 -ISXutf8", "python3", 1))
     hook.chmod(0o755)
-    (tmp_path / "oci_hooks").mkdir()
+    (tmp_path / "oci_hooks/host").mkdir(parents=True)
     for name, text in (
         ("__init__", ""),
         (
-            "host",
+            "host/hook",
             "import sys\nflags = sys.flags\n"
             "def main(argv): print(flags.isolated, flags.no_site, flags.utf8_mode, argv, flush=True); return 0",
         ),

@@ -157,7 +157,8 @@ def main(argv):
     return 0
 """
     for name in ("host", "guest"):
-        (tmp_path / f"oci_hooks/{name}.py").write_text(module)
+        (tmp_path / f"oci_hooks/{name}").mkdir()
+        (tmp_path / f"oci_hooks/{name}/hook.py").write_text(module)
     done = subprocess.run([tmp_path / "hooks" / hook], capture_output=True, text=True, check=True, env={})
     assert (done.stdout, done.stderr) == ("done\n", "")
 

@@ -502,9 +502,12 @@ def test_every_code_is_in_the_table_and_the_other_way_round() -> None:
     import re
 
     top = Path(host_hook.__file__).parents[1]
-    modules = ("checks", "kata_checks", "kata_problems", "host", "verdict", "settings", "preflight")
+    modules = (
+        *("host/checks", "host/hook", "host/kata/checks", "host/kata/problems", "host/suite", "host/survey"),
+        "settings",
+    )
     text = "".join((top / f"oci_hooks/{name}.py").read_text() for name in modules)
-    shared = "".join((top / f"oci_hooks/{name}.py").read_text() for name in ("oci", "command", "jsontext"))
+    shared = "".join((top / f"oci_hooks/{name}.py").read_text() for name in ("oci", "program", "json_input"))
     pattern = (
         r'(?:Finding|InputError|unreadable)\(\s*(?:(?:"\w+"|view\.level|level|[a-z]+),\s*)?"([a-z]+(?:-[a-z0-9]+)*)",'
     )

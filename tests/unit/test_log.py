@@ -157,7 +157,8 @@ def test_steps_are_told_with_their_duration(journal: socket.socket, capfd: pytes
 def test_nothing_is_imported_for_it() -> None:
     """Only the interpreter's own socket type: the module proper costs as much as a hook."""
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from oci_hooks import log; from oci_hooks.findings import Finding\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from oci_hooks import log\n"
+        "from oci_hooks.findings import Finding\n"
         "log.JOURNAL_SOCKET = '/nonexistent'; log.report('p', 'c', [Finding('error', 'a', 'b', 'c')])\n"
         "print(sorted({'socket', 'json', 'subprocess', 'logging', 'syslog'} & set(sys.modules)))\n"
     )

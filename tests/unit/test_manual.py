@@ -18,39 +18,8 @@ pytestmark = pytest.mark.unit
 REPOSITORY = Path(__file__).resolve().parents[2]
 MANUAL = REPOSITORY / "docs" / "man"
 # What the guest hook is made of; the host's modules have their own page.
-GUEST_MODULES = [
-    "apply",
-    "binding",
-    "bpf",
-    "cgroup",
-    "claims",
-    "command",
-    "container",
-    "device_filter",
-    "device_list",
-    "events",
-    "guards",
-    "guest",
-    "guest_settings",
-    "homes",
-    "instances",
-    "journal",
-    "jsontext",
-    "log",
-    "modules",
-    "namespaces",
-    "nodes",
-    "oci",
-    "ownership",
-    "permission",
-    "permits",
-    "plan",
-    "proof",
-    "request",
-    "selection",
-    "settings",
-    "workers",
-]
+GUEST_PARTS = ("*.py", "linux/*.py", "guest/**/*.py")
+HOST_ONLY = ("schema.py", "vfio.py")
 
 
 def find_codes() -> set[str]:
@@ -59,7 +28,8 @@ def find_codes() -> set[str]:
         r'(?:Refusal|StepError|InputError|NotYet|Finding)\(\s*(?:"(?:error|warning|info)",\s*)?"([a-z-]+)"'
     )
     named = re.compile(r'"(bad-[a-z]+)"')
-    texts = [(REPOSITORY / "oci_hooks" / f"{name}.py").read_text() for name in GUEST_MODULES]
+    paths = {path for part in GUEST_PARTS for path in (REPOSITORY / "oci_hooks").glob(part)}
+    texts = [path.read_text() for path in sorted(paths) if path.name not in HOST_ONLY]
     codes = {code for text in texts for pattern in (made, named) for code in pattern.findall(text)}
     # A finding whose code is a variable.
     return codes - {"error", "warning", "info"}

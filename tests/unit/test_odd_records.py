@@ -23,7 +23,6 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import replay
 from oci_hooks.findings import make_one_line
 from oci_hooks.program import Arguments, Call, Outcome
 from oci_hooks.record import bounds, encoding
@@ -31,7 +30,8 @@ from oci_hooks.record import reader as record_reader
 from oci_hooks.record import writer as record_writer
 from oci_hooks.record.bounds import RecordError, RecordTooLarge, bounded
 from oci_hooks.record.reader import read_record, unpack
-from oci_hooks.rerun import LiveRoot, sealed
+from oci_hooks.replay import cli as replay_cli
+from oci_hooks.replay.rerun import LiveRoot, sealed
 from oci_hooks.schema import MOST_ERRORS, find_mistakes
 from oci_hooks.system import Deadline, NotingRoot, read_file
 
@@ -194,7 +194,7 @@ def test_an_odd_record_is_told_in_a_line(
     name: str, command: str, put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = put("odd", pack_changed(REAL, ODD[name]))
-    code = replay.main(make_command(command, path))
+    code = replay_cli.main(make_command(command, path))
     out, err = capfd.readouterr()
     assert code in (0, 1, 2)
     assert len(err.splitlines()) == (code == 2)
@@ -219,7 +219,7 @@ def test_what_no_hook_writes_is_refused(
         # Numbers of 64 bits, which only a replay puts into C.
         return
     path = put("odd", pack_changed(REAL, ODD[name]))
-    assert replay.main(make_command(command, path)) == 2
+    assert replay_cli.main(make_command(command, path)) == 2
     err = capfd.readouterr().err
     assert any(word in err for word in ("(NUMBER)", "(DEPTH)", "errno", "is no number")), err
 
@@ -316,7 +316,7 @@ def test_a_large_record_is_refused_by_the_name_of_the_bound(
 ) -> None:
     make, word = LARGE[name]
     path = put("large", make())
-    assert replay.main(["run", str(path)]) == 2
+    assert replay_cli.main(["run", str(path)]) == 2
     err = capfd.readouterr().err
     if word.isupper():
         assert err.startswith(f"vfio-hook-replay: error: [recording-too-large] {path}: "), err
@@ -337,7 +337,7 @@ def test_what_took_a_minute_and_gigabytes_takes_neither(name: str, put: Callable
         resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
 
     done = subprocess.run(
-        [sys.executable, "-m", "oci_hooks.replay", "run", path],
+        [sys.executable, "-m", "oci_hooks.replay.cli", "run", path],
         env={"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
@@ -372,7 +372,7 @@ def test_seconds_are_bounded_also_inside_a_hook(
 
     monkeypatch.setattr(guest_hook, "work", work)
     path = put("slow", REAL.read_bytes())
-    assert replay.main(["run", str(path)]) == 2
+    assert replay_cli.main(["run", str(path)]) == 2
     assert "(SECONDS)" in capfd.readouterr().err
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
@@ -463,7 +463,7 @@ def test_no_string_of_a_record_reaches_a_terminal(
 ) -> None:
     path = tmp_path / "evil\x1b[31m\u202e\n0 forged.tar.gz"
     path.write_bytes(pack_changed(source, poison_record))
-    code = replay.main(make_command(command, path))
+    code = replay_cli.main(make_command(command, path))
     out, err = capfd.readouterr()
     assert [mark for mark in STRANGE if mark in out + err] == []
     assert not any(line.startswith(("vfio-hook-replay: all", "0 forged")) for line in out.splitlines())
@@ -479,7 +479,7 @@ def test_no_file_name_reaches_a_terminal_with_what_is_wrong(
 ) -> None:
     path = tmp_path / "evil\x1b[31m\u202e\n0 forged.tar.gz"
     path.write_bytes(b"nothing")
-    code = replay.main(make_command(command, path))
+    code = replay_cli.main(make_command(command, path))
     out, err = capfd.readouterr()
     assert [mark for mark in STRANGE if mark in out + err] == []
     assert len(out.splitlines()) + len(err.splitlines()) == (2 if command == "list" else 1)
@@ -488,7 +488,7 @@ def test_no_file_name_reaches_a_terminal_with_what_is_wrong(
 
 def test_a_directory_among_records_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "evil\x1b[31m\n0 forged.tar.gz").mkdir()
-    assert replay.main(["--directory", str(tmp_path), "list"]) == 0
+    assert replay_cli.main(["--directory", str(tmp_path), "list"]) == 0
     out = capfd.readouterr().out
     assert "\x1b" not in out
     assert len(out.splitlines()) == 2
@@ -498,14 +498,14 @@ def test_a_directory_among_records_is_one_line(tmp_path: Path, capfd: pytest.Cap
 def test_a_number_of_no_error_is_told(put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]) -> None:
     for name, number in (("code beyond int", 1 << 40), ("code below zero", -(1 << 40))):
         path = put("x", pack_changed(REAL, ODD[name]))
-        assert replay.main(["show", str(path)]) == 0
+        assert replay_cli.main(["show", str(path)]) == 0
         assert f"0000:01:00.0 errno {number}" in capfd.readouterr().out
 
 
 def test_words_that_argparse_quotes_are_escaped(capfd: pytest.CaptureFixture[str]) -> None:
     """As a glob in a directory of a stranger gives them."""
     with pytest.raises(SystemExit) as caught:
-        replay.main(["explain", "x", "y\x1b[31m\nforged"])
+        replay_cli.main(["explain", "x", "y\x1b[31m\nforged"])
     assert caught.value.code == 2
     err = capfd.readouterr().err
     assert "\x1b" not in err
@@ -514,7 +514,7 @@ def test_words_that_argparse_quotes_are_escaped(capfd: pytest.CaptureFixture[str
 
 def test_a_traceback_forges_no_line(put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]) -> None:
     path = put("x", pack_changed(REAL, set_about("traceback", "x\nerror: [forged] x: y")))
-    assert replay.main(["show", str(path)]) == 0
+    assert replay_cli.main(["show", str(path)]) == 0
     out = capfd.readouterr().out
     assert "\n| error: [forged]" in out
     assert "\nerror: [forged]" not in out
@@ -532,14 +532,14 @@ def test_no_code_gets_into_an_exported_test(
     code: str, put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = put("x", pack_changed(REAL, set_about("findings", [{**FINDING, "code": code}])))
-    assert replay.main(make_command("export", path)) == 2
+    assert replay_cli.main(make_command("export", path)) == 2
     assert "about.findings[0].code" in capfd.readouterr().err
     assert not (path.parent / "made").exists()
 
 
 def test_an_exported_test_is_the_template_and_nothing_more(put: Callable[[str, bytes], Path]) -> None:
     path = put("x", pack_changed(REAL, poison_record))
-    assert replay.main(make_command("export", path)) == 0
+    assert replay_cli.main(make_command("export", path)) == 0
     (made,) = (path.parent / "made").glob("*.py")
     tree = ast.parse(made.read_text())
     assert [type(node).__name__ for node in tree.body] == [
@@ -556,7 +556,7 @@ def test_a_report_is_not_broken_out_of(tmp_path: Path) -> None:
     env = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(REPOSITORY),
-        "VFIO_HOOK_REPLAY": f"{sys.executable} -m oci_hooks.replay",
+        "VFIO_HOOK_REPLAY": f"{sys.executable} -m oci_hooks.replay.cli",
     }
     done = subprocess.run(
         [REPOSITORY / "examples/replay/report", f"./{name}"],
@@ -618,7 +618,7 @@ def test_a_record_is_a_regular_file(kind: str, tmp_path: Path) -> None:
         os.mkfifo(path)
     with pytest.raises((RecordError, IsADirectoryError), match=r"is no regular file|Is a directory"):
         read_record(path)
-    assert replay.main(["--directory", str(tmp_path), "list"]) == 0
+    assert replay_cli.main(["--directory", str(tmp_path), "list"]) == 0
 
 
 def test_one_that_cannot_be_read_hides_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -626,13 +626,13 @@ def test_one_that_cannot_be_read_hides_no_other(tmp_path: Path, capfd: pytest.Ca
     (tmp_path / "1.tar.gz").write_bytes(REAL.read_bytes())
     (tmp_path / "2.tar.gz").write_bytes(b"nothing")
     container = read_record(REAL).about["container"]
-    assert replay.main(["--directory", str(tmp_path), "explain", container]) == 0
+    assert replay_cli.main(["--directory", str(tmp_path), "explain", container]) == 0
     assert "1.tar.gz" in capfd.readouterr().out
 
 
 def test_of_two_records_the_bad_one_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.tar.gz").write_bytes(LARGE["depth"][0]())
-    assert replay.main(["diff", str(REAL), str(tmp_path / "bad.tar.gz")]) == 2
+    assert replay_cli.main(["diff", str(REAL), str(tmp_path / "bad.tar.gz")]) == 2
     assert f"[recording-too-large] {tmp_path}/bad.tar.gz: " in capfd.readouterr().err
 
 

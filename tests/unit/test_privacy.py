@@ -26,7 +26,6 @@ from oci_hooks.findings import Finding
 from oci_hooks.guest import hook as guest_hook
 from oci_hooks.host import hook as host_hook
 from oci_hooks.host.kata.config import KataConfig, Place, load_config
-from oci_hooks.kinds import KINDS
 from oci_hooks.program import Arguments, Call, carry
 from oci_hooks.record import encoding, hidehost, hidetext, hidewords, privacy
 from oci_hooks.record import writer as record_writer
@@ -34,7 +33,8 @@ from oci_hooks.record.hidehost import Teller
 from oci_hooks.record.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, hide_text
 from oci_hooks.record.privacy import hide_document, hide_finding
 from oci_hooks.record.reader import RunRecord, read_record
-from oci_hooks.rerun import RecordedRoot, find_differences
+from oci_hooks.replay.kinds import KINDS
+from oci_hooks.replay.rerun import RecordedRoot, find_differences
 from oci_hooks.schema import load_schema
 from oci_hooks.system import Deadline, NotingRoot, name_tag, tagged
 from tests.unit.host_tree import HostTree

@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from oci_hooks import replay
 from oci_hooks.record import writer as record_writer
 from oci_hooks.record.bounds import RecordError
 from oci_hooks.record.reader import read_record
-from oci_hooks.rerun import RecordedRoot, find_differences, sealed
+from oci_hooks.replay import cli as replay_cli
+from oci_hooks.replay.rerun import RecordedRoot, find_differences, sealed
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RECORDS = sorted((REPOSITORY / "tests/data/records").glob("*.tar.gz"))
@@ -65,7 +65,7 @@ def test_a_record_says_the_same_again(path: Path) -> None:
 AS_NOBODY = """
 import os, sys
 from oci_hooks.record.reader import read_record
-from oci_hooks.rerun import find_differences
+from oci_hooks.replay.rerun import find_differences
 records = [read_record(path) for path in sys.argv[1:]]
 # Python itself may lie where only root can read: what is loaded late is loaded now.
 for record in records:
@@ -103,7 +103,7 @@ def test_they_say_the_same_to_anybody() -> None:
 def test_a_record_can_be_told(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = read_record(path)
     for command in (["explain"], ["show"], ["show", "--reads"]):
-        assert replay.main([*command, str(path)]) == 0
+        assert replay_cli.main([*command, str(path)]) == 0
         told = capfd.readouterr().out
         for finding in found.findings:
             assert f"[{finding.code}]" in told
@@ -125,7 +125,7 @@ def test_a_machine_that_was_otherwise_is_seen(tmp_path: Path, capfd: pytest.Capt
                 event["answer"]["text"] = event["answer"]["text"].replace("PCI_CLASS=60400", "PCI_CLASS=20000")
 
     path = change(BY_NAME["guest-bridge"], tmp_path / "x.tar.gz", edit)
-    assert replay.main(["run", str(path)]) == 1
+    assert replay_cli.main(["run", str(path)]) == 1
     told = capfd.readouterr().out
     assert told.startswith("--- recorded\n+++ replayed\n")
     assert "-error: [bridge]" in told
@@ -138,7 +138,7 @@ def test_what_the_record_does_not_know_is_told(tmp_path: Path, capfd: pytest.Cap
         events[:] = [event for event in events if not event.get("path", "").endswith("config.json")]
 
     path = change(BY_NAME["guest-ambiguous"], tmp_path / "x.tar.gz", edit)
-    assert replay.main(["run", str(path)]) == 1
+    assert replay_cli.main(["run", str(path)]) == 1
     told = capfd.readouterr().out
     assert "+error: [bundle-unreadable]" in told
     assert "config.json: not in the record, taken for absent" in told
@@ -148,7 +148,7 @@ def test_a_step_more_is_told_and_no_difference(tmp_path: Path, capfd: pytest.Cap
     def edit(_about: dict[str, Any], events: list[dict[str, Any]]) -> None:
         events[:] = [event for event in events if event.get("do") != "prepare-claims"]
 
-    assert replay.main(["run", str(change(BY_NAME["guest-ambiguous"], tmp_path / "x.tar.gz", edit))]) == 0
+    assert replay_cli.main(["run", str(change(BY_NAME["guest-ambiguous"], tmp_path / "x.tar.gz", edit))]) == 0
     told = capfd.readouterr().out.splitlines()
     assert "# did prepare-claims: not in the record, taken for done" in told
     assert told[-1] == "the same as recorded"
@@ -265,7 +265,7 @@ def test_a_hostile_record_is_refused_and_writes_nothing(
     path = tmp_path / "inside/x.tar.gz"
     path.write_bytes(data)
     monkeypatch.chdir(tmp_path / "inside")
-    code = replay.main(["run", str(path)])
+    code = replay_cli.main(["run", str(path)])
     told = capfd.readouterr()
     assert code == (1 if name == "answer of a wrong kind" else 2), told
     assert words in told.err + (told.out if not words else "")
@@ -288,9 +288,9 @@ def test_a_record_cannot_write_to_a_terminal(tmp_path: Path, capfd: pytest.Captu
     (tmp_path / "r").mkdir()
     path = change(BY_NAME["guest-bridge"], tmp_path / "r/x.tar.gz", edit)
     for command in (["--directory", str(path.parent), "list"], ["explain", str(path)], ["show", "--reads", str(path)]):
-        assert replay.main(command) == 0
-    assert replay.main(["run", str(path)]) == 1
-    assert replay.main(["diff", str(path), str(BY_NAME["guest-bridge"])]) == 1
+        assert replay_cli.main(command) == 0
+    assert replay_cli.main(["run", str(path)]) == 1
+    assert replay_cli.main(["diff", str(path), str(BY_NAME["guest-bridge"])]) == 1
     told = capfd.readouterr().out
     assert "evil" in told
     assert "\x1b" not in told
@@ -331,7 +331,7 @@ def directory(tmp_path: Path) -> Path:
 
 def run_tool(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the tool as a user does."""
-    command = [sys.executable, "-m", "oci_hooks.replay", *words]
+    command = [sys.executable, "-m", "oci_hooks.replay.cli", *words]
     env = {"PYTHONPATH": str(REPOSITORY), "PATH": os.environ["PATH"]}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd)
 
@@ -407,12 +407,12 @@ def test_an_unreadable_directory_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(os, "listdir", refuse)
-    assert replay.main(["--directory", str(tmp_path), "list"]) == 2
+    assert replay_cli.main(["--directory", str(tmp_path), "list"]) == 2
     assert "use sudo" in capfd.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_told(capfd: Any) -> None:
     with pytest.raises(RecordError):
         read_record("/dev/null")
-    assert replay.main(["--directory", "/nonexistent", "list"]) == 2
+    assert replay_cli.main(["--directory", "/nonexistent", "list"]) == 2
     assert "No such file" in capfd.readouterr().err

@@ -16,7 +16,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = REPOSITORY / "examples/replay"
 RECORD = REPOSITORY / "tests/data/records/guest-bridge.tar.gz"
-REPLAY = f"{sys.executable} -m oci_hooks.replay"
+REPLAY = f"{sys.executable} -m oci_hooks.replay.cli"
 
 
 def run(*words: str | Path, text: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

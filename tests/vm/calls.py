@@ -72,6 +72,11 @@ def be_hook(streams: Iterable[IO[bytes]], arguments: Iterable[str], *prepare: Ca
         os._exit(70)
 
 
+def name_module(path: Path) -> str:
+    """Return the dotted name of a module of the package."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
 def import_hook() -> None:
     """Import all of the guest hook, so that a fork need not."""
     for name in (
@@ -80,7 +85,7 @@ def import_hook() -> None:
         "pyudev",
         "syslog",
         "tenacity",
-        *(f"oci_hooks.{path.stem}" for path in PACKAGE.glob("*.py")),
+        *sorted(name_module(path) for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")),
     ):
         # What only the host hook has is no harm; what this interpreter lacks would be an error in the hook too.
         importlib.import_module(name)

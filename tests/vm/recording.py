@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 from oci_hooks.record.reader import RunRecord, read_record
-from oci_hooks.rerun import find_differences
+from oci_hooks.replay.rerun import find_differences
 from tests.vm import bundles
 from tests.vm.bundles import Done
 

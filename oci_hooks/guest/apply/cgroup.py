@@ -2,8 +2,8 @@
 """Cgroups: where a process's permission to open device nodes is decided.
 
 Both hierarchies may be there at once, and the kernel asks both (kernel: devcgroup_check_permission). Version 2 asks BPF
-programs (guest/apply/device_filter.py), version 1 has a list for each cgroup (guest/apply/device_list.py). guest/apply/proof.py opens nodes from inside a
-cgroup, guest/apply/permission.py permits them.
+programs (device_filter.py), version 1 has a list for each cgroup (device_list.py). proof.py opens nodes from inside a
+cgroup, permission.py permits them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kata's configuration as Kata itself would come to it: which file, its drop-ins, the sandbox's annotations.
 
-The reading itself is in host/kata/go.py and host/kata/rust.py. Sources, in kata-containers: containerd-shim-v2/create.go
+The reading itself is in go.py and rust.py. Sources, in kata-containers: containerd-shim-v2/create.go
 (loadRuntimeConfig), katautils/config.go (GetDefaultConfigFilePaths); runtime-rs crates/runtimes/src/manager.rs
 (load_config), libs/kata-types/src/config/default.rs. 1.x has no drop-ins.
 """

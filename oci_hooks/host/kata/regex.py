@@ -2,7 +2,7 @@
 """The regular expressions of `enable_annotations`, as Go's and Rust's libraries read them.
 
 Python's `re` reads some of them differently (`$`, `\\Q`, `\\pL`, `{`, `[[:alpha:]]`) and warns about others, so an
-expression is read here, into a tree; host/kata/admission.py runs it. Only what it finds in ASCII text is of interest.
+expression is read here, into a tree; admission.py runs it. Only what it finds in ASCII text is of interest.
 
 Sources: go/src/regexp/syntax/parse.go; crates.io regex-syntax 0.8 (ast/parse.rs).
 """

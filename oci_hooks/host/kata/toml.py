@@ -3,7 +3,7 @@
 
 Both of Kata's libraries read TOML 1.1 (`\\e`, `\\xHH`, inline tables over several lines), Python's tomllib only 1.0,
 and none of Python's shows the line of a key. The two differ in what may be defined twice: the Rust crate is strict
-and is followed here, the Go library's way is in host/kata/toml_go.py.
+and is followed here, the Go library's way is in toml_go.py.
 
 Sources: toml.io/en/v1.1.0; crates.io toml 1.1 (de/parser/*.rs), toml_parser 1.1 (decoder/*.rs).
 """

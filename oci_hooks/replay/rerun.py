@@ -15,10 +15,10 @@ import sys
 
 from oci_hooks.findings import make_one_line
 from oci_hooks.frozen import Record
-from oci_hooks.kinds import KINDS
 from oci_hooks.program import Arguments, Call, carry
 from oci_hooks.record import encoding
 from oci_hooks.record.privacy import hide_finding
+from oci_hooks.replay.kinds import KINDS
 from oci_hooks.system import Deadline, NotingRoot, Root, name_tag
 
 TYPE_CHECKING = False
@@ -294,7 +294,8 @@ class sealed:  # noqa: N801 - reads as a statement
     def __init__(self) -> None:
         self.holds = False
         # Where Python loads modules from, also this package's schemas.
-        places = (*sys.path, sys.prefix, sys.base_prefix, os.path.dirname(os.path.abspath(__file__)))
+        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        places = (*sys.path, sys.prefix, sys.base_prefix, package)
         self.places = tuple({f"{os.path.abspath(place)}/" for place in places})
 
     def __enter__(self) -> None:

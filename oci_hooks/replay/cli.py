@@ -198,7 +198,7 @@ def run_record(arguments: Namespace) -> int:
         return run_on_this_machine(record, arguments)
     if arguments.apply or arguments.pid is not None:
         return fail("--apply and --pid go with --live: a replay on the recorded machine changes nothing")
-    from oci_hooks.rerun import compare, rerun
+    from oci_hooks.replay.rerun import compare, rerun
 
     again = rerun(record)
     different = compare(record, again)
@@ -212,7 +212,7 @@ def run_on_this_machine(record: RunRecord, arguments: Namespace) -> int:
     """Run a record's hook with this machine behind the door, and print what it says."""
     import tempfile
 
-    from oci_hooks.rerun import run_live
+    from oci_hooks.replay.rerun import run_live
 
     if "config.json" not in record.documents:
         return fail("the record has no config.json: the run did not come so far")
@@ -263,8 +263,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oci_hooks.record.reader import read_record
-from oci_hooks.rerun import find_differences
+from oci_hooks.replay import find_differences, read_record
 
 
 def test_{name}() -> None:
