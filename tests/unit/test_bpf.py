@@ -422,8 +422,10 @@ def test_importing_costs_no_ctypes() -> None:
     """Every container with a device would pay for it, also where its cgroup permits all already."""
     import subprocess
 
-    code = "import sys; from oci_hooks.guest.apply import bpf, cgroup; "
+    code = (
+        "import sys; from oci_hooks.guest.apply import bpf, cgroup; "
         "sys.exit('ctypes' in sys.modules or 're' in sys.modules)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-S", "-c", code], check=False, env={"PYTHONPATH": ":".join(sys.path)}

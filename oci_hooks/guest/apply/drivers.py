@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carry a plan out and put it back: what changes the machine is called from here, and guest/permits.py revokes permission.
+"""Carry a plan out and put it back: what changes the machine is called from here; permits.py revokes permission.
 
 Before each change, what undoes it goes to the journal. Undoing reads nothing but the journal, so that it is the same
 after a failure, at poststop, and in the next hook after a kill. Every undo may be done twice.
@@ -218,8 +218,8 @@ def undo(
     """Put back what a journal notes, last change first, and return what could not be put back.
 
     Permissions are revoked before, by guest/permits.py: they are a matter of all claims. pid: the container's init, 0
-    when it is gone: a process that it left has nodes in its mount namespace, which open nothing without permission; private:
-    descriptors that a child which hangs must not keep. A finding with a code of UNFINISHED means that the journal has
+    when it is gone: a process that it left has nodes in its mount namespace, which open nothing without permission;
+    private: descriptors that a child which hangs must not keep. A finding with a code of UNFINISHED means that the journal has
     to stay.
     """
     findings: list[Finding] = []
