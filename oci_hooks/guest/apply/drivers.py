@@ -219,8 +219,8 @@ def undo(
 
     Permissions are revoked before, by guest/permits.py: they are a matter of all claims. pid: the container's init, 0
     when it is gone: a process that it left has nodes in its mount namespace, which open nothing without permission;
-    private: descriptors that a child which hangs must not keep. A finding with a code of UNFINISHED means that the journal has
-    to stay.
+    private: descriptors that a child which hangs must not keep. A finding with a code of UNFINISHED means that the
+    journal has to stay.
     """
     findings: list[Finding] = []
     entries = tuple(entries)
