@@ -8,7 +8,7 @@ has no such scanner, the package is loaded and says what is wrong.
 
 from __future__ import annotations
 
-from oci_hooks.findings import InputError
+from oci_hooks.findings import Finding, InputError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,3 +67,101 @@ def parse_slowly(text: str, name: str) -> Any:
         raise InputError("bad-json", name, "is nested too deeply", "no OCI document is") from None
     except ValueError as error:
         raise InputError("bad-json", name, f"is not JSON: {error}", "a JSON object is expected") from None
+
+
+# From a JSON value to what a reader expects ---------------------------------------------------------------------------
+
+
+class Mismatch(Exception):
+    """A hand-written reader met something else than it expected."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path = path
+        self.problem = problem
+
+
+def take(owner: dict[str, Any], key: str, kind: str, where: str, *default: Any) -> Any:
+    """Return a member of a JSON object; null counts as absent.
+
+    kind: "string", "object", "array"; where: the owner's path with its dot; default: for an absent member, which is a
+    Mismatch without one.
+    """
+    value = owner.get(key)
+    if value is not None:
+        return check_kind(value, kind, where + key)
+    if default:
+        return default[0]
+    if key in owner:
+        raise Mismatch(where + key, f"expected {kind}, found null")
+    raise Mismatch(where.rstrip(".") or "(the whole)", f"lacks {key}")
+
+
+def take_number(
+    owner: dict[str, Any], key: str, where: str, default: int | None, *, low: int | None = None, high: int | None = None
+) -> int:
+    """Return a member that is a whole number within bounds; null counts as absent. Raises Mismatch."""
+    if owner.get(key) is None and default is not None:
+        return default
+    value: int = take(owner, key, "integer", where)
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise Mismatch(where + key, f"expected a number {describe_bounds(low, high)}, found {value}")
+    return value
+
+
+def describe_bounds(low: int | None, high: int | None) -> str:
+    """Return bounds in words."""
+    return f"from {low} to {high}" if high is not None else f"not below {low}"
+
+
+def take_strings(owner: dict[str, Any], key: str, where: str) -> dict[str, str]:
+    """Return a member that maps names to strings; empty where absent. Raises Mismatch."""
+    values: dict[str, str] = take(owner, key, "object", where, {})
+    for name, value in values.items():
+        check_kind(value, "string", f"{where}{key}.{name}")
+    return values
+
+
+def check_kind(value: Any, kind: str, where: str) -> Any:
+    """Return the value if it is of this JSON kind. Raises Mismatch."""
+    found = name_kind(value)
+    # JSON has one kind of number: 5.0 is a whole one.
+    if kind == "integer" and found == "number" and value == value // 1:
+        return int(value)
+    if found != kind:
+        raise Mismatch(where, f"expected {kind}, found {found}")
+    return value
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a file can have this name: JSON can write NUL and lone surrogates, a path can't hold them.
+
+    It can hold bytes that are not UTF-8, for which the surrogates of PEP 383 stand.
+    """
+    try:
+        return b"\0" not in text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+
+
+def name_kind(value: object) -> str:
+    """Return the JSON name of a value's kind."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, float):
+        return "number"
+    names = {str: "string", int: "integer", dict: "object", list: "array", type(None): "null"}
+    return names[type(value)]
+
+
+def explain(document: object, mismatch: Mismatch, schema_name: str, subject: str, code: str, hint: str) -> InputError:
+    """Return the error for a document that a reader refused: jsonschema's whole list, or the reader's own word."""
+    first = Finding("error", code, f"{subject}: {mismatch.path}", mismatch.problem, hint)
+    try:
+        from oci_hooks.schema import find_mistakes
+
+        findings = find_mistakes(document, schema_name, subject, code, hint)
+    except (ImportError, RecursionError):
+        # What is nested as deep as the stack allowed to read can't be written out.
+        findings = ()
+    return InputError.from_findings(findings or (first,))

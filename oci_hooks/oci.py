@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from errno import EFBIG
 
-from oci_hooks.findings import Finding, InputError
+from oci_hooks import json_input
+from oci_hooks.findings import InputError
 from oci_hooks.frozen import Record
-from oci_hooks.json_input import parse_json
+from oci_hooks.json_input import Mismatch, check_kind, is_name, name_kind, take, take_number, take_strings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,14 +24,34 @@ if TYPE_CHECKING:
 
     from oci_hooks.system import Root
 
+# All annotations that the hooks read. The first four are the hooks' own.
 DEVICES_ANNOTATION = "io.katacontainers.x.vfio.devices"
 MAP_ANNOTATION = "io.katacontainers.x.vfio"
 LOG_ANNOTATION = "io.katacontainers.x.vfio.log"
 RECORD_ANNOTATION = "io.katacontainers.x.vfio.record"
 
+KATA_PREFIX = "io.katacontainers.pkg.oci."
+CONTAINER_TYPE_ANNOTATION = f"{KATA_PREFIX}container_type"
+CONFIG_PATH_ANNOTATION = "io.katacontainers.config_path"
+HYPERVISOR_PREFIX = "io.katacontainers.config.hypervisor."
+RUNTIME_PREFIX = "io.katacontainers.config.runtime."
+AGENT_PREFIX = "io.katacontainers.config.agent."
+CRI_PREFIXES = ("io.kubernetes.cri.", "io.kubernetes.cri-o.")
+HANDLER_ANNOTATIONS = ("io.containerd.cri.runtime-handler", "io.kubernetes.cri-o.RuntimeHandler")
+# A sandbox is known by its own id to shim and hypervisor.
+SANDBOX_ID_ANNOTATIONS = (
+    "io.kubernetes.cri.sandbox-id",
+    "io.kubernetes.cri-o.SandboxID",
+    "io.podman.annotations.sandbox-id",
+)
+CONTAINER_NAME_ANNOTATIONS = (
+    "io.kubernetes.container.name",
+    "io.kubernetes.cri.container-name",
+    "io.kubernetes.cri-o.ContainerName",
+)
 # A pod's pause container gets the pod's annotations too, and must not get its devices.
 SANDBOX_MARKS = {
-    "io.katacontainers.pkg.oci.container_type": "pod_sandbox",
+    CONTAINER_TYPE_ANNOTATION: "pod_sandbox",
     "io.kubernetes.cri.container-type": "sandbox",
     "io.kubernetes.cri-o.ContainerType": "sandbox",
 }
@@ -39,18 +60,13 @@ CONTROL_NODE = "/dev/vfio/vfio"
 GROUP_PREFIX = "/dev/vfio/"
 CDEV_PREFIX = "/dev/vfio/devices/"
 
-HINTS = {
-    "state": "the runtime writes it; by hand: the OCI runtime-spec's runtime.md says what it holds",
-    "config": "mend what wrote it: the OCI runtime-spec's config.md and config-linux.md say what it holds",
-}
-
+STATE_HINT = "the runtime writes it; by hand: the OCI runtime-spec's runtime.md says what it holds"
+CONFIG_HINT = "mend what wrote it: the OCI runtime-spec's config.md and config-linux.md say what it holds"
 # What Go's encoder writes for a byte that is not UTF-8.
 LOST_BYTE = "\ufffd"
 # Characters of a container's id, which goes into its journal; runc takes 1024.
 LONGEST_NAME = 8192
 HIGHEST_ID = 0xFFFFFFFF
-# chown(2) takes this one for "leave it as it is".
-NO_ID = 0xFFFFFFFF
 
 
 class State(Record):
@@ -130,28 +146,16 @@ class Spec(Record):
         return tuple(dict.fromkeys(device for device in self.devices if device.is_group or device.is_cdev))
 
 
-class Mismatch(Exception):
-    """A hand-written reader met something else than it expected."""
-
-    def __init__(self, path: str, problem: str) -> None:
-        super().__init__(path, problem)
-        self.path = path
-        self.problem = problem
-
-
-# Reading -------------------------------------------------------------------------------------------------------------
-
-
 def read_state(data: bytes) -> State:
     """Return the state that the runtime wrote on stdin. Raises InputError [bad-json] or [bad-state]."""
-    document = parse_json(data, "state on stdin")
+    document = json_input.parse_json(data, "state on stdin")
     try:
         return make_state(document)
     except Mismatch as mismatch:
         try:
             return make_state(drop_annotations(document))
         except Mismatch:
-            raise explain(document, mismatch, "state", "state on stdin", "bad-state") from None
+            raise json_input.explain(document, mismatch, "state", "state on stdin", "bad-state", STATE_HINT) from None
 
 
 def drop_annotations(document: Any) -> Any:
@@ -182,7 +186,7 @@ def read_spec(root: Root, state: State) -> Spec:
     document = None
     try:
         data = root.read_bytes(path)
-        document = parse_json(data, path)
+        document = json_input.parse_json(data, path)
         return make_spec(document, path)
     except OSError as error:
         problem: InputError | Mismatch = make_unreadable(path, error.strerror or str(error))
@@ -194,12 +198,13 @@ def read_spec(root: Root, state: State) -> Spec:
         problem = error
     from oci_hooks.traces import find_request, look_for_request
 
-    asks = find_request(data) if isinstance(problem, Mismatch) else root.ask(look_for_request, path)
+    broken = isinstance(problem, Mismatch)
+    asks = find_request(data, is_traced) if broken else root.ask(look_for_request, path, is_traced)
     nothing = make_spec({}, path)
     if is_sandbox(state, nothing) or (asks is False and not is_asked(state, nothing)):
         return nothing
     if isinstance(problem, Mismatch):
-        raise explain(document, problem, "config", path, "bad-config") from None
+        raise json_input.explain(document, problem, "config", path, "bad-config", CONFIG_HINT) from None
     raise problem from None
 
 
@@ -224,23 +229,6 @@ def find_config(root: Root, state: State) -> str:
     return find_other_config(root) or places[0]
 
 
-def find_mappings(root: Root, state: State, spec: Spec) -> Spec:
-    """Return the spec with the id mappings of the user namespace that the container's init is in (user_namespaces(7)).
-
-    config.json holds none, or a made-up one, where the namespace is joined by its path, as a pod's containers do.
-    """
-    if "user" not in spec.namespaces:
-        return spec
-    uids, gids = (read_mappings(root, f"/proc/{state.pid}/{kind}_map") for kind in ("uid", "gid"))
-    return spec.replace(uid_mappings=uids or spec.uid_mappings, gid_mappings=gids or spec.gid_mappings)
-
-
-def read_mappings(root: Root, path: str) -> tuple[IdMapping, ...]:
-    """Return the mappings in a process's uid_map or gid_map; none where it can't be read."""
-    rows = (line.split() for line in root.read_text_or(path, "").split("\n"))
-    return tuple(IdMapping(*map(int, row)) for row in rows if len(row) == 3 and "".join(row).isdecimal())
-
-
 def find_annotation(state: State, spec: Spec, name: str) -> str | None:
     """Return an annotation's value, from the state or else from config.json; None without one."""
     value = state.annotations.get(name)
@@ -253,28 +241,17 @@ def is_asked(state: State, spec: Spec) -> bool:
     return bool(spec.vfio_devices) or any(find_annotation(state, spec, name) is not None for name in names)
 
 
+def is_traced(annotations: dict[str, str], paths: list[str]) -> bool:
+    """Tell whether a container that has these annotations, and devices of these paths, asks for VFIO."""
+    state = State("", "", 0, "", annotations)
+    devices = tuple(Device(normalize(path), "c", -1, -1, -1, -1, -1) for path in paths)
+    spec = make_spec({}, "").replace(devices=devices)
+    return is_asked(state, spec) and not is_sandbox(state, spec)
+
+
 def is_sandbox(state: State, spec: Spec) -> bool:
     """Tell whether this is a pod's pause container."""
     return any(find_annotation(state, spec, name) == value for name, value in SANDBOX_MARKS.items())
-
-
-def is_on(value: str | None) -> bool:
-    """Tell whether an annotation says yes."""
-    return value is not None and value.strip().lower() in ("1", "true", "yes", "on", "debug")
-
-
-def map_id(container_id: int, mappings: tuple[IdMapping, ...]) -> int:
-    """Return the id outside the user namespace for one inside; -1 where there is none. No mappings: the same id."""
-    if not mappings:
-        return container_id if container_id < NO_ID else -1
-    for mapping in mappings:
-        if 0 <= container_id - mapping.container_id < mapping.size:
-            outside = mapping.host_id + container_id - mapping.container_id
-            return outside if outside < NO_ID else -1
-    return -1
-
-
-# From a JSON document to a record ------------------------------------------------------------------------------------
 
 
 def make_state(document: object) -> State:
@@ -373,90 +350,3 @@ def make_mappings(linux: dict[str, Any], key: str) -> tuple[IdMapping, ...]:
         )
         mappings.append(IdMapping(container_id, host_id, size))
     return tuple(mappings)
-
-
-def take(owner: dict[str, Any], key: str, kind: str, where: str, *default: Any) -> Any:
-    """Return a member of a JSON object; null counts as absent.
-
-    kind: "string", "object", "array"; where: the owner's path with its dot; default: for an absent member, which is a
-    Mismatch without one.
-    """
-    value = owner.get(key)
-    if value is not None:
-        return check_kind(value, kind, where + key)
-    if default:
-        return default[0]
-    if key in owner:
-        raise Mismatch(where + key, f"expected {kind}, found null")
-    raise Mismatch(where.rstrip(".") or "(the whole)", f"lacks {key}")
-
-
-def take_number(
-    owner: dict[str, Any], key: str, where: str, default: int | None, *, low: int | None = None, high: int | None = None
-) -> int:
-    """Return a member that is a whole number within bounds; null counts as absent. Raises Mismatch."""
-    if owner.get(key) is None and default is not None:
-        return default
-    value: int = take(owner, key, "integer", where)
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise Mismatch(where + key, f"expected a number {describe_bounds(low, high)}, found {value}")
-    return value
-
-
-def describe_bounds(low: int | None, high: int | None) -> str:
-    """Return bounds in words."""
-    return f"from {low} to {high}" if high is not None else f"not below {low}"
-
-
-def take_strings(owner: dict[str, Any], key: str, where: str) -> dict[str, str]:
-    """Return a member that maps names to strings; empty where absent. Raises Mismatch."""
-    values: dict[str, str] = take(owner, key, "object", where, {})
-    for name, value in values.items():
-        check_kind(value, "string", f"{where}{key}.{name}")
-    return values
-
-
-def check_kind(value: Any, kind: str, where: str) -> Any:
-    """Return the value if it is of this JSON kind. Raises Mismatch."""
-    found = name_kind(value)
-    # JSON has one kind of number: 5.0 is a whole one.
-    if kind == "integer" and found == "number" and value == value // 1:
-        return int(value)
-    if found != kind:
-        raise Mismatch(where, f"expected {kind}, found {found}")
-    return value
-
-
-def is_name(text: str) -> bool:
-    """Tell whether a file can have this name: JSON can write NUL and lone surrogates, a path can't hold them.
-
-    It can hold bytes that are not UTF-8, for which the surrogates of PEP 383 stand.
-    """
-    try:
-        return b"\0" not in text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return False
-
-
-def name_kind(value: object) -> str:
-    """Return the JSON name of a value's kind."""
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, float):
-        return "number"
-    names = {str: "string", int: "integer", dict: "object", list: "array", type(None): "null"}
-    return names[type(value)]
-
-
-def explain(document: object, mismatch: Mismatch, schema_name: str, subject: str, code: str) -> InputError:
-    """Return the error for a document that a reader refused: jsonschema's whole list, or the reader's own word."""
-    hint = HINTS[schema_name]
-    first = Finding("error", code, f"{subject}: {mismatch.path}", mismatch.problem, hint)
-    try:
-        from oci_hooks.schema import find_mistakes
-
-        findings = find_mistakes(document, schema_name, subject, code, hint)
-    except (ImportError, RecursionError):
-        # What is nested as deep as the stack allowed to read can't be written out.
-        findings = ()
-    return InputError.from_findings(findings or (first,))

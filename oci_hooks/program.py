@@ -70,10 +70,10 @@ class Call(Record):
         """Do as the container's annotations say of logging and recording."""
         from oci_hooks import oci
 
-        if oci.is_on(oci.find_annotation(state, spec, oci.LOG_ANNOTATION)):
+        if is_on(oci.find_annotation(state, spec, oci.LOG_ANNOTATION)):
             self.wishes["log"] = "debug"
         record = oci.find_annotation(state, spec, oci.RECORD_ANNOTATION)
-        if oci.is_on(record) or record == "full":
+        if is_on(record) or record == "full":
             self.wishes["asked"] = str(record)
 
     def is_recorded(self, code: int) -> bool:
@@ -82,6 +82,14 @@ class Call(Record):
         if wish == "never" or self.arguments.all or self.arguments.groups or self.arguments.kata_config is not None:
             return False
         return code != EXIT_DONE or wish == "always" or "asked" in self.wishes
+
+
+def is_on(value: str | None) -> bool:
+    """Tell whether an annotation says yes."""
+    return value is not None and value.strip().lower() in ("1", "true", "yes", "on", "debug")
+
+
+# From a JSON document to a record ------------------------------------------------------------------------------------
 
 
 class Outcome(Record):

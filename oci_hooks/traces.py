@@ -14,7 +14,10 @@ from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
+
+    Asks = Callable[[dict[str, str], list[str]], bool]
 
 # Every annotation and every path that asks has this word in it, as these bytes or with some of them escaped.
 WORD = b"vfio"
@@ -29,8 +32,8 @@ LARGEST_TEXT = 64 << 20
 
 
 @tagged("find-request")
-def look_for_request(path: str) -> bool | None:
-    """Tell whether a config.json asks for VFIO; None where nobody can say, e.g. of an empty one.
+def look_for_request(path: str, asks: Asks) -> bool | None:
+    """Tell whether a config.json asks for VFIO; None where nobody can say, as of an empty one. asks: see find_request.
 
     A question of its own to the system: a recording has the answer, and not the text, of which it leaves out most.
     """
@@ -39,24 +42,22 @@ def look_for_request(path: str) -> bool | None:
     try:
         if is_file_free(path):
             return False if os.stat(path).st_size else None
-        return find_request(read_file(path, LARGEST_TEXT))
+        return find_request(read_file(path, LARGEST_TEXT), asks)
     except (OSError, MemoryError):
         return None
 
 
-def find_request(data: bytes) -> bool | None:
-    """Tell whether a text asks for VFIO; None where it has the word and can't be followed. Pure."""
+def find_request(data: bytes, asks: Asks) -> bool | None:
+    """Tell whether a text asks for VFIO; None where it has the word and can't be followed. Pure.
+
+    asks: tells it of annotations and paths of devices.
+    """
     if is_free(data):
         return False
     traces = read_traces(data)
     if traces is None:
         return None
-    from oci_hooks import oci
-
-    state = oci.State("", "", 0, "", traces.annotations)
-    devices = tuple(oci.Device(oci.normalize(path), "c", -1, -1, -1, -1, -1) for path in traces.paths)
-    spec = oci.make_spec({}, "").replace(devices=devices)
-    return oci.is_asked(state, spec) and not oci.is_sandbox(state, spec)
+    return asks(traces.annotations, traces.paths)
 
 
 def is_free(data: bytes) -> bool:

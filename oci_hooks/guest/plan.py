@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from oci_hooks.findings import Refusal
 from oci_hooks.frozen import Record
+from oci_hooks.guest.id_mapping import map_id
 from oci_hooks.linux.instances import Instance, name_instance
 from oci_hooks.linux.pci import NOIOMMU_GROUP, read_override
-from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX, map_id
+from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from oci_hooks import oci
+from oci_hooks import json_input, oci
 from oci_hooks.findings import InputError
 from oci_hooks.frozen import Record
 
@@ -188,7 +188,7 @@ def expect(value: Any, kind: Any, source: str, where: str) -> Any:
     """Return the value if it is of this kind. Raises InputError [bad-annotation] with its place in the map."""
     if not isinstance(value, kind):
         names = {list: "array", dict: "object", str: "string"}
-        problem = f"expected {names[kind]}, found {oci.name_kind(value)}"
+        problem = f"expected {names[kind]}, found {json_input.name_kind(value)}"
         raise InputError("bad-annotation", f"{source}: {where}", problem, MAP_SYNTAX)
     return value
 

@@ -16,12 +16,12 @@ from oci_hooks.guest.apply import drivers
 from oci_hooks.guest.apply.modprobe import load_drivers
 from oci_hooks.guest.claims import Claim, ClaimDirectory, Owner, read_start_time, take_lock
 from oci_hooks.guest.homes import find_home
+from oci_hooks.guest.id_mapping import find_mappings
 from oci_hooks.guest.signals import interruptible, reset_signals
 from oci_hooks.guest.undo_log import HEADS
 from oci_hooks.linux import pci
 from oci_hooks.linux.instances import name_instance, parse_instance
 from oci_hooks.linux.usage import Uses
-from oci_hooks.oci import find_mappings
 from oci_hooks.system import Deadline, tagged
 
 TYPE_CHECKING = False

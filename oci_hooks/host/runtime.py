@@ -12,7 +12,7 @@ import os
 from oci_hooks.frozen import Record
 from oci_hooks.host import hypervisor as vmm
 from oci_hooks.linux.processes import Process, list_ancestors, list_family, read_process
-from oci_hooks.oci import find_annotation
+from oci_hooks.oci import CRI_PREFIXES, HANDLER_ANNOTATIONS, KATA_PREFIX, SANDBOX_ID_ANNOTATIONS, find_annotation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 SHIM_NAMES = ("containerd-shim-kata", "kata-runtime", "shim-kata", "kata-shim")
-# A sandbox is known by its own id to shim and hypervisor.
-SANDBOX_ID_ANNOTATIONS = (
-    "io.kubernetes.cri.sandbox-id",
-    "io.kubernetes.cri-o.SandboxID",
-    "io.podman.annotations.sandbox-id",
-)
-CONTAINER_TYPE_ANNOTATION = "io.katacontainers.pkg.oci.container_type"
-HANDLER_ANNOTATIONS = ("io.containerd.cri.runtime-handler", "io.kubernetes.cri-o.RuntimeHandler")
-CRI_PREFIXES = ("io.kubernetes.cri.", "io.kubernetes.cri-o.")
 
 
 class Asker(Record):
@@ -89,7 +80,7 @@ def name_kind(
     """Return Asker.kind."""
     if mode == "never":
         return "plain"
-    marked = any(name.startswith("io.katacontainers.pkg.oci.") for name in annotations)
+    marked = any(name.startswith(KATA_PREFIX) for name in annotations)
     if by_hand:
         return "kata" if mode == "always" or hypervisor or marked or handler.startswith("kata") else "plain"
     # No other runtime leaves the status empty: the specification forbids it.

@@ -13,7 +13,7 @@ import re
 
 from oci_hooks.host.kata.handlers import DOCKER_CONFIG
 from oci_hooks.host.kata.lookup import VERSION_FILES
-from oci_hooks.host.runtime import SANDBOX_ID_ANNOTATIONS
+from oci_hooks.oci import SANDBOX_ID_ANNOTATIONS
 from oci_hooks.record.hideforms import (
     DEVICE_PROPERTIES,
     NOWHERE,

@@ -13,10 +13,22 @@ import os.path
 import re
 
 from oci_hooks.guest.request import normalize_address
-from oci_hooks.host.kata.config import PATH_ANNOTATION
-from oci_hooks.host.kata.model import HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.host.suite import HOST_ONLY_NODES
-from oci_hooks.oci import CONTROL_NODE, is_name
+from oci_hooks.json_input import is_name
+from oci_hooks.oci import (
+    CONFIG_PATH_ANNOTATION,
+    CONTAINER_NAME_ANNOTATIONS,
+    CONTAINER_TYPE_ANNOTATION,
+    CONTROL_NODE,
+    CRI_PREFIXES,
+    HANDLER_ANNOTATIONS,
+    HYPERVISOR_PREFIX,
+    KATA_PREFIX,
+    MAP_ANNOTATION,
+    RUNTIME_PREFIX,
+    SANDBOX_ID_ANNOTATIONS,
+    SANDBOX_MARKS,
+)
 from oci_hooks.record import hidewords
 from oci_hooks.record.hidetext import HYPERVISOR_KEYS, LEFT_OUT, hide_kernel, hide_text
 
@@ -29,26 +41,19 @@ if TYPE_CHECKING:
 
     Rule = Callable[[Any], Any]
 
-OWN_PREFIX = "io.katacontainers.x.vfio"
 # Annotations by which the hooks know sandbox, container and runtime (oci.py, host/runtime.py); their values are kept.
 DECIDING = (
-    PATH_ANNOTATION,
+    CONFIG_PATH_ANNOTATION,
     RUNTIME_PREFIX + "vfio_mode",
     *(HYPERVISOR_PREFIX + key for key in HYPERVISOR_KEYS),
-    "io.containerd.cri.runtime-handler",
-    "io.katacontainers.pkg.oci.container_type",
-    "io.kubernetes.container.name",
-    "io.kubernetes.cri-o.ContainerName",
-    "io.kubernetes.cri-o.ContainerType",
-    "io.kubernetes.cri-o.RuntimeHandler",
-    "io.kubernetes.cri-o.SandboxID",
-    "io.kubernetes.cri.container-name",
-    "io.kubernetes.cri.container-type",
-    "io.kubernetes.cri.sandbox-id",
-    "io.podman.annotations.sandbox-id",
+    CONTAINER_TYPE_ANNOTATION,
+    *SANDBOX_MARKS,
+    *SANDBOX_ID_ANNOTATIONS,
+    *CONTAINER_NAME_ANNOTATIONS,
+    *HANDLER_ANNOTATIONS,
 )
 # Of these only that there was one with this beginning decides.
-TELLING_PREFIXES = ("io.kubernetes.cri.", "io.kubernetes.cri-o.", "io.katacontainers.pkg.oci.")
+TELLING_PREFIXES = (*CRI_PREFIXES, KATA_PREFIX)
 # Names of OCI's specification, whose values decide nothing here; other names are left out with their values.
 KNOWN_NAMES = (
     "annotations",
@@ -160,7 +165,7 @@ def keep_annotations(value: Any) -> Any:
         return shape(value)
     kept = {}
     for index, (name, item) in enumerate(value.items(), 1):
-        if name in DECIDING or name == OWN_PREFIX or name.startswith(OWN_PREFIX + "."):
+        if name in DECIDING or name == MAP_ANNOTATION or name.startswith(MAP_ANNOTATION + "."):
             kept[name] = text(hide_kernel if name.endswith(".kernel_params") else str)(item)
         elif name.startswith(HYPERVISOR_PREFIX):
             # enable_annotations admits it or not, whatever its value is.
@@ -269,7 +274,7 @@ def hide_finding(finding: Finding) -> Finding:
     if finding.code not in QUOTING:
         return finding
     # The name of an annotation is not kept either.
-    subject = re.sub(rf"(: annotations\.)(?!{re.escape(OWN_PREFIX)}).*", rf"\g<1>{LEFT_OUT}", finding.subject)
+    subject = re.sub(rf"(: annotations\.)(?!{re.escape(MAP_ANNOTATION)}).*", rf"\g<1>{LEFT_OUT}", finding.subject)
     if finding.problem.startswith("unknown key"):
         subject = f"{subject.rpartition(': ')[0]}: {LEFT_OUT}"
     finding = finding.replace(subject=subject)

@@ -17,7 +17,7 @@ from typing import Any, Callable
 
 import jsonschema
 
-from oci_hooks import oci, schema, settings
+from oci_hooks import json_input, oci, schema, settings
 from oci_hooks.findings import Finding, HookError, InputError
 from oci_hooks.guest import claims, request, undo_log
 from oci_hooks.guest.apply import bpf, cgroup, device_list
@@ -123,7 +123,7 @@ def check_verdict(data: bytes, name: str, read: Callable[[Any], object]) -> obje
         return None
     try:
         result, taken = read(document), True
-    except oci.Mismatch:
+    except json_input.Mismatch:
         result, taken = None, False
     assert taken == load_validator(name).is_valid(document), (name, document)
     return result
@@ -355,7 +355,7 @@ def read_like_the_hooks(data: bytes, name: str) -> object:
         return None
     try:
         found = oci.make_state(document) if name == "state.json" else oci.make_spec(document, name)
-    except oci.Mismatch as mismatch:
+    except json_input.Mismatch as mismatch:
         finding = Finding("error", "bad-config", f"{name}: {mismatch.path}", mismatch.problem)
         return privacy.hide_finding(finding)
     if isinstance(found, oci.State):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.host.kata.config import KataConfig, Place, load_config
-from oci_hooks.host.kata.model import HYPERVISOR_PREFIX
+from oci_hooks.oci import HYPERVISOR_PREFIX
 from oci_hooks.toml_lines import find_line
 from tests.unit.host_tree import HostTree
 

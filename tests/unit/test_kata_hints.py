@@ -13,8 +13,8 @@ from oci_hooks.findings import Finding
 from oci_hooks.host.kata import checks as kata_checks
 from oci_hooks.host.kata.config import Place, load_config
 from oci_hooks.host.kata.lookup import Found
-from oci_hooks.host.kata.model import HYPERVISOR_PREFIX
 from oci_hooks.host.runtime import Asker
+from oci_hooks.oci import HYPERVISOR_PREFIX
 from tests.unit.host_tree import HostTree, codes, make_spec
 from tests.unit.test_kata_checks import BAD, GOOD, RS_NAMES, WANTED, target
 

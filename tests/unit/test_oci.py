@@ -13,8 +13,9 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 
-from oci_hooks import oci
+from oci_hooks import json_input, oci
 from oci_hooks.findings import EXIT_BAD_INPUT, InputError
+from oci_hooks.guest import id_mapping
 from oci_hooks.schema import load_schema
 from oci_hooks.system import Root
 from tests.unit.documents import ANYTHING, CONFIGS, STATES
@@ -33,7 +34,7 @@ def read_or_refuse(document: object, kind: str) -> bool:
             oci.make_state(document)
         else:
             oci.make_spec(document, "config.json")
-    except oci.Mismatch:
+    except json_input.Mismatch:
         return False
     return True
 
@@ -132,7 +133,7 @@ CONFIGS_BY_HAND: list[tuple[Any, str]] = [
 def test_state_by_hand(document: Any, where: str) -> None:
     assert STATE_SCHEMA.is_valid(document) == (not where)
     if where:
-        with pytest.raises(oci.Mismatch) as caught:
+        with pytest.raises(json_input.Mismatch) as caught:
             oci.make_state(document)
         assert caught.value.path == where
     else:
@@ -143,7 +144,7 @@ def test_state_by_hand(document: Any, where: str) -> None:
 def test_config_by_hand(document: Any, where: str) -> None:
     assert CONFIG_SCHEMA.is_valid(document) == (not where)
     if where:
-        with pytest.raises(oci.Mismatch) as caught:
+        with pytest.raises(json_input.Mismatch) as caught:
             oci.make_spec(document, "config.json")
         assert caught.value.path == where
     else:
@@ -181,16 +182,16 @@ def test_the_mappings_are_those_that_the_kernel_has(tmp_path: Path) -> None:
     """A namespace that is joined has other ones than config.json: podman writes 0 0 1 there, others nothing."""
     state, joined = oci.make_state({**STATE, "pid": 7}), {"namespaces": [{"type": "user", "path": "/proc/3/ns/user"}]}
     spec = oci.make_spec({"linux": {**joined, "uidMappings": [{"containerID": 0, "hostID": 0, "size": 1}]}}, "c")
-    known = oci.find_mappings(Root(str(tmp_path)), state, spec)
+    known = id_mapping.find_mappings(Root(str(tmp_path)), state, spec)
     assert known == spec
     (tmp_path / "proc/7").mkdir(parents=True)
     (tmp_path / "proc/7/uid_map").write_text("         0     100000      65536\n     65536          5          1\n")
     (tmp_path / "proc/7/gid_map").write_text("0 x 3\nodd\n")
-    known = oci.find_mappings(Root(str(tmp_path)), state, spec)
+    known = id_mapping.find_mappings(Root(str(tmp_path)), state, spec)
     assert known.uid_mappings == (oci.IdMapping(0, 100000, 65536), oci.IdMapping(65536, 5, 1))
     assert known.gid_mappings == ()
     alone = oci.make_spec({}, "c")
-    assert oci.find_mappings(Root(str(tmp_path)), state, alone) == alone
+    assert id_mapping.find_mappings(Root(str(tmp_path)), state, alone) == alone
 
 
 @pytest.mark.parametrize(
@@ -222,14 +223,14 @@ def test_which_devices_are_vfio(path: str, kind: str, asks: str) -> None:
     [(0, 1000), (9, 1009), (10, -1), (20, 5), (21, -1), (2**32 - 1, -1)],
 )
 def test_ids_are_mapped(inside: int, outside: int) -> None:
-    assert oci.map_id(inside, (oci.IdMapping(0, 1000, 10), oci.IdMapping(20, 5, 1))) == outside
+    assert id_mapping.map_id(inside, (oci.IdMapping(0, 1000, 10), oci.IdMapping(20, 5, 1))) == outside
 
 
 @pytest.mark.parametrize("inside", [2**32 - 1, 2**32 - 6])
 def test_an_id_that_chown_would_not_take_is_no_id(inside: int) -> None:
     # (uid_t)-1 means "leave it" to chown(2), and Python raises OverflowError for the number.
     mappings = () if inside == 2**32 - 1 else (oci.IdMapping(0, 10, 2**32 - 1),)
-    assert oci.map_id(inside, mappings) == -1
+    assert id_mapping.map_id(inside, mappings) == -1
 
 
 @pytest.mark.parametrize(("name", "value"), oci.SANDBOX_MARKS.items())

@@ -14,13 +14,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oci_hooks import oci, traces
+from oci_hooks import json_input, oci, traces
 from oci_hooks.findings import InputError
 from oci_hooks.json_input import parse_json
-from oci_hooks.traces import find_request, is_file_free, is_free, look_for_request, read_traces
+from oci_hooks.traces import is_file_free, is_free, read_traces
 from tests.unit.documents import CONFIGS
 
 pytestmark = pytest.mark.unit
+
+
+def find_request(data: bytes) -> bool | None:
+    """Tell whether a text asks for VFIO, as the hooks do."""
+    return traces.find_request(data, oci.is_traced)
+
+
+def look_for_request(path: str) -> bool | None:
+    """Tell the same of a file."""
+    return traces.look_for_request(path, oci.is_traced)
+
 
 STATE = oci.State("c1", "/b", 1, "", {})
 REQUESTS: list[dict[str, Any]] = [
@@ -53,7 +64,7 @@ def read_fully(data: bytes) -> bool | None:
     """Tell whether the full reader finds a request; None where it refuses."""
     try:
         return oci.is_asked(STATE, oci.make_spec(parse_json(data, "x"), "x"))
-    except (InputError, oci.Mismatch):
+    except (InputError, json_input.Mismatch):
         return None
 
 

@@ -14,9 +14,8 @@ from oci_hooks.frozen import Record
 from oci_hooks.host.hypervisor import find_kernel_refusal
 from oci_hooks.host.kata.hints import make_viommu_hint, write_fix
 from oci_hooks.host.kata.lookup import read_major
-from oci_hooks.host.kata.model import HYPERVISOR_PREFIX
 from oci_hooks.host.kata.problems import RELEASE_MAJOR, check_refused, check_uncertain
-from oci_hooks.oci import DEVICES_ANNOTATION, MAP_ANNOTATION
+from oci_hooks.oci import DEVICES_ANNOTATION, HYPERVISOR_PREFIX, MAP_ANNOTATION
 from oci_hooks.system import tagged
 
 TYPE_CHECKING = False

@@ -9,7 +9,7 @@ The reading itself is in go.py and rust.py. Sources, in kata-containers: contain
 from __future__ import annotations
 
 from oci_hooks.frozen import Record
-from oci_hooks.oci import is_name
+from oci_hooks.json_input import is_name
 from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
@@ -29,7 +29,6 @@ RS_DEFAULTS = (
     "/usr/share/defaults/kata-containers/runtime-rs/configuration.toml",
     "/opt/kata/share/defaults/kata-containers/runtime-rs/configuration.toml",
 )
-PATH_ANNOTATION = "io.katacontainers.config_path"
 # The release whose readers ours follow.
 RELEASE = "4.1"
 

@@ -8,7 +8,7 @@ Kata's shim gets it as the option ConfigPath and tells nobody. Sources: containe
 from __future__ import annotations
 
 from oci_hooks.frozen import Record
-from oci_hooks.oci import is_name
+from oci_hooks.json_input import is_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

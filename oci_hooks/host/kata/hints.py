@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from oci_hooks.host.kata.admission import Gate
-from oci_hooks.host.kata.model import HYPERVISOR_PREFIX
+from oci_hooks.oci import HYPERVISOR_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

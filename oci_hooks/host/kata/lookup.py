@@ -9,16 +9,10 @@ then the default places. What only the shim knows is taken from the files that t
 from __future__ import annotations
 
 from oci_hooks.frozen import Record
-from oci_hooks.host.kata.config import (
-    PATH_ANNOTATION,
-    KataConfig,
-    Place,
-    find_default_places,
-    load_config,
-    make_place,
-)
+from oci_hooks.host.kata.config import KataConfig, Place, find_default_places, load_config, make_place
+from oci_hooks.json_input import is_name
 from oci_hooks.linux.processes import read_environment
-from oci_hooks.oci import is_name
+from oci_hooks.oci import CONFIG_PATH_ANNOTATION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,7 +52,9 @@ def find_places(root: Root, asker: Asker, annotations: dict[str, str], named: st
     if named:
         place = make_place(root, named, "named in host.toml")
         return ((place,), True) if place else ((), False)
-    place = None if read_major(root) >= 4 else make_place(root, annotations.get(PATH_ANNOTATION, ""), "by annotation")
+    place = None
+    if read_major(root) < 4:
+        place = make_place(root, annotations.get(CONFIG_PATH_ANNOTATION, ""), "by annotation")
     if place:
         return (place,), True
     shim = asker.shim.pid if asker.shim else 0

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 LARGEST = 2 << 20
 MOST_FILES = 10000
 SIZES = ("block_device_logical_sector_size", "block_device_physical_sector_size")
-HYPERVISOR_PREFIX = "io.katacontainers.config.hypervisor."
-RUNTIME_PREFIX = "io.katacontainers.config.runtime."
-AGENT_PREFIX = "io.katacontainers.config.agent."
 
 
 class Problem(Record):

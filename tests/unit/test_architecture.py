@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the house: which part may import which, who may change the machine, what a run without VFIO loads.
+
+docs/architecture.md has the same table in words.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+PACKAGE = Path(__file__).resolve().parents[2] / "oci_hooks"
+# What a part may import besides itself; the longest name that fits is a module's part. "root": modules of no part.
+PARTS: dict[str, tuple[str, ...]] = {
+    "root": (),
+    "linux": ("root",),
+    "record": ("root", "linux"),
+    "program": ("root", "record"),
+    "guest.undo_log": ("root",),
+    "guest.settings": ("root", "linux"),
+    "guest.request": ("root", "linux"),
+    "guest.selection": ("root", "linux", "guest.request"),
+    "guest.plan": ("root", "linux", "guest.request", "guest.selection", "guest.settings"),
+    "guest.apply": ("root", "linux", "guest.plan", "guest.undo_log"),
+    "guest": (
+        *("root", "linux", "program", "guest.apply", "guest.plan", "guest.request", "guest.selection"),
+        *("guest.settings", "guest.undo_log"),
+    ),
+    "host": ("root", "linux", "program"),
+    "replay": ("root", "linux", "program", "record", "guest", "guest.apply", "guest.undo_log", "host"),
+}
+
+
+def list_modules() -> dict[str, Path]:
+    """Return the modules of the package by their names below it; a package has the name of its folder."""
+    paths = {path.relative_to(PACKAGE).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
+    return {".".join(name.parts).removesuffix("__init__").rstrip("."): path for name, path in paths.items()}
+
+
+def list_imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    """Yield what a module imports of the package, lazily and for the type checker too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "oci_hooks":
+            source = str(node.module).partition(".")[2]
+            for alias in node.names:
+                name = f"{source}.{alias.name}".lstrip(".")
+                yield name if name in modules else source
+        elif isinstance(node, ast.Import):
+            yield from (
+                alias.name.partition(".")[2] for alias in node.names if alias.name.partition(".")[0] == "oci_hooks"
+            )
+
+
+def find_part(module: str) -> str:
+    """Return the part that a module belongs to."""
+    fitting = (part for part in PARTS if module == part or module.startswith(f"{part}."))
+    return max(fitting, key=len, default="root")
+
+
+def list_arrows() -> set[tuple[str, str]]:
+    """Return who imports whom, module by module."""
+    modules = list_modules()
+    return {
+        (name, target) for name, path in modules.items() if name for target in list_imports(path, modules) if target
+    }
+
+
+def test_each_part_imports_only_what_it_may() -> None:
+    arrows = list_arrows()
+    upward = [
+        f"{source} imports {target}"
+        for source, target in sorted(arrows)
+        if find_part(target) not in (find_part(source), *PARTS[find_part(source)])
+    ]
+    print(f"{len(list_modules())} modules, {len(arrows)} arrows, {len(upward)} upward")
+    assert upward == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    below: dict[str, set[str]] = {}
+    for source, target in list_arrows():
+        below.setdefault(source, set()).add(target)
+    # Whatever imports nothing that is left is taken away, until nothing is left or everything is on a circle.
+    while free := [name for name in below if not below[name] & below.keys()]:
+        for name in free:
+            del below[name]
+    assert below == {}
