@@ -10,7 +10,9 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
 
 BLANK = " \t"
 BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
@@ -127,3 +129,34 @@ def check_end(rest: str) -> None:
     rest = rest.lstrip(BLANK)
     if rest and not rest.startswith("#"):
         raise NotPlain
+
+
+def read_toml(text: str) -> dict[str, Any]:
+    """Return the value of a TOML text, without a library where it is plain. Raises what load_toml does."""
+    from oci_hooks.plain_toml import read_plain
+
+    values = read_plain(text)
+    return load_toml(text) if values is None else values
+
+
+def load_toml(text: str) -> dict[str, Any]:
+    """Return the value of a TOML text. Raises ValueError with the line; ImportError below 3.11 without tomli."""
+    import sys
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        from oci_hooks.schema import load_site_packages
+
+        load_site_packages()
+        import tomli as tomllib
+    values: dict[str, Any] = tomllib.loads(text, parse_float=read_float)
+    return values
+
+
+def read_float(text: str) -> float:
+    """Return a number. Raises ValueError for nan and inf: no bound of a schema keeps nan out."""
+    value = float(text)
+    if value - value != 0:
+        raise ValueError(f"{text} is no number here")
+    return value

@@ -7,7 +7,7 @@ keys, comments and strings of many lines need no second parser here.
 
 from __future__ import annotations
 
-from oci_hooks.settings import read_toml
+from oci_hooks.plain_toml import read_toml
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -187,8 +187,9 @@ def check_sandbox(
 ) -> list[Finding]:
     """Return what Kata's configuration, or the hypervisor that runs, makes impossible."""
     from oci_hooks.host import checks
-    from oci_hooks.host.kata.checks import check_kata, view_sandbox
+    from oci_hooks.host.kata.checks import check_kata
     from oci_hooks.host.kata.lookup import find_config
+    from oci_hooks.host.kata.sandbox import view_sandbox
     from oci_hooks.host.suite import run_check
 
     annotations = {**spec.annotations, **state.annotations}

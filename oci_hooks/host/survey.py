@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.host.kata.checks import KataView
+    from oci_hooks.host.kata.sandbox import KataView
     from oci_hooks.host.settings import HostSettings
     from oci_hooks.linux.pci import Picture
     from oci_hooks.linux.processes import Process
@@ -169,10 +169,10 @@ def name_state(group: VfioGroup, holders: tuple[Process, ...]) -> str:
 
 def view_configs(root: Root, settings: HostSettings) -> tuple[KataView, ...]:
     """Return Kata's configurations on this host: those that container engines name, and the default one."""
-    from oci_hooks.host.kata.checks import view_sandbox
     from oci_hooks.host.kata.config import find_default_places, load_config, make_place
     from oci_hooks.host.kata.handlers import list_kata_handlers
     from oci_hooks.host.kata.lookup import Found
+    from oci_hooks.host.kata.sandbox import view_sandbox
 
     named = settings.kata_config
     candidates = [make_place(root, named, "named in host.toml")] if named else []

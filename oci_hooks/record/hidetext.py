@@ -179,7 +179,8 @@ def hide_toml(text: str, find: Callable[[dict[str, Any]], list[tuple[Keys, Keys,
     find: returns what is kept: its keys in the text, its keys as they are kept, its value. A text that is no TOML has
     its mistake on the same line.
     """
-    from oci_hooks.settings import format_key, read_toml
+    from oci_hooks.plain_toml import read_toml
+    from oci_hooks.settings import format_key
     from oci_hooks.toml_lines import find_line
 
     try:

@@ -17,7 +17,7 @@ from typing import Any, Callable
 
 import jsonschema
 
-from oci_hooks import json_input, oci, schema, settings
+from oci_hooks import json_input, oci, plain_toml, schema
 from oci_hooks.findings import Finding, HookError, InputError
 from oci_hooks.guest import claims, request, undo_log
 from oci_hooks.guest.apply import bpf, cgroup, device_list
@@ -196,7 +196,7 @@ def fuzz_settings(data: bytes) -> None:
     try:
         text = data.decode()
         plain = read_plain(text)
-        values = settings.load_toml(text)
+        values = plain_toml.load_toml(text)
     except (ValueError, RecursionError):
         # Whatever was plain would have been read.
         values = None

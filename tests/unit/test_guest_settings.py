@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import settings
+from oci_hooks import plain_toml
 from oci_hooks.findings import InputError
 from oci_hooks.guest.plan import NodeOwner
 from oci_hooks.guest.settings import GUEST_SETTINGS, NEVER, GuestSettings, read_guest_settings
@@ -43,7 +43,7 @@ def write(tmp_path: Path, text: str, path: str = GUEST_SETTINGS) -> Root:
 
 
 def test_without_a_file_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "load_toml", lambda _text: pytest.fail("a TOML reader was loaded for nothing"))
+    monkeypatch.setattr(plain_toml, "load_toml", lambda _text: pytest.fail("a TOML reader was loaded for nothing"))
     assert read_guest_settings(Root(str(tmp_path)), "") == GuestSettings()
 
 

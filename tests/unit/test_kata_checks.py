@@ -11,6 +11,7 @@ import pytest
 from oci_hooks.findings import Finding
 from oci_hooks.host.hypervisor import Hypervisor
 from oci_hooks.host.kata import checks as kata_checks
+from oci_hooks.host.kata import sandbox
 from oci_hooks.host.kata.config import Place, load_config
 from oci_hooks.host.kata.lookup import Found
 from oci_hooks.host.runtime import Asker
@@ -66,7 +67,7 @@ def check(
     named = annotations or {}
     asker = Asker(kind, None, running, "c1", "", False, False).replace(**asking)
     config = load_config(tree.root, Place(path, path, "test"), asker.flavour, named)
-    view = kata_checks.view_sandbox(tree.root, asker, Found(config, certain), named, attached).replace(machine=machine)
+    view = sandbox.view_sandbox(tree.root, asker, Found(config, certain), named, attached).replace(machine=machine)
     found = kata_checks.check_kata(view, spec or make_spec(), targets or (target(),))
     return [finding for finding in found if finding.code != "vfio-mode"]
 
@@ -216,7 +217,7 @@ def test_what_runs_and_the_file_are_both_named(tmp_path: Path) -> None:
 
 def test_without_a_file_what_runs_is_enough() -> None:
     asker = Asker("kata-go", None, QEMU_OFF, "c1", "", False, False)
-    view = kata_checks.view_sandbox(Root(), asker, Found(None, False), WANTED, False).replace(machine="x86_64")
+    view = sandbox.view_sandbox(Root(), asker, Found(None, False), WANTED, False).replace(machine="x86_64")
     found = kata_checks.check_kata(view, make_spec(), (target(),))
     assert codes(found) == ["warning kata-config-missing", "error viommu-off"]
 
@@ -426,6 +427,6 @@ def test_vfio_mode_is_told_with_its_place(tmp_path: Path) -> None:
     tree.write("/c.toml", '[hypervisor.qemu]\n[runtime]\nvfio_mode = "guest-kernel"\n')
     asker = Asker("kata-go", None, None, "c1", "", False, False)
     config = load_config(tree.root, Place("/c.toml", "/c.toml", ""), "go", {})
-    (finding,) = kata_checks.check_mode(kata_checks.view_sandbox(tree.root, asker, Found(config, True), {}, False))
+    (finding,) = kata_checks.check_mode(sandbox.view_sandbox(tree.root, asker, Found(config, True), {}, False))
     assert finding.level == "info"
     assert 'vfio_mode = "guest-kernel" in /c.toml line 3' in finding.problem

@@ -11,6 +11,7 @@ import pytest
 
 from oci_hooks.findings import Finding
 from oci_hooks.host.kata import checks as kata_checks
+from oci_hooks.host.kata import sandbox
 from oci_hooks.host.kata.config import Place, load_config
 from oci_hooks.host.kata.lookup import Found
 from oci_hooks.host.runtime import Asker
@@ -29,7 +30,7 @@ def check(tree: HostTree, annotations: dict[str, str]) -> list[Finding]:
     """Return the findings about the configuration, as a person gets them before a pod is started."""
     asker = Asker("kata", None, None, "c1", "", True, True)
     config = load_config(tree.root, Place(PATH, PATH, "test"), "", annotations)
-    view = kata_checks.view_sandbox(tree.root, asker, Found(config, True), annotations, False)
+    view = sandbox.view_sandbox(tree.root, asker, Found(config, True), annotations, False)
     found = kata_checks.check_kata(view.replace(machine="x86_64"), make_spec(), (target(),))
     return [finding for finding in found if finding.code not in ("vfio-mode", "hooks-dropped")]
 

@@ -67,8 +67,8 @@ def test_every_annotation_and_option_has_an_entry() -> None:
 
 
 def test_examples_of_settings_are_right() -> None:
+    from oci_hooks.plain_toml import load_toml
     from oci_hooks.schema import find_mistakes
-    from oci_hooks.settings import load_toml
 
     page = (MANUAL / "oci-vfio-guest.toml.5.rst").read_text()
     top, auto, node = re.split(r"^Table .*$", page, flags=re.MULTILINE)

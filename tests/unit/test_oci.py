@@ -350,7 +350,7 @@ def test_without_memory_for_it_the_bytes_decide(tmp_path: Path, monkeypatch: pyt
     def lack(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(oci, "parse_json", lack)
+    monkeypatch.setattr(json_input, "parse_json", lack)
     write_config(tmp_path, "/b/config.json", b'{"x": 1}')
     root = Root(str(tmp_path))
     assert not oci.is_asked(oci.make_state(STATE), oci.read_spec(root, oci.make_state(STATE)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks import settings
+from oci_hooks import plain_toml, settings
 from oci_hooks.findings import EXIT_BAD_INPUT, Finding, InputError
 from oci_hooks.host.settings import HOST_SETTINGS, HostSettings, read_host_settings
 from oci_hooks.plain_toml import read_plain
@@ -56,7 +56,7 @@ def refuse(root: Root, path: str = "") -> tuple[Finding, ...]:
 
 
 def test_no_file_is_no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "load_toml", lambda _text: pytest.fail("a TOML reader was loaded for nothing"))
+    monkeypatch.setattr(plain_toml, "load_toml", lambda _text: pytest.fail("a TOML reader was loaded for nothing"))
     assert read_host_settings(Root(str(tmp_path)), "") == HostSettings()
 
 

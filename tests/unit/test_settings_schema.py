@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from oci_hooks.guest.settings import make_guest_settings
 from oci_hooks.host.settings import is_code, make_host_settings
-from oci_hooks.plain_toml import read_plain
+from oci_hooks.plain_toml import load_toml, read_plain
 from oci_hooks.schema import load_schema
-from oci_hooks.settings import Table, load_toml
+from oci_hooks.settings import Table
 
 pytestmark = pytest.mark.unit
 

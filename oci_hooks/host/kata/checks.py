@@ -7,26 +7,19 @@ A function a check; each returns findings. Sources: kata-containers at the place
 from __future__ import annotations
 
 import json
-import os
 
 from oci_hooks.findings import Finding
-from oci_hooks.frozen import Record
 from oci_hooks.host.hypervisor import find_kernel_refusal
 from oci_hooks.host.kata.hints import make_viommu_hint, write_fix
-from oci_hooks.host.kata.lookup import read_major
-from oci_hooks.host.kata.problems import RELEASE_MAJOR, check_refused, check_uncertain
-from oci_hooks.oci import DEVICES_ANNOTATION, HYPERVISOR_PREFIX, MAP_ANNOTATION
-from oci_hooks.system import tagged
+from oci_hooks.host.kata.problems import check_refused, check_uncertain
+from oci_hooks.host.kata.sandbox import KataView
+from oci_hooks.oci import HYPERVISOR_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.host.hypervisor import Hypervisor
     from oci_hooks.host.kata.config import KataConfig, Setting
-    from oci_hooks.host.kata.lookup import Found
-    from oci_hooks.host.runtime import Asker
     from oci_hooks.linux.vfio import Target
     from oci_hooks.oci import Spec
-    from oci_hooks.system import Root
 
 # Hypervisors that never give a virtual IOMMU, whatever the configuration says (fc.go, stratovirt.go: iommu=off;
 # dragonball.rs refuses it; remote has no machine of its own).
@@ -35,50 +28,6 @@ WITHOUT_VIOMMU = ("firecracker", "stratovirt", "dragonball", "remote", "acrn", "
 WITH_OWN_IOMMU = ("s390x", "ppc64le")
 NO_PORT = "no-port"
 GUEST_KERNEL = "guest-kernel"
-
-
-class KataView(Record):
-    """What is known of the sandbox.
-
-    config: None where no configuration was found; certain: whether it is sure to be the one that Kata reads;
-    hypervisor: the running one, None where not known; machine: the host's, as uname says; mode: vfio_mode, "" where it
-    is not set; wanted: whether the container wants VFIO inside the guest; attached: whether the sandbox's hypervisor
-    holds the groups already; major: Kata's major release, 0 where not known.
-    """
-
-    asker: Asker
-    config: KataConfig | None
-    certain: bool
-    hypervisor: Hypervisor | None
-    machine: str
-    mode: str
-    wanted: bool
-    attached: bool
-    major: int = 0
-
-    @property
-    def level(self) -> str:
-        """How bad a wrong setting is: a file or a reading that is in doubt never refuses a container."""
-        return "error" if self.certain and not (self.config and self.config.reading.uncertain) else "warning"
-
-
-def view_sandbox(root: Root, asker: Asker, found: Found, annotations: dict[str, str], attached: bool) -> KataView:
-    """Return what is known of the sandbox. attached: whether its hypervisor holds all of the container's groups."""
-    asked = any(annotations.get(name, "").strip() for name in (DEVICES_ANNOTATION, MAP_ANNOTATION))
-    mode = found.config.runtime_setting("vfio_mode", "").value if found.config else ""
-    major = read_major(root)
-    if not mode and found.config and found.config.flavour == "go" and major >= RELEASE_MAJOR:
-        # The zero value of a Go variable; of older releases it is not known here.
-        mode = str(found.config.reading.values["vfio_mode"])
-    wanted = asked or mode == "vfio"
-    machine = root.do(name_machine)
-    return KataView(asker, found.config, found.certain, asker.hypervisor, machine, str(mode), wanted, attached, major)
-
-
-@tagged("machine")
-def name_machine() -> str:
-    """Return the host's architecture, as uname says it."""
-    return os.uname().machine
 
 
 def check_kata(view: KataView, spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding, ...]:

@@ -218,18 +218,3 @@ def find_wrong_images(value: Any) -> str:
 
 
 # Words of the kernel's command line -----------------------------------------------------------------------------------
-
-
-def split_parameters(text: str) -> list[str]:
-    """Return the parameters of a kernel_params: blanks between quotes do not split (KernelParamFields)."""
-    words = []
-    begun = 0
-    quoted = False
-    for position, char in enumerate(text):
-        if char == '"':
-            quoted = not quoted
-        elif char == " " and not quoted:
-            words.append(text[begun:position].strip())
-            begun = position + 1
-    words.append(text[begun:].strip())
-    return [word for word in words if word]

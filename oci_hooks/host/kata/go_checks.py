@@ -7,8 +7,7 @@ SetKernelParams, validateBindMounts, checkConfig), pkg/katautils/create.go, pkg/
 
 from __future__ import annotations
 
-from oci_hooks.host.kata.go import split_parameters
-from oci_hooks.host.kata.model import check_sizes, has_wrong_verity, read_parameters, write_parameters
+from oci_hooks.host.kata.model import check_sizes, has_wrong_verity, read_parameters, split_parameters, write_parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

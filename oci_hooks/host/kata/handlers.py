@@ -110,7 +110,7 @@ def expand(root: Root, pattern: str, importer: str) -> list[str]:
 
 def read_toml(root: Root, path: str) -> dict[str, Any]:
     """Return the values of a TOML file; empty where it can't be read: the engine's own files are not ours to judge."""
-    from oci_hooks.settings import read_toml
+    from oci_hooks.plain_toml import read_toml
 
     try:
         return read_toml(root.read_bytes(path).decode("utf-8"))

@@ -271,3 +271,18 @@ def has_wrong_verity(text: str) -> bool:
     if not all(size.isascii() and size.isdigit() and int(size[:30]) for size in sizes):
         return True
     return any(int(size[:30]) % 512 for size in sizes[1:])
+
+
+def split_parameters(text: str) -> list[str]:
+    """Return the parameters of a kernel_params: blanks between quotes do not split (KernelParamFields)."""
+    words = []
+    begun = 0
+    quoted = False
+    for position, char in enumerate(text):
+        if char == '"':
+            quoted = not quoted
+        elif char == " " and not quoted:
+            words.append(text[begun:position].strip())
+            begun = position + 1
+    words.append(text[begun:].strip())
+    return [word for word in words if word]

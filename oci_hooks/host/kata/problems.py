@@ -10,8 +10,8 @@ from oci_hooks.host.kata.rust_checks import BOTH_KINDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.host.kata.checks import KataView
     from oci_hooks.host.kata.config import KataConfig
+    from oci_hooks.host.kata.sandbox import KataView
 
 # Of one kind, in one configuration; who mends them one by one sees the rest.
 MOST_PROBLEMS = 3

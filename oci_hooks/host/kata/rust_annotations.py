@@ -267,7 +267,7 @@ def change_other(runtime: dict[str, Any], annotation: str, text: str, decided: d
 def change_mounts(runtime: dict[str, Any], text: str) -> str:
     """Take the shared mounts of an annotation; return why runtime-rs refuses them, "" if it takes them."""
     from oci_hooks.findings import InputError
-    from oci_hooks.host.kata.rust import find_wrong
+    from oci_hooks.host.kata.rust_types import find_wrong
     from oci_hooks.json_input import parse_json
 
     try:
