@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
     from oci_hooks.system import Root
 
+
+# Nodes that nobody gives to a container one by one: where they are listed, everything is.
+HOST_ONLY_NODES = ("/dev/mem", "/dev/port", "/dev/kmsg")
+
 # All annotations that the hooks read. The first four are the hooks' own.
 DEVICES_ANNOTATION = "io.katacontainers.x.vfio.devices"
 MAP_ANNOTATION = "io.katacontainers.x.vfio"

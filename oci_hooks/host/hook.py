@@ -6,6 +6,8 @@ It changes nothing. Whatever a container without VFIO devices does not need is i
 
 from __future__ import annotations
 
+from oci_hooks.host.settings import take_settings
+from oci_hooks.host.suite import admit_weakness, check_host, check_plain, check_sandbox, check_target
 from oci_hooks.oci import is_sandbox, mend_bundle, read_spec, read_state
 from oci_hooks.program import EXIT_DONE, read_input, run_hook
 
@@ -13,14 +15,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
-    from oci_hooks.findings import Finding
-    from oci_hooks.host.runtime import Asker
-    from oci_hooks.host.settings import HostSettings
-    from oci_hooks.linux.pci import Picture
-    from oci_hooks.linux.vfio import Target
     from oci_hooks.oci import Spec, State
     from oci_hooks.program import Call
-    from oci_hooks.system import Deadline, Root
+    from oci_hooks.system import Root
 
 PROGRAM = "vfio-host-check"
 DEADLINE = 8.0
@@ -106,8 +103,8 @@ def check_container(call: Call, root: Root, state: State, spec: Spec) -> int:
     """Check everything that a container with VFIO devices needs, and return the exit code."""
     from oci_hooks.host.runtime import find_asker
     from oci_hooks.host.suite import choose_exit, excuse_privileged, settle
+    from oci_hooks.host.targets import find_targets
     from oci_hooks.linux.pci import look
-    from oci_hooks.linux.vfio import find_targets
 
     settings = take_settings(call, root)
     asker = find_asker(root, state, spec, settings.kata_mode, bool(call.arguments.bundle))
@@ -125,91 +122,3 @@ def check_container(call: Call, root: Root, state: State, spec: Spec) -> int:
     for finding in (*told, *admit_weakness(asker, code)):
         call.tell(finding)
     return code
-
-
-def take_settings(call: Call, root: Root) -> HostSettings:
-    """Return the settings of host.toml, or of the file that the command line names. Raises InputError."""
-    from oci_hooks.host.settings import read_host_settings
-
-    settings = read_host_settings(root, call.arguments.settings)
-    call.deadline.extend(settings.deadline)
-    call.wishes["record"] = settings.record
-    return settings
-
-
-def check_host(root: Root, picture: Picture, targets: tuple[Target, ...]) -> list[Finding]:
-    """Return what is wrong with the host itself."""
-    from oci_hooks.host import checks
-    from oci_hooks.host.suite import run_check
-
-    findings = [*run_check(checks.check_host_nodes, root, targets)]
-    if any(target.group is None and not target.found_by for target in targets):
-        findings += run_check(checks.check_iommu, root, picture)
-    return findings
-
-
-def check_target(root: Root, target: Target, asker: Asker, state: State, deadline: Deadline) -> list[Finding]:
-    """Return what is wrong with one entry of linux.devices and the group that it means."""
-    from oci_hooks.host import checks
-    from oci_hooks.host.suite import run_check
-
-    return [
-        *run_check(checks.check_presence, root, target),
-        *run_check(checks.check_numbers, target, asker),
-        *run_check(checks.check_noiommu, target, asker),
-        *run_check(checks.check_kind, target),
-        *run_check(checks.check_empty, target),
-        *run_check(checks.check_viability, target),
-        *run_check(checks.check_kernel_word, root, target, asker, state, deadline),
-    ]
-
-
-def check_plain(root: Root, spec: Spec, asker: Asker, targets: tuple[Target, ...]) -> list[Finding]:
-    """Return what a container of a plain runtime lacks itself: there is no guest between it and the host."""
-    from oci_hooks.host import checks
-    from oci_hooks.host.suite import run_check
-
-    return [
-        *run_check(checks.check_control_node, spec, targets),
-        *run_check(checks.check_device_rules, spec, targets),
-        *run_check(checks.check_memlock, root, spec, asker),
-    ]
-
-
-def check_sandbox(
-    root: Root,
-    state: State,
-    spec: Spec,
-    asker: Asker,
-    targets: tuple[Target, ...],
-    settings: HostSettings,
-    deadline: Deadline,
-) -> list[Finding]:
-    """Return what Kata's configuration, or the hypervisor that runs, makes impossible."""
-    from oci_hooks.host import checks
-    from oci_hooks.host.kata.checks import check_kata
-    from oci_hooks.host.kata.lookup import find_config
-    from oci_hooks.host.kata.sandbox import view_sandbox
-    from oci_hooks.host.suite import run_check
-
-    annotations = {**spec.annotations, **state.annotations}
-    found = find_config(root, asker, annotations, settings.kata_config)
-    attached = all(checks.is_attached(root, target, asker, deadline) for target in targets)
-    view = view_sandbox(root, asker, found, annotations, attached)
-    findings = [*run_check(check_kata, view, spec, targets)]
-    if view.wanted:
-        findings += run_check(checks.check_memlock, root, spec, asker)
-        if view.mode == "vfio":
-            findings += run_check(checks.check_control_node, spec, targets)
-    return findings
-
-
-def admit_weakness(asker: Asker, code: int) -> tuple[Finding, ...]:
-    """Return the warning that a refusal has no effect, where the runtime is known to ignore it."""
-    from oci_hooks.findings import Finding
-
-    if code == EXIT_DONE or asker.kind != "kata-rs":
-        return ()
-    problem = "ignores a failing hook: the sandbox starts all the same"
-    hint = "refuse it earlier, e.g. by an admission check, or use Kata's Go runtime"
-    return (Finding("warning", "failure-ignored", "runtime-rs", problem, hint),)

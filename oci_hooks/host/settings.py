@@ -7,6 +7,7 @@ from oci_hooks.frozen import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from oci_hooks.program import Call
     from oci_hooks.settings import Table
     from oci_hooks.system import Root
 
@@ -71,3 +72,12 @@ def is_code(text: str) -> bool:
 def is_path(text: str) -> bool:
     """Tell whether a text is an absolute path: one that a file can have."""
     return text.startswith("/") and "\0" not in text
+
+
+def take_settings(call: Call, root: Root) -> HostSettings:
+    """Return the settings of host.toml, or of the file that the command line names. Raises InputError."""
+
+    settings = read_host_settings(root, call.arguments.settings)
+    call.deadline.extend(settings.deadline)
+    call.wishes["record"] = settings.record
+    return settings

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From findings to a verdict: the modes of host.toml, and checks that could not be made."""
+"""The checks in their order, and from findings to a verdict: the modes of host.toml, checks that could not be made."""
 
 from __future__ import annotations
 
 from oci_hooks.findings import EXIT_DONE, EXIT_REFUSED, Finding
+from oci_hooks.host import checks, container_checks
+from oci_hooks.oci import HOST_ONLY_NODES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
+    from oci_hooks.host.runtime import Asker
     from oci_hooks.host.settings import HostSettings
-    from oci_hooks.oci import Spec
+    from oci_hooks.host.targets import Target
+    from oci_hooks.linux.pci import Picture
+    from oci_hooks.oci import Spec, State
+    from oci_hooks.system import Deadline, Root
 
-# Nodes that nobody gives to a container one by one: where they are listed, everything is.
-HOST_ONLY_NODES = ("/dev/mem", "/dev/port", "/dev/kmsg")
+
 ORDER = ("error", "warning", "info")
 
 
@@ -68,3 +73,73 @@ def excuse_privileged(findings: Iterable[Finding], spec: Spec) -> list[Finding]:
 def choose_exit(findings: Iterable[Finding]) -> int:
     """Return the exit code: refused as soon as one finding is an error."""
     return EXIT_REFUSED if any(finding.level == "error" for finding in findings) else EXIT_DONE
+
+
+def check_host(root: Root, picture: Picture, targets: tuple[Target, ...]) -> list[Finding]:
+    """Return what is wrong with the host itself."""
+
+    findings = [*run_check(checks.check_host_nodes, root, targets)]
+    if any(target.group is None and not target.found_by for target in targets):
+        findings += run_check(checks.check_iommu, root, picture)
+    return findings
+
+
+def check_target(root: Root, target: Target, asker: Asker, state: State, deadline: Deadline) -> list[Finding]:
+    """Return what is wrong with one entry of linux.devices and the group that it means."""
+
+    return [
+        *run_check(checks.check_presence, root, target),
+        *run_check(checks.check_numbers, target, asker),
+        *run_check(checks.check_noiommu, target, asker),
+        *run_check(checks.check_kind, target),
+        *run_check(checks.check_empty, target),
+        *run_check(checks.check_viability, target),
+        *run_check(checks.check_kernel_word, root, target, asker, state, deadline),
+    ]
+
+
+def check_plain(root: Root, spec: Spec, asker: Asker, targets: tuple[Target, ...]) -> list[Finding]:
+    """Return what a container of a plain runtime lacks itself: there is no guest between it and the host."""
+
+    return [
+        *run_check(container_checks.check_control_node, spec, targets),
+        *run_check(container_checks.check_device_rules, spec, targets),
+        *run_check(container_checks.check_memlock, root, spec, asker),
+    ]
+
+
+def check_sandbox(
+    root: Root,
+    state: State,
+    spec: Spec,
+    asker: Asker,
+    targets: tuple[Target, ...],
+    settings: HostSettings,
+    deadline: Deadline,
+) -> list[Finding]:
+    """Return what Kata's configuration, or the hypervisor that runs, makes impossible."""
+    from oci_hooks.host.kata.checks import check_kata
+    from oci_hooks.host.kata.lookup import find_config
+    from oci_hooks.host.kata.sandbox import view_sandbox
+
+    annotations = {**spec.annotations, **state.annotations}
+    found = find_config(root, asker, annotations, settings.kata_config)
+    attached = all(checks.is_attached(root, target, asker, deadline) for target in targets)
+    view = view_sandbox(root, asker, found, annotations, attached)
+    findings = [*run_check(check_kata, view, spec, targets)]
+    if view.wanted:
+        findings += run_check(container_checks.check_memlock, root, spec, asker)
+        if view.mode == "vfio":
+            findings += run_check(container_checks.check_control_node, spec, targets)
+    return findings
+
+
+def admit_weakness(asker: Asker, code: int) -> tuple[Finding, ...]:
+    """Return the warning that a refusal has no effect, where the runtime is known to ignore it."""
+    from oci_hooks.findings import Finding
+
+    if code == EXIT_DONE or asker.kind != "kata-rs":
+        return ()
+    problem = "ignores a failing hook: the sandbox starts all the same"
+    hint = "refuse it earlier, e.g. by an admission check, or use Kata's Go runtime"
+    return (Finding("warning", "failure-ignored", "runtime-rs", problem, hint),)

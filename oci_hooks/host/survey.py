@@ -9,9 +9,10 @@ from __future__ import annotations
 from oci_hooks.findings import Finding, InputError
 from oci_hooks.frozen import Record
 from oci_hooks.host import checks
+from oci_hooks.host.targets import Target
 from oci_hooks.linux.pci import look
 from oci_hooks.linux.processes import list_open_paths, list_pids, read_process
-from oci_hooks.linux.vfio import Target, list_groups, read_group
+from oci_hooks.linux.vfio import list_groups, read_group
 from oci_hooks.log import write_stdout
 from oci_hooks.oci import GROUP_PREFIX, Device, State
 
@@ -58,7 +59,7 @@ class Line(Record):
 
 def survey(call: Call, root: Root) -> int:
     """Tell of all groups, or of those that the arguments name, and return the exit code. Raises InputError."""
-    from oci_hooks.host.hook import take_settings
+    from oci_hooks.host.settings import take_settings
     from oci_hooks.host.suite import choose_exit, settle
 
     settings = take_settings(call, root)
@@ -97,7 +98,7 @@ def name_group(text: str) -> str:
 
 def check_named(root: Root, picture: Picture, group: VfioGroup, deadline: Deadline) -> list[Finding]:
     """Return what would stand in the way of a container that asks for this group."""
-    from oci_hooks.host.hook import check_host, check_target
+    from oci_hooks.host.suite import check_host, check_target
 
     entry = make_entry(group)
     is_there = bool(group.iommu_group or group.number)

@@ -13,7 +13,6 @@ import os.path
 import re
 
 from oci_hooks.guest.request import normalize_address
-from oci_hooks.host.suite import HOST_ONLY_NODES
 from oci_hooks.json_input import is_name
 from oci_hooks.oci import (
     CONFIG_PATH_ANNOTATION,
@@ -22,6 +21,7 @@ from oci_hooks.oci import (
     CONTROL_NODE,
     CRI_PREFIXES,
     HANDLER_ANNOTATIONS,
+    HOST_ONLY_NODES,
     HYPERVISOR_PREFIX,
     KATA_PREFIX,
     MAP_ANNOTATION,

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from oci_hooks.findings import Finding
-from oci_hooks.host import checks
+from oci_hooks.host import checks, container_checks
 from oci_hooks.host.hypervisor import Hypervisor
 from oci_hooks.host.runtime import Asker
+from oci_hooks.host.targets import Target, find_targets
 from oci_hooks.linux.pci import look
 from oci_hooks.linux.processes import Process
-from oci_hooks.linux.vfio import Target, find_targets, list_cdevs
+from oci_hooks.linux.vfio import list_cdevs
 from oci_hooks.oci import Spec
 from oci_hooks.system import Deadline
 from tests.unit.host_tree import HostTree, codes, make_spec, make_state
@@ -42,7 +43,7 @@ def check_all(
     tree: HostTree, target: Target, asker: Asker | None = None, pid: int = 0, seconds: float = 5.0
 ) -> list[Finding]:
     """Return the findings of all checks of one target."""
-    from oci_hooks.host.hook import check_host, check_target
+    from oci_hooks.host.suite import check_host, check_target
 
     who = asker or ask()
     picture = look(tree.root)
@@ -467,13 +468,13 @@ GROUP = ("/dev/vfio/12", 237, 0)
     ],
 )
 def test_control_node_of_the_container(tree: HostTree, spec: Spec, expected: list[str]) -> None:
-    assert codes(checks.check_control_node(spec, find(tree, GROUP))) == expected
+    assert codes(container_checks.check_control_node(spec, find(tree, GROUP))) == expected
 
 
 def test_a_cdev_needs_no_legacy_control_node(tree: HostTree) -> None:
     tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
     targets = find(tree, ("/dev/vfio/devices/vfio3", 511, 3))
-    assert checks.check_control_node(make_spec(GROUP), targets) == ()
+    assert container_checks.check_control_node(make_spec(GROUP), targets) == ()
 
 
 @pytest.mark.parametrize(
@@ -496,7 +497,7 @@ def test_a_cdev_needs_no_legacy_control_node(tree: HostTree) -> None:
 def test_device_rules(tree: HostTree, rules: object, allowed: bool) -> None:
     spec = make_spec(GROUP, linux={"resources": {"devices": rules}})
     expected = [] if allowed else ["warning group-denied"]
-    assert codes(checks.check_device_rules(spec, find(tree, GROUP))) == expected
+    assert codes(container_checks.check_device_rules(spec, find(tree, GROUP))) == expected
 
 
 LOCK = {"capabilities": {"effective": ["CAP_IPC_LOCK"]}}
@@ -527,7 +528,7 @@ def test_memlock(
 ) -> None:
     tree.write("/proc/self/limits", f"Limit  Soft Limit  Hard Limit  Units\nMax locked memory  {inherited}  x  bytes\n")
     spec = make_spec(GROUP, process=process, linux=linux)
-    assert codes(checks.check_memlock(tree.root, spec, ask(kind))) == expected
+    assert codes(container_checks.check_memlock(tree.root, spec, ask(kind))) == expected
 
 
 # Modes ---------------------------------------------------------------------------------------------------------------

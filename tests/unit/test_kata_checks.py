@@ -15,9 +15,10 @@ from oci_hooks.host.kata import sandbox
 from oci_hooks.host.kata.config import Place, load_config
 from oci_hooks.host.kata.lookup import Found
 from oci_hooks.host.runtime import Asker
+from oci_hooks.host.targets import Target
 from oci_hooks.linux.pci import PciDevice
 from oci_hooks.linux.processes import Process
-from oci_hooks.linux.vfio import Member, Target, VfioGroup
+from oci_hooks.linux.vfio import Member, VfioGroup
 from oci_hooks.oci import HYPERVISOR_PREFIX, RUNTIME_PREFIX, Device
 from oci_hooks.system import Root
 from tests.unit.host_tree import HostTree, codes, make_spec

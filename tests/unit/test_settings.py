@@ -193,7 +193,7 @@ def test_good_settings_load_no_library(tmp_path: Path, name: str, plain: bool) -
     script = (
         f"import sys; sys.path.insert(0, {os.getcwd()!r})\n"
         "from oci_hooks.system import Root\n"
-        f"from oci_hooks.{name}_settings import read_{name}_settings as read\n"
+        f"from oci_hooks.{name}.settings import read_{name}_settings as read\n"
         f"assert read(Root(), {str(tmp_path / 'x.toml')!r}).deadline == 30\n"
         "print(*sys.modules)\n"
     )

@@ -18,7 +18,7 @@ from oci_hooks.oci import HYPERVISOR_PREFIX
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.host.kata.config import KataConfig, Setting
-    from oci_hooks.linux.vfio import Target
+    from oci_hooks.host.targets import Target
     from oci_hooks.oci import Spec
 
 # Hypervisors that never give a virtual IOMMU, whatever the configuration says (fc.go, stratovirt.go: iommu=off;
