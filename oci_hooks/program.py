@@ -9,7 +9,7 @@ import time
 
 from oci_hooks.findings import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
 from oci_hooks.frozen import Record
-from oci_hooks.system import Deadline, NotingRoot, Root, read_pipe, tagged
+from oci_hooks.system import Deadline, NotingRoot, read_pipe, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oci_hooks.oci import Spec, State
+    from oci_hooks.record.writer import Summary
+    from oci_hooks.system import Note, Root
 
 # Kata's agent passes the kind of hook as the only argument (src/agent/src/sandbox.rs, find_hooks).
 PHASES = ("prestart", "createRuntime", "poststop")
@@ -43,45 +45,66 @@ class Arguments(Record):
     annotations: tuple[str, ...] = ()
 
 
-class Call(Record):
-    """One run of a hook.
+class Hook(Record):
+    """What makes a hook.
 
-    findings: what it has to say besides an error; container: its id, once known; plan: what --dry-run --json prints;
-    details: more for --json, by key; root: the door to the system; wishes: what settings and annotations say of this
-    run: "record" ("failure", "always", "never"), "asked" (recorded whatever becomes of it; "full": nothing left out),
-    "log" ("debug").
+    name: of its executable; seconds: its deadline until the settings are read; work: the hook itself, which returns the
+    exit code; add_options: gives the parser the hook's own options; read_record_mode: returns the setting `record` of a
+    settings file ("": the usual one), raises InputError; kmsg: whether findings also go to /dev/kmsg.
     """
 
-    program: str
-    arguments: Arguments
-    deadline: Deadline
-    findings: list[Finding]
-    container: list[str]
-    plan: list[dict[str, str]]
-    details: dict[str, Any]
-    root: Root
-    wishes: dict[str, str]
+    name: str
+    seconds: float
+    work: Callable[[Run], int]
+    add_options: Callable[[ArgumentParser], None]
+    read_record_mode: Callable[[str], str]
+    kmsg: bool
 
-    def tell(self, finding: Finding) -> None:
+
+class Run:
+    """One run of a hook.
+
+    program: name of the executable; root: the door to the system; container: its id, "" until it is known; findings:
+    what is to be reported besides an error; plan: what --dry-run --json prints; details: more members for --json;
+    is_answered: an answer in a form of its own was printed already; is_verbose: the steps are reported too; record: the
+    setting ("failure", "always", "never"), "" until it is read; record_asked: the annotation: "full" leaves nothing
+    out, any other word records the run whatever becomes of it, "" asks for nothing.
+    """
+
+    def __init__(self, program: str, arguments: Arguments, deadline: Deadline, root: Root) -> None:
+        self.program = program
+        self.arguments = arguments
+        self.deadline = deadline
+        self.root = root
+        self.container = ""
+        self.findings: list[Finding] = []
+        self.plan: list[dict[str, str]] = []
+        self.details: dict[str, Any] = {}
+        self.is_answered = False
+        self.is_verbose = arguments.debug
+        self.record = ""
+        self.record_asked = ""
+
+    def report(self, finding: Finding) -> None:
         """Keep a finding for the report at the end."""
         self.findings.append(finding)
 
-    def heed(self, state: State, spec: Spec) -> None:
-        """Do as the container's annotations say of logging and recording."""
+    def apply_annotations(self, state: State, spec: Spec) -> None:
+        """Log and record as the container's annotations ask for."""
         from oci_hooks import oci
 
         if is_on(oci.find_annotation(state, spec, oci.LOG_ANNOTATION)):
-            self.wishes["log"] = "debug"
+            self.is_verbose = True
         record = oci.find_annotation(state, spec, oci.RECORD_ANNOTATION)
         if is_on(record) or record == "full":
-            self.wishes["asked"] = str(record)
+            self.record_asked = str(record)
 
     def is_recorded(self, code: int) -> bool:
         """Tell whether a run that ended so is recorded. A person's survey of the machine is not."""
-        wish = self.wishes.get("record", "")
-        if wish == "never" or self.arguments.all or self.arguments.groups or self.arguments.kata_config is not None:
+        by_hand = self.arguments.all or self.arguments.groups or self.arguments.kata_config is not None
+        if self.record == "never" or by_hand:
             return False
-        return code != EXIT_DONE or wish == "always" or "asked" in self.wishes
+        return code != EXIT_DONE or self.record == "always" or bool(self.record_asked)
 
 
 def is_on(value: str | None) -> bool:
@@ -101,58 +124,44 @@ class Outcome(Record):
     error: Exception | None = None
 
 
-def run_hook(
-    program: str,
-    argv: list[str],
-    seconds: float,
-    work: Callable[[Call], int],
-    add_options: Callable[[ArgumentParser], None],
-    *,
-    kmsg: bool,
-) -> int:
-    """Run one hook and return its exit code; whatever goes wrong in it becomes findings.
-
-    program: name of the executable; argv: its arguments; seconds: the deadline; work: the hook itself;
-    add_options: gives the parser the hook's own options; kmsg: whether findings also go to /dev/kmsg.
-    """
+def run_hook(hook: Hook, argv: list[str]) -> int:
+    """Run one hook and return its exit code; whatever goes wrong in it becomes findings. argv: its arguments."""
     # A run is over before there is garbage worth looking for.
     gc.disable()
     guard_descriptors()
     try:
-        arguments = parse_arguments(program, argv, add_options)
+        arguments = parse_arguments(hook.name, argv, hook.add_options)
     except InputError as error:
         from oci_hooks.log import report
 
         # Whoever reads JSON is told in JSON, whatever else there is that can't be read.
         if "--json" in argv:
-            print_json(program, error.exit_code, error.findings, {})
-        report(program, "", error.findings, kmsg)
+            print_json(hook.name, error.exit_code, error.findings, {})
+        report(hook.name, "", error.findings, hook.kmsg)
         return error.exit_code
     root = NotingRoot()
-    call = Call(program, arguments, Deadline(seconds), [], [], [], {}, root, {})
-    outcome = carry(call, work)
-    # An answer of its own form was printed already.
-    if arguments.json and "answered" not in call.details:
-        more = {**call.details, "plan": call.plan} if arguments.dry_run else call.details
-        print_json(program, outcome.code, outcome.findings, more)
-    container = call.container[-1] if call.container else ""
-    if arguments.debug or "log" in call.wishes:
+    run = Run(hook.name, arguments, Deadline(hook.seconds), root)
+    outcome = run_work(run, hook.work)
+    if arguments.json and not run.is_answered:
+        more = {**run.details, "plan": run.plan} if arguments.dry_run else run.details
+        print_json(hook.name, outcome.code, outcome.findings, more)
+    if run.is_verbose:
         from oci_hooks.log import report_steps
         from oci_hooks.record.timeline import list_steps
 
-        report_steps(program, container, list_steps(root.notes), kmsg)
+        report_steps(hook.name, run.container, list_steps(root.notes), hook.kmsg)
     if outcome.findings:
         from oci_hooks.log import report
 
-        report(program, container, outcome.findings, kmsg)
-    if call.is_recorded(outcome.code):
-        record_run(call, outcome, container, root, kmsg)
+        report(hook.name, run.container, outcome.findings, hook.kmsg)
+    if run.is_recorded(outcome.code):
+        record_run(hook, run, outcome, root.notes)
     if outcome.error and arguments.debug:
         raise outcome.error
     return outcome.code
 
 
-def record_run(call: Call, outcome: Outcome, container: str, root: NotingRoot, kmsg: bool) -> None:
+def record_run(hook: Hook, run: Run, outcome: Outcome, notes: list[Note]) -> None:
     """Record a run. A Python without its whole library can't, and that it lacks it is what was reported."""
     from oci_hooks.log import log_findings
 
@@ -162,23 +171,49 @@ def record_run(call: Call, outcome: Outcome, container: str, root: NotingRoot, k
         if (error.name or "").startswith("oci_hooks"):
             raise
         return
-    # Not on stderr: there stands what is wrong, and nothing else, for the runtime's message.
-    log_findings(call.program, container, keep_record(call, outcome, root.notes), kmsg)
+    if not run.record and find_record_mode(hook, run.arguments.settings) == "never":
+        return
+    # Not on stderr, which has what is wrong, and nothing else, for the runtime's message.
+    log_findings(hook.name, run.container, keep_record(summarize(run, outcome), notes), hook.kmsg)
 
 
-def carry(call: Call, work: Callable[[Call], int]) -> Outcome:
+def find_record_mode(hook: Hook, settings: str) -> str:
+    """Return the setting `record` for a run that failed before it came to its settings; "" where they are unusable."""
+    try:
+        return hook.read_record_mode(settings)
+    except Exception:  # noqa: BLE001 - the hook's answer stands, whatever happens to its recording
+        return ""
+
+
+def summarize(run: Run, outcome: Outcome) -> Summary:
+    """Return what a recording has of a run besides its steps."""
+    from oci_hooks.record.writer import Summary
+
+    return Summary(
+        run.program,
+        run.container,
+        run.arguments.as_dict(),
+        outcome.code,
+        outcome.seconds,
+        outcome.findings,
+        outcome.error,
+        run.record_asked == "full",
+    )
+
+
+def run_work(run: Run, work: Callable[[Run], int]) -> Outcome:
     """Do the hook's work; whatever goes wrong in it becomes findings."""
     begun = time.monotonic()
     try:
-        code, error, findings = work(call), None, call.findings
+        code, error, findings = work(run), None, run.findings
     except HookError as refusal:
-        code, error, findings = refusal.exit_code, None, call.findings + list(refusal.findings)
+        code, error, findings = refusal.exit_code, None, run.findings + list(refusal.findings)
     except KeyboardInterrupt:
         interrupted = Finding("error", "interrupted", "the hook", "was told to end by SIGINT", "run it again")
-        code, error, findings = EXIT_REFUSED, None, call.findings + [interrupted]
-    except Exception as defect:  # noqa: BLE001 - told as a finding, and kept in the record
-        code, findings = EXIT_REFUSED, call.findings + [make_internal(defect)]
-        error = None if isinstance(defect, OSError) and not call.arguments.debug else defect
+        code, error, findings = EXIT_REFUSED, None, run.findings + [interrupted]
+    except Exception as defect:  # noqa: BLE001 - reported as a finding, and kept in the recording
+        code, findings = EXIT_REFUSED, run.findings + [make_internal(defect)]
+        error = None if isinstance(defect, OSError) and not run.arguments.debug else defect
     return Outcome(code, findings, time.monotonic() - begun, error)
 
 
@@ -240,6 +275,16 @@ def parse_arguments(program: str, argv: list[str], add_options: Callable[[Argume
     return Arguments(**values)
 
 
+def read_state(run: Run) -> State:
+    """Return the state from stdin, or one made of --bundle and --pid. Raises InputError."""
+    from oci_hooks import oci
+
+    if not run.arguments.bundle:
+        return oci.mend_bundle(run.root, oci.read_state(run.root.do(read_input, run.deadline)))
+    bundle = os.path.abspath(run.arguments.bundle)
+    return oci.State(os.path.basename(bundle) or "bundle", bundle, run.arguments.pid, "", {})
+
+
 @tagged("read-state")
 def read_input(deadline: Deadline) -> bytes:
     """Return what stands on stdin. Raises InputError [no-state] if nothing comes, or nobody closes it in time."""
@@ -274,8 +319,11 @@ __all__ = [
     "EXIT_DONE",
     "EXIT_REFUSED",
     "Arguments",
-    "Call",
+    "Hook",
+    "Run",
     "parse_arguments",
     "read_input",
+    "read_state",
     "run_hook",
+    "run_work",
 ]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # A sysfs attribute is a page at most; config.json of a tenant may be anything.
 DEFAULT_LIMIT = 16 << 20
+# The deadline of a hook. Kata's agent kills a guest hook after 10 s, and nothing of what it knew is left then.
+USUAL_SECONDS = 8.0
 
 
 def tagged(tag: str) -> Callable[[F], F]:

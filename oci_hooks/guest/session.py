@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from oci_hooks.guest.undo_log import Entry, Journal
     from oci_hooks.linux.uevents import Listener
     from oci_hooks.oci import Spec, State
-    from oci_hooks.program import Call
+    from oci_hooks.program import Run
     from oci_hooks.system import Root
 
 # Putting back has to be possible when all of the deadline was used up on the way there.
@@ -45,8 +45,7 @@ BIND_SECONDS = 1.0
 class Work(Record):
     """What one run of the hook works with. owner: the container, as its claim notes it, but for its cgroups."""
 
-    call: Call
-    root: Root
+    run: Run
     state: State
     spec: Spec
     request: Request
@@ -54,10 +53,16 @@ class Work(Record):
     directory: ClaimDirectory
     owner: Owner
 
+    @property
+    def root(self) -> Root:
+        """The door to the system."""
+        return self.run.root
 
-def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
+
+def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
     """Give a container the groups that it asks for. Raises HookError with everything put back."""
     reset_signals()
+    root = run.root
     start = read_start_time(root, state.pid) if state.pid else 0
     if not start:
         hint = "the hook belongs under createRuntime (or prestart), while the container is being created"
@@ -65,7 +70,7 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
     owner = Owner(state.id, state.pid, start, state.bundle)
     directory = ClaimDirectory(root=root)
     directory.prepare()
-    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, owner)
+    work = Work(run, state, find_mappings(root, state, spec), request, settings, directory, owner)
     journal, wanted = wait_for_claim(work)
     try:
         with interruptible():
@@ -76,7 +81,7 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
             # What could not be done often can't be undone either, for the same reason: said once.
             error.findings += tuple(finding for finding in findings if finding not in error.findings)
         else:
-            work.call.findings.extend(findings)
+            work.run.findings.extend(findings)
         raise
     finally:
         journal.close()
@@ -84,7 +89,7 @@ def bind(call: Call, root: Root, state: State, spec: Spec, request: Request, set
 
 def carry_out(work: Work, wanted: plan.Plan, journal: Journal) -> None:
     """Do what the plan says, each step noted in the journal before it is done. Raises HookError."""
-    root, deadline = work.root, work.call.deadline
+    root, deadline = work.root, work.run.deadline
     rootfs = root.do(find_rootfs, work.state, work.spec)
     load_drivers(root, deadline)
     drivers.bind_devices(root, wanted.rebinds, journal, deadline)
@@ -150,7 +155,7 @@ def extend_deadline(root: Root, deadline: Deadline, settings: str) -> None:
 def wait_for_claim(work: Work) -> tuple[Journal, plan.Plan]:
     """Decide what the container gets, waiting for devices that are not there yet. Raises Refusal."""
     listener = None
-    root, deadline = work.root, work.call.deadline
+    root, deadline = work.root, work.run.deadline
     while True:
         try:
             claimed = claim_groups(work)
@@ -184,7 +189,7 @@ def wait(listener: Listener, deadline: Deadline) -> str:
 
 def claim_groups(work: Work) -> tuple[Journal, plan.Plan] | None:
     """Decide once, and write the claim; None where another hook of the same container had to be waited for."""
-    deadline = work.call.deadline
+    deadline = work.run.deadline
     lock = work.directory.lock(deadline)
     try:
         work.directory.remove_drafts()
@@ -223,7 +228,7 @@ def choose(work: Work, claims: list[Claim]) -> tuple[Choice, ...]:
         picture,
         ownership.find_owners(claims, picture, own_path(work)),
         live,
-        Uses(work.root, work.call.deadline).find,
+        Uses(work.root, work.run.deadline).find,
         settings.never,
         settings.auto_ids,
         settings.auto_classes,
@@ -289,14 +294,14 @@ def repair(work: Work, claims: list[Claim], lock: int) -> list[Claim]:
         if claim.problem and claim.path != own_path(work):
             warning = ownership.warn_unreadable(claim)
             # Once, however often it is looked again.
-            work.call.findings.extend([warning] if warning not in work.call.findings else [])
+            work.run.findings.extend([warning] if warning not in work.run.findings else [])
         if not ownership.is_over(work.root, claim, own_path(work), work.owner.pid):
             held.append(claim)
             continue
         # It is not this container's fault, and may not be in its way: nor may it take all of the time.
-        findings = put_back(work.root, claim, work.call.deadline.remaining() / 2, lock)
+        findings = put_back(work.root, claim, work.run.deadline.remaining() / 2, lock)
         for finding in findings or ():
-            work.call.tell(finding.replace(level="warning"))
+            work.run.report(finding.replace(level="warning"))
         if findings is None or is_unfinished(findings):
             held.append(claim)
     return held
@@ -330,7 +335,7 @@ def take_back(work: Work, journal: Journal) -> list[Finding]:
     from oci_hooks.guest import permits
 
     entries = work.directory.read_entries(journal)
-    deadline = Deadline(max(work.call.deadline.remaining(), UNDO_SECONDS))
+    deadline = Deadline(max(work.run.deadline.remaining(), UNDO_SECONDS))
     findings = permits.take_back(work.directory, journal, entries, deadline)
     if not is_unfinished(findings):
         findings += drivers.undo(work.root, entries, work.state.pid, deadline)
@@ -365,38 +370,39 @@ def end_container(root: Root, state: State) -> None:
 # Showing -------------------------------------------------------------------------------------------------------------
 
 
-def print_plan(call: Call, root: Root, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
+def print_plan(run: Run, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
     """Print what would be done, and do nothing. Raises HookError as the real run would, without waiting."""
+    root = run.root
     directory = ClaimDirectory(root=root)
     owner = Owner(state.id, state.pid, 0, state.bundle)
-    work = Work(call, root, state, find_mappings(root, state, spec), request, settings, directory, owner)
+    work = Work(run, state, find_mappings(root, state, spec), request, settings, directory, owner)
     claims = [claim for claim in directory.read_claims() if not claim.is_stale(root)]
     for claim in claims:
         if claim.path == own_path(work):
             ownership.check_readable(claim)
     wanted = plan.make_plan(root, choose(work, claims), work.spec, make_options(work))
     root.note("plan", wanted)
-    print_actions(call, plan.list_actions(wanted))
+    print_actions(run, plan.list_actions(wanted))
 
 
-def print_release(call: Call, root: Root, state: State) -> None:
+def print_release(run: Run, state: State) -> None:
     """Print what a release would put back, and do nothing."""
-    directory = ClaimDirectory(root=root)
+    directory = ClaimDirectory(root=run.root)
     claim = directory.read_claim(directory.journal_path(state.id))
     if claim:
         ownership.check_readable(claim)
     entries = [entry for entry in reversed(claim.entries) if entry.kind not in HEADS] if claim else []
     # Of a device, three words are for a reader; the others tell it from the next one at its address.
     actions = [(entry.kind, entry.words[:3] if entry.kind == "device" else entry.words) for entry in entries]
-    print_actions(call, [("undo", kind, " ".join(words)) for kind, words in actions])
+    print_actions(run, [("undo", kind, " ".join(words)) for kind, words in actions])
 
 
-def print_actions(call: Call, actions: list[tuple[str, str, str]]) -> None:
+def print_actions(run: Run, actions: list[tuple[str, str, str]]) -> None:
     """Print a plan, or keep it for --json. actions: (what, on what, how), in order."""
     from oci_hooks.log import write_stdout
 
-    if call.arguments.json:
-        call.plan.extend({"action": what, "subject": subject, "detail": how} for what, subject, how in actions)
+    if run.arguments.json:
+        run.plan.extend({"action": what, "subject": subject, "detail": how} for what, subject, how in actions)
         return
     # Some of the words are a tenant's, and a person's terminal reads them.
     write_stdout("".join(f"{make_one_line(f'{what} {subject}: {how}')}\n" for what, subject, how in actions))

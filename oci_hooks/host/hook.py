@@ -6,26 +6,24 @@ It changes nothing. Whatever a container without VFIO devices does not need is i
 
 from __future__ import annotations
 
-from oci_hooks.host.settings import take_settings
-from oci_hooks.host.suite import admit_weakness, check_host, check_plain, check_sandbox, check_target
-from oci_hooks.oci import is_sandbox, mend_bundle, read_spec, read_state
-from oci_hooks.program import EXIT_DONE, read_input, run_hook
+from oci_hooks.oci import is_sandbox, read_spec
+from oci_hooks.program import EXIT_DONE, Hook, read_state, run_hook
+from oci_hooks.system import USUAL_SECONDS, Root
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
     from oci_hooks.oci import Spec, State
-    from oci_hooks.program import Call
+    from oci_hooks.program import Run
     from oci_hooks.system import Root
 
 PROGRAM = "vfio-host-check"
-DEADLINE = 8.0
 
 
 def main(argv: list[str]) -> int:
     """Run the hook, or the check by hand, and return the exit code. argv: arguments without the program's name."""
-    return run_hook(PROGRAM, argv, DEADLINE, work, add_options, kmsg=False)
+    return run_hook(Hook(PROGRAM, USUAL_SECONDS, work, add_options, read_record_mode, kmsg=False), argv)
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -65,60 +63,55 @@ def add_options(parser: ArgumentParser) -> None:
     )
 
 
-def work(call: Call) -> int:
+def read_record_mode(path: str) -> str:
+    """Return the setting `record` of a settings file. Raises InputError."""
+    from oci_hooks.host.settings import read_host_settings
+
+    return read_host_settings(Root(), path).record
+
+
+def work(run: Run) -> int:
     """Do what the arguments ask for and return the exit code."""
-    root = call.root
-    if call.arguments.kata_config is not None:
+    if run.arguments.kata_config is not None:
         from oci_hooks.host.kata.ask import ask
 
-        return ask(call, root)
-    if call.arguments.all or call.arguments.groups:
+        return ask(run)
+    if run.arguments.all or run.arguments.groups:
         from oci_hooks.host.survey import survey
 
-        return survey(call, root)
-    state = take_state(call)
-    call.container.append(state.id)
-    if call.arguments.phase == "poststop" or state.status == "stopped":
+        return survey(run)
+    state = read_state(run)
+    run.container = state.id
+    if run.arguments.phase == "poststop" or state.status == "stopped":
         return EXIT_DONE
-    spec = read_spec(root, state)
+    spec = read_spec(run.root, state)
     if not spec.vfio_devices or is_sandbox(state, spec):
         return EXIT_DONE
-    call.heed(state, spec)
-    return check_container(call, root, state, spec)
+    run.apply_annotations(state, spec)
+    return check_container(run, state, spec)
 
 
-def take_state(call: Call) -> State:
-    """Return the state: from stdin, or made up for a bundle named by hand. Raises InputError."""
-    if not call.arguments.bundle:
-        return mend_bundle(call.root, read_state(call.root.do(read_input, call.deadline)))
-    import os
-
-    from oci_hooks.oci import State
-
-    bundle = os.path.abspath(call.arguments.bundle)
-    return State(os.path.basename(bundle) or "bundle", bundle, call.arguments.pid, "", {})
-
-
-def check_container(call: Call, root: Root, state: State, spec: Spec) -> int:
+def check_container(run: Run, state: State, spec: Spec) -> int:
     """Check everything that a container with VFIO devices needs, and return the exit code."""
+    from oci_hooks.host import suite
     from oci_hooks.host.runtime import find_asker
-    from oci_hooks.host.suite import choose_exit, excuse_privileged, settle
+    from oci_hooks.host.settings import take_settings
     from oci_hooks.host.targets import find_targets
     from oci_hooks.linux.pci import look
 
-    settings = take_settings(call, root)
-    asker = find_asker(root, state, spec, settings.kata_mode, bool(call.arguments.bundle))
+    settings, root = take_settings(run), run.root
+    asker = find_asker(root, state, spec, settings.kata_mode, bool(run.arguments.bundle))
     picture = look(root)
     targets = find_targets(root, picture, spec.vfio_devices)
-    findings = check_host(root, picture, targets)
+    findings = suite.check_host(root, picture, targets)
     for target in targets:
-        findings += check_target(root, target, asker, state, call.deadline)
+        findings += suite.check_target(root, target, asker, state, run.deadline)
     if asker.is_kata:
-        findings += check_sandbox(root, state, spec, asker, targets, settings, call.deadline)
+        findings += suite.check_sandbox(root, state, spec, asker, targets, settings, run.deadline)
     else:
-        findings = excuse_privileged(findings + check_plain(root, spec, asker, targets), spec)
-    told = settle(findings, settings)
-    code = choose_exit(told)
-    for finding in (*told, *admit_weakness(asker, code)):
-        call.tell(finding)
+        findings = suite.excuse_privileged(findings + suite.check_plain(root, spec, asker, targets), spec)
+    told = suite.settle(findings, settings)
+    code = suite.choose_exit(told)
+    for finding in (*told, *suite.admit_weakness(asker, code)):
+        run.report(finding)
     return code

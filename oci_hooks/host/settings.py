@@ -7,7 +7,7 @@ from oci_hooks.frozen import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.program import Call
+    from oci_hooks.program import Run
     from oci_hooks.settings import Table
     from oci_hooks.system import Root
 
@@ -74,10 +74,10 @@ def is_path(text: str) -> bool:
     return text.startswith("/") and "\0" not in text
 
 
-def take_settings(call: Call, root: Root) -> HostSettings:
+def take_settings(run: Run) -> HostSettings:
     """Return the settings of host.toml, or of the file that the command line names. Raises InputError."""
 
-    settings = read_host_settings(root, call.arguments.settings)
-    call.deadline.extend(settings.deadline)
-    call.wishes["record"] = settings.record
+    settings = read_host_settings(run.root, run.arguments.settings)
+    run.deadline.extend(settings.deadline)
+    run.record = settings.record
     return settings

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from oci_hooks.linux.pci import Picture
     from oci_hooks.linux.processes import Process
     from oci_hooks.linux.vfio import Member, VfioGroup
-    from oci_hooks.program import Call
+    from oci_hooks.program import Run
     from oci_hooks.system import Deadline, Root
 
 # Base classes of PCI functions (pci.ids), as far as a person looks for them here.
@@ -57,17 +57,17 @@ class Line(Record):
     holders: tuple[Process, ...]
 
 
-def survey(call: Call, root: Root) -> int:
+def survey(run: Run) -> int:
     """Tell of all groups, or of those that the arguments name, and return the exit code. Raises InputError."""
     from oci_hooks.host.settings import take_settings
     from oci_hooks.host.suite import choose_exit, settle
 
-    settings = take_settings(call, root)
+    settings, root = take_settings(run), run.root
     picture = look(root)
-    holders = map_holders(root, call.deadline)
-    if call.arguments.groups:
-        groups = tuple(read_group(root, picture, name_group(text)) for text in call.arguments.groups)
-        findings = [finding for group in groups for finding in check_named(root, picture, group, call.deadline)]
+    holders = map_holders(root, run.deadline)
+    if run.arguments.groups:
+        groups = tuple(read_group(root, picture, name_group(text)) for text in run.arguments.groups)
+        findings = [finding for group in groups for finding in check_named(root, picture, group, run.deadline)]
     else:
         groups = list_groups(root, picture)
         findings = [*checks.check_iommu(root, picture), *find_half_bound(groups)]
@@ -76,11 +76,11 @@ def survey(call: Call, root: Root) -> int:
     findings += [finding for view in views for finding in check_view(view)]
     told = settle(findings, settings)
     for finding in told:
-        call.tell(finding)
-    call.details["groups"] = [describe_line(line) for line in lines]
-    call.details["kata"] = [describe_view(view) for view in views]
-    if not call.arguments.json:
-        write_stdout(format_answer(call.arguments.format, lines, views, told))
+        run.report(finding)
+    run.details["groups"] = [describe_line(line) for line in lines]
+    run.details["kata"] = [describe_view(view) for view in views]
+    if not run.arguments.json:
+        write_stdout(format_answer(run.arguments.format, lines, views, told))
     return choose_exit(told)
 
 

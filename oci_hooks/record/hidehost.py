@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from oci_hooks.findings import Finding
-    from oci_hooks.program import Call
+    from oci_hooks.record.writer import Summary
 
 # What the hooks ask of the system besides what a file holds: names in directories, targets of links, numbers of files,
 # devices and processes, a word. Whoever asks another question decides here what of the answer is kept.
@@ -280,9 +279,9 @@ class Teller:
         return ",".join(kept)
 
 
-def make_teller(call: Call, findings: list[Finding], members: dict[str, bytes]) -> Teller:
+def make_teller(run: Summary, members: dict[str, bytes]) -> Teller:
     """Return what decides how much of the machine's files and processes is kept."""
-    names = list(call.container)
+    names = [run.container]
     for data in members.values():
         try:
             annotations = json.loads(data)["annotations"]
@@ -290,9 +289,9 @@ def make_teller(call: Call, findings: list[Finding], members: dict[str, bytes]) 
         except (KeyError, RecursionError, TypeError, ValueError):
             continue
     settings = {path: load_schema(name) for path, name in SETTINGS.items()}
-    if call.arguments.settings:
-        settings[call.arguments.settings] = load_schema(f"{call.program.split('-')[1]}-settings")
-    told = "\n".join(f"{finding.subject}: {finding.problem}; {finding.hint}" for finding in findings)
+    if run.arguments["settings"]:
+        settings[run.arguments["settings"]] = load_schema(f"{run.program.split('-')[1]}-settings")
+    told = "\n".join(f"{finding.subject}: {finding.problem}; {finding.hint}" for finding in run.findings)
     return Teller(told, tuple(names), settings)
 
 

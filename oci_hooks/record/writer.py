@@ -13,6 +13,7 @@ import time
 
 from oci_hooks import __version__
 from oci_hooks.findings import Finding
+from oci_hooks.frozen import Record
 from oci_hooks.record import bounds, encoding, hidehost, privacy
 from oci_hooks.record.hidetext import LEFT_OUT
 from oci_hooks.record.hidewords import READS
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-    from oci_hooks.program import Call, Outcome
     from oci_hooks.system import Note
 
 VERSION = 2
@@ -37,27 +37,28 @@ VARIABLES = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "LD_PRELOA
 RUNTIMES = ("runc", "crun", "youki", "kata-agent", "kata-runtime", "containerd-shim-kata-v2")
 
 
-def read_setting(call: Call) -> str:
-    """Return the setting `record` for a run that failed before it came to its settings; "" where they are unusable."""
-    from oci_hooks.findings import InputError
-    from oci_hooks.guest.settings import read_guest_settings
-    from oci_hooks.host.settings import read_host_settings
-    from oci_hooks.system import Root
+class Summary(Record):
+    """What a recording has of a run besides its steps.
 
-    read = read_guest_settings if call.program == "vfio-guest-bind" else read_host_settings
-    try:
-        return read(Root(), call.arguments.settings).record
-    except InputError:
-        return ""
+    program: the executable's name; container: its id, "" where not known; arguments: the command line, by name; code:
+    the exit code; seconds: how long it took; error: an exception that nobody foresaw; full: nothing is left out.
+    """
+
+    program: str
+    container: str
+    arguments: dict[str, Any]
+    code: int
+    seconds: float
+    findings: list[Finding]
+    error: Exception | None
+    full: bool
 
 
-def keep_record(call: Call, outcome: Outcome, notes: list[Note]) -> list[Finding]:
+def keep_record(run: Summary, notes: list[Note]) -> list[Finding]:
     """Write the record of a run, and return what there is to say of it: where it is, or why it is not."""
     try:
-        if "record" not in call.wishes and read_setting(call) == "never":
-            return []
-        data = pack(make_members(call, outcome, notes))
-        path = save(data, make_name(call))
+        data = pack(make_members(run, notes))
+        path = save(data, make_name(run))
     except Exception as error:  # noqa: BLE001 - the hook's answer stands, whatever happens to its record
         if os.geteuid():
             # A person without rights tries something; there is nothing to mend.
@@ -71,32 +72,31 @@ def keep_record(call: Call, outcome: Outcome, notes: list[Note]) -> list[Finding
 # What it holds --------------------------------------------------------------------------------------------------------
 
 
-def make_members(call: Call, outcome: Outcome, notes: list[Note]) -> dict[str, bytes]:
+def make_members(run: Summary, notes: list[Note]) -> dict[str, bytes]:
     """Return the files of the record by their names."""
     import json
 
     # Lone surrogates stand for bytes that are not UTF-8; JSON's escapes keep them.
     members: dict[str, bytes] = {}
-    full = call.wishes.get("asked") == "full"
-    events = list_events(notes, members, full)
-    findings = outcome.findings
-    if not full:
-        events = hidehost.make_teller(call, findings, members).hide_events(events)
+    events = list_events(notes, members, run.full)
+    findings = run.findings
+    if not run.full:
+        events = hidehost.make_teller(run, members).hide_events(events)
         findings = [privacy.hide_finding(finding) for finding in findings]
     about = {
         "version": VERSION,
-        "program": call.program,
+        "program": run.program,
         "hook": __version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(outcome.seconds, 3),
-        "exit": outcome.code,
-        "container": call.container[-1] if call.container else "",
-        "arguments": describe_arguments(call),
-        "environment": sorted(os.environ) if full else name_variables(),
+        "seconds": round(run.seconds, 3),
+        "exit": run.code,
+        "container": run.container,
+        "arguments": describe_arguments(run.arguments),
+        "environment": sorted(os.environ) if run.full else name_variables(),
         "versions": find_versions(),
         "findings": [finding.as_dict() for finding in findings],
-        "traceback": format_traceback(outcome.error, full),
-        "full": full,
+        "traceback": format_traceback(run.error, run.full),
+        "full": run.full,
     }
     return {
         "record.json": json.dumps(about, indent=1).encode(),
@@ -176,9 +176,9 @@ def name_document(note: Note) -> str:
     return "config.json" if is_config and note.name == "read" else ""
 
 
-def describe_arguments(call: Call) -> dict[str, Any]:
+def describe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the command line's values, its paths absolute."""
-    values = dict(call.arguments.as_dict())
+    values = dict(arguments)
     for name in ("bundle", "settings"):
         values[name] = os.path.abspath(values[name]) if values[name] else ""
     return {**values, "groups": list(values["groups"])}
@@ -259,13 +259,12 @@ def find_runtime() -> str:
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def make_name(call: Call) -> str:
+def make_name(run: Summary) -> str:
     """Return the record's file name: they sort by time, and say whose they are."""
     now = time.time()
-    container = call.container[-1] if call.container else "unknown"
-    plain = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in container)[:40]
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in run.container or "unknown")[:40]
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
-    return f"{stamp}.{int(now % 1 * 1e6):06d}-{call.program}-{plain}{SUFFIX}"
+    return f"{stamp}.{int(now % 1 * 1e6):06d}-{run.program}-{plain}{SUFFIX}"
 
 
 def pack(members: dict[str, bytes]) -> bytes:

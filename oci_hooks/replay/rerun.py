@@ -15,11 +15,11 @@ import sys
 
 from oci_hooks.findings import make_one_line
 from oci_hooks.frozen import Record
-from oci_hooks.program import Arguments, Call, carry
+from oci_hooks.program import Arguments, Run, run_work
 from oci_hooks.record import encoding
 from oci_hooks.record.privacy import hide_finding
 from oci_hooks.replay.kinds import KINDS
-from oci_hooks.system import Deadline, NotingRoot, Root, name_tag
+from oci_hooks.system import USUAL_SECONDS, Deadline, NotingRoot, Root, name_tag
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -188,15 +188,15 @@ def rerun(record: RunRecord) -> Rerun:
     """Run the record's hook on the recorded machine. Nothing on this one is changed. Raises NotationError."""
     root = RecordedRoot(record)
     # The plan of a dry run is in its decisions; printed, it would stand among the differences.
-    call = make_call(record, root, make_arguments(record).replace(json=True))
+    run = make_run(record, root, make_arguments(record).replace(json=True))
     with sealed():
-        outcome = carry(call, find_work(record.about["program"]))
+        outcome = run_work(run, find_work(record.about["program"]))
     if root.damage:
         raise root.damage
     return Rerun(outcome, root.decisions, root.strange)
 
 
-def run_live(record: RunRecord, bundle: str, pid: int | None, apply: bool) -> tuple[Call, Outcome]:
+def run_live(record: RunRecord, bundle: str, pid: int | None, apply: bool) -> tuple[Run, Outcome]:
     """Run the record's hook on this machine, with its state and config.json; a dry run unless `apply`.
 
     bundle: a directory that holds the config.json; pid: instead of the state's.
@@ -212,8 +212,8 @@ def run_live(record: RunRecord, bundle: str, pid: int | None, apply: bool) -> tu
         # Run by hand then: there was no state.
         state.setdefault("pid", arguments.pid if pid is None else pid)
         state["status"] = "creating"
-    call = make_call(record, LiveRoot(json.dumps(state).encode()), arguments)
-    return call, carry(call, find_work(record.about["program"]))
+    run = make_run(record, LiveRoot(json.dumps(state).encode()), arguments)
+    return run, run_work(run, find_work(record.about["program"]))
 
 
 def make_arguments(record: RunRecord) -> Arguments:
@@ -222,12 +222,12 @@ def make_arguments(record: RunRecord) -> Arguments:
     return Arguments(**{**values, "groups": tuple(values.get("groups", ()))})
 
 
-def make_call(record: RunRecord, root: Root, arguments: Arguments) -> Call:
-    """Return the call of a hook that is run again."""
-    return Call(record.about["program"], arguments, Deadline(8.0), [], [], [], {}, root, {})
+def make_run(record: RunRecord, root: Root, arguments: Arguments) -> Run:
+    """Return the run of a hook that is run again."""
+    return Run(record.about["program"], arguments, Deadline(USUAL_SECONDS), root)
 
 
-def find_work(program: str) -> Callable[[Call], int]:
+def find_work(program: str) -> Callable[[Run], int]:
     """Return what a hook does."""
     if program == "vfio-host-check":
         from oci_hooks.host.hook import work as check

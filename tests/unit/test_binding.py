@@ -27,7 +27,7 @@ from oci_hooks.guest.signals import Interrupted, interruptible
 from oci_hooks.guest.undo_log import Journal
 from oci_hooks.linux import pci
 from oci_hooks.linux.pci import PCI_DEVICES
-from oci_hooks.program import Arguments, Call
+from oci_hooks.program import Arguments, Run
 from oci_hooks.system import Deadline, Root
 from tests.unit.machine import NIC, Machine
 from tests.unit.test_claims import STAT, make_claim
@@ -74,9 +74,9 @@ def end_process(machine: Machine, pid: int = INIT) -> None:
     shutil.rmtree(machine.place(f"/proc/{pid}"))
 
 
-def make_call(machine: Machine, seconds: float = 5) -> Call:
+def make_run(machine: Machine, seconds: float = 5) -> Run:
     """Return a run of the hook."""
-    return Call("vfio-guest-bind", Arguments(), Deadline(seconds), [], [], [], {}, machine.root, {})
+    return Run("vfio-guest-bind", Arguments(), Deadline(seconds), machine.root)
 
 
 def make_state(container: str = "c1", pid: int = INIT, selector: str = NIC) -> oci.State:
@@ -84,15 +84,15 @@ def make_state(container: str = "c1", pid: int = INIT, selector: str = NIC) -> o
     return oci.State(container, "/nowhere", pid, "created", {oci.DEVICES_ANNOTATION: selector})
 
 
-def bind(machine: Machine, state: oci.State, call: Call | None = None) -> tuple[Call, HookError]:
+def bind(machine: Machine, state: oci.State, run: Run | None = None) -> tuple[Run, HookError]:
     """Bind, which can't succeed on this machine, and return what was said."""
     spec = oci.make_spec({}, "config.json")
     request = read_request(state, spec)
-    call = call or make_call(machine)
+    run = run or make_run(machine)
     assert request is not None
     with pytest.raises(HookError) as caught:
-        session.bind(call, machine.root, state, spec, request, GuestSettings())
-    return call, caught.value
+        session.bind(run, state, spec, request, GuestSettings())
+    return run, caught.value
 
 
 def list_claims(machine: Machine) -> list[str]:
@@ -119,13 +119,13 @@ def test_a_defect_puts_everything_back_and_tells_what_could_not_be(
 
     monkeypatch.setattr(drivers, "bind_devices", fail)
     monkeypatch.setattr(drivers, "undo", lambda *_: [Finding("error", "restore-failed", NIC, "x", "y")])
-    call, state = make_call(machine), make_state()
+    run, state = make_run(machine), make_state()
     spec = oci.make_spec({}, "config.json")
     request = read_request(state, spec)
     assert request is not None
     with pytest.raises(ZeroDivisionError):
-        session.bind(call, machine.root, state, spec, request, GuestSettings())
-    assert [finding.code for finding in call.findings] == ["restore-failed"]
+        session.bind(run, state, spec, request, GuestSettings())
+    assert [finding.code for finding in run.findings] == ["restore-failed"]
     assert list_claims(machine) == []
 
 
@@ -161,11 +161,11 @@ def test_a_stuck_claim_keeps_its_group_and_leaves_time(machine: Machine, directo
     unbind.unlink()
     os.mkfifo(unbind)
     make_claim(directory, "other", 8, 80, machine.note_bound(NIC, "igb", ""))
-    call, error = bind(machine, make_state(), make_call(machine, 3.0))
-    assert [(finding.level, finding.code) for finding in call.findings] == [("warning", "unbind-blocked")]
+    run, error = bind(machine, make_state(), make_run(machine, 3.0))
+    assert [(finding.level, finding.code) for finding in run.findings] == [("warning", "unbind-blocked")]
     assert error.findings[0].code == "claimed"
     assert list_claims(machine) == ["other"]
-    assert call.deadline.remaining() > 0.2
+    assert run.deadline.remaining() > 0.2
 
 
 def test_a_stale_claim_is_undone_without_its_process_and_without_the_lock(
@@ -246,7 +246,7 @@ def test_a_journal_that_another_hook_has_is_waited_for_not_replaced(
         return real(self, claim)
 
     monkeypatch.setattr(ClaimDirectory, "reopen_journal", take_first)
-    _, error = bind(machine, make_state(), make_call(machine, 0.3))
+    _, error = bind(machine, make_state(), make_run(machine, 0.3))
     assert error.findings[0].code == "lock-timeout"
     assert Path(path).read_bytes() == first
     os.close(taken[0])
@@ -325,7 +325,7 @@ from oci_hooks import oci
 from oci_hooks.guest.apply import drivers
 from oci_hooks.guest import session
 from oci_hooks.guest import selection
-from oci_hooks.program import Arguments, Call
+from oci_hooks.program import Arguments, Run
 from oci_hooks.system import Deadline
 from oci_hooks.findings import HookError
 from oci_hooks.system import Root
@@ -334,9 +334,9 @@ from oci_hooks.guest.request import read_request
 root = Root({str(machine.top)!r})
 state = oci.State("c1", "/nowhere", {INIT}, "created", {{oci.DEVICES_ANNOTATION: {NIC!r}}})
 spec = oci.make_spec({{}}, "config.json")
-call = Call("x", Arguments(), Deadline(20), [], [], [], {{}}, root, {{}})
+run = Run("x", Arguments(), Deadline(20), root)
 try:
-    session.bind(call, root, state, spec, read_request(state, spec), GuestSettings())
+    session.bind(run, state, spec, read_request(state, spec), GuestSettings())
 except HookError as error:
     print(json.dumps([finding.as_dict() for finding in error.findings]))
 """
@@ -366,7 +366,7 @@ def test_a_killed_hook_is_repaired_by_the_next(machine: Machine, hook: subproces
     hook.wait(timeout=20)
     assert list_claims(machine) == ["c1"]
     # Its child still hangs, and has the journal's lock.
-    _, error = bind(machine, make_state("c2"), make_call(machine, 0.5))
+    _, error = bind(machine, make_state("c2"), make_run(machine, 0.5))
     assert error.findings[0].code == "claimed"
     os.close(os.open(machine.place("/sys/bus/pci/drivers/e1000e/unbind"), os.O_RDONLY | os.O_NONBLOCK))
     time.sleep(0.3)
@@ -403,9 +403,7 @@ def choose(
     request = read_request(state, spec)
     assert request is not None
     settings = GuestSettings(allow_noiommu=allowed)
-    work = session.Work(
-        make_call(machine), machine.root, state, spec, request, settings, ClaimDirectory("/nowhere"), OWNER
-    )
+    work = session.Work(make_run(machine), state, spec, request, settings, ClaimDirectory("/nowhere"), OWNER)
     held = [Claim(f"/nowhere/claims/{owner}", owner, 1, 1, (f"noiommu:{BOUND}",), (), True, False)] if owner else []
     return [choice.group.name for choice in session.choose(work, held)]
 

@@ -14,7 +14,7 @@ import pytest
 
 from oci_hooks import program
 from oci_hooks.findings import Finding, InputError, Refusal
-from oci_hooks.program import Arguments, Call, parse_arguments, read_input, run_hook
+from oci_hooks.program import Arguments, Hook, Run, parse_arguments, read_input, run_hook
 from oci_hooks.system import Deadline
 
 pytestmark = pytest.mark.unit
@@ -35,17 +35,17 @@ def make_stdin() -> Iterator[int]:
 def run(work: Any, *arguments: str) -> int:
     """Run a hook that does this, without options of its own."""
 
-    def unrecorded(call: Call) -> Any:
-        call.wishes["record"] = "never"
-        return work(call)
+    def unrecorded(run: Run) -> Any:
+        run.record = "never"
+        return work(run)
 
-    return run_hook("a-hook", list(arguments), 5, unrecorded, lambda _: None, kmsg=False)
+    return run_hook(Hook("a-hook", 5, unrecorded, lambda _: None, lambda _: "", kmsg=False), list(arguments))
 
 
 def fail_with(error: BaseException) -> Any:
     """Return work that fails so."""
 
-    def work(_: Call) -> int:
+    def work(_: Run) -> int:
         raise error
 
     return work
@@ -76,8 +76,8 @@ def test_whatever_goes_wrong_is_one_line(
 
 
 def test_findings_are_told_before_the_error(capfd: pytest.CaptureFixture[str]) -> None:
-    def work(call: Call) -> int:
-        call.tell(Finding("warning", "first", "x", "y"))
+    def work(call: Run) -> int:
+        call.report(Finding("warning", "first", "x", "y"))
         raise Refusal("second", "x", "y", "z")
 
     assert run(work) == 1

@@ -17,7 +17,7 @@ import pytest
 from oci_hooks import oci
 from oci_hooks.findings import HookError
 from oci_hooks.guest import hook as guest_hook
-from oci_hooks.program import Arguments, Call
+from oci_hooks.program import Arguments, Run
 from oci_hooks.system import Deadline
 from tests.unit.machine import NIC, Machine
 from tests.unit.test_claims import STAT
@@ -372,10 +372,10 @@ def work_on(machine: Machine, monkeypatch: pytest.MonkeyPatch, annotation: str, 
     machine.write(f"/proc/{pid}/stat", STAT.format(pid=pid, state="S", start=70))
     (machine.top / "run").mkdir(exist_ok=True)
     machine.write("/proc/self/mountinfo", "22 1 0:21 / / rw - 9p root rw\n")
-    call = Call("vfio-guest-bind", Arguments(), Deadline(5), [], [], [], {}, machine.root, {})
-    monkeypatch.setattr(guest_hook, "read_call_state", lambda _: oci.State("c1", "/b", pid, "created", {}))
+    run = Run("vfio-guest-bind", Arguments(), Deadline(5), machine.root)
+    monkeypatch.setattr(guest_hook, "read_state", lambda _: oci.State("c1", "/b", pid, "created", {}))
     with pytest.raises(HookError) as caught:
-        guest_hook.work(call)
+        guest_hook.work(run)
     return caught.value
 
 

@@ -55,7 +55,7 @@ class Bench:
         self.monkeypatch = monkeypatch
         monkeypatch.setattr(program, "NotingRoot", lambda: Root(str(top)))
         # Records would go to this machine's /var.
-        monkeypatch.setattr(program.Call, "is_recorded", lambda _call, _code: False)
+        monkeypatch.setattr(program.Run, "is_recorded", lambda _run, _code: False)
         self.tree.pci(NIC, "vfio-pci", "12")
         self.tree.vfio("12", 0)
         self.set_config()
@@ -69,7 +69,7 @@ class Bench:
     def run(self, state: Any, *argv: str) -> tuple[int, str, str]:
         """Run the hook with this state and return exit code, stdout and stderr."""
         data = state if isinstance(state, bytes) else json.dumps(state).encode()
-        self.monkeypatch.setattr(host_hook, "read_input", lambda _deadline: data)
+        self.monkeypatch.setattr(program, "read_input", lambda _deadline: data)
         code = host_hook.main(list(argv))
         out, err = self.capfd.readouterr()
         return code, out, err
@@ -501,9 +501,17 @@ def test_label_names_are_valid(vendor: str) -> None:
 def test_every_code_is_in_the_table_and_the_other_way_round() -> None:
     import re
 
-    top = Path(host_hook.__file__).parents[1]
+    top = Path(host_hook.__file__).parents[2]
     modules = (
-        *("host/checks", "host/hook", "host/kata/checks", "host/kata/problems", "host/suite", "host/survey"),
+        *(
+            "host/checks",
+            "host/container_checks",
+            "host/hook",
+            "host/kata/checks",
+            "host/kata/problems",
+            "host/suite",
+            "host/survey",
+        ),
         "settings",
     )
     text = "".join((top / f"oci_hooks/{name}.py").read_text() for name in modules)

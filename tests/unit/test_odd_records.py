@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from oci_hooks.findings import make_one_line
-from oci_hooks.program import Arguments, Call, Outcome
+from oci_hooks.program import Arguments, Outcome, Run, summarize
 from oci_hooks.record import bounds, encoding
 from oci_hooks.record import reader as record_reader
 from oci_hooks.record import writer as record_writer
@@ -361,7 +361,7 @@ def test_seconds_are_bounded_also_inside_a_hook(
     """A hook takes every Exception for its own; this is none."""
     from oci_hooks.guest import hook as guest_hook
 
-    def work(_call: Call) -> int:
+    def work(_run: Run) -> int:
         end = time.monotonic() + 30
         while time.monotonic() < end:
             try:
@@ -397,8 +397,9 @@ def test_what_a_hook_writes_can_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     long.answer = b"[" + b"0," * 700_000 + b"0]"
     root.notes.insert(0, long)
     root.notes.insert(0, root.notes[-2])
-    call = Call("vfio-guest-bind", Arguments(), Deadline(8.0), [], [], [], {}, root, {"asked": "full"})
-    (said,) = record_writer.keep_record(call, Outcome(0, [], 0.1), root.notes)
+    run = Run("vfio-guest-bind", Arguments(), Deadline(8.0), root)
+    run.record_asked = "full"
+    (said,) = record_writer.keep_record(summarize(run, Outcome(0, [], 0.1)), root.notes)
     found = read_record(said.subject)
     assert len(found.events) == bounds.MOST_EVENTS
     assert found.events[0]["answer"]["!"] == "opaque"

@@ -22,12 +22,13 @@ from urllib.parse import quote
 
 import pytest
 
+from oci_hooks import program
 from oci_hooks.findings import Finding
 from oci_hooks.guest import hook as guest_hook
 from oci_hooks.host import hook as host_hook
 from oci_hooks.host.kata.config import KataConfig, Place, load_config
 from oci_hooks.oci import MAP_ANNOTATION
-from oci_hooks.program import Arguments, Call, carry
+from oci_hooks.program import Arguments, Run, run_work, summarize
 from oci_hooks.record import encoding, hidehost, hidetext, hidewords, privacy
 from oci_hooks.record import writer as record_writer
 from oci_hooks.record.hidehost import Teller
@@ -191,15 +192,14 @@ def run_host(
 ) -> tuple[RunRecord, bytes]:
     """Run the host hook on a tree, and return its recording and the bytes of it."""
     monkeypatch.setattr(record_writer, "DIRECTORY", str(tree.top / "records"))
-    monkeypatch.setattr(host_hook, "read_input", read_input)
+    monkeypatch.setattr(program, "read_input", read_input)
     monkeypatch.setattr(os, "getppid", getppid)
     read_input.data = json.dumps(state).encode()  # type: ignore[attr-defined]
     root = TreeRoot(str(tree.top))
-    call = Call("vfio-host-check", Arguments(), Deadline(60.0), [], [], [], {}, root, {})
-    outcome = carry(call, host_hook.work)
-    if asked:
-        call.wishes["asked"] = asked
-    (said,) = record_writer.keep_record(call, outcome, root.notes)
+    run = Run("vfio-host-check", Arguments(), Deadline(60.0), root)
+    outcome = run_work(run, host_hook.work)
+    run.record_asked = run.record_asked or asked
+    (said,) = record_writer.keep_record(summarize(run, outcome), root.notes)
     assert said.code == "recorded", said
     return read_record(said.subject), Path(said.subject).read_bytes()
 
@@ -462,7 +462,6 @@ def test_each_piece_is_looked_at_once(head: str, unit: str) -> None:
 HIDE_ALL = """
 import sys
 from oci_hooks.record.hidetext import hide_text
-from oci_hooks.system import name_tag, tagged
 for unit in sys.argv[1:]:
     size = 1 << 20 if unit == sys.argv[1] else 1 << 17
     for head in ('{"a": "', ""):
@@ -711,9 +710,9 @@ def test_a_finding_names_no_name_of_a_document(code: str, subject: str, problem:
 
 def test_a_defects_traceback_has_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path))
-    call = Call("vfio-guest-bind", Arguments(), Deadline(8.0), [], [], [], {}, NotingRoot(), {})
+    run = Run("vfio-guest-bind", Arguments(), Deadline(8.0), NotingRoot())
 
-    def work(_call: Call) -> int:
+    def work(_run: Run) -> int:
         word = SECRET
         numbers: dict[str, int] = {}
         try:
@@ -721,8 +720,7 @@ def test_a_defects_traceback_has_no_value(tmp_path: Path, monkeypatch: pytest.Mo
         except ValueError:
             return numbers[word]
 
-    outcome = carry(call, work)
-    (said,) = record_writer.keep_record(call, outcome, [])
+    (said,) = record_writer.keep_record(summarize(run, run_work(run, work)), [])
     text = read_record(said.subject).about["traceback"]
     assert find_secrets(Path(said.subject).read_bytes()) == []
     assert "ValueError: invalid literal" in text
@@ -734,8 +732,8 @@ def test_a_variable_of_the_hook_has_neither_name_nor_value(tmp_path: Path, monke
     monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path))
     monkeypatch.setenv(f"A_{SECRET}", SECRET)
     monkeypatch.setenv("PYTHONPATH", SECRET)
-    call = Call("vfio-guest-bind", Arguments(), Deadline(8.0), [], [], [], {}, NotingRoot(), {})
-    (said,) = record_writer.keep_record(call, carry(call, guest_hook.work), [])
+    run = Run("vfio-guest-bind", Arguments(), Deadline(8.0), NotingRoot())
+    (said,) = record_writer.keep_record(summarize(run, run_work(run, guest_hook.work)), [])
     kept = read_record(said.subject).about["environment"]
     assert "PYTHONPATH" in kept
     assert kept[-1] == LEFT_OUT

@@ -9,16 +9,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from oci_hooks.findings import Finding, InputError, Refusal, StepError
+from oci_hooks.guest import hook as guest_hook
 from oci_hooks.guest.apply.sysfs_writer import Result
 from oci_hooks.guest.claims import Claim
 from oci_hooks.guest.undo_log import Entry
-from oci_hooks.program import Arguments, Call, Outcome
+from oci_hooks.program import Arguments, Hook, Outcome, Run, record_run, summarize
 from oci_hooks.record import encoding
 from oci_hooks.record import writer as record_writer
 from oci_hooks.record.reader import RunRecord, read_record
@@ -29,19 +31,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 FINDING = Finding("error", "in-use", "0000:01:00.0", "is mounted", "stop using it first")
 
 
-def make_call(root: Root | None = None, **wishes: str) -> Call:
-    """Return a call of the guest hook that came as far as its settings."""
-    root = root or NotingRoot()
-    return Call(
-        "vfio-guest-bind", Arguments(), Deadline(8.0), [], ["web"], [], {}, root, {"record": "failure", **wishes}
-    )
+def make_run(root: Root | None = None, record: str = "failure", asked: str = "", **arguments: Any) -> Run:
+    """Return a run of the guest hook that came as far as its settings."""
+    run = Run("vfio-guest-bind", Arguments(**arguments), Deadline(8.0), root or NotingRoot())
+    run.container, run.record, run.record_asked = "web", record, asked
+    return run
 
 
-def keep(call: Call, directory: Path, monkeypatch: pytest.MonkeyPatch) -> RunRecord:
+def record_failure(run: Run | None = None, error: Exception | None = None) -> list[Finding]:
+    """Record a run that failed, and return what is reported of that."""
+    run = run or make_run()
+    notes = run.root.notes if isinstance(run.root, NotingRoot) else []
+    return record_writer.keep_record(summarize(run, Outcome(1, [FINDING], 0.5, error)), notes)
+
+
+def keep(run: Run, directory: Path, monkeypatch: pytest.MonkeyPatch) -> RunRecord:
     """Write a record into a directory and read it back."""
     monkeypatch.setattr(record_writer, "DIRECTORY", str(directory / "records"))
-    assert isinstance(call.root, NotingRoot)
-    (said,) = record_writer.keep_record(call, Outcome(1, [FINDING], 0.5), call.root.notes)
+    (said,) = record_failure(run)
     assert (said.level, said.code) == ("info", "recorded"), said
     return read_record(said.subject)
 
@@ -74,7 +81,7 @@ def test_every_question_is_noted_with_its_answer(tmp_path: Path, monkeypatch: py
     assert root.list_names(str(tmp_path)) == ["file", "link"]
     assert not root.exists(f"{tmp_path}/absent")
     assert not root.exists(f"{tmp_path}/absent")
-    events = keep(make_call(root, asked="full"), tmp_path, monkeypatch).events
+    events = keep(make_run(root, asked="full"), tmp_path, monkeypatch).events
     assert [(event["ask"], event["path"].rpartition("/")[2]) for event in events] == [
         ("read", "file"),
         ("readlink", "link"),
@@ -200,7 +207,7 @@ def test_everything_is_kept_only_where_asked_for(
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     root = NotingRoot()
     root.read_bytes(f"{tmp_path}/config.json")
-    again = keep(make_call(root, **({"asked": asked} if asked else {})), tmp_path, monkeypatch)
+    again = keep(make_run(root, **({"asked": asked} if asked else {})), tmp_path, monkeypatch)
     assert (b"geheim" in again.documents["config.json"]) is kept
     assert again.about["full"] is kept
     assert all(name == name.partition("=")[0] for name in again.about["environment"])
@@ -211,7 +218,7 @@ def test_everything_is_kept_only_where_asked_for(
 
 def test_only_the_newest_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(record_writer.NEWEST + 3):
-        last = keep(make_call(), tmp_path, monkeypatch)
+        last = keep(make_run(), tmp_path, monkeypatch)
     kept = sorted((tmp_path / "records").iterdir())
     assert len(kept) == record_writer.NEWEST
     assert str(kept[-1]) == last.path
@@ -220,9 +227,9 @@ def test_only_the_newest_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_container_id_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = make_call()
-    call.container.append("../../../etc/\n\x1b[0m")
-    again = keep(call, tmp_path, monkeypatch)
+    run = make_run()
+    run.container = "../../../etc/\n\x1b[0m"
+    again = keep(run, tmp_path, monkeypatch)
     assert Path(again.path).parent == tmp_path / "records"
     assert Path(again.path).name.isprintable()
 
@@ -231,7 +238,7 @@ def test_where_the_first_place_is_read_only_there_is_a_second(tmp_path: Path, mo
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(record_writer, "DIRECTORY", f"{tmp_path}/file/records")
     monkeypatch.setattr(record_writer, "SPARE_DIRECTORY", f"{tmp_path}/spare")
-    (said,) = record_writer.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    (said,) = record_failure()
     assert said.subject.startswith(f"{tmp_path}/spare/")
 
 
@@ -244,7 +251,7 @@ def test_a_full_disk_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", write)
-    (said,) = record_writer.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    (said,) = record_failure()
     assert (said.level, said.code) == ("warning", "not-recorded")
     assert "No space left" in said.problem
     assert list(tmp_path.glob("*/*")) == list(tmp_path.glob("*/.*")) == []
@@ -255,7 +262,7 @@ def test_somebody_elses_directory_is_not_written_to(tmp_path: Path, monkeypatch:
     (tmp_path / "records").symlink_to("elsewhere")
     monkeypatch.setattr(record_writer, "DIRECTORY", f"{tmp_path}/records")
     monkeypatch.setattr(record_writer, "SPARE_DIRECTORY", f"{tmp_path}/records")
-    said = record_writer.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    said = record_failure()
     assert [finding.code for finding in said] in (["not-recorded"], [])
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -265,7 +272,7 @@ def test_another_users_directory_is_not_written_to(tmp_path: Path, monkeypatch: 
     os.chown(tmp_path / "records", 1234, 1234)
     monkeypatch.setattr(record_writer, "DIRECTORY", f"{tmp_path}/records")
     monkeypatch.setattr(record_writer, "SPARE_DIRECTORY", f"{tmp_path}/records")
-    (said,) = record_writer.keep_record(make_call(), Outcome(1, [FINDING], 0.5), [])
+    (said,) = record_failure()
     assert (said.code, "another user's" in said.problem or "not permitted" in said.problem) == ("not-recorded", True)
     assert list((tmp_path / "records").iterdir()) == []
 
@@ -275,7 +282,7 @@ def test_a_defect_leaves_its_traceback(tmp_path: Path, monkeypatch: pytest.Monke
     try:
         raise ZeroDivisionError("a defect")
     except ZeroDivisionError as error:
-        (said,) = record_writer.keep_record(make_call(), Outcome(1, [FINDING], 0.5, error), [])
+        (said,) = record_failure(error=error)
     assert "ZeroDivisionError: a defect" in read_record(said.subject).about["traceback"]
 
 
@@ -294,15 +301,11 @@ def test_a_defect_leaves_its_traceback(tmp_path: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_which_runs_are_recorded(code: int, wishes: dict[str, str], recorded: bool) -> None:
-    call = make_call()
-    call.wishes.clear()
-    call.wishes.update(wishes)
-    assert call.is_recorded(code) is recorded
+    assert make_run(None, wishes.get("record", ""), wishes.get("asked", "")).is_recorded(code) is recorded
 
 
 def test_a_survey_is_not_recorded() -> None:
-    call = make_call().replace(arguments=Arguments(all=True))
-    assert not call.is_recorded(1)
+    assert not make_run(all=True).is_recorded(1)
 
 
 def test_the_admins_never_holds_for_a_run_that_did_not_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,20 +313,39 @@ def test_the_admins_never_holds_for_a_run_that_did_not_read_it(tmp_path: Path, m
     monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path / "records"))
     settings = tmp_path / "guest.toml"
     settings.write_text('record = "never"\n')
-    call = make_call().replace(arguments=Arguments(settings=str(settings)), wishes={})
-    assert record_writer.keep_record(call, Outcome(2, [FINDING], 0.5), []) == []
+    run = make_run(record="", settings=str(settings))
+    record_run(make_hook(guest_hook.read_record_mode), run, Outcome(2, [FINDING], 0.5), [])
     assert not (tmp_path / "records").exists()
+    settings.write_text('record = "failure"\n')
+    record_run(make_hook(guest_hook.read_record_mode), run, Outcome(2, [FINDING], 0.5), [])
+    assert len(list((tmp_path / "records").iterdir())) == 1
+
+
+def make_hook(read_record_mode: Callable[[str], str]) -> Hook:
+    """Return a hook that only its recording is tried of."""
+    return Hook("vfio-guest-bind", 8.0, lambda _: 0, lambda _: None, read_record_mode, kmsg=False)
+
+
+def test_settings_that_cannot_be_read_keep_no_run_from_its_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(_path: str) -> str:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path / "records"))
+    record_run(make_hook(explode), make_run(record=""), Outcome(2, [FINDING], 0.5), [])
+    assert len(list((tmp_path / "records").iterdir())) == 1
 
 
 def test_whatever_befalls_a_record_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hook's answer stands: it must not become a traceback here."""
 
-    def explode(_call: Call) -> str:
+    def explode(_run: object) -> str:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(record_writer, "read_setting", explode)
+    monkeypatch.setattr(record_writer, "make_name", explode)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    (said,) = record_writer.keep_record(make_call().replace(wishes={}), Outcome(2, [FINDING], 0.5), [])
+    (said,) = record_failure()
     assert (said.level, said.code) == ("warning", "not-recorded")
     assert "ZeroDivisionError" in said.problem
 
@@ -343,7 +365,7 @@ def without(tmp_path: Path) -> Path:
     for name in FEATURE:
         shutil.rmtree(package / name)
     command = package / "program.py"
-    text = command.read_text().replace("NotingRoot()", "Root()").replace("call.is_recorded(outcome.code)", "False")
+    text = command.read_text().replace("NotingRoot", "Root").replace("run.is_recorded(outcome.code)", "False")
     command.write_text(text)
     for copy in ("with", "without"):
         subprocess.run([sys.executable, "-m", "compileall", "-q", tmp_path / copy / "oci_hooks"], check=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oci_hooks.host.kata.model import Problem, Reading
-    from oci_hooks.program import Call
+    from oci_hooks.program import Run
     from oci_hooks.system import Root
 
 RUNTIMES = {"go": "go", "rust": "rs"}
@@ -22,7 +22,7 @@ RUNTIMES = {"go": "go", "rust": "rs"}
 IOMMU_WORDS = ("intel_iommu", "amd_iommu", "iommu", "iommu.passthrough", "iommu.strict")
 
 
-def ask(call: Call, root: Root) -> int:
+def ask(run: Run) -> int:
     """Print what the arguments ask for and return the exit code: 0 readable, 1 refused by Kata, 2 not told here.
 
     Without --runtime the code is of the runtime that the file is for.
@@ -31,18 +31,18 @@ def ask(call: Call, root: Root) -> int:
 
     from oci_hooks.log import write_stdout
 
-    annotations = read_annotations(call.arguments.annotations)
-    wanted = call.arguments.runtime
+    annotations = read_annotations(run.arguments.annotations)
+    wanted = run.arguments.runtime
     answers = {}
     for name in [wanted] if wanted else list(RUNTIMES):
-        answers[name] = answer(root, call.arguments.kata_config or "", RUNTIMES[name], annotations)
-    if call.arguments.json:
+        answers[name] = answer(run.root, run.arguments.kata_config or "", RUNTIMES[name], annotations)
+    if run.arguments.json:
         shown: Any = answers[wanted] if wanted else answers
         write_stdout(json.dumps(shown, indent=2) + "\n")
     else:
         write_stdout("".join(write_answer(name, found) for name, found in answers.items()))
-    call.details["answered"] = True
-    return choose_code(answers[wanted or choose_runtime(root, call.arguments.kata_config or "", answers)])
+    run.is_answered = True
+    return choose_code(answers[wanted or choose_runtime(run.root, run.arguments.kata_config or "", answers)])
 
 
 def read_annotations(words: tuple[str, ...] | list[str]) -> dict[str, str]:
