@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oci_hooks.oci import Spec, State
-    from oci_hooks.record.writer import Summary
+    from oci_hooks.record.summary import Summary
     from oci_hooks.system import Note, Root
 
 # Kata's agent passes the kind of hook as the only argument (src/agent/src/sandbox.rs, find_hooks).
@@ -187,7 +187,7 @@ def find_record_mode(hook: Hook, settings: str) -> str:
 
 def summarize(run: Run, outcome: Outcome) -> Summary:
     """Return what a recording has of a run besides its steps."""
-    from oci_hooks.record.writer import Summary
+    from oci_hooks.record.summary import Summary
 
     return Summary(
         run.program,

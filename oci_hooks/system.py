@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
     F = TypeVar("F", bound=Callable[..., Any])
 
+VERSION_FILES = ("/opt/kata/VERSION",)
+
+DOCKER_CONFIG = "/etc/docker/daemon.json"
+
 # A sysfs attribute is a page at most; config.json of a tenant may be anything.
 DEFAULT_LIMIT = 16 << 20
 # The deadline of a hook. Kata's agent kills a guest hook after 10 s, and nothing of what it knew is left then.

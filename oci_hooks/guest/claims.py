@@ -17,6 +17,7 @@ import stat
 from oci_hooks.findings import Refusal
 from oci_hooks.frozen import Record
 from oci_hooks.guest.homes import Home, is_occupied
+from oci_hooks.guest.locks import take_lock, try_lock
 from oci_hooks.guest.undo_log import FORMAT, JOURNAL_LIMIT, OWNER, Entry, Journal, parse_journal, quote, unquote
 from oci_hooks.system import Descriptor, Root, step
 
@@ -31,8 +32,6 @@ STATE_DIRECTORY = "/run/oci-vfio-hooks"
 HASHED = "sha256-"
 # The hook's own lack of something, which is no defect of a claim.
 LACKS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-# How long after an alarm that went unheard the next one comes.
-RING_SECONDS = 0.1
 
 
 class Owner(Record):
@@ -304,58 +303,6 @@ def read_head(fd: int, most: int) -> bytes:
 def is_torn(fd: int) -> bool:
     """Check whether a journal's last line has no end."""
     return os.pread(fd, 1, max(os.fstat(fd).st_size - 1, 0)) != b"\n"
-
-
-def try_lock(fd: int) -> bool:
-    """Take a file's lock if it is free, and tell whether it was."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        raise
-    return True
-
-
-def take_lock(fd: int, deadline: Deadline, path: str) -> None:
-    """Take a file's lock, waiting for it until the deadline. path: its name. Raises Refusal [lock-timeout]."""
-    if try_lock(fd):
-        return
-    try:
-        with alarm(deadline):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-    except TimeoutError:
-        hint = f"see which process holds it: fuser -v {path}"
-        raise Refusal("lock-timeout", path, "is held by another hook", hint) from None
-
-
-class alarm:  # noqa: N801 - reads as a statement
-    """Raise TimeoutError out of a blocking system call at the deadline.
-
-    It rings until it is heard: a signal between Python's last look and the system call itself does not end that.
-    """
-
-    def __init__(self, deadline: Deadline) -> None:
-        self.deadline = deadline
-
-    def __enter__(self) -> None:
-        import signal
-
-        signal.signal(signal.SIGALRM, self.ring)
-        signal.setitimer(signal.ITIMER_REAL, max(self.deadline.remaining(), 0.001), RING_SECONDS)
-
-    def __exit__(self, *_: object) -> None:
-        import signal
-
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-    @staticmethod
-    def ring(*_: object) -> None:
-        """Handle SIGALRM."""
-        import signal
-
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        raise TimeoutError
 
 
 def list_owners(claims: list[Claim], but: str) -> Iterator[tuple[str, str]]:

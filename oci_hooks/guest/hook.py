@@ -2,7 +2,7 @@
 """The guest hook: from an OCI state to VFIO groups that are open to one container, and back.
 
 The way of the data: state, spec, request, picture, plan, apply, proof. Reading and planning
-change nothing; session.py has the plan carried out, and what is over put back.
+change nothing; binding.py has the plan carried out, and what is over put back.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def work(run: Run) -> int:
 
 def bind_groups(run: Run, state: State, spec: Spec, request: Request) -> None:
     """Give the container what it asks for. Raises HookError with everything put back."""
-    from oci_hooks.guest.session import bind, print_plan
+    from oci_hooks.guest.binding import bind
+    from oci_hooks.guest.dry_run import print_plan
     from oci_hooks.guest.settings import read_guest_settings
 
     settings = read_guest_settings(run.root, run.arguments.settings)
@@ -88,7 +89,7 @@ def end_if_wanted(run: Run, state: State) -> None:
 
     Kata's agent ignores a hook's exit code, and would start it without its devices.
     """
-    from oci_hooks.guest.session import end_container
+    from oci_hooks.guest.binding import end_container
     from oci_hooks.guest.settings import read_guest_settings
 
     try:
@@ -109,7 +110,8 @@ def release_groups(run: Run, state: State) -> int:
     # Most containers have none, and do not pay for what puts it back.
     if not run.root.do(os.path.exists, ClaimDirectory(root=run.root).journal_path(state.id)):
         return EXIT_DONE
-    from oci_hooks.guest.session import print_release, release
+    from oci_hooks.guest.binding import release
+    from oci_hooks.guest.dry_run import print_release
 
     if run.arguments.dry_run:
         print_release(run, state)

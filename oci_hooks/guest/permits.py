@@ -19,9 +19,9 @@ import os
 from oci_hooks.findings import Finding, Refusal, StepError
 from oci_hooks.guest.apply import container_dev, nodes, permission
 from oci_hooks.guest.homes import list_processes
-from oci_hooks.guest.undo_log import parse_journal
+from oci_hooks.guest.undo_log import parse_instance, parse_journal
 from oci_hooks.linux import pci
-from oci_hooks.linux.instances import parse_instance, read_instance
+from oci_hooks.linux.instances import read_instance
 from oci_hooks.system import step
 
 TYPE_CHECKING = False
@@ -67,7 +67,7 @@ def give(
         check_kept(claims, journal, denied)
         others = list_others(claims.read_claims(), journal.path)
         check_alone(claims.root, place, others)
-        grants = permission.read_grants(others)
+        grants = read_grants(others)
         grant = permission.plan_grant(claims.root, place, denied, widen_parents, grants, opened)
         permission.permit(claims.root, grant, lambda: journal.note("permit", *permission.format_grant(grant)))
     finally:
@@ -185,7 +185,7 @@ def revoke_numbers(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], 
     all_claims: those that a directory of cgroups may be shared with.
     """
     root = claims.root
-    others = permission.read_grants(list_others(all_claims, claim.path))
+    others = read_grants(list_others(all_claims, claim.path))
     for grant in permission.list_grants(claim.entries):
         permission.forbid(root, drop_replaced(root, grant.without(set(grant.nodes) - numbers), claim.home), others)
     note_revoked(claims, claim, numbers)
@@ -259,7 +259,7 @@ def take_back(
         return [Finding("error", "permission-left", journal.path, problem, "the next hook on this machine tries again")]
     try:
         own = claims.read_claim(journal.path)
-        others = permission.read_grants(list_others(claims.read_claims(), journal.path))
+        others = read_grants(list_others(claims.read_claims(), journal.path))
         earlier = permission.list_grants(parse_journal(os.pread(journal.fd, journal.kept, 0)))
         return revoke(claims.root, entries, own.home if own else None, (*others, *earlier))
     finally:
@@ -272,7 +272,7 @@ def revoke_claim(claims: ClaimDirectory, claim: Claim) -> list[Finding]:
         return []
     # As they are now: one that was put back a moment ago needs nothing any more.
     others = list_others(claims.read_claims(), claim.path)
-    return revoke(claims.root, claim.entries, claim.home, permission.read_grants(others))
+    return revoke(claims.root, claim.entries, claim.home, read_grants(others))
 
 
 def is_permitting(entries: Iterable[Entry]) -> bool:
@@ -332,3 +332,8 @@ def explain_left(root: Root, grant: Grant, error: StepError) -> tuple[Finding, .
 def name_reason(error: StepError) -> str:
     """Return why a permission can't be taken back, in the words of the step."""
     return f"{error.findings[0].subject}: {error.findings[0].problem}"
+
+
+def read_grants(claims: Iterable[Claim]) -> tuple[Grant, ...]:
+    """Return what some claims permit."""
+    return tuple(grant for claim in claims for grant in permission.list_grants(claim.entries))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from oci_hooks.findings import Refusal
 from oci_hooks.frozen import Record
 from oci_hooks.guest.id_mapping import map_id
+from oci_hooks.guest.settings import NodeOwner
 from oci_hooks.linux.instances import Instance, name_instance
 from oci_hooks.linux.pci import NOIOMMU_GROUP, read_override
 from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX
@@ -90,14 +91,6 @@ class Plan(Record):
     stale: tuple[Device, ...]
     user_namespace: bool
     map: tuple[MapEntry, ...]
-
-
-class NodeOwner(Record):
-    """Owner and mode that guest.toml sets for nodes; -1 where it does not."""
-
-    mode: int = -1
-    uid: int = -1
-    gid: int = -1
 
 
 class PlanOptions(Record):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from oci_hooks import json_input, oci
 from oci_hooks.findings import InputError
 from oci_hooks.frozen import Record
+from oci_hooks.linux.pci import HEX, is_hex_list, normalize_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ SYNTAX = "expected a comma list of 0000:02:00.0, id:8086:10d3, class:0200, path:
 MAP_SYNTAX = 'write [{"host-group": 12, "devices": [{"host-address": "0000:3b:00.0", "guest-path": "02/00"}]}]'
 # Characters of an annotation: five thousand addresses. What a tenant writes must not cost more than the deadline.
 TEXT_LIMIT = 64 << 10
-HEX = frozenset("0123456789abcdef")
 
 
 class Selector(Record):
@@ -104,22 +104,6 @@ def parse_selector(word: str, source: str) -> Selector:
     raise InputError("bad-annotation", source, f"can't read {word!r}", SYNTAX)
 
 
-def normalize_address(text: str) -> str:
-    """Return a BDF as sysfs writes it, domain 0000 where it is left out; "" where the text is none."""
-    text = text.strip().lower()
-    bus_and_slot, dot, function = text.partition(".")
-    parts = bus_and_slot.split(":")
-    if len(parts) == 2:
-        parts.insert(0, "0000")
-    # A domain has four digits, or more behind Intel's VMD.
-    if not dot or len(parts) != 3 or not is_hex_list(parts[1:], (2, 2)) or not 4 <= len(parts[0]) <= 8:
-        return ""
-    if not HEX.issuperset(parts[0]) or int(parts[2], 16) > 31 or function not in set("01234567"):
-        return ""
-    # nvidia-smi writes eight digits for any domain, sysfs no more than it needs.
-    return f"{int(parts[0], 16):04x}:{parts[1]}:{parts[2]}.{function}"
-
-
 def normalize_path(text: str) -> str:
     """Return a guest PCI path as `[dddd:[bb:]]ss.f/ss.f`, or "" where the text is none.
 
@@ -139,13 +123,6 @@ def normalize_path(text: str) -> str:
             return ""
         result.append(f"{int(slot, 16):02x}.{function}")
     return ":".join([*roots, "/".join(result)])
-
-
-def is_hex_list(words: list[str], lengths: tuple[int, ...]) -> bool:
-    """Tell whether the words are hexadecimal numbers of exactly these lengths."""
-    return len(words) == len(lengths) and all(
-        len(word) == length and HEX.issuperset(word) for word, length in zip(words, lengths)
-    )
 
 
 def parse_map(text: str) -> tuple[Selector, ...]:

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from oci_hooks.frozen import Record
-from oci_hooks.guest.plan import NodeOwner
-from oci_hooks.guest.request import HEX, is_hex_list, normalize_address
+from oci_hooks.linux.pci import HEX, is_hex_list, normalize_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +17,14 @@ MOST_ID = 0xFFFFFFFE
 # What a virtual machine itself is made of: virtio and QEMU's own devices, bridges, system management bus, base system
 # peripherals, and on the root bus the chipset's SATA and ISA functions.
 NEVER = ("id:1af4", "id:1b36", "class:06", "class:0c05", "class:08", "root:0106", "root:0601")
+
+
+class NodeOwner(Record):
+    """Owner and mode that guest.toml sets for nodes; -1 where it does not."""
+
+    mode: int = -1
+    uid: int = -1
+    gid: int = -1
 
 
 class GuestSettings(Record):

@@ -12,6 +12,11 @@ import os
 
 from oci_hooks.findings import StepError
 from oci_hooks.frozen import Record
+from oci_hooks.linux.instances import Instance
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    pass
 
 FORMAT = "oci-vfio-hooks 2"
 # Bytes that a journal may have: written and read alike. It has a line a device and a node; this is a thousand devices.
@@ -149,3 +154,8 @@ def unquote(text: str) -> str:
 def encode(text: str) -> bytes:
     """Return the bytes of a file name or of text from outside."""
     return text.encode("utf-8", "surrogateescape")
+
+
+def parse_instance(entry: Entry) -> Instance:
+    """Return which device an entry of a journal notes."""
+    return Instance(entry.number(3), *entry.words[4:7])

@@ -15,7 +15,6 @@ from oci_hooks.linux.pci import PCI_DEVICES, parse_ids, parse_uevent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.guest.undo_log import Entry
     from oci_hooks.linux.pci import PciDevice
     from oci_hooks.system import Root
 
@@ -37,11 +36,6 @@ class Instance(Record):
 def name_instance(device: PciDevice) -> Instance:
     """Return which device a PCI function is."""
     return Instance(device.inode, device.vendor, device.device, device.class_code)
-
-
-def parse_instance(entry: Entry) -> Instance:
-    """Return which device an entry of a journal notes."""
-    return Instance(entry.number(3), *entry.words[4:7])
 
 
 def read_instance(root: Root, address: str) -> Instance | None:

@@ -13,6 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.system import Root
 
+HEX = frozenset("0123456789abcdef")
+
 PCI_DEVICES = "/sys/bus/pci/devices"
 PCI_DRIVERS = "/sys/bus/pci/drivers"
 IOMMU_GROUPS = "/sys/kernel/iommu_groups"
@@ -225,3 +227,26 @@ def name_bare_groups(
 def is_viable_member(device: PciDevice) -> bool:
     """Tell whether a member leaves its group viable: no driver, a vfio driver, a harmless one, or a bridge."""
     return not device.driver or device.owned_by_vfio or device.driver in HARMLESS_DRIVERS or device.is_bridge
+
+
+def normalize_address(text: str) -> str:
+    """Return a BDF as sysfs writes it, domain 0000 where it is left out; "" where the text is none."""
+    text = text.strip().lower()
+    bus_and_slot, dot, function = text.partition(".")
+    parts = bus_and_slot.split(":")
+    if len(parts) == 2:
+        parts.insert(0, "0000")
+    # A domain has four digits, or more behind Intel's VMD.
+    if not dot or len(parts) != 3 or not is_hex_list(parts[1:], (2, 2)) or not 4 <= len(parts[0]) <= 8:
+        return ""
+    if not HEX.issuperset(parts[0]) or int(parts[2], 16) > 31 or function not in set("01234567"):
+        return ""
+    # nvidia-smi writes eight digits for any domain, sysfs no more than it needs.
+    return f"{int(parts[0], 16):04x}:{parts[1]}:{parts[2]}.{function}"
+
+
+def is_hex_list(words: list[str], lengths: tuple[int, ...]) -> bool:
+    """Tell whether the words are hexadecimal numbers of exactly these lengths."""
+    return len(words) == len(lengths) and all(
+        len(word) == length and HEX.issuperset(word) for word, length in zip(words, lengths)
+    )

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import re
 
-from oci_hooks.host.kata.handlers import DOCKER_CONFIG
-from oci_hooks.host.kata.lookup import VERSION_FILES
 from oci_hooks.oci import SANDBOX_ID_ANNOTATIONS
 from oci_hooks.record.hideforms import (
     DEVICE_PROPERTIES,
@@ -31,13 +29,14 @@ from oci_hooks.record.hidetext import KEPT_KEYS, LEFT_OUT, hide_json_values, hid
 from oci_hooks.record.hidewords import hide_reading
 from oci_hooks.record.privacy import hide_document
 from oci_hooks.schema import load_schema
+from oci_hooks.system import DOCKER_CONFIG, VERSION_FILES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from oci_hooks.record.writer import Summary
+    from oci_hooks.record.summary import Summary
 
 # What the hooks ask of the system besides what a file holds: names in directories, targets of links, numbers of files,
 # devices and processes, a word. Whoever asks another question decides here what of the answer is kept.

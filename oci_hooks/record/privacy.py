@@ -12,8 +12,8 @@ import json
 import os.path
 import re
 
-from oci_hooks.guest.request import normalize_address
 from oci_hooks.json_input import is_name
+from oci_hooks.linux.pci import normalize_address
 from oci_hooks.oci import (
     CONFIG_PATH_ANNOTATION,
     CONTAINER_NAME_ANNOTATIONS,

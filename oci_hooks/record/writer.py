@@ -13,10 +13,10 @@ import time
 
 from oci_hooks import __version__
 from oci_hooks.findings import Finding
-from oci_hooks.frozen import Record
 from oci_hooks.record import bounds, encoding, hidehost, privacy
 from oci_hooks.record.hidetext import LEFT_OUT
 from oci_hooks.record.hidewords import READS
+from oci_hooks.record.summary import Summary
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,23 +35,6 @@ NEWEST = 20
 VARIABLES = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONHOME", "PYTHONPATH")
 # Programs that are asked for their version: those that start hooks, and say it without doing anything.
 RUNTIMES = ("runc", "crun", "youki", "kata-agent", "kata-runtime", "containerd-shim-kata-v2")
-
-
-class Summary(Record):
-    """What a recording has of a run besides its steps.
-
-    program: the executable's name; container: its id, "" where not known; arguments: the command line, by name; code:
-    the exit code; seconds: how long it took; error: an exception that nobody foresaw; full: nothing is left out.
-    """
-
-    program: str
-    container: str
-    arguments: dict[str, Any]
-    code: int
-    seconds: float
-    findings: list[Finding]
-    error: Exception | None
-    full: bool
 
 
 def keep_record(run: Summary, notes: list[Note]) -> list[Finding]:

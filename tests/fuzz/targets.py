@@ -22,11 +22,11 @@ from oci_hooks.findings import Finding, HookError, InputError
 from oci_hooks.guest import claims, request, undo_log
 from oci_hooks.guest.apply import bpf, cgroup, device_list
 from oci_hooks.guest.apply.permission import parse_grant
+from oci_hooks.guest.undo_log import parse_instance
 from oci_hooks.host.hypervisor import read_clh, read_qemu
 from oci_hooks.host.kata import config as kata_config
 from oci_hooks.json_input import parse_json
 from oci_hooks.linux import mounts, netlink, openers, pci, usage
-from oci_hooks.linux.instances import parse_instance
 from oci_hooks.linux.processes import Process
 from oci_hooks.record import encoding, hidehost, privacy
 from oci_hooks.record import reader as record_reader

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.findings import Finding, StepError
+from oci_hooks.guest.access import load_what_follows
 from oci_hooks.guest.apply import drivers, permission, sysfs_writer
 from oci_hooks.guest.apply.permission import Grant, Widening
 from oci_hooks.guest.plan import Rebind
@@ -58,7 +59,7 @@ def bind(machine: Machine, journal: Journal, *rebinds: Rebind, seconds: float = 
     """Bind, and return what was said of it: on this machine it fails."""
     rebinds = tuple(rebind.replace(instance=identify(machine, rebind.address)) for rebind in rebinds or (NATIVE,))
     with pytest.raises(StepError) as caught:
-        drivers.bind_devices(machine.root, rebinds, journal, Deadline(seconds))
+        drivers.bind_devices(machine.root, rebinds, journal, Deadline(seconds), load_what_follows)
     (finding,) = caught.value.findings
     assert finding.hint
     return finding
@@ -107,7 +108,7 @@ def test_it_is_noted_before_anything_is_written(
 def test_nothing_is_written_where_it_can_not_be_noted(machine: Machine) -> None:
     journal = Journal(os.open("/dev/full", os.O_WRONLY), "/dev/full")
     with pytest.raises(OSError, match="No space"):
-        drivers.bind_devices(machine.root, (Rebind(NIC, "e1000e", ""),), journal, Deadline(10))
+        drivers.bind_devices(machine.root, (Rebind(NIC, "e1000e", ""),), journal, Deadline(10), load_what_follows)
     assert machine.read(f"{DEVICE}/driver_override") == "(null)\n"
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from oci_hooks import oci
 from oci_hooks.findings import Finding, HookError, Refusal
-from oci_hooks.guest import selection, session
+from oci_hooks.guest import binding, decision, selection, session
 from oci_hooks.guest.apply import drivers
 from oci_hooks.guest.claims import STATE_DIRECTORY, Claim, ClaimDirectory, Owner
 from oci_hooks.guest.request import read_request
@@ -91,7 +91,7 @@ def bind(machine: Machine, state: oci.State, run: Run | None = None) -> tuple[Ru
     run = run or make_run(machine)
     assert request is not None
     with pytest.raises(HookError) as caught:
-        session.bind(run, state, spec, request, GuestSettings())
+        binding.bind(run, state, spec, request, GuestSettings())
     return run, caught.value
 
 
@@ -124,7 +124,7 @@ def test_a_defect_puts_everything_back_and_tells_what_could_not_be(
     request = read_request(state, spec)
     assert request is not None
     with pytest.raises(ZeroDivisionError):
-        session.bind(run, state, spec, request, GuestSettings())
+        binding.bind(run, state, spec, request, GuestSettings())
     assert [finding.code for finding in run.findings] == ["restore-failed"]
     assert list_claims(machine) == []
 
@@ -192,11 +192,11 @@ def test_no_container_is_ended_that_is_none(machine: Machine, monkeypatch: pytes
     """0 is the hook's own process group, 1 this machine's init."""
     start_process(machine, pid, START)
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("killed"))
-    session.end_container(machine.root, make_state(pid=pid))
+    binding.end_container(machine.root, make_state(pid=pid))
 
 
 def test_what_is_waited_for_leaves_time_to_bind_it() -> None:
-    assert session.wait(cast(Any, None), Deadline(session.BIND_SECONDS / 2)) == ""
+    assert decision.wait(cast(Any, None), Deadline(decision.BIND_SECONDS / 2)) == ""
 
 
 def test_only_the_first_signal_to_end_is_heard() -> None:
@@ -256,7 +256,7 @@ def test_a_release_puts_back_and_is_done_twice(machine: Machine, directory: Clai
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "e1000e", "before"))
     end_process(machine)
     for _ in range(2):
-        assert session.release(machine.root, make_state(), Deadline(5)) == []
+        assert binding.release(machine.root, make_state(), Deadline(5)) == []
         assert list_claims(machine) == []
         assert machine.read(f"{DEVICE}/driver_override").startswith("before\n")
 
@@ -271,7 +271,7 @@ def test_a_release_has_the_time_that_the_settings_give(
     if text:
         machine.write("/etc/oci-vfio-hooks/guest.toml", text)
     deadline = Deadline(5)
-    assert session.release(machine.root, make_state(), deadline) == []
+    assert binding.release(machine.root, make_state(), deadline) == []
     assert (deadline.seconds, list_claims(machine)) == (seconds, [])
 
 
@@ -282,7 +282,7 @@ def test_a_release_that_is_stuck_keeps_the_claim(machine: Machine, directory: Cl
     os.mkfifo(unbind)
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "igb", ""))
     end_process(machine)
-    (finding,) = session.release(machine.root, make_state(), Deadline(0.2))
+    (finding,) = binding.release(machine.root, make_state(), Deadline(0.2))
     assert finding.code == "unbind-blocked"
     assert list_claims(machine) == ["c1"]
 
@@ -323,7 +323,7 @@ import json, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from oci_hooks import oci
 from oci_hooks.guest.apply import drivers
-from oci_hooks.guest import session
+from oci_hooks.guest import binding
 from oci_hooks.guest import selection
 from oci_hooks.program import Arguments, Run
 from oci_hooks.system import Deadline
@@ -336,7 +336,7 @@ state = oci.State("c1", "/nowhere", {INIT}, "created", {{oci.DEVICES_ANNOTATION:
 spec = oci.make_spec({{}}, "config.json")
 run = Run("x", Arguments(), Deadline(20), root)
 try:
-    session.bind(run, state, spec, read_request(state, spec), GuestSettings())
+    binding.bind(run, state, spec, read_request(state, spec), GuestSettings())
 except HookError as error:
     print(json.dumps([finding.as_dict() for finding in error.findings]))
 """
@@ -371,7 +371,7 @@ def test_a_killed_hook_is_repaired_by_the_next(machine: Machine, hook: subproces
     os.close(os.open(machine.place("/sys/bus/pci/drivers/e1000e/unbind"), os.O_RDONLY | os.O_NONBLOCK))
     time.sleep(0.3)
     end_process(machine)
-    assert session.release(machine.root, make_state(), Deadline(5)) == []
+    assert binding.release(machine.root, make_state(), Deadline(5)) == []
     assert list_claims(machine) == []
     assert machine.read(f"{DEVICE}/driver_override").startswith("\n")
 
@@ -403,9 +403,9 @@ def choose(
     request = read_request(state, spec)
     assert request is not None
     settings = GuestSettings(allow_noiommu=allowed)
-    work = session.Work(make_run(machine), state, spec, request, settings, ClaimDirectory("/nowhere"), OWNER)
+    work = session.Session(make_run(machine), state, spec, request, settings, ClaimDirectory("/nowhere"), OWNER)
     held = [Claim(f"/nowhere/claims/{owner}", owner, 1, 1, (f"noiommu:{BOUND}",), (), True, False)] if owner else []
-    return [choice.group.name for choice in session.choose(work, held)]
+    return [choice.group.name for choice in decision.choose(work, held)]
 
 
 @pytest.mark.parametrize("path", ["/dev/vfio/noiommu-5", "/dev/vfio/12"])

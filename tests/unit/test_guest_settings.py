@@ -9,8 +9,7 @@ import pytest
 
 from oci_hooks import plain_toml
 from oci_hooks.findings import InputError
-from oci_hooks.guest.plan import NodeOwner
-from oci_hooks.guest.settings import GUEST_SETTINGS, NEVER, GuestSettings, read_guest_settings
+from oci_hooks.guest.settings import GUEST_SETTINGS, NEVER, GuestSettings, NodeOwner, read_guest_settings
 from oci_hooks.system import Root
 
 pytestmark = pytest.mark.unit

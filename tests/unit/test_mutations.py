@@ -22,7 +22,7 @@ MOUNT_BY_STAT = 'number = f"{os.major(os.fstat(dev).st_dev)}:{os.minor(os.fstat(
 MUTATIONS = [
     (
         "rollback",
-        "guest/session",
+        "guest/binding",
         "findings = take_back(work, journal)",
         "findings: list[Finding] = []",
         "test_binding.py",
@@ -244,14 +244,14 @@ MUTATIONS = [
     ),
     (
         "permission ends with the claim",
-        "guest/session",
+        "guest/binding",
         "findings = permits.revoke_claim(directory, claim)",
         "findings: list[Finding] = []",
         "test_permits.py",
     ),
     (
         "who keeps permission keeps the device",
-        "guest/session",
+        "guest/binding",
         "if not is_unfinished(findings):\n            findings += apply.undo(root, claim",
         "if True:\n            findings += apply.undo(root, claim",
         "test_permits.py",
@@ -286,7 +286,7 @@ MUTATIONS = [
     ),
     (
         "dead numbers, before",
-        "guest/session",
+        "guest/binding",
         "permits.revoke_dead(work.directory, claims, but=own_path(work))",
         "pass",
         "test_permits.py",

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from oci_hooks.findings import StepError
-from oci_hooks.guest import session
+from oci_hooks.guest import binding
 from oci_hooks.guest.apply import container_dev, nodes
 from oci_hooks.guest.apply.nodes import Target
 from oci_hooks.guest.plan import MapEntry, Node, Plan
@@ -549,7 +549,7 @@ def test_the_root_file_system_is_found(tmp_path: Path, root: str, state_root: st
     (tmp_path / "b/link").symlink_to(tmp_path / "r")
     state = State("c1", f"{tmp_path}/b", 7, "", {}, state_root.format(top=tmp_path))
     spec = make_spec({"root": {"path": root.format(top=tmp_path)}} if root else {}, "config.json")
-    assert session.find_rootfs(state, spec) == f"{os.path.realpath(tmp_path)}/{found}"
+    assert binding.find_rootfs(state, spec) == f"{os.path.realpath(tmp_path)}/{found}"
 
 
 def test_the_tree_of_a_process_is_reached_through_proc(tree: Tree) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from oci_hooks import oci
 from oci_hooks.findings import Finding, Refusal, StepError
-from oci_hooks.guest import homes, session, undo_log
+from oci_hooks.guest import binding, homes, undo_log
 from oci_hooks.guest.apply import sysfs_writer
 from oci_hooks.guest.claims import STATE_DIRECTORY, ClaimDirectory, Owner
 from oci_hooks.guest.homes import Home, find_home, is_occupied
@@ -33,7 +33,7 @@ LIST = "/sys/fs/cgroup/devices/c7"
 def release(machine: Machine, container: str = "c1", bundle: str = "/nowhere") -> list[Finding]:
     """Release as at the poststop of a container."""
     state = oci.State(container, bundle, 0, "stopped", {})
-    return session.release(machine.root, state, Deadline(5))
+    return binding.release(machine.root, state, Deadline(5))
 
 
 def refuse(machine: Machine, **of: str) -> Finding:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.findings import StepError
-from oci_hooks.guest import homes, permits, session
+from oci_hooks.guest import binding, homes, permits, recovery
 from oci_hooks.guest.apply import device_filter, device_list, drivers, permission
 from oci_hooks.guest.apply.cgroup import Cgroup, Node
 from oci_hooks.guest.claims import Claim, ClaimDirectory, Owner
@@ -228,7 +228,7 @@ def test_without_the_lock_nothing_is_taken_back_and_the_claim_stays(claims: Clai
     journal = claims.reopen_journal(read(claims, path))
     assert journal is not None
     (finding,) = permits.take_back(claims, journal, read(claims, path).entries, Deadline(0.1))
-    assert (finding.code, session.is_unfinished([finding]), lists.read(POD)) == ("permission-left", True, before)
+    assert (finding.code, recovery.is_unfinished([finding]), lists.read(POD)) == ("permission-left", True, before)
     os.close(lock)
 
 
@@ -239,7 +239,7 @@ def test_it_is_revoked_whether_the_init_lives_or_not(machine: Machine, claims: C
     before = lists.read(f"{POD}/c1")
     start(claims, "c1", CONTROL, GROUP)
     machine.place("/proc/7/stat").unlink()
-    assert session.release(machine.root, make_state(), Deadline(5)) == []
+    assert binding.release(machine.root, make_state(), Deadline(5)) == []
     assert lists.read(f"{POD}/c1") == before
 
 
@@ -258,7 +258,7 @@ def test_what_can_not_be_revoked_while_processes_are_left_keeps_the_claim(
     for path in ("/inner", "/inner/most"):
         lists.make(f"{POD}/c1{path}")
     machine.write(f"{POD}/c1{inner}/cgroup.procs", "31\n41\n")
-    (finding,) = session.release(machine.root, make_state(), Deadline(5))
+    (finding,) = binding.release(machine.root, make_state(), Deadline(5))
     assert (finding.level, finding.code, finding.subject) == ("error", "permission-left", f"{POD}/c1")
     assert "processes 31 41 of this cgroup keep the permission for 243:0" in finding.problem
     assert finding.hint.startswith("end them with: kill -9 31 41")
@@ -267,7 +267,7 @@ def test_what_can_not_be_revoked_while_processes_are_left_keeps_the_claim(
     assert os.listdir(f"{claims.path}/claims") == ["c1"]
     # With no process left it is worth a word, and no more.
     machine.write(f"{POD}/c1{inner}/cgroup.procs", "")
-    findings = session.release(machine.root, make_state(), Deadline(5))
+    findings = binding.release(machine.root, make_state(), Deadline(5))
     assert findings[0].code == "undo-failed"
     assert "no process is left to use it" in findings[0].problem
     assert os.listdir(f"{claims.path}/claims") == []
@@ -282,7 +282,7 @@ def test_what_was_not_looked_through_may_hold_a_process(
     lists.make(f"{POD}/c1/inner")
     machine.write(f"{POD}/c1/inner/cgroup.procs")
     monkeypatch.setattr(homes, "MOST_DIRECTORIES", 1)
-    (finding,) = session.release(machine.root, make_state(), Deadline(5))
+    (finding,) = binding.release(machine.root, make_state(), Deadline(5))
     assert finding.code == "permission-left"
     assert os.listdir(f"{claims.path}/claims") == ["c1"]
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from oci_hooks.findings import Refusal
-from oci_hooks.guest.plan import MapEntry, NodeOwner, Plan, PlanOptions, Rebind, list_actions, make_plan
+from oci_hooks.guest.plan import MapEntry, Plan, PlanOptions, Rebind, list_actions, make_plan
 from oci_hooks.guest.selection import Choice
+from oci_hooks.guest.settings import NodeOwner
 from oci_hooks.linux.instances import Instance
 from oci_hooks.linux.pci import PCI_DEVICES
 from oci_hooks.oci import Spec, make_spec

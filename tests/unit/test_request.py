@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from oci_hooks import oci
 from oci_hooks.findings import EXIT_BAD_INPUT, InputError
-from oci_hooks.guest.request import Request, Selector, normalize_address, parse_map, parse_selector, read_request
+from oci_hooks.guest.request import Request, Selector, parse_map, parse_selector, read_request
+from oci_hooks.linux.pci import normalize_address
 
 pytestmark = pytest.mark.unit
 

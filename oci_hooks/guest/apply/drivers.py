@@ -4,7 +4,6 @@
 Before each change, what undoes it goes to the journal. Undoing reads nothing but the journal, so that it is the same
 after a failure, at poststop, and in the next hook after a kill. Every undo may be done twice.
 
-What comes after binding is imported inside the functions: `load_what_follows` does it while the kernel binds.
 """
 
 from __future__ import annotations
@@ -13,20 +12,17 @@ import errno
 import os
 
 from oci_hooks.findings import Finding, StepError
-from oci_hooks.frozen import Record
 from oci_hooks.guest.apply.sysfs_writer import Job, Result, Write, run_jobs
 from oci_hooks.guest.plan import DRIVER, Rebind
+from oci_hooks.guest.undo_log import parse_instance
 from oci_hooks.linux import pci
-from oci_hooks.linux.instances import GONE, parse_instance, read_instance
+from oci_hooks.linux.instances import GONE, read_instance
 from oci_hooks.system import step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-    from oci_hooks.guest.apply import cgroup
-    from oci_hooks.guest.apply.nodes import Target
-    from oci_hooks.guest.claims import ClaimDirectory
     from oci_hooks.guest.undo_log import Entry, Journal
     from oci_hooks.linux.instances import Instance
     from oci_hooks.system import Deadline, Root
@@ -38,30 +34,20 @@ UNFINISHED = ("unbind-blocked", "restore-unstarted", "permission-left")
 # Drivers -------------------------------------------------------------------------------------------------------------
 
 
-def bind_devices(root: Root, rebinds: Iterable[Rebind], journal: Journal, deadline: Deadline) -> None:
-    """Bind PCI functions to vfio-pci, side by side, and read back that they are. Raises StepError."""
+def bind_devices(
+    root: Root, rebinds: Iterable[Rebind], journal: Journal, deadline: Deadline, meanwhile: Callable[[], None]
+) -> None:
+    """Bind PCI functions to vfio-pci, side by side, and read back that they are. Raises StepError.
+
+    meanwhile: is called while the kernel binds.
+    """
     rebinds = tuple(rebinds)
     for rebind in rebinds:
         identity = rebind.instance.as_dict().values()
         journal.note("device", rebind.address, rebind.driver, rebind.override, *identity)
     jobs = [make_job(root, rebind.address, rebind.instance, make_bind_writes(root, rebind)) for rebind in rebinds]
-    for rebind, result in zip(rebinds, root.do(run_jobs, jobs, deadline, (), load_what_follows)):
+    for rebind, result in zip(rebinds, root.do(run_jobs, jobs, deadline, (), meanwhile)):
         check_bound(root, rebind, result, deadline)
-
-
-def load_what_follows() -> None:
-    """Import what making and permitting nodes needs; ctypes, for bpf(2), is the dearest import of a whole run."""
-    import ctypes  # noqa: F401
-
-    from oci_hooks.guest import permits  # noqa: F401
-    from oci_hooks.guest.apply import (
-        bpf,  # noqa: F401
-        cgroup,  # noqa: F401
-        container_dev,  # noqa: F401
-        device_filter,  # noqa: F401
-        nodes,  # noqa: F401
-        proof,  # noqa: F401
-    )
 
 
 def make_job(root: Root, address: str, instance: Instance, writes: Iterable[Write]) -> Job:
@@ -149,64 +135,6 @@ def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
 
 
 # Permission ----------------------------------------------------------------------------------------------------------
-
-
-class Permission(Record):
-    """How to permit. widens_parents: see `plan_grant`; expects_user: the container may have its groups open."""
-
-    widens_parents: bool
-    expects_user: bool
-
-
-def grant_nodes(
-    root: Root,
-    made: tuple[cgroup.Node, ...],
-    target: Target,
-    how: Permission,
-    claims: ClaimDirectory,
-    journal: Journal,
-    deadline: Deadline,
-) -> None:
-    """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
-    from oci_hooks.guest import permits
-    from oci_hooks.guest.apply import cgroup, container_dev, permission, proof
-
-    reused = permits.take_numbers(claims, made, journal, deadline)
-    place = cgroup.find_cgroup(root, target.pid)
-    directory = root.do(container_dev.open_dev, target.pid, target.rootfs)
-    try:
-        proofs = proof.prove(root, place, directory, made, deadline)
-        denied = [proof.node for proof in proofs if proof.is_denied]
-        if denied:
-            opened = None
-            if permission.is_open_list(root, place):
-                opened = proof.find_access(root, place.replace(unified=""), directory, denied, deadline)
-            permits.give(claims, place, denied, how.widens_parents, opened, journal, deadline)
-            proofs = proof.prove(root, place, directory, made, deadline)
-    finally:
-        os.close(directory)
-    # A group opens once at a time, and the device cgroup is asked before.
-    expects_user = how.expects_user and not reused
-    checked = [proof for proof in proofs if proof.error != errno.EBUSY or not expects_user]
-    check_proofs(root, place, tuple(checked))
-
-
-def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProof, ...]) -> None:
-    """Raise StepError where a node did not open, or its group is not viable."""
-    from oci_hooks.guest.apply import permission
-
-    if any(proof.is_denied for proof in proofs):
-        raise permission.explain_denial(root, place, proofs)
-    for proof in proofs:
-        path = f"/dev/{proof.node.name}"
-        if proof.error == errno.EBUSY:
-            raise StepError("group-busy", path, "another process has it open", f"find it with: fuser -v {path}")
-        if proof.error:
-            hint = "a node on a file system that is mounted nodev can't be opened"
-            raise StepError("not-openable", path, f"does not open: {os.strerror(proof.error)}", hint)
-        if not proof.is_viable:
-            problem = "is not viable: a device of the group is bound to another driver"
-            raise StepError("group-not-viable", path, problem, "see the group's devices in /sys/kernel/iommu_groups")
 
 
 # Undoing -------------------------------------------------------------------------------------------------------------

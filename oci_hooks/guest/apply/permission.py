@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
     from oci_hooks.guest.apply.bpf import Numbers
-    from oci_hooks.guest.claims import Claim
     from oci_hooks.guest.undo_log import Entry
     from oci_hooks.system import Root
 
@@ -130,11 +129,6 @@ def list_numbers(entries: Iterable[Entry]) -> set[Numbers]:
                 continue
             found = found.difference(numbers) if entry.kind == "revoked" else found.union(numbers)
     return {numbers for numbers in found if numbers[0] != MISC_MAJOR}
-
-
-def read_grants(claims: Iterable[Claim]) -> tuple[Grant, ...]:
-    """Return what some claims permit."""
-    return tuple(grant for claim in claims for grant in list_grants(claim.entries))
 
 
 # Permitting -----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from oci_hooks.host.kata.model import Reading
     from oci_hooks.system import Root
 
+
 GO_DEFAULTS = (
     "/etc/kata-containers/configuration.toml",
     "/usr/share/defaults/kata-containers/configuration.toml",
@@ -31,6 +32,7 @@ RS_DEFAULTS = (
 )
 # The release whose readers ours follow.
 RELEASE = "4.1"
+RELEASE_MAJOR = int(RELEASE.partition(".")[0])
 
 
 class Place(Record):

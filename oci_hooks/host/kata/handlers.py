@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from oci_hooks.frozen import Record
 from oci_hooks.json_input import is_name
+from oci_hooks.system import DOCKER_CONFIG
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ CONTAINERD_CONFIGS = (
 CRI_PLUGINS = ("io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri", "cri")
 CRIO_CONFIG = "/etc/crio/crio.conf"
 CRIO_DROP_INS = "/etc/crio/crio.conf.d"
-DOCKER_CONFIG = "/etc/docker/daemon.json"
 # containerd refuses a cycle of imports; here a chain simply ends.
 MOST_IMPORTS = 50
 

@@ -13,13 +13,12 @@ from oci_hooks.host.kata.config import KataConfig, Place, find_default_places, l
 from oci_hooks.json_input import is_name
 from oci_hooks.linux.processes import read_environment
 from oci_hooks.oci import CONFIG_PATH_ANNOTATION
+from oci_hooks.system import VERSION_FILES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.host.runtime import Asker
     from oci_hooks.system import Root
-
-VERSION_FILES = ("/opt/kata/VERSION",)
 
 
 class Found(Record):

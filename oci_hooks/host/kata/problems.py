@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from oci_hooks.findings import Finding
-from oci_hooks.host.kata.config import RELEASE
+from oci_hooks.host.kata.config import RELEASE, RELEASE_MAJOR
 from oci_hooks.host.kata.go_checks import BOTH_PORTS
 from oci_hooks.host.kata.rust_checks import BOTH_KINDS
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 # Of one kind, in one configuration; who mends them one by one sees the rest.
 MOST_PROBLEMS = 3
-RELEASE_MAJOR = int(RELEASE.partition(".")[0])
 
 
 def check_refused(view: KataView, config: KataConfig) -> tuple[Finding, ...]:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 
 from oci_hooks.frozen import Record
+from oci_hooks.host.kata.config import RELEASE_MAJOR
 from oci_hooks.host.kata.lookup import read_major
-from oci_hooks.host.kata.problems import RELEASE_MAJOR
 from oci_hooks.oci import DEVICES_ANNOTATION, MAP_ANNOTATION
 from oci_hooks.system import tagged
 

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bind and release: the steps that need the claims, in their order.
+
+The machine-wide lock is held while it is decided who gets what, and while stale claims are put back; not while devices
+are bound. From then on the container's own journal is locked, until the hook ends in whatever way.
+"""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks.findings import Finding, HookError, InputError, Refusal
+from oci_hooks.guest import access, ownership, plan
+from oci_hooks.guest.apply import drivers
+from oci_hooks.guest.apply.modprobe import load_drivers
+from oci_hooks.guest.claims import ClaimDirectory, Owner, read_start_time
+from oci_hooks.guest.decision import wait_for_claim, wait_for_hook
+from oci_hooks.guest.id_mapping import find_mappings
+from oci_hooks.guest.recovery import UNDO_SECONDS, put_back, take_back
+from oci_hooks.guest.session import Session
+from oci_hooks.guest.signals import interruptible, reset_signals
+from oci_hooks.system import Deadline, tagged
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.guest.request import Request
+    from oci_hooks.guest.settings import GuestSettings
+    from oci_hooks.guest.undo_log import Journal
+    from oci_hooks.oci import Spec, State
+    from oci_hooks.program import Run
+    from oci_hooks.system import Root
+
+
+def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
+    """Give a container the groups that it asks for. Raises HookError with everything put back."""
+    reset_signals()
+    root = run.root
+    start = read_start_time(root, state.pid) if state.pid else 0
+    if not start:
+        hint = "the hook belongs under createRuntime (or prestart), while the container is being created"
+        raise Refusal("no-process", f"process {state.pid}", "the container's init is not running", hint)
+    owner = Owner(state.id, state.pid, start, state.bundle)
+    directory = ClaimDirectory(root=root)
+    directory.prepare()
+    session = Session(run, state, find_mappings(root, state, spec), request, settings, directory, owner)
+    journal, wanted = wait_for_claim(session)
+    try:
+        with interruptible():
+            carry_out(session, wanted, journal)
+    except BaseException as error:
+        findings = take_back(session, journal)
+        if isinstance(error, HookError):
+            # What could not be done often can't be undone either, for the same reason: said once.
+            error.findings += tuple(finding for finding in findings if finding not in error.findings)
+        else:
+            session.run.findings.extend(findings)
+        raise
+    finally:
+        journal.close()
+
+
+def carry_out(session: Session, wanted: plan.Plan, journal: Journal) -> None:
+    """Do what the plan says, each step noted in the journal before it is done. Raises HookError."""
+    root, deadline = session.root, session.run.deadline
+    rootfs = root.do(find_rootfs, session.state, session.spec)
+    load_drivers(root, deadline)
+    drivers.bind_devices(root, wanted.rebinds, journal, deadline, access.load_what_follows)
+    from oci_hooks.guest.apply import nodes
+
+    target = nodes.Target(session.state.pid, rootfs)
+    made = nodes.expose_nodes(root, wanted, target, journal)
+    permission = access.Permission(session.settings.widen_parent_cgroups, expects_user=journal.kept > 0)
+    access.grant_nodes(root, made, target, permission, session.directory, journal, deadline)
+    journal.note("done")
+
+
+@tagged("find-rootfs")
+def find_rootfs(state: State, spec: Spec) -> str:
+    """Return the real path of the container's root file system, as the runtime sees it.
+
+    The path to it is the runtime's, so its links are followed here, once; none may be left when it is descended.
+    """
+    path = spec.root_path or state.root or "rootfs"
+    return os.path.realpath(os.path.join(state.bundle, path))
+
+
+def release(root: Root, state: State, deadline: Deadline, settings: str = "") -> list[Finding]:
+    """Put back what a container's claim notes and return what went wrong; nothing to do without a claim.
+
+    settings: path of the file, if named on the command line.
+    """
+    directory = ClaimDirectory(root=root)
+    path = directory.journal_path(state.id)
+    reset_signals()
+    extend_deadline(root, deadline, settings)
+    directory.prepare()
+    while True:
+        lock = directory.lock(deadline)
+        try:
+            claim = directory.read_claim(path)
+            if claim is None:
+                return []
+            ownership.check_release(root, state, claim)
+            if not claim.at_work:
+                findings = put_back(root, claim, max(deadline.remaining(), UNDO_SECONDS), lock)
+                if findings is not None:
+                    return findings
+        finally:
+            os.close(lock)
+        root.do(wait_for_hook, claim, deadline)
+
+
+def extend_deadline(root: Root, deadline: Deadline, settings: str) -> None:
+    """Give a release the time that the settings give to the hook."""
+    from oci_hooks.guest.settings import read_guest_settings
+
+    try:
+        deadline.extend(read_guest_settings(root, settings).deadline)
+    except InputError:
+        # Told to who starts a container. What has to be put back is the same without it.
+        return
+
+
+# Deciding ------------------------------------------------------------------------------------------------------------
+
+
+# Putting back --------------------------------------------------------------------------------------------------------
+
+
+def end_container(root: Root, state: State) -> None:
+    """Kill a container's init, so that nothing runs without the devices it was promised (on_failure = "kill")."""
+    # Never this machine's init, nor a process group.
+    if state.pid > 1 and read_start_time(root, state.pid):
+        root.do(os.kill, state.pid, 9)
+
+
+# Showing -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dry run prints: the plan of the hook, or what a release would put back."""
+
+from __future__ import annotations
+
+from oci_hooks.findings import make_one_line
+from oci_hooks.guest import ownership, plan
+from oci_hooks.guest.claims import ClaimDirectory, Owner
+from oci_hooks.guest.decision import choose, make_options
+from oci_hooks.guest.id_mapping import find_mappings
+from oci_hooks.guest.session import Session
+from oci_hooks.guest.undo_log import HEADS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.guest.request import Request
+    from oci_hooks.guest.settings import GuestSettings
+    from oci_hooks.oci import Spec, State
+    from oci_hooks.program import Run
+
+
+def print_plan(run: Run, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
+    """Print what would be done, and do nothing. Raises HookError as the real run would, without waiting."""
+    root = run.root
+    directory = ClaimDirectory(root=root)
+    owner = Owner(state.id, state.pid, 0, state.bundle)
+    session = Session(run, state, find_mappings(root, state, spec), request, settings, directory, owner)
+    claims = [claim for claim in directory.read_claims() if not claim.is_stale(root)]
+    for claim in claims:
+        if claim.path == session.claim_path:
+            ownership.check_readable(claim)
+    wanted = plan.make_plan(root, choose(session, claims), session.spec, make_options(session))
+    root.note("plan", wanted)
+    print_actions(run, plan.list_actions(wanted))
+
+
+def print_release(run: Run, state: State) -> None:
+    """Print what a release would put back, and do nothing."""
+    directory = ClaimDirectory(root=run.root)
+    claim = directory.read_claim(directory.journal_path(state.id))
+    if claim:
+        ownership.check_readable(claim)
+    entries = [entry for entry in reversed(claim.entries) if entry.kind not in HEADS] if claim else []
+    # Of a device, three words are for a reader; the others tell it from the next one at its address.
+    actions = [(entry.kind, entry.words[:3] if entry.kind == "device" else entry.words) for entry in entries]
+    print_actions(run, [("undo", kind, " ".join(words)) for kind, words in actions])
+
+
+def print_actions(run: Run, actions: list[tuple[str, str, str]]) -> None:
+    """Print a plan, or keep it for --json. actions: (what, on what, how), in order."""
+    from oci_hooks.log import write_stdout
+
+    if run.arguments.json:
+        run.plan.extend({"action": what, "subject": subject, "detail": how} for what, subject, how in actions)
+        return
+    # Some of the words are a tenant's, and a person's terminal reads them.
+    write_stdout("".join(f"{make_one_line(f'{what} {subject}: {how}')}\n" for what, subject, how in actions))

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Locks of files, waited for until a deadline."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+
+from oci_hooks.findings import Refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.system import Deadline
+
+# How long after an alarm that went unheard the next one comes.
+RING_SECONDS = 0.1
+
+
+def try_lock(fd: int) -> bool:
+    """Take a file's lock if it is free, and tell whether it was."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def take_lock(fd: int, deadline: Deadline, path: str) -> None:
+    """Take a file's lock, waiting for it until the deadline. path: its name. Raises Refusal [lock-timeout]."""
+    if try_lock(fd):
+        return
+    try:
+        with alarm(deadline):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+    except TimeoutError:
+        hint = f"see which process holds it: fuser -v {path}"
+        raise Refusal("lock-timeout", path, "is held by another hook", hint) from None
+
+
+class alarm:  # noqa: N801 - reads as a statement
+    """Raise TimeoutError out of a blocking system call at the deadline.
+
+    It rings until it is heard: a signal between Python's last look and the system call itself does not end that.
+    """
+
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline = deadline
+
+    def __enter__(self) -> None:
+        import signal
+
+        signal.signal(signal.SIGALRM, self.ring)
+        signal.setitimer(signal.ITIMER_REAL, max(self.deadline.remaining(), 0.001), RING_SECONDS)
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @staticmethod
+    def ring(*_: object) -> None:
+        """Handle SIGALRM."""
+        import signal
+
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise TimeoutError

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put back what killed hooks, ended containers and a failed run left: undo, then remove the claim."""
+
+from __future__ import annotations
+
+import os
+
+from oci_hooks.findings import Finding
+from oci_hooks.guest import ownership
+from oci_hooks.guest.apply import drivers
+from oci_hooks.guest.claims import Claim, ClaimDirectory
+from oci_hooks.guest.session import Session
+from oci_hooks.system import Deadline, tagged
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.guest.undo_log import Journal
+    from oci_hooks.system import Root
+
+# Putting back has to be possible when all of the deadline was used up on the way there.
+# Kata's agent kills a hook after 10 s, and a deadline of 8 s and an interpreter's start come before.
+UNDO_SECONDS = 1.5
+
+
+def repair(session: Session, claims: list[Claim], lock: int) -> list[Claim]:
+    """Put back what killed hooks and ended containers left, and return the claims that hold.
+
+    One that could not be put back holds too: its devices are not to be had.
+    """
+    held = []
+    for claim in claims:
+        if claim.problem and claim.path != session.claim_path:
+            warning = ownership.warn_unreadable(claim)
+            # Once, however often it is looked again.
+            session.run.findings.extend([warning] if warning not in session.run.findings else [])
+        if not ownership.is_over(session.root, claim, session.claim_path, session.owner.pid):
+            held.append(claim)
+            continue
+        # It is not this container's fault, and may not be in its way: nor may it take all of the time.
+        findings = put_back(session.root, claim, session.run.deadline.remaining() / 2, lock)
+        for finding in findings or ():
+            session.run.report(finding.replace(level="warning"))
+        if findings is None or is_unfinished(findings):
+            held.append(claim)
+    return held
+
+
+def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Finding] | None:
+    """Undo a claim that no hook is at work on, and remove it. Call it with the machine-wide lock held.
+
+    seconds: how long that may take. None where somebody has the journal, or it is gone.
+    """
+    from oci_hooks.guest import permits
+
+    directory = ClaimDirectory(root=root)
+    journal = directory.reopen_journal(claim)
+    if journal is None:
+        return None
+    try:
+        # A child that hangs must keep the journal's lock, and let go of the machine's.
+        pid = claim.pid if claim.is_alive(root) else 0
+        findings = permits.revoke_claim(directory, claim)
+        # What keeps its permission keeps its device, whose numbers nobody else gets then.
+        if not is_unfinished(findings):
+            findings += drivers.undo(root, claim.entries, pid, Deadline(seconds), (lock,))
+        return root.do(end_claim, claim.path, findings)
+    finally:
+        journal.close()
+
+
+def take_back(session: Session, journal: Journal) -> list[Finding]:
+    """Undo what this run of the hook has done, and remove the claim."""
+    from oci_hooks.guest import permits
+
+    entries = session.directory.read_entries(journal)
+    deadline = Deadline(max(session.run.deadline.remaining(), UNDO_SECONDS))
+    findings = permits.take_back(session.directory, journal, entries, deadline)
+    if not is_unfinished(findings):
+        findings += drivers.undo(session.root, entries, session.state.pid, deadline)
+    if not journal.kept:
+        return session.root.do(end_claim, journal.path, findings)
+    if not is_unfinished(findings):
+        # The container has what an earlier run gave it, and may be using it.
+        session.root.do(os.ftruncate, journal.fd, journal.kept)
+    return findings
+
+
+@tagged("end-claim")
+def end_claim(path: str, findings: list[Finding]) -> list[Finding]:
+    """Remove a claim that was undone. One with a device that the kernel still holds stays, for the next hook."""
+    if not is_unfinished(findings) and os.path.lexists(path):
+        os.unlink(path)
+    return findings
+
+
+def is_unfinished(findings: list[Finding]) -> bool:
+    """Tell whether something is left to put back that can be put back later."""
+    return any(finding.code in drivers.UNFINISHED for finding in findings)
