@@ -65,6 +65,7 @@ GROUP_PREFIX = "/dev/vfio/"
 CDEV_PREFIX = "/dev/vfio/devices/"
 
 STATE_HINT = "the runtime writes it; by hand: the OCI runtime-spec's runtime.md says what it holds"
+BUNDLE_HINT = "the state's bundle must hold a config.json"
 CONFIG_HINT = "mend what wrote it: the OCI runtime-spec's config.md and config-linux.md say what it holds"
 # What Go's encoder writes for a byte that is not UTF-8.
 LOST_BYTE = "\ufffd"
@@ -193,11 +194,13 @@ def read_spec(root: Root, state: State) -> Spec:
         document = json_input.parse_json(data, path)
         return make_spec(document, path)
     except OSError as error:
-        problem: InputError | Mismatch = make_unreadable(path, error.strerror or str(error))
+        problem: InputError | Mismatch = InputError(
+            "bundle-unreadable", path, error.strerror or str(error), BUNDLE_HINT
+        )
         if error.errno != EFBIG:
             raise problem from None
     except MemoryError:
-        problem = make_unreadable(path, "does not fit into memory")
+        problem = InputError("bundle-unreadable", path, "does not fit into memory", BUNDLE_HINT)
     except (InputError, Mismatch) as error:
         problem = error
     from oci_hooks.traces import find_request, look_for_request
@@ -210,11 +213,6 @@ def read_spec(root: Root, state: State) -> Spec:
     if isinstance(problem, Mismatch):
         raise json_input.explain(document, problem, "config", path, "bad-config", CONFIG_HINT) from None
     raise problem from None
-
-
-def make_unreadable(path: str, problem: str) -> InputError:
-    """Return the error for a config.json that is not there or can't be read."""
-    return InputError("bundle-unreadable", path, problem, "the state's bundle must hold a config.json")
 
 
 def find_config(root: Root, state: State) -> str:

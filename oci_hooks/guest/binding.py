@@ -13,12 +13,13 @@ from oci_hooks.findings import Finding, HookError, InputError, Refusal
 from oci_hooks.guest import access, ownership, plan
 from oci_hooks.guest.apply import drivers
 from oci_hooks.guest.apply.modprobe import load_drivers
-from oci_hooks.guest.claims import ClaimDirectory, Owner, read_start_time
+from oci_hooks.guest.claims import ClaimDirectory, Owner
 from oci_hooks.guest.decision import wait_for_claim, wait_for_hook
 from oci_hooks.guest.id_mapping import find_mappings
 from oci_hooks.guest.recovery import UNDO_SECONDS, put_back, take_back
 from oci_hooks.guest.session import Session
 from oci_hooks.guest.signals import interruptible, reset_signals
+from oci_hooks.linux.processes import read_start_time
 from oci_hooks.system import Deadline, tagged
 
 TYPE_CHECKING = False
@@ -125,13 +126,6 @@ def extend_deadline(root: Root, deadline: Deadline, settings: str) -> None:
 
 
 # Putting back --------------------------------------------------------------------------------------------------------
-
-
-def end_container(root: Root, state: State) -> None:
-    """Kill a container's init, so that nothing runs without the devices it was promised (on_failure = "kill")."""
-    # Never this machine's init, nor a process group.
-    if state.pid > 1 and read_start_time(root, state.pid):
-        root.do(os.kill, state.pid, 9)
 
 
 # Showing -------------------------------------------------------------------------------------------------------------

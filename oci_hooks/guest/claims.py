@@ -19,7 +19,8 @@ from oci_hooks.frozen import Record
 from oci_hooks.guest.homes import Home, is_occupied
 from oci_hooks.guest.locks import take_lock, try_lock
 from oci_hooks.guest.undo_log import FORMAT, JOURNAL_LIMIT, OWNER, Entry, Journal, parse_journal, quote, unquote
-from oci_hooks.system import Descriptor, Root, step
+from oci_hooks.linux.processes import read_start_time
+from oci_hooks.system import Descriptor, Root, step, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,14 +76,6 @@ class Claim(Record):
     def is_alive(self, root: Root) -> bool:
         """Check whether the container's init still is the process that it was."""
         return self.start > 0 and read_start_time(root, self.pid) == self.start
-
-
-def read_start_time(root: Root, pid: int) -> int:
-    """Return when a process started, in clock ticks since boot; 0 where it is gone or a zombie (proc(5), stat)."""
-    # The name in parentheses may hold anything.
-    fields = root.read_text_or(f"/proc/{pid}/stat", "").rpartition(")")[2].split()
-    known = len(fields) > 19 and fields[19].isdecimal() and fields[0] not in ("Z", "X", "x")
-    return int(fields[19]) if known else 0
 
 
 class ClaimDirectory:
@@ -311,3 +304,10 @@ def list_owners(claims: list[Claim], but: str) -> Iterator[tuple[str, str]]:
         if claim.path != but:
             for group in claim.groups:
                 yield group, claim.container
+
+
+@tagged("remove-claim")
+def remove_claim(path: str) -> None:
+    """Remove a claim that was undone. Raises OSError."""
+    if os.path.lexists(path):
+        os.unlink(path)

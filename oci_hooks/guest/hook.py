@@ -89,7 +89,7 @@ def end_if_wanted(run: Run, state: State) -> None:
 
     Kata's agent ignores a hook's exit code, and would start it without its devices.
     """
-    from oci_hooks.guest.binding import end_container
+    from oci_hooks.guest.apply.kill import end_container
     from oci_hooks.guest.settings import read_guest_settings
 
     try:

@@ -28,7 +28,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from oci_hooks.guest.apply.bpf import Numbers
+    from oci_hooks.guest.apply.bpf_program import Numbers
     from oci_hooks.guest.apply.cgroup import Cgroup, Node
     from oci_hooks.guest.apply.permission import Grant
     from oci_hooks.guest.claims import Claim, ClaimDirectory

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import os
-
 from oci_hooks.findings import Finding
 from oci_hooks.guest import ownership
 from oci_hooks.guest.apply import drivers
-from oci_hooks.guest.claims import Claim, ClaimDirectory
+from oci_hooks.guest.claims import Claim, ClaimDirectory, remove_claim
 from oci_hooks.guest.session import Session
-from oci_hooks.system import Deadline, tagged
+from oci_hooks.system import Deadline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,7 +61,9 @@ def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Findin
         # What keeps its permission keeps its device, whose numbers nobody else gets then.
         if not is_unfinished(findings):
             findings += drivers.undo(root, claim.entries, pid, Deadline(seconds), (lock,))
-        return root.do(end_claim, claim.path, findings)
+        if not is_unfinished(findings):
+            root.do(remove_claim, claim.path)
+        return findings
     finally:
         journal.close()
 
@@ -77,19 +77,13 @@ def take_back(session: Session, journal: Journal) -> list[Finding]:
     findings = permits.take_back(session.directory, journal, entries, deadline)
     if not is_unfinished(findings):
         findings += drivers.undo(session.root, entries, session.state.pid, deadline)
+    if is_unfinished(findings):
+        return findings
     if not journal.kept:
-        return session.root.do(end_claim, journal.path, findings)
-    if not is_unfinished(findings):
+        session.root.do(remove_claim, journal.path)
+    else:
         # The container has what an earlier run gave it, and may be using it.
-        session.root.do(os.ftruncate, journal.fd, journal.kept)
-    return findings
-
-
-@tagged("end-claim")
-def end_claim(path: str, findings: list[Finding]) -> list[Finding]:
-    """Remove a claim that was undone. One with a device that the kernel still holds stays, for the next hook."""
-    if not is_unfinished(findings) and os.path.lexists(path):
-        os.unlink(path)
+        session.root.do(journal.forget_run)
     return findings
 
 

@@ -13,6 +13,7 @@ import os
 from oci_hooks.findings import StepError
 from oci_hooks.frozen import Record
 from oci_hooks.linux.instances import Instance
+from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ class Journal:
         if self.torn:
             # What the kernel does where there is room for a part of it.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
+
+    @tagged("forget-run")
+    def forget_run(self) -> None:
+        """Cut off what this run noted, which is undone; what an earlier run gave stays. Raises OSError."""
+        os.ftruncate(self.fd, self.kept)
 
     def close(self) -> None:
         """Close the file, which lets go of its lock."""

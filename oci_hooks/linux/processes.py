@@ -7,10 +7,12 @@ one process is busy for every other.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 
 from oci_hooks.frozen import Record
-from oci_hooks.system import tagged
+from oci_hooks.system import Root, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,8 +50,6 @@ def ask_kernel(root: Root, node: str) -> str:
 @tagged("group-status")
 def ask_group(path: str) -> str:
     """Return what the kernel says of the group whose node is at this path; words as in ask_kernel."""
-    import errno
-    import fcntl
     import struct
 
     words = {
@@ -181,3 +181,11 @@ def read_environment(root: Root, pid: int, name: str) -> str:
         if key == name:
             return value
     return ""
+
+
+def read_start_time(root: Root, pid: int) -> int:
+    """Return when a process started, in clock ticks since boot; 0 where it is gone or a zombie (proc(5), stat)."""
+    # The name in parentheses may hold anything.
+    fields = root.read_text_or(f"/proc/{pid}/stat", "").rpartition(")")[2].split()
+    known = len(fields) > 19 and fields[19].isdecimal() and fields[0] not in ("Z", "X", "x")
+    return int(fields[19]) if known else 0

@@ -20,13 +20,13 @@ import jsonschema
 from oci_hooks import json_input, oci, plain_toml, schema
 from oci_hooks.findings import Finding, HookError, InputError
 from oci_hooks.guest import claims, request, undo_log
-from oci_hooks.guest.apply import bpf, cgroup, device_list
+from oci_hooks.guest.apply import bpf_program, cgroup, device_list
 from oci_hooks.guest.apply.permission import parse_grant
 from oci_hooks.guest.undo_log import parse_instance
 from oci_hooks.host.hypervisor import read_clh, read_qemu
 from oci_hooks.host.kata import config as kata_config
 from oci_hooks.json_input import parse_json
-from oci_hooks.linux import mounts, netlink, openers, pci, usage
+from oci_hooks.linux import mounts, netlink, openers, pci, processes, usage
 from oci_hooks.linux.processes import Process
 from oci_hooks.record import encoding, hidehost, privacy
 from oci_hooks.record import reader as record_reader
@@ -279,7 +279,7 @@ def fuzz_proc(data: bytes) -> None:
     openers.find_consoles(root, {"char 4:68": "/sys/devices/x/tty/ttyS4"})
     for name in openers.list_mapped("/nonexistent", maps, {}):
         assert openers.RESOURCE in name
-    claims.read_start_time(root, 7)
+    processes.read_start_time(root, 7)
     try:
         cgroup.find_cgroup(root, 7)
     except HookError:
@@ -387,15 +387,15 @@ def fuzz_teller(data: bytes) -> None:
 def fuzz_program(data: bytes) -> None:
     """A dumped device program: with the prefix taken away and put before, it is what it was."""
     # The kernel's dump is one of whole instructions.
-    data = data[: len(data) // bpf.SIZE * bpf.SIZE]
-    plain = bpf.strip_prefix(data)
+    data = data[: len(data) // bpf_program.SIZE * bpf_program.SIZE]
+    plain = bpf_program.strip_prefix(data)
     nodes = [(511, 7), (10, 196)]
-    prefixed = bpf.make_prefix(nodes) + plain
-    assert sorted(bpf.read_prefix(prefixed)) == sorted(nodes)
-    assert bpf.strip_prefix(prefixed) == plain
+    prefixed = bpf_program.make_prefix(nodes) + plain
+    assert sorted(bpf_program.read_prefix(prefixed)) == sorted(nodes)
+    assert bpf_program.strip_prefix(prefixed) == plain
     try:
-        bpf.make_loadable(data)
-    except bpf.ProgramError:
+        bpf_program.make_loadable(data)
+    except bpf_program.ProgramError:
         return
 
 
@@ -459,7 +459,7 @@ SEEDS: dict[str, list[bytes]] = {
         b"00400000-00452000 r-xp 00000000 08:02 9 /usr/bin/x\n7f00-7f04 rw-s 0 00:05 7 /sys/devices/x/resource0\n\0"
         b"tty0 ttyS0\n\x007 (a) R 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 70 0\n"
     ],
-    "program": [bpf.make_prefix([(511, 7)]) + bpf.make_instruction(0x95)],
+    "program": [bpf_program.make_prefix([(511, 7)]) + bpf_program.make_instruction(0x95)],
     "record": [],
     "settings": [
         b'deadline=8.0\non_failure="kill"\nforce=["0000:01:00.0"]\n[auto]\nids=["8086"]\nnever=["id:1af4"]\n[node]\nmode=438\n',

@@ -19,7 +19,7 @@ import pytest
 from oci_hooks import oci
 from oci_hooks.findings import Finding, HookError, Refusal
 from oci_hooks.guest import binding, decision, selection, session
-from oci_hooks.guest.apply import drivers
+from oci_hooks.guest.apply import drivers, kill
 from oci_hooks.guest.claims import STATE_DIRECTORY, Claim, ClaimDirectory, Owner
 from oci_hooks.guest.request import read_request
 from oci_hooks.guest.settings import GuestSettings
@@ -192,7 +192,7 @@ def test_no_container_is_ended_that_is_none(machine: Machine, monkeypatch: pytes
     """0 is the hook's own process group, 1 this machine's init."""
     start_process(machine, pid, START)
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("killed"))
-    binding.end_container(machine.root, make_state(pid=pid))
+    kill.end_container(machine.root, make_state(pid=pid))
 
 
 def test_what_is_waited_for_leaves_time_to_bind_it() -> None:

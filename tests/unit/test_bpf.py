@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oci_hooks.guest.apply import bpf
+from oci_hooks.guest.apply import bpf, bpf_program
 
 pytestmark = pytest.mark.unit
 
@@ -122,7 +122,7 @@ def test_prefix_permits_its_nodes_and_leaves_the_rest(
     wanted: list[tuple[int, int]], program: bytes, kind: int, access: int, data: st.DataObject
 ) -> None:
     major, minor = data.draw(st.sampled_from(wanted) | st.tuples(numbers, numbers))
-    answer = run(bpf.make_prefix(wanted) + program, kind, access, major, minor)
+    answer = run(bpf_program.make_prefix(wanted) + program, kind, access, major, minor)
     if kind == CHAR and access in (0, READ, WRITE, READ | WRITE) and (major, minor) in wanted:
         assert answer == 1
     else:
@@ -150,58 +150,58 @@ def test_prefix_permits_its_nodes_and_leaves_the_rest(
     ],
 )
 def test_prefix_before_a_program_that_denies_all(kind: int, access: int, major: int, minor: int, answer: int) -> None:
-    assert run(bpf.make_prefix([(243, 0), (10, 196)]) + DENY, kind, access, major, minor) == answer
+    assert run(bpf_program.make_prefix([(243, 0), (10, 196)]) + DENY, kind, access, major, minor) == answer
 
 
 @given(nodes, st.sampled_from(PROGRAMS))
 def test_prefix_is_found_read_and_cut_off(wanted: list[tuple[int, int]], program: bytes) -> None:
-    code = bpf.make_prefix(wanted) + program
-    assert bpf.read_prefix(code) == sorted(set(wanted))
-    assert bpf.strip_prefix(code) == program
+    code = bpf_program.make_prefix(wanted) + program
+    assert bpf_program.read_prefix(code) == sorted(set(wanted))
+    assert bpf_program.strip_prefix(code) == program
 
 
 @given(nodes, nodes)
 def test_prefixes_that_were_stacked_all_go(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
-    assert bpf.strip_prefix(bpf.make_prefix(one) + bpf.make_prefix(other) + DENY) == DENY
+    assert bpf_program.strip_prefix(bpf_program.make_prefix(one) + bpf_program.make_prefix(other) + DENY) == DENY
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_without_prefix_stays(program: bytes) -> None:
-    assert bpf.read_prefix(program) == []
-    assert bpf.strip_prefix(program) == program
+    assert bpf_program.read_prefix(program) == []
+    assert bpf_program.strip_prefix(program) == program
 
 
 def test_no_nodes_no_prefix() -> None:
-    assert bpf.make_prefix([]) == b""
+    assert bpf_program.make_prefix([]) == b""
 
 
 def test_order_and_repetition_make_no_difference() -> None:
     """The same nodes are the same program: a second run must see that there is nothing to replace."""
-    assert bpf.make_prefix([(10, 196), (1, 3), (10, 196)]) == bpf.make_prefix([(1, 3), (10, 196)])
+    assert bpf_program.make_prefix([(10, 196), (1, 3), (10, 196)]) == bpf_program.make_prefix([(1, 3), (10, 196)])
 
 
 @given(nodes, st.data())
 def test_the_mark_alone_is_not_believed(wanted: list[tuple[int, int]], data: st.DataObject) -> None:
     """A program that looks like ours but is not, byte by byte, is somebody else's and is not cut."""
-    code = bytearray(bpf.make_prefix(wanted) + LIKE_RUNC)
-    length = bpf.HEAD + bpf.PER_NODE * len(set(wanted))
+    code = bytearray(bpf_program.make_prefix(wanted) + LIKE_RUNC)
+    length = bpf_program.HEAD + bpf_program.PER_NODE * len(set(wanted))
     node_bytes = {
         8 * index + byte
-        for start in range(bpf.HEAD, length, bpf.PER_NODE)
+        for start in range(bpf_program.HEAD, length, bpf_program.PER_NODE)
         for index in (start, start + 1)
         for byte in range(4, 8)
     }
     spoilt = data.draw(st.sampled_from(sorted(set(range(8 * length)) - node_bytes)))
     code[spoilt] ^= data.draw(st.integers(1, 255))
-    assert bpf.read_prefix(bytes(code)) == []
-    assert bpf.strip_prefix(bytes(code)) == code
+    assert bpf_program.read_prefix(bytes(code)) == []
+    assert bpf_program.strip_prefix(bytes(code)) == code
 
 
 @pytest.mark.parametrize("cut", [0, 8, 16, 24, 8 * 10, 8 * 13])
 def test_a_torn_prefix_is_none(cut: int) -> None:
-    torn = bpf.make_prefix([(10, 196)])[:cut]
-    assert bpf.read_prefix(torn) == []
-    assert bpf.strip_prefix(torn) == torn
+    torn = bpf_program.make_prefix([(10, 196)])[:cut]
+    assert bpf_program.read_prefix(torn) == []
+    assert bpf_program.strip_prefix(torn) == torn
 
 
 # Dumps ----------------------------------------------------------------------------------------------------------------
@@ -209,18 +209,18 @@ def test_a_torn_prefix_is_none(cut: int) -> None:
 
 @given(nodes, st.sampled_from(PROGRAMS))
 def test_a_plain_dump_is_loadable_as_it_is(wanted: list[tuple[int, int]], program: bytes) -> None:
-    code = bpf.make_prefix(wanted) + program
-    assert bpf.make_loadable(code) == code
+    code = bpf_program.make_prefix(wanted) + program
+    assert bpf_program.make_loadable(code) == code
 
 
 def test_zero_extensions_become_moves() -> None:
     inserted = make(0xBC, dst=3, src=3, imm=1)
-    assert bpf.make_loadable(inserted + DENY) == make(0xBC, dst=3, src=3) + DENY
+    assert bpf_program.make_loadable(inserted + DENY) == make(0xBC, dst=3, src=3) + DENY
 
 
 def test_the_second_half_of_a_long_load_is_left_alone() -> None:
     code = make(0x18, dst=2, imm=7) + make(0, imm=9) + DENY
-    assert bpf.make_loadable(code) == code
+    assert bpf_program.make_loadable(code) == code
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_the_second_half_of_a_long_load_is_left_alone() -> None:
     ],
 )
 def test_a_dump_that_cannot_be_loaded_is_refused(code: bytes, words: str) -> None:
-    with pytest.raises(bpf.ProgramError, match=words):
-        bpf.make_loadable(code)
+    with pytest.raises(bpf_program.ProgramError, match=words):
+        bpf_program.make_loadable(code)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_dump_that_cannot_be_loaded_is_refused(code: bytes, words: str) -> Non
 )
 def test_what_is_not_copied(monkeypatch: pytest.MonkeyPatch, size: int, maps: int, words: str) -> None:
     monkeypatch.setattr(bpf, "read_info", lambda _program, asked: (size, maps, DENY[:asked]))
-    with pytest.raises(bpf.ProgramError, match=words):
+    with pytest.raises(bpf_program.ProgramError, match=words):
         bpf.dump_program(3)
 
 
@@ -329,7 +329,7 @@ def test_replacing_as_it_was_attached(play: Play, flags: int, sent: int, old: in
 )
 def test_replacing_is_refused_in_words(play: Play, code: int, flags: int, words: str) -> None:
     play(fail_with(code))
-    with pytest.raises(bpf.ProgramError, match=words):
+    with pytest.raises(bpf_program.ProgramError, match=words):
         bpf.replace_program(7, 8, 9, flags)
 
 
@@ -354,7 +354,7 @@ def test_loading_is_tried_again_when_a_signal_was_in_the_way(play: Play) -> None
 
 def test_loading_does_not_try_for_ever(play: Play) -> None:
     play(fail_with(errno.EAGAIN))
-    with pytest.raises(bpf.ProgramError, match="not accepted"):
+    with pytest.raises(bpf_program.ProgramError, match="not accepted"):
         bpf.load_program(DENY)
 
 
@@ -390,7 +390,7 @@ def test_the_verifiers_last_word_is_told(play: Play) -> None:
         raise OSError(errno.EACCES, "played")
 
     play(kernel)
-    with pytest.raises(bpf.ProgramError, match=r"not accepted: played \(R0 !read_ok\)"):
+    with pytest.raises(bpf_program.ProgramError, match=r"not accepted: played \(R0 !read_ok\)"):
         bpf.load_program(make(0x95))
 
 

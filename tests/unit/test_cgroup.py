@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.findings import StepError
-from oci_hooks.guest.apply import bpf, cgroup, device_list, permission, proof
+from oci_hooks.guest.apply import bpf, bpf_program, cgroup, device_list, permission, proof
 from oci_hooks.guest.apply.cgroup import Cgroup, Node, NodeProof
 from oci_hooks.guest.apply.permission import Grant, Widening
 from oci_hooks.system import Deadline, Root
@@ -480,7 +480,7 @@ def test_every_program_of_the_own_cgroup_is_changed_and_no_other(tree: Root, mon
     kernel = Kernel(monkeypatch, {"pod": [DENY + DENY], "ctr": [DENY, ALLOW]})
     before = os.listdir("/proc/self/fd")
     permission.permit(tree, GRANT)
-    prefix = bpf.make_prefix(NUMBERS)
+    prefix = bpf_program.make_prefix(NUMBERS)
     assert kernel.programs == {"pod": [DENY + DENY], "ctr": [prefix + DENY, prefix + ALLOW]}
     permission.forbid(tree, GRANT)
     assert kernel.programs == {"pod": [DENY + DENY], "ctr": [DENY, ALLOW]}
@@ -529,7 +529,7 @@ def test_the_scope_is_permitted_and_forbidden_too(tmp_path: Path, monkeypatch: p
     root = Root(str(tmp_path))
     kernel = Kernel(monkeypatch, {"u": [DENY + DENY], "1.scope": [DENY], "container": [ALLOW]})
     grant = Grant(NUMBERS, "/u/1.scope/container", ())
-    prefix = bpf.make_prefix(NUMBERS)
+    prefix = bpf_program.make_prefix(NUMBERS)
     permission.permit(root, grant)
     assert kernel.programs == {"u": [DENY + DENY], "1.scope": [prefix + DENY], "container": [prefix + ALLOW]}
     # Who else is there now makes no difference to taking it back.
@@ -542,7 +542,7 @@ def test_permitting_twice_is_permitting_once(tree: Root, monkeypatch: pytest.Mon
     kernel = Kernel(monkeypatch, {"ctr": [DENY]})
     permission.permit(tree, GRANT)
     permission.permit(tree, GRANT)
-    assert kernel.programs == {"ctr": [bpf.make_prefix(NUMBERS) + DENY]}
+    assert kernel.programs == {"ctr": [bpf_program.make_prefix(NUMBERS) + DENY]}
     assert kernel.loads == 1
 
 
@@ -551,9 +551,9 @@ def test_permissions_add_up_and_go_one_by_one(tree: Root, monkeypatch: pytest.Mo
     other = Grant(((243, 1),), "/u/pod/ctr", ())
     permission.permit(tree, GRANT)
     permission.permit(tree, other)
-    assert bpf.read_prefix(kernel.programs["ctr"][0]) == [(10, 196), (243, 0), (243, 1)]
+    assert bpf_program.read_prefix(kernel.programs["ctr"][0]) == [(10, 196), (243, 0), (243, 1)]
     permission.forbid(tree, GRANT)
-    assert kernel.programs["ctr"] == [bpf.make_prefix([(243, 1)]) + DENY]
+    assert kernel.programs["ctr"] == [bpf_program.make_prefix([(243, 1)]) + DENY]
     permission.forbid(tree, other)
     assert kernel.programs["ctr"] == [DENY]
 
@@ -563,14 +563,14 @@ def test_what_another_grant_needs_in_the_same_cgroup_stays(tree: Root, monkeypat
     other = Grant(((10, 196), (243, 1)), "/u/pod/ctr", ())
     permission.permit(tree, GRANT)
     permission.forbid(tree, GRANT, (other,))
-    assert bpf.read_prefix(kernel.programs["ctr"][0]) == [(10, 196)]
+    assert bpf_program.read_prefix(kernel.programs["ctr"][0]) == [(10, 196)]
     permission.forbid(tree, GRANT, (Grant(NUMBERS, "/u/pod", ()),))
     assert kernel.programs["ctr"] == [DENY]
 
 
 def test_half_a_permission_is_taken_back(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the first of two programs: whoever finds the journal takes back what there is."""
-    kernel = Kernel(monkeypatch, {"ctr": [bpf.make_prefix(NUMBERS) + DENY, ALLOW]})
+    kernel = Kernel(monkeypatch, {"ctr": [bpf_program.make_prefix(NUMBERS) + DENY, ALLOW]})
     permission.forbid(tree, GRANT)
     assert kernel.programs["ctr"] == [DENY, ALLOW]
 
@@ -585,9 +585,9 @@ def test_a_cgroup_without_programs_needs_nothing(tree: Root, monkeypatch: pytest
     ("step", "error", "words"),
     [
         ("query_programs", OSError(errno.EPERM, "played"), "can't be read or replaced: played"),
-        ("dump_program", bpf.ProgramError("it uses maps"), "can't be changed: it uses maps"),
-        ("load_program", bpf.ProgramError("no"), "can't be changed: no"),
-        ("replace_program", bpf.ProgramError("a link"), "can't be changed: a link"),
+        ("dump_program", bpf_program.ProgramError("it uses maps"), "can't be changed: it uses maps"),
+        ("load_program", bpf_program.ProgramError("no"), "can't be changed: no"),
+        ("replace_program", bpf_program.ProgramError("a link"), "can't be changed: a link"),
     ],
 )
 def test_a_program_that_cannot_be_changed_is_an_error_with_the_rule(

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.findings import Refusal
-from oci_hooks.guest.claims import Claim, ClaimDirectory, Owner, list_owners, read_start_time
+from oci_hooks.guest.claims import Claim, ClaimDirectory, Owner, list_owners
 from oci_hooks.guest.homes import Home
 from oci_hooks.guest.locks import alarm
 from oci_hooks.guest.undo_log import Journal
+from oci_hooks.linux.processes import read_start_time
 from oci_hooks.system import Deadline, Root
 
 pytestmark = pytest.mark.unit

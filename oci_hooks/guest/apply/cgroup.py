@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from oci_hooks.guest.apply.bpf import Numbers
+    from oci_hooks.guest.apply.bpf_program import Numbers
     from oci_hooks.system import Root
 
 # Read and write is what a program that drives a device needs; mknod is never given.

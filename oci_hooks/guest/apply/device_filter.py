@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 from oci_hooks.frozen import Record
+from oci_hooks.guest.apply import bpf, bpf_program
 from oci_hooks.guest.apply.cgroup import Cgroup, fail, list_ancestors
 from oci_hooks.system import step
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from oci_hooks.findings import StepError
-    from oci_hooks.guest.apply.bpf import Numbers
+    from oci_hooks.guest.apply.bpf_program import Numbers
     from oci_hooks.system import Root
 
     # From a program's instructions and nodes to the new instructions.
@@ -62,8 +63,6 @@ class Swaps:
 
         A cgroup without a program of its own restricts nothing, and is left alone; so is a program that stays the same.
         """
-        from oci_hooks.guest.apply import bpf
-
         try:
             cgroup = self.keep(os.open(self.root.host_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             flags, programs = bpf.query_programs(cgroup)
@@ -74,17 +73,15 @@ class Swaps:
                 if changed != code:
                     new = self.keep(bpf.load_program(changed))
                     self.swaps.append(Swap(path, nodes, cgroup, flags, old, new))
-        except (OSError, bpf.ProgramError) as error:
+        except (OSError, bpf_program.ProgramError) as error:
             raise explain_failure(error, path, nodes) from None
 
     def carry_out(self) -> None:
         """Replace the programs. Raises StepError."""
-        from oci_hooks.guest.apply import bpf
-
         for swap in self.swaps:
             try:
                 bpf.replace_program(swap.cgroup, swap.new, swap.old, swap.flags)
-            except (OSError, bpf.ProgramError) as error:
+            except (OSError, bpf_program.ProgramError) as error:
                 raise explain_failure(error, swap.path, swap.nodes) from None
 
 
@@ -97,23 +94,17 @@ def explain_failure(error: Exception, path: str, nodes: tuple[Numbers, ...]) -> 
 
 def add_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
     """Return a program that permits these nodes besides all that it permits now."""
-    from oci_hooks.guest.apply import bpf
-
-    return bpf.make_prefix([*bpf.read_prefix(code), *nodes]) + bpf.strip_prefix(code)
+    return bpf_program.make_prefix([*bpf_program.read_prefix(code), *nodes]) + bpf_program.strip_prefix(code)
 
 
 def remove_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
     """Return a program without what was once added for these nodes."""
-    from oci_hooks.guest.apply import bpf
-
-    return bpf.make_prefix(set(bpf.read_prefix(code)) - set(nodes)) + bpf.strip_prefix(code)
+    return bpf_program.make_prefix(set(bpf_program.read_prefix(code)) - set(nodes)) + bpf_program.strip_prefix(code)
 
 
 @step("find-filters-above")
 def find_programs_above(root: Root, cgroup: Cgroup) -> list[str]:
     """Return the ancestors of a version 2 cgroup that have device programs of their own, the nearest first."""
-    from oci_hooks.guest.apply import bpf
-
     found = []
     for path in reversed(list_ancestors(cgroup.unified, cgroup.unified_mount)):
         try:

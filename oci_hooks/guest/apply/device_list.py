@@ -15,7 +15,7 @@ from oci_hooks.guest.apply.cgroup import ACCESS, Node, fail, write_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.guest.apply.bpf import Numbers
+    from oci_hooks.guest.apply.bpf_program import Numbers
     from oci_hooks.system import Root
 
 # Kind, major, minor and access of a line.

@@ -33,7 +33,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from oci_hooks.guest.apply.bpf import Numbers
+    from oci_hooks.guest.apply.bpf_program import Numbers
     from oci_hooks.guest.undo_log import Entry
     from oci_hooks.system import Root
 
