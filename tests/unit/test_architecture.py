@@ -7,6 +7,7 @@ docs/architecture.md has the same table in words.
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +92,54 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         for name in free:
             del below[name]
     assert below == {}
+
+
+# Calls that change the machine, and the modules that may make them.
+CHANGING = {
+    "os": (
+        *("chmod", "chown", "fchmod", "fchown", "fork", "ftruncate", "kill", "link", "makedirs", "mkdir", "mknod"),
+        *("open_tree", "pwrite", "remove", "rename", "replace", "rmdir", "setxattr", "symlink", "truncate", "unlink"),
+        *("unshare", "utime", "write"),
+    ),
+    "fcntl": ("flock", "ioctl"),
+    "subprocess": ("Popen", "run"),
+}
+WRITERS = (
+    *("guest/apply/", "guest/claims.py", "guest/locks.py", "guest/undo_log.py", "record/writer.py", "log.py"),
+    # What the kernel knows of a group and a loop device is asked by ioctl.
+    *("linux/processes.py", "linux/block_devices.py"),
+)
+
+
+def list_changes(path: Path) -> Iterator[str]:
+    """Yield the calls of a module that change the machine, also those given to `root.do`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.attr in CHANGING.get(node.value.id, ()):
+                yield f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.Attribute) and node.attr in ("CDLL", "setns"):
+            yield node.attr
+
+
+def test_only_these_modules_change_the_machine() -> None:
+    changing = {path.relative_to(PACKAGE).as_posix(): set(list_changes(path)) for path in PACKAGE.rglob("*.py")}
+    elsewhere = {name: calls for name, calls in changing.items() if calls and not name.startswith(WRITERS)}
+    assert elsewhere == {}
+    assert sum(bool(calls) for name, calls in changing.items() if name.startswith("guest/apply/")) >= 6
+
+
+# What a container without VFIO pays for: a module more is about one per cent of an interpreter's start.
+FAST_PATH = ("findings", "frozen", "json_input", "oci", "program", "system")
+
+
+@pytest.mark.parametrize("hook", ["guest", "host"])
+def test_without_vfio_only_the_fast_path_is_loaded(tmp_path: Path, hook: str) -> None:
+    (tmp_path / "config.json").write_text('{"ociVersion": "1.0.2", "linux": {"devices": []}}')
+    state = f'{{"ociVersion": "1.0.2", "id": "c", "pid": 1, "status": "creating", "bundle": "{tmp_path}"}}'
+    executable = PACKAGE.parent / "hooks" / {"guest": "vfio-guest-bind", "host": "vfio-host-check"}[hook]
+    done = subprocess.run(
+        [sys.executable, "-ISX", "importtime", executable], input=state, capture_output=True, text=True, check=True
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    ours = {name for name in loaded if name.partition(".")[0] == "oci_hooks"}
+    assert ours == {"oci_hooks", f"oci_hooks.{hook}", f"oci_hooks.{hook}.hook", *(f"oci_hooks.{n}" for n in FAST_PATH)}

@@ -23,7 +23,7 @@ MUTATIONS = [
     (
         "rollback",
         "guest/binding",
-        "findings = take_back(work, journal)",
+        "findings = take_back(session, journal)",
         "findings: list[Finding] = []",
         "test_binding.py",
     ),
@@ -124,7 +124,7 @@ MUTATIONS = [
     ),
     (
         "plain settings without tomllib",
-        "settings",
+        "plain_toml",
         "    values = read_plain(text)",
         "    values = read_plain(text) and None",
         "test_settings.py -k load_no_library",
@@ -244,16 +244,16 @@ MUTATIONS = [
     ),
     (
         "permission ends with the claim",
-        "guest/binding",
+        "guest/recovery",
         "findings = permits.revoke_claim(directory, claim)",
         "findings: list[Finding] = []",
         "test_permits.py",
     ),
     (
         "who keeps permission keeps the device",
-        "guest/binding",
-        "if not is_unfinished(findings):\n            findings += apply.undo(root, claim",
-        "if True:\n            findings += apply.undo(root, claim",
+        "guest/recovery",
+        "if not is_unfinished(findings):\n            findings += drivers.undo(root, claim",
+        "if True:\n            findings += drivers.undo(root, claim",
         "test_permits.py",
     ),
     (
@@ -280,14 +280,14 @@ MUTATIONS = [
     (
         "the cgroup that was widened",
         "guest/permits",
-        "gone = sysfs.read_inode(root, home.devices) not in (0, home.devices_inode)",
+        "gone = pci.read_inode(root, home.devices) not in (0, home.devices_inode)",
         "gone = False",
         "test_permits.py",
     ),
     (
         "dead numbers, before",
-        "guest/binding",
-        "permits.revoke_dead(work.directory, claims, but=own_path(work))",
+        "guest/decision",
+        "permits.revoke_dead(session.directory, claims, but=session.claim_path)",
         "pass",
         "test_permits.py",
     ),
@@ -453,7 +453,13 @@ MUTATIONS = [
         'data.decode("utf-8", "replace")',
         "test_jsontext.py -k utf_8",
     ),
-    ("bytes of a name", "oci", 'text.encode("utf-8", "surrogateescape")', "text.encode()", "test_oci.py -k by_hand"),
+    (
+        "bytes of a name",
+        "json_input",
+        'text.encode("utf-8", "surrogateescape")',
+        "text.encode()",
+        "test_oci.py -k by_hand",
+    ),
     (
         "annotations of others",
         "oci",
@@ -555,7 +561,7 @@ MUTATIONS = [
     (
         "the hook's environment",
         "record/writer",
-        "sorted(os.environ) if full else name_variables()",
+        "sorted(os.environ) if run.full else name_variables()",
         "sorted(os.environ)",
         "test_privacy.py",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.guest.claims import read_start_time
+from oci_hooks.linux.processes import read_start_time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
