@@ -57,7 +57,6 @@ SANDBOX_MARKS = {
     "io.kubernetes.cri.container-type": "sandbox",
     "io.kubernetes.cri-o.ContainerType": "sandbox",
 }
-
 CONTROL_NODE = "/dev/vfio/vfio"
 GROUP_PREFIX = "/dev/vfio/"
 CDEV_PREFIX = "/dev/vfio/devices/"
