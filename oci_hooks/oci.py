@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Nodes that nobody gives to a container one by one: where they are listed, everything is.
 HOST_ONLY_NODES = ("/dev/mem", "/dev/port", "/dev/kmsg")
-# All annotations that the hooks read. The first four are the hooks' own.
+# All annotations that the hooks read; their own first.
 DEVICES_ANNOTATION = "io.katacontainers.x.vfio.devices"
 MAP_ANNOTATION = "io.katacontainers.x.vfio"
 LOG_ANNOTATION = "io.katacontainers.x.vfio.log"
@@ -60,6 +60,7 @@ SANDBOX_MARKS = {
 CONTROL_NODE = "/dev/vfio/vfio"
 GROUP_PREFIX = "/dev/vfio/"
 CDEV_PREFIX = "/dev/vfio/devices/"
+IOMMUFD_NODE = "/dev/iommu"
 STATE_HINT = "the runtime writes it; by hand: the OCI runtime-spec's runtime.md says what it holds"
 BUNDLE_HINT = "the state's bundle must hold a config.json"
 CONFIG_HINT = "mend what wrote it: the OCI runtime-spec's config.md and config-linux.md say what it holds"

@@ -22,6 +22,7 @@ from oci_hooks.guest.homes import list_processes
 from oci_hooks.guest.undo_log import parse_instance, parse_journal
 from oci_hooks.linux import pci
 from oci_hooks.linux.instances import read_instance
+from oci_hooks.oci import CDEV_PREFIX
 from oci_hooks.system import step
 
 TYPE_CHECKING = False
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from oci_hooks.system import Deadline, Root
 
 DEVICES_BY_NUMBER = "/sys/dev/char"
-CDEV_DIRECTORY = "vfio/devices/"
+CDEV_DIRECTORY = CDEV_PREFIX[len("/dev/") :]
 
 
 def list_others(claims: Iterable[Claim], but: str) -> list[Claim]:

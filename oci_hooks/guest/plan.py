@@ -9,7 +9,7 @@ from oci_hooks.guest.id_mapping import map_id
 from oci_hooks.guest.settings import NodeOwner
 from oci_hooks.linux.instances import Instance, name_instance
 from oci_hooks.linux.pci import NOIOMMU_GROUP, read_override
-from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX
+from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX, IOMMUFD_NODE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 DRIVER = "vfio-pci"
 DEFAULT_MODE = 0o600
-IOMMU_NODE = "/dev/iommu"
 MAP_PATH = "/dev/vfio/devices.json"
 
 
@@ -58,7 +57,7 @@ class Node(Record):
         """Its path in the container, as far as it is known before the device is bound."""
         if self.kind == "group" and self.subject.startswith(NOIOMMU_GROUP):
             return f"{GROUP_PREFIX}noiommu-? of {self.subject[len(NOIOMMU_GROUP) :]}"
-        names = {"control": CONTROL_NODE, "iommu": IOMMU_NODE, "group": GROUP_PREFIX + self.subject}
+        names = {"control": CONTROL_NODE, "iommu": IOMMUFD_NODE, "group": GROUP_PREFIX + self.subject}
         return names.get(self.kind, f"{CDEV_PREFIX}vfio? of {self.subject}")
 
 
@@ -109,7 +108,7 @@ def make_plan(root: Root, choices: tuple[Choice, ...], spec: Spec, options: Plan
     nodes = [make_node("control", "", entries.get(CONTROL_NODE), spec, options)]
     nodes += [make_node("group", choice.group.name, choice.entry, spec, options) for choice in choices]
     if options.wants_cdev:
-        nodes.append(make_node("iommu", "", entries.get(IOMMU_NODE), spec, options))
+        nodes.append(make_node("iommu", "", entries.get(IOMMUFD_NODE), spec, options))
         nodes += [make_node("cdev", device.address, None, spec, options) for device in devices]
     paths = {node.path for node in nodes}
     stale = tuple(entry for entry in spec.vfio_devices if entry.path not in paths)

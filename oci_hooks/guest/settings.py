@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from oci_hooks.frozen import Record
 from oci_hooks.linux.pci import HEX, is_hex_list, normalize_address
+from oci_hooks.system import USUAL_SECONDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class GuestSettings(Record):
     taken although they are in use; auto_ids, auto_classes, never: see selection.Pool; owner: of nodes.
     """
 
-    deadline: float = 8.0
+    deadline: float = USUAL_SECONDS
     on_failure: str = "report"
     allow_noiommu: bool = False
     widen_parent_cgroups: bool = False

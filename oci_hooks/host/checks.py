@@ -12,9 +12,9 @@ import os
 from oci_hooks.findings import Finding
 from oci_hooks.host.runtime import is_own, list_own_family
 from oci_hooks.linux.pci import IOMMU_GROUPS, VFIO_CLASS
-from oci_hooks.linux.processes import ask_kernel, find_holders, list_open_paths
+from oci_hooks.linux.processes import SCAN_SPARE, ask_kernel, find_holders, list_open_paths
 from oci_hooks.linux.vfio import CDEV_CLASS
-from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX
+from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX, IOMMUFD_NODE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from oci_hooks.oci import State
     from oci_hooks.system import Deadline, Root
 
-IOMMUFD_NODE = "/dev/iommu"
 # ACPI tables by which the firmware tells of an IOMMU, and the kernel's argument that switches it on.
 IOMMU_TABLES = {"DMAR": "intel_iommu=on", "IVRS": "amd_iommu=on", "IORT": "iommu.passthrough=0", "VIOT": ""}
 
@@ -246,7 +245,7 @@ def is_attached(root: Root, target: Target, asker: Asker, deadline: Deadline) ->
     if group is None or asker.hypervisor is None:
         return False
     nodes = {group.node, *(CDEV_PREFIX + name for name in list_member_cdevs(root, group))}
-    if deadline.remaining() < 0.5:
+    if deadline.remaining() < SCAN_SPARE:
         return False
     return bool(nodes & set(list_open_paths(root, asker.hypervisor.process.pid)))
 

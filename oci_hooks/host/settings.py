@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from oci_hooks.frozen import Record
+from oci_hooks.system import USUAL_SECONDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class HostSettings(Record):
     """
 
     mode: str = "enforce"
-    deadline: float = 8.0
+    deadline: float = USUAL_SECONDS
     record: str = "failure"
     checks: tuple[tuple[str, str], ...] = ()
     kata_mode: str = "auto"

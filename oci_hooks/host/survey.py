@@ -10,8 +10,8 @@ from oci_hooks.findings import Finding, InputError
 from oci_hooks.frozen import Record
 from oci_hooks.host import checks
 from oci_hooks.host.targets import Target
-from oci_hooks.linux.pci import look
-from oci_hooks.linux.processes import list_open_paths, list_pids, read_process
+from oci_hooks.linux.pci import NOIOMMU_PREFIX, look
+from oci_hooks.linux.processes import SCAN_SPARE, list_open_paths, list_pids, read_process
 from oci_hooks.linux.vfio import list_groups, read_group
 from oci_hooks.log import write_stdout
 from oci_hooks.oci import GROUP_PREFIX, Device, State
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from oci_hooks.host.kata.sandbox import KataView
     from oci_hooks.host.settings import HostSettings
     from oci_hooks.linux.pci import Picture
-    from oci_hooks.linux.processes import Process
+    from oci_hooks.linux.processes import SCAN_SPARE, Process
     from oci_hooks.linux.vfio import Member, VfioGroup
     from oci_hooks.program import Run
     from oci_hooks.system import Deadline, Root
@@ -90,7 +90,7 @@ def survey(run: Run) -> int:
 def name_group(text: str) -> str:
     """Return the group's name in "12" or "/dev/vfio/12". Raises InputError."""
     name = text[len(GROUP_PREFIX) :] if text.startswith(GROUP_PREFIX) else text
-    if not (name.isdigit() or (name.startswith("noiommu-") and name[len("noiommu-") :].isdigit())):
+    if not (name.isdigit() or (name.startswith(NOIOMMU_PREFIX) and name[len(NOIOMMU_PREFIX) :].isdigit())):
         hint = "give its number, e.g. --group 12; all of them: --all"
         raise InputError("bad-arguments", f"--group {text}", "is no name of a group", hint)
     return name
@@ -135,7 +135,7 @@ def map_holders(root: Root, deadline: Deadline) -> dict[str, tuple[Process, ...]
     """Return who has which VFIO node open, by its path."""
     holders: dict[str, tuple[Process, ...]] = {}
     for pid in list_pids(root):
-        if deadline.remaining() < 0.5:
+        if deadline.remaining() < SCAN_SPARE:
             break
         paths = {path for path in list_open_paths(root, pid) if path.startswith(GROUP_PREFIX)}
         for path in paths:

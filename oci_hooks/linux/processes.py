@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 VFIO_GROUP_GET_STATUS = 0x3B67
 VFIO_GROUP_FLAGS_VIABLE = 1
 
+# Seconds before the deadline when processes are looked through no more.
+SCAN_SPARE = 0.5
+
 
 class Process(Record):
     """A process. pid: as this process sees it; name: of its executable; arguments: its command line."""
@@ -92,7 +95,7 @@ def find_holders(
     pids = [pid for pid in list_pids(root) if pid != own and pid not in first]
     for looked, pid in enumerate(pids):
         # Half a second must be left to tell what was found.
-        if deadline.remaining() < 0.5:
+        if deadline.remaining() < SCAN_SPARE:
             return tuple(holders), len(first) + looked, len(first) + len(pids)
         if wanted & frozenset(list_open_paths(root, pid)):
             holders.append(read_process(root, pid))

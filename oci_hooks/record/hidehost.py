@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 
-from oci_hooks.oci import SANDBOX_ID_ANNOTATIONS
+from oci_hooks.oci import GROUP_PREFIX, IOMMUFD_NODE, SANDBOX_ID_ANNOTATIONS
 from oci_hooks.record.hideforms import (
     DEVICE_PROPERTIES,
     NOWHERE,
@@ -65,7 +65,7 @@ SETTINGS = {
 }
 # Programs whose command lines decide something; of others the name is enough, where a finding has it.
 TOLD_PROGRAMS = ("qemu", "cloud-hypervisor", "clh", "firecracker", "stratovirt", "containerd-shim-kata", "crun", "runc")
-VFIO_NODES = ("/dev/vfio/", "/dev/iommu")
+VFIO_NODES = (GROUP_PREFIX, IOMMUFD_NODE)
 # Options of QEMU, Cloud Hypervisor and crun, and of the properties of their values those that decide.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "device": DEVICE_PROPERTIES,

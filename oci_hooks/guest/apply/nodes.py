@@ -10,6 +10,7 @@ from oci_hooks.frozen import Record
 from oci_hooks.guest.apply import cgroup, container_dev
 from oci_hooks.guest.plan import MAP_PATH
 from oci_hooks.linux import pci
+from oci_hooks.oci import IOMMUFD_NODE
 from oci_hooks.system import step
 
 TYPE_CHECKING = False
@@ -62,7 +63,7 @@ def find_place(root: Root, node: Node) -> Place:
     if node.kind == "group":
         return find_group_place(root, node.subject)
     if node.kind == "iommu":
-        return Place("", "iommu", read_numbers(root, "/sys/class/misc/iommu", "/dev/iommu"))
+        return Place("", "iommu", read_numbers(root, "/sys/class/misc/iommu", IOMMUFD_NODE))
     names = root.list_names(f"{pci.PCI_DEVICES}/{node.subject}/vfio-dev")
     name = names[0] if names else "vfio?"
     return Place("vfio/devices", name, read_numbers(root, f"/sys/class/vfio-dev/{name}", f"cdev of {node.subject}"))
@@ -243,7 +244,7 @@ def mount_nodes(
     if any(place.directory != "vfio" for _, place in places):
         hint = "take cdev out of the annotation: the group's node is there without it"
         raise StepError(
-            "cdev-user-namespace", "/dev/iommu", "can't be given to a container with a user namespace", hint
+            "cdev-user-namespace", IOMMUFD_NODE, "can't be given to a container with a user namespace", hint
         )
     directory = open_or_make(dev, "vfio", target, journal)
     try:
