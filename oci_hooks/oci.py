@@ -40,7 +40,6 @@ RUNTIME_PREFIX = "io.katacontainers.config.runtime."
 AGENT_PREFIX = "io.katacontainers.config.agent."
 CRI_PREFIXES = ("io.kubernetes.cri.", "io.kubernetes.cri-o.")
 HANDLER_ANNOTATIONS = ("io.containerd.cri.runtime-handler", "io.kubernetes.cri-o.RuntimeHandler")
-# A sandbox is known by its own id to shim and hypervisor.
 SANDBOX_ID_ANNOTATIONS = (
     "io.kubernetes.cri.sandbox-id",
     "io.kubernetes.cri-o.SandboxID",
