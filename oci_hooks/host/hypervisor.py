@@ -78,7 +78,7 @@ def read_qemu(process: Process) -> Hypervisor:
     if not iommu and any(",iommu=smmuv3" in value for value in machines):
         iommu = "iommu=smmuv3"
     if iommu and switched_off:
-        return Hypervisor(process, "qemu", "off", f"its kernel's parameter {switched_off}", machine, passed)
+        return Hypervisor(process, "qemu", "off", f"kernel parameter {switched_off}", machine, passed)
     if iommu:
         return Hypervisor(process, "qemu", "on", f"-device {iommu}", machine, passed)
     # A -readconfig file may hold devices; Kata writes none.

@@ -28,7 +28,7 @@ def run_check(check: Callable[..., tuple[Finding, ...]], *values: Any) -> tuple[
     try:
         return check(*values)
     except OSError as error:
-        problem = f"could not be made: {error.filename or 'a system call'}: {error.strerror or error}"
+        problem = f"cannot be checked: {error.filename or 'a system call'}: {error.strerror or error}"
         hint = "run the hook as root, with the host's /sys and /proc"
         return (Finding("warning", "check-failed", check.__name__, problem, hint),)
 
@@ -140,6 +140,6 @@ def admit_weakness(asker: Asker, code: int) -> tuple[Finding, ...]:
 
     if code == EXIT_DONE or asker.kind != "kata-rs":
         return ()
-    problem = "ignores a failing hook: the sandbox starts all the same"
-    hint = "refuse it earlier, e.g. by an admission check, or use Kata's Go runtime"
+    problem = "ignores the failure of this hook and starts the sandbox anyway"
+    hint = "reject such pods earlier, e.g. by an admission webhook, or use Kata's Go runtime"
     return (Finding("warning", "failure-ignored", "runtime-rs", problem, hint),)
