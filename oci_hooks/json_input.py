@@ -46,7 +46,7 @@ def parse_json(data: bytes, name: str) -> Any:
 
 
 def scan_text(text: str) -> Any:
-    """Return the value, by the C scanner alone. Raises anything on a bad text, ValueError on unexpected text after the JSON value."""
+    """Return the value, by the C scanner alone. Raises anything on a bad text, ValueError on text behind the value."""
     import _json
 
     start = len(text) - len(text.lstrip(" \t\n\r"))

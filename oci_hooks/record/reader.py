@@ -139,7 +139,7 @@ def read_header(header: bytes) -> tuple[str, int]:
     if name not in MEMBERS or header[PREFIX].strip(b"\0"):
         raise RecordError(f"holds {name!r}, which is not a member of a recording")
     if header[TYPE] not in PLAIN_FILES or size < 0:
-        raise RecordError(f"holds {name!r} , which is not a regular file")
+        raise RecordError(f"holds {name!r}, which is not a regular file")
     return name, size
 
 

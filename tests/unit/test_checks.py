@@ -573,6 +573,6 @@ def test_a_check_that_cannot_look_does_not_refuse() -> None:
     def check_it() -> tuple[Finding, ...]:
         raise PermissionError(13, "Permission denied", "/sys/x")
 
-    (finding,) = run_check(check_it)
-    assert (finding.level, finding.code) == ("warning", "check-failed")
+    (finding,) = run_check("group viability", check_it)
+    assert (finding.level, finding.code, finding.subject) == ("warning", "check-failed", "group viability")
     assert "/sys/x: Permission denied" in finding.problem
