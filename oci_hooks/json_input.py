@@ -34,11 +34,11 @@ def parse_json(data: bytes, name: str) -> Any:
     # Runtimes take strings that are not UTF-8: Go's replace the bytes, crun keeps them, as is done here (PEP 383).
     text = data.decode("utf-8", "surrogateescape")
     if not text.strip():
-        raise InputError("bad-json", name, "is empty", "a JSON object is expected")
+        raise InputError("bad-json", name, "is empty", "provide a JSON object")
     try:
         return scan_text(text)
     except RecursionError:
-        raise InputError("bad-json", name, "is nested too deeply", "no OCI document is") from None
+        raise InputError("bad-json", name, "is nested too deeply", "use a valid OCI document") from None
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - whatever the bare scanner stumbled over, json says it in words
@@ -53,7 +53,7 @@ def scan_text(text: str) -> Any:
     scan: Any = _json.make_scanner  # typeshed wants a JSONDecoder; the scanner is content with its attributes
     value, end = scan(ScannerOptions)(text, start)
     if text[end:].strip(" \t\n\r"):
-        raise ValueError("text behind the value")
+        raise ValueError("unexpected text after the JSON value")
     return value
 
 
@@ -64,9 +64,9 @@ def parse_slowly(text: str, name: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise InputError("bad-json", name, "is nested too deeply", "no OCI document is") from None
+        raise InputError("bad-json", name, "is nested too deeply", "use a valid OCI document") from None
     except ValueError as error:
-        raise InputError("bad-json", name, f"is not JSON: {error}", "a JSON object is expected") from None
+        raise InputError("bad-json", name, f"is not JSON: {error}", "provide a JSON object") from None
 
 
 # From a JSON value to what a reader expects ---------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def take(owner: dict[str, Any], key: str, kind: str, where: str, *default: Any) 
         return default[0]
     if key in owner:
         raise Mismatch(where + key, f"expected {kind}, found null")
-    raise Mismatch(where.rstrip(".") or "(the whole)", f"lacks {key}")
+    raise Mismatch(where.rstrip(".") or "top level", f"missing required key {key}")
 
 
 def take_number(

@@ -25,6 +25,7 @@ KMSG_LIMIT = 900
 # systemd's native protocol: a datagram of NAME=value lines (systemd.io/JOURNAL_NATIVE_PROTOCOL).
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 GROUP_SUBJECTS = ("group ", "/dev/vfio/")
+NOIOMMU_PREFIX = "noiommu-"
 
 
 def report(program: str, container: str, findings: Iterable[Finding], kmsg: bool = False) -> None:
@@ -65,8 +66,11 @@ def write_line(program: str, container: str, level: str, line: str, fields: dict
 def name_group(subject: str) -> str:
     """Return the VFIO group that a finding is about; "" where it is about something else."""
     for prefix in GROUP_SUBJECTS:
-        if subject.startswith(prefix):
-            return subject[len(prefix) :]
+        group = subject[len(prefix) :]
+        # /dev/vfio/vfio, /dev/vfio/devices.json and "group 12 of ..." are not names of groups.
+        number = group[len(NOIOMMU_PREFIX) :] if group.startswith(NOIOMMU_PREFIX) else group
+        if subject.startswith(prefix) and number.isdigit():
+            return group
     return ""
 
 

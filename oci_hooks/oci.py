@@ -60,9 +60,9 @@ CONTROL_NODE = "/dev/vfio/vfio"
 GROUP_PREFIX = "/dev/vfio/"
 CDEV_PREFIX = "/dev/vfio/devices/"
 IOMMUFD_NODE = "/dev/iommu"
-STATE_HINT = "the runtime writes it; by hand: the OCI runtime-spec's runtime.md says what it holds"
-BUNDLE_HINT = "the state's bundle must hold a config.json"
-CONFIG_HINT = "mend what wrote it: the OCI runtime-spec's config.md and config-linux.md say what it holds"
+STATE_HINT = "see runtime.md of the OCI runtime-spec for the format of the state"
+BUNDLE_HINT = "check that the state's bundle directory contains a config.json"
+CONFIG_HINT = "fix the tool that generated this file (format: config.md and config-linux.md of the OCI runtime-spec)"
 # What Go's encoder writes for a byte that is not UTF-8.
 LOST_BYTE = "\ufffd"
 # Characters of a container's id, which goes into its journal; runc takes 1024.
@@ -255,7 +255,7 @@ def is_sandbox(state: State, spec: Spec) -> bool:
 def make_state(document: object) -> State:
     """Return the state that a JSON document holds. Raises Mismatch."""
     if not isinstance(document, dict):
-        raise Mismatch("(the whole)", f"expected object, found {name_kind(document)}")
+        raise Mismatch("top level", f"expected object, found {name_kind(document)}")
     take(document, "ociVersion", "string", "", "")
     identity = take(document, "id", "string", "")
     bundle = take(document, "bundle", "string", "")
@@ -274,7 +274,7 @@ def make_state(document: object) -> State:
 def make_spec(document: object, path: str) -> Spec:
     """Return what the hooks use of a config.json document. Raises Mismatch."""
     if not isinstance(document, dict):
-        raise Mismatch("(the whole)", f"expected object, found {name_kind(document)}")
+        raise Mismatch("top level", f"expected object, found {name_kind(document)}")
     root = take(document, "root", "object", "", None)
     root_path = take(root, "path", "string", "root.") if root is not None else ""
     if root is not None and not (root_path and is_name(root_path)):

@@ -209,7 +209,7 @@ def run_work(run: Run, work: Callable[[Run], int]) -> Outcome:
     except HookError as refusal:
         code, error, findings = refusal.exit_code, None, run.findings + list(refusal.findings)
     except KeyboardInterrupt:
-        interrupted = Finding("error", "interrupted", "the hook", "was told to end by SIGINT", "run it again")
+        interrupted = Finding("error", "interrupted", "the hook", "interrupted by SIGINT", "run it again")
         code, error, findings = EXIT_REFUSED, None, run.findings + [interrupted]
     except Exception as defect:  # noqa: BLE001 - reported as a finding, and kept in the recording
         code, findings = EXIT_REFUSED, run.findings + [make_internal(defect)]
@@ -220,16 +220,16 @@ def run_work(run: Run, work: Callable[[Run], int]) -> Outcome:
 def make_internal(error: Exception) -> Finding:
     """Return the finding for an exception that nobody foresaw: the system's, or a defect of ours."""
     if isinstance(error, OSError):
-        hint = "see dmesg and the state of that path; --debug tells which step it was"
+        hint = "check dmesg and that path; --debug shows the failing step"
         return Finding("error", "system", error.filename or "a system call", error.strerror or str(error), hint)
     where = ""
     trace = error.__traceback__
     while trace is not None:
         where = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
         trace = trace.tb_next
-    hint = "please report it with the output of a run with --debug"
+    hint = "this is a defect of the hook: report it with the output of --debug"
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("oci_hooks"):
-        hint = "this Python has not its whole library: install it (Debian: python3; python3-minimal is not enough)"
+        hint = "Python's standard library is incomplete: install it (Debian: python3; python3-minimal is not enough)"
     return Finding("error", "internal", where, f"{type(error).__name__}: {error}", hint)
 
 
@@ -260,17 +260,19 @@ def parse_arguments(program: str, argv: list[str], add_options: Callable[[Argume
             raise InputError("bad-arguments", "arguments", message, f"see {program} --help")
 
     parser = Parser(prog=program, allow_abbrev=False)
-    parser.add_argument("phase", nargs="?", default="", metavar="KIND", help=f"kind of hook: {', '.join(PHASES)}")
-    parser.add_argument("--bundle", default="", metavar="DIR", help="read DIR/config.json, and no state from stdin")
-    parser.add_argument("--settings", default="", metavar="FILE", help="settings to use instead of those in /etc")
+    parser.add_argument("phase", nargs="?", default="", metavar="KIND", help=f"hook type: {', '.join(PHASES)}")
+    parser.add_argument("--bundle", default="", metavar="DIR", help="read DIR/config.json instead of a state on stdin")
+    parser.add_argument(
+        "--settings", default="", metavar="FILE", help="settings file to use instead of the one in /etc"
+    )
     parser.add_argument("--json", action="store_true", help="print findings as JSON on stdout")
-    parser.add_argument("--debug", action="store_true", help="tell more; show a traceback where there is one")
+    parser.add_argument("--debug", action="store_true", help="print each step, and the traceback of a defect")
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     add_options(parser)
     values = vars(parser.parse_args(argv))
     if values["phase"] not in ("", *PHASES):
         raise InputError(
-            "bad-arguments", "arguments", f"{values['phase']!r} is no kind of hook", f"use {', '.join(PHASES)}"
+            "bad-arguments", "arguments", f"unknown hook type {values['phase']!r}", f"use {', '.join(PHASES)}"
         )
     return Arguments(**values)
 
@@ -289,17 +291,17 @@ def read_state(run: Run) -> State:
 def read_input(deadline: Deadline) -> bytes:
     """Return what stands on stdin. Raises InputError [no-state] if nothing comes, or nobody closes it in time."""
     if os.isatty(0):
-        raise InputError(
-            "no-state", "stdin", "is a terminal, and an OCI state is expected there", "by hand: --bundle DIR"
-        )
+        raise InputError("no-state", "stdin", "is a terminal; an OCI state is expected", "to run by hand: --bundle DIR")
     try:
         data = read_pipe(0, deadline, STATE_LIMIT)
     except OSError as error:
-        raise InputError("no-state", "stdin", error.strerror or str(error), "an OCI state is expected") from None
+        raise InputError("no-state", "stdin", error.strerror or str(error), "pass the OCI state on stdin") from None
     if data is None:
-        raise InputError("no-state", "stdin", "was not closed in time", "write the OCI state and close the pipe")
+        raise InputError(
+            "no-state", "stdin", "was not closed before the deadline", "write the OCI state and close the pipe"
+        )
     if len(data) > STATE_LIMIT:
-        raise InputError("no-state", "stdin", f"is longer than {STATE_LIMIT} bytes", "an OCI state is expected")
+        raise InputError("no-state", "stdin", f"is longer than {STATE_LIMIT} bytes", "pass the OCI state on stdin")
     return data
 
 

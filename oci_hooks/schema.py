@@ -23,7 +23,7 @@ RULES = {
     "maximum": "a number not above {}",
     "exclusiveMinimum": "a number above {}",
     "enum": "one of {}",
-    "pattern": "what matches {}",
+    "pattern": "a value matching {}",
 }
 
 
@@ -76,11 +76,11 @@ def find_mistakes(document: Any, schema_name: str, subject: str, code: str, hint
 
 
 def format_path(steps: Iterable[object]) -> str:
-    """Return a JSON path as `linux.devices[0].major`; "(the whole)" for the document itself."""
+    """Return a JSON path as `linux.devices[0].major`; "top level" for the document itself."""
     text = ""
     for step in steps:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else f"{step}"
-    return text or "(the whole)"
+    return text or "top level"
 
 
 def describe(error: Any) -> str:
@@ -92,11 +92,11 @@ def describe(error: Any) -> str:
         return f"expected {' or '.join(names)}, found {found}"
     if rule == "required":
         missing = [name for name in wanted if name not in error.instance]
-        return f"lacks {', '.join(missing)}"
+        return f"missing required key {', '.join(missing)}"
     if rule == "additionalProperties":
         known = ", ".join(sorted(error.schema.get("properties", {})))
         unknown = sorted(set(error.instance) - set(error.schema.get("properties", {})))
-        return f"unknown key {', '.join(unknown)}; known are {known}"
+        return f"unknown key {', '.join(unknown)}; known keys: {known}"
     value = ", ".join(map(str, wanted)) if isinstance(wanted, list) else wanted
     words = "an absolute path" if wanted == "^/" else RULES.get(rule, f"{rule} {{}}").format(value)
     return f"expected {error.schema.get('title', words)}, found {found}"

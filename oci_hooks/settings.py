@@ -68,11 +68,13 @@ def read_text(root: Root, path: str, required: bool) -> str:
         hint = f"make it readable for root: ls -lL {path}; or remove it"
         raise InputError("settings-unreadable", path, error.strerror or str(error), hint) from None
     if data.startswith(b"\xef\xbb\xbf"):
-        raise InputError("bad-settings", path, "begins with a byte order mark", "save it as UTF-8 without one")
+        raise InputError(
+            "bad-settings", path, "begins with a byte order mark", "save it as UTF-8 without a byte order mark"
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError("bad-settings", path, f"byte {error.start} is not UTF-8", "TOML must be UTF-8") from None
+        raise InputError("bad-settings", path, f"byte {error.start} is not UTF-8", "save the file as UTF-8") from None
 
 
 def check_file(root: Root, path: str) -> None:
@@ -84,18 +86,18 @@ def check_file(root: Root, path: str) -> None:
     found = root.stat(path)
     if not stat.S_ISREG(found.st_mode):
         kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a FIFO, a socket or a device"
-        raise InputError("settings-unreadable", path, f"is {kind}, not a file", "put a file there, or remove it")
+        raise InputError(
+            "settings-unreadable", path, f"is {kind}, not a file", "replace it by a regular file, or remove it"
+        )
     if found.st_size > MOST_BYTES:
-        problem = f"has {found.st_size} bytes, more than the {MOST_BYTES} that settings can have"
-        raise InputError("settings-unreadable", path, problem, "is it the right file? take out what is no setting")
+        problem = f"has {found.st_size} bytes, above the limit of {MOST_BYTES} for a settings file"
+        raise InputError("settings-unreadable", path, problem, "check that it is the right file, or shorten it")
     if found.st_uid and found.st_uid != root.do(os.geteuid) and not is_unmapped(root, found.st_uid):
-        problem = f"belongs to user {found.st_uid}, who could change what the hook does"
+        problem = f"belongs to user {found.st_uid}, who could change what the hook does as root"
         raise InputError("bad-settings", path, problem, f"chown root:root {path}")
     # The group of root is root.
     if found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid):
-        problem = (
-            f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o}), who could change what the hook does"
-        )
+        problem = f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o}), who could change what the hook does as root"
         raise InputError("bad-settings", path, problem, f"chmod go-w {path}")
 
 
@@ -112,9 +114,9 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
     try:
         return read_toml(text)
     except (ValueError, RecursionError) as error:
-        raise InputError("bad-settings", name, f"is not TOML: {error}", "mend the line or remove the file") from None
+        raise InputError("bad-settings", name, f"is not TOML: {error}", "correct the line or remove the file") from None
     except ImportError:
-        problem = "holds more than plain `key = value` lines, and no TOML reader is installed"
+        problem = "needs a full TOML parser, which is not installed"
         hint = (
             "apt install python3-tomli (pip: tomli), use Python 3.11, or write each value on one line without escapes"
         )
@@ -217,7 +219,7 @@ class Table:
 
     def list_mistakes(self) -> list[Mistake]:
         """Return what is wrong in this table and those in it: keys that nobody asked for, and values."""
-        rule = self.rule or f"known here are {', '.join(sorted(self.known))}"
+        rule = self.rule or f"known keys: {', '.join(sorted(self.known))}"
         unknown = [
             Mistake((*self.keys, key), -1, f"unknown key; {rule}") for key in self.values if key not in self.known
         ]
@@ -235,7 +237,7 @@ def make_finding(path: str, text: str, mistake: Mistake) -> Finding:
     where = f"{path} line {line}" if line else path
     item = f"[{mistake.item}]" if mistake.item >= 0 else ""
     key = f"{'.'.join(map(format_key, mistake.keys))}{item}"
-    return Finding("error", "bad-settings", f"{where}: {key}", mistake.problem, "mend it or take it out")
+    return Finding("error", "bad-settings", f"{where}: {key}", mistake.problem, "correct or remove it")
 
 
 def format_key(key: str) -> str:

@@ -137,7 +137,7 @@ def parse_map(text: str) -> tuple[Selector, ...]:
     source = f"annotation {oci.MAP_ANNOTATION}"
     groups = parse_json(text.encode("utf-8", "surrogatepass"), source)
     selectors = []
-    for index, group in enumerate(expect(groups, list, source, "(the whole)")):
+    for index, group in enumerate(expect(groups, list, source, "top level")):
         devices = expect(group, dict, source, f"[{index}]").get("devices")
         for number, device in enumerate(expect(devices, list, source, f"[{index}].devices")):
             where = f"[{index}].devices[{number}]"

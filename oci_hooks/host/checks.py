@@ -42,16 +42,24 @@ def check_iommu(root: Root, picture: Picture) -> tuple[Finding, ...]:
     words = root.read_text_or("/proc/cmdline", "").split()
     off = [word for word in words if word in ("iommu=off", "intel_iommu=off", "amd_iommu=off")]
     if off:
-        hint = f"take {' '.join(off)} out of the kernel's command line and reboot"
+        hint = f"remove {' '.join(off)} from the kernel's command line and reboot"
     elif table and argument not in words:
-        hint = (
-            f"the firmware has one ({table}): boot with {argument}, e.g. grubby --update-kernel=ALL --args={argument}"
-        )
+        hint = f"the firmware reports an IOMMU ({table}): boot with {argument}, e.g. grubby --update-kernel=ALL --args={argument}"
     elif picture.devices and "acpi" in root.list_names("/sys/firmware"):
-        hint = "switch on VT-d, AMD-Vi or SMMU in the firmware's set-up; in a virtual machine give it a virtual IOMMU"
+        hint = (
+            "enable VT-d, AMD-Vi or SMMU in the firmware setup; if this is a virtual machine, give it a virtual IOMMU"
+        )
     else:
-        hint = "switch on the IOMMU in the firmware's set-up and in the kernel's command line"
-    return (Finding("error", "iommu-off", "host", "the kernel has no IOMMU in use (no group in sysfs)", hint),)
+        hint = "enable the IOMMU in the firmware setup and on the kernel's command line"
+    return (
+        Finding(
+            "error",
+            "iommu-off",
+            "host",
+            "the kernel uses no IOMMU (there are no IOMMU groups in /sys/kernel/iommu_groups)",
+            hint,
+        ),
+    )
 
 
 def check_host_nodes(root: Root, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
@@ -60,13 +68,17 @@ def check_host_nodes(root: Root, targets: tuple[Target, ...]) -> tuple[Finding, 
     legacy = any(target.group and target.group.number and not target.cdev for target in targets)
     if legacy and not (root.exists(CONTROL_NODE) or root.exists("/sys/class/misc/vfio")):
         findings.append(
-            Finding("error", "control-node-missing", CONTROL_NODE, "is not on the host", "load it: modprobe vfio")
+            Finding(
+                "error", "control-node-missing", CONTROL_NODE, "missing on the host", "load the module: modprobe vfio"
+            )
         )
     if any(target.cdev for target in targets) and not (
         root.exists(IOMMUFD_NODE) or root.exists("/sys/class/misc/iommu")
     ):
-        problem = f"is not on the host, and {CDEV_PREFIX}* can't be used without it"
-        findings.append(Finding("error", "control-node-missing", IOMMUFD_NODE, problem, "load it: modprobe iommufd"))
+        problem = f"missing on the host; {CDEV_PREFIX}* cannot be used without it"
+        findings.append(
+            Finding("error", "control-node-missing", IOMMUFD_NODE, problem, "load the module: modprobe iommufd")
+        )
     return tuple(findings)
 
 
@@ -86,19 +98,21 @@ def check_numbers(target: Target, asker: Asker) -> tuple[Finding, ...]:
         meant = target.cdev or group.name
         if target.name == meant or not target.name.isdigit():
             return ()
-        problem = f"has the numbers {numbers}, which are those of {'device' if target.cdev else 'group'} {meant}"
-        hint = f"that one is passed; to pass group {target.name} take the numbers of ls -l {GROUP_PREFIX}{target.name}"
+        problem = (
+            f"config.json lists it with the device number of {'device' if target.cdev else 'group'} {meant} ({numbers})"
+        )
+        hint = f"as configured, that one is passed; to pass group {target.name}, use the device number shown by ls -l {GROUP_PREFIX}{target.name}"
         # In a guest the node gets the guest's name. Without one the program finds a node that is not its device's.
         level = "warning" if asker.is_kata else "error"
         return (Finding(level, "node-mismatch", entry.path, problem, hint),)
-    right = f"{group.number[0]}:{group.number[1]}" if group.number and not target.cdev else "other ones"
+    right = f"{group.number[0]}:{group.number[1]}" if group.number and not target.cdev else "another one"
     node = group.node if not target.cdev else CDEV_PREFIX + target.cdev
-    hint = f"put the numbers of ls -l {node} into linux.devices"
+    hint = f"set major and minor in linux.devices to those shown by ls -l {node}"
     if target.taken_by:
-        problem = f"config.json gives it {numbers}, which is the device {target.taken_by}; on this host it has {right}"
+        problem = f"config.json lists it with device number {numbers}, which is {target.taken_by}; on this host its number is {right}"
         return (Finding("error", "node-mismatch", entry.path, problem, hint),)
     level = "warning" if asker.kind in ("kata-go", "kata-1", "kata") else "error"
-    problem = f"config.json gives it {numbers}, which is no device of this host; here it has {right}"
+    problem = f"config.json lists it with device number {numbers}, which no device of this host has; here its number is {right}"
     return (Finding(level, "node-mismatch", entry.path, problem, hint),)
 
 
@@ -110,9 +124,9 @@ def check_presence(root: Root, target: Target) -> tuple[Finding, ...]:
         return ()
     kind = "device" if entry.is_cdev else "group"
     where = CDEV_CLASS if entry.is_cdev else VFIO_CLASS
-    numbers = f", and its numbers {entry.major}:{entry.minor} are no VFIO device's" if entry.major >= 0 else ""
-    problem = f"the host has no such VFIO {kind} (nothing in {where} or {IOMMU_GROUPS}){numbers}"
-    hint = "list what there is: vfio-host-check --all"
+    numbers = f", and no VFIO device has the device number {entry.major}:{entry.minor}" if entry.major >= 0 else ""
+    problem = f"the host has no such VFIO {kind} (no entry in {where} or {IOMMU_GROUPS}){numbers}"
+    hint = "list the groups of this host: vfio-host-check --all"
     return (Finding("error", "group-missing", f"{kind} {target.name}", problem, hint),)
 
 
@@ -121,11 +135,11 @@ def check_noiommu(target: Target, asker: Asker) -> tuple[Finding, ...]:
     if target.group is None or not target.group.noiommu:
         return ()
     if asker.is_kata:
-        problem = "has no IOMMU behind it, and no hypervisor can pass such a group"
-        hint = "switch on the host's IOMMU and clear /sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+        problem = "is a no-IOMMU group, which no hypervisor can pass to a virtual machine"
+        hint = "enable the host's IOMMU and write N to /sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
         return (Finding("error", "noiommu-group", target.subject, problem, hint),)
-    problem = "has no IOMMU behind it: its device can write to all of the host's memory"
-    hint = "switch on the IOMMU; as it is, the program needs CAP_SYS_RAWIO"
+    problem = "is a no-IOMMU group: its device can write to all of the host's memory"
+    hint = "enable the host's IOMMU; without it, the container's program needs CAP_SYS_RAWIO"
     return (Finding("warning", "noiommu-group", target.subject, problem, hint),)
 
 
@@ -136,7 +150,7 @@ def check_kind(target: Target) -> tuple[Finding, ...]:
     mediated = [member.name for member in target.group.members if member.bus == "mdev"]
     if not mediated:
         return ()
-    problem = f"holds mediated device {', '.join(mediated)}, which has no PCI driver of its own to check"
+    problem = f"contains mediated device {', '.join(mediated)}, which has no PCI driver that could be checked"
     return (Finding("info", "mediated-device", target.subject, problem),)
 
 
@@ -146,8 +160,8 @@ def check_empty(target: Target) -> tuple[Finding, ...]:
     if group is None or not group.iommu_group or group.passable:
         return ()
     held = ", ".join(name_member(member) for member in group.members)
-    problem = f"has no device that could be passed{f', only {held}' if held else ''}"
-    hint = "choose the group of the device: vfio-host-check --all"
+    problem = f"contains no device that can be passed{f', only {held}' if held else ''}"
+    hint = "use the IOMMU group of the device itself; list all groups: vfio-host-check --all"
     return (Finding("error", "group-empty", target.subject, problem, hint),)
 
 
@@ -161,15 +175,15 @@ def check_viability(target: Target) -> tuple[Finding, ...]:
         others = [member for member in group.members if member.standing != "blocking"]
         problem = ", ".join(f"{member.name} is bound to {member.driver}" for member in group.blocking)
         if others:
-            problem += f" (beside it: {', '.join(name_member(member) for member in others)})"
+            problem += f" (other members: {', '.join(name_member(member) for member in others)})"
         return (Finding("error", "group-not-viable", target.subject, problem, make_bind_hint(group.blocking)),)
     if group.number is None and not target.cdev:
         unbound = [member for member in group.passable if member.pci and member.standing == "unbound"]
-        problem = f"no member is bound to vfio-pci ({', '.join(name_member(member) for member in group.members)})"
+        problem = f"no device of the group is bound to vfio-pci ({', '.join(name_member(member) for member in group.members)})"
         hint = make_bind_hint(tuple(unbound)) if unbound else "load the driver: modprobe vfio-pci"
         if any(member.standing == "vfio" for member in group.members):
-            problem = "its member is bound to a vfio driver, but vfio shows no such group"
-            hint = f"the kernel may have no group nodes (CONFIG_VFIO_GROUP); use {CDEV_PREFIX}*"
+            problem = "a device of the group is bound to a VFIO driver, but VFIO created no group for it"
+            hint = f"the kernel may be built without group nodes (CONFIG_VFIO_GROUP); list {CDEV_PREFIX}* instead"
         return (Finding("error", "group-not-viable", target.subject, problem, hint),)
     return ()
 
@@ -194,19 +208,19 @@ def check_kernel_word(
                 "error",
                 "group-not-viable",
                 target.subject,
-                f"the kernel calls it not viable ({members})",
+                f"the kernel reports that the group is not viable ({members})",
                 make_bind_hint(tuple(member for member in group.members if member.standing == "unknown"))
                 if any(member.standing == "unknown" for member in group.members)
-                else f"see who uses it: ls -l {IOMMU_GROUPS}/{group.iommu_group}/devices/*/driver; dmesg",
+                else f"check the drivers of its devices: ls -l {IOMMU_GROUPS}/{group.iommu_group}/devices/*/driver; dmesg",
             ),
         )
     if word == "denied":
-        problem = f"{group.node} can't be opened by the hook ({describe_node(root, group.node)})"
+        problem = f"the hook cannot open {group.node} ({describe_node(root, group.node)})"
         hint = "allow it in the runtime's device cgroup, or run the runtime as root"
         return (Finding("warning", "group-denied", target.subject, problem, hint),)
     if word == "missing" and not root.exists(group.node):
-        problem = f"{group.node} is not there, although the kernel has the group as {group.number[0]}:{group.number[1]}"
-        hint = f"make it: mknod -m 0600 {group.node} c {group.number[0]} {group.number[1]}"
+        problem = f"{group.node} is missing, although the kernel has this group with device number {group.number[0]}:{group.number[1]}"
+        hint = f"create the node: mknod -m 0600 {group.node} c {group.number[0]} {group.number[1]}"
         # Plain runtimes make the container's node from the numbers and never look at the host's.
         level = "error" if asker.is_kata else "warning"
         return (Finding(level, "group-missing", target.subject, problem, hint),)
@@ -224,13 +238,17 @@ def check_holders(root: Root, group: VfioGroup, asker: Asker, state: State, dead
         # It may have been let go in between, or be held where the hook can't see: in doubt, for the container.
         if ask_kernel(root, group.node) != "busy":
             return ()
-        problem = "is held by a process that can't be seen from here"
+        problem = "is in use by a process that is not visible to the hook (another PID namespace?)"
         if looked < total:
-            problem = f"is held by a process not found in time: the search stopped after {looked} of {total} processes"
-        return (Finding("error", "group-busy", subject, problem, f"as root on the host: fuser -v {group.node}"),)
-    problem = f"is held by {', '.join(str(holder) for holder in holders)}"
+            problem = f"is in use; the search for the process timed out after {looked} of {total} processes"
+        return (
+            Finding(
+                "error", "group-busy", subject, problem, f"list its users as root on the host: fuser -v {group.node}"
+            ),
+        )
+    problem = f"is in use by {', '.join(str(holder) for holder in holders)}"
     pids = " ".join(str(holder.pid) for holder in holders)
-    return (Finding("error", "group-busy", subject, problem, f"end it: kill {pids}; or choose another group"),)
+    return (Finding("error", "group-busy", subject, problem, f"stop the process (kill {pids}), or use another group"),)
 
 
 def list_member_cdevs(root: Root, group: VfioGroup) -> list[str]:
@@ -258,7 +276,7 @@ def is_attached(root: Root, target: Target, asker: Asker, deadline: Deadline) ->
 
 def name_member(member: Member) -> str:
     """Return a member and its driver: `0000:03:00.0 vfio-pci`."""
-    return f"{member.name} {member.driver or 'without driver'}"
+    return f"{member.name} {member.driver or 'no driver'}"
 
 
 def make_bind_hint(members: tuple[Member, ...]) -> str:

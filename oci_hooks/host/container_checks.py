@@ -29,10 +29,10 @@ def check_control_node(spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding
     if any(device.path == CONTROL_NODE for device in spec.devices) or has_bind_mount(spec, CONTROL_NODE):
         return ()
     hint = (
-        'list it: {"path": "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196}; podman, docker: --device '
+        'add it to linux.devices: {"path":  "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196}; podman, docker: --device '
         + CONTROL_NODE
     )
-    problem = "linux.devices lists a group and not the control node"
+    problem = "linux.devices lists a VFIO group but not the control node"
     return (Finding("warning", "control-node-missing", CONTROL_NODE, problem, hint),)
 
 
@@ -62,8 +62,8 @@ def check_device_rules(spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding
         if target.group is None or major < 0 or is_allowed(rules, major, minor):
             continue
         hint = f'add {{"allow": true, "type": "c", "major": {major}, "minor": {minor}, "access": "rw"}}'
-        problem = "no rule in linux.resources.devices lets the container open it"
-        hint += ", or let vfio-guest-bind do it"
+        problem = "no rule in linux.resources.devices allows the container to open it"
+        hint += ", or have vfio-guest-bind add it"
         findings.append(Finding("warning", "group-denied", target.subject, problem, hint))
     return tuple(findings)
 
@@ -100,8 +100,8 @@ def check_memlock(root: Root, spec: Spec, asker: Asker) -> tuple[Finding, ...]:
         soft = read_own_memlock(root)
     if not isinstance(soft, int) or soft >= SMALL_MEMLOCK:
         return ()
-    problem = f"the container may lock only {soft >> 10} KiB of memory and has no CAP_IPC_LOCK"
-    hint = "raise it: docker, podman: --ulimit memlock=-1, or --cap-add IPC_LOCK; Kubernetes: capabilities.add IPC_LOCK"
+    problem = f"the container can lock only {soft >> 10} KiB of memory and has no CAP_IPC_LOCK"
+    hint = "raise the limit: docker, podman: --ulimit memlock=-1, or --cap-add IPC_LOCK; Kubernetes: capabilities.add IPC_LOCK"
     return (Finding("warning", "memlock", "process.rlimits", problem, hint),)
 
 

@@ -30,16 +30,18 @@ def add_options(parser: ArgumentParser) -> None:
     """Give the parser this hook's own options."""
     # All options in brackets would take five lines of a screen.
     parser.usage = f"{PROGRAM} [OPTIONS] [KIND]"
-    parser.description = "Say what is wrong with a container's VFIO groups on this host; change nothing."
-    parser.add_argument("--pid", type=int, default=0, metavar="PID", help="with --bundle: the sandbox's hypervisor")
-    parser.add_argument("--all", action="store_true", help="no container: list every IOMMU group of this host")
+    parser.description = "Check a container's VFIO groups on this host and Kata's configuration. Changes nothing."
+    parser.add_argument(
+        "--pid", type=int, default=0, metavar="PID", help="with --bundle: process id of the sandbox's hypervisor"
+    )
+    parser.add_argument("--all", action="store_true", help="without a container: list all IOMMU groups of this host")
     parser.add_argument(
         "--group",
         action="append",
         default=[],
         dest="groups",
         metavar="N",
-        help="no container: check group N; repeatable",
+        help="without a container: check group N; repeatable",
     )
     parser.add_argument(
         "--kata-config",
@@ -47,19 +49,23 @@ def add_options(parser: ArgumentParser) -> None:
         const="",
         default=None,
         metavar="FILE",
-        help="no container: print what Kata makes of FILE",
+        help="without a container: print the values Kata uses with configuration FILE",
     )
-    parser.add_argument("--runtime", default="", choices=["go", "rust"], help="with --kata-config: one runtime only")
+    parser.add_argument("--runtime", default="", choices=["go", "rust"], help="with --kata-config: only this runtime")
     parser.add_argument(
         "--annotation",
         action="append",
         default=[],
         dest="annotations",
         metavar="K=V",
-        help="with --kata-config: of the sandbox; repeatable",
+        help="with --kata-config: annotation of the sandbox; repeatable",
     )
     parser.add_argument(
-        "--format", default="", metavar="FORM", choices=["table", "nfd", "npd"], help="with --all: table, nfd or npd"
+        "--format",
+        default="",
+        metavar="FORM",
+        choices=["table", "nfd", "npd"],
+        help="with --all: output format: table, nfd or npd",
     )
 
 

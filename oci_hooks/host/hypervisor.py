@@ -25,16 +25,13 @@ class Hypervisor(Record):
     """A running virtual machine monitor.
 
     kind: "qemu", "clh", or the executable's name; viommu: "on", "off", or "" where its command line can't tell;
-    evidence: the words of the command line that say so; machine: QEMU's machine type, "" where not given;
-    devices: host addresses (BDF) or sysfs paths that it was started with.
+    evidence: the words of the command line that show it.
     """
 
     process: Process
     kind: str
     viommu: str
     evidence: str
-    machine: str = ""
-    devices: tuple[str, ...] = ()
 
 
 def find_hypervisor(root: Root, pid: int) -> Hypervisor | None:
@@ -64,27 +61,19 @@ def read_qemu(process: Process) -> Hypervisor:
     options = list(pair_options(process.arguments))
     devices = [name_device(value) for option, value in options if option == "device"]
     machines = [value for option, value in options if option in ("machine", "M")]
-    machine = read_machine(machines)
-    passed = tuple(
-        value
-        for option, text in options
-        if option == "device"
-        for key, value in split_properties(text)
-        if key in ("host", "sysfsdev")
-    )
     kernel = next((value for option, value in options if option == "append"), "")
     switched_off = find_kernel_refusal(kernel)
     iommu = next((device for device in devices if device in QEMU_IOMMUS), "")
     if not iommu and any(",iommu=smmuv3" in value for value in machines):
         iommu = "iommu=smmuv3"
     if iommu and switched_off:
-        return Hypervisor(process, "qemu", "off", f"its kernel's parameter {switched_off}", machine, passed)
+        return Hypervisor(process, "qemu", "off", f"kernel parameter {switched_off}")
     if iommu:
-        return Hypervisor(process, "qemu", "on", f"-device {iommu}", machine, passed)
+        return Hypervisor(process, "qemu", "on", f"-device {iommu}")
     # A -readconfig file may hold devices; Kata writes none.
     if any(option == "readconfig" for option, _ in options):
-        return Hypervisor(process, "qemu", "", "", machine, passed)
-    return Hypervisor(process, "qemu", "off", "no -device intel-iommu or virtio-iommu", machine, passed)
+        return Hypervisor(process, "qemu", "", "")
+    return Hypervisor(process, "qemu", "off", "no -device intel-iommu or virtio-iommu")
 
 
 def find_kernel_refusal(kernel: str) -> str:
@@ -96,15 +85,6 @@ def find_kernel_refusal(kernel: str) -> str:
         elif word == "intel_iommu=on" and refusal == "intel_iommu=off":
             refusal = ""
     return refusal
-
-
-def read_machine(machines: list[str]) -> str:
-    """Return the machine type among -machine options, "" where none is given."""
-    for value in machines:
-        for key, word in split_properties(value):
-            if key in ("", "type"):
-                return word
-    return ""
 
 
 def read_clh(process: Process) -> Hypervisor:

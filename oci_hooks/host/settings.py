@@ -50,7 +50,7 @@ def read_host_settings(root: Root, path: str) -> HostSettings:
 def make_host_settings(table: Table) -> HostSettings:
     """Return the settings in host.toml, of which each key is taken here; schemas/host-settings.json says the same."""
     usual = HostSettings()
-    checks = table.table("checks", "here stand codes of findings, e.g. group-busy")
+    checks = table.table("checks", "keys of this table are codes of findings, e.g. group-busy")
     kata = table.table("kata")
     return HostSettings(
         mode=table.word("mode", usual.mode, "enforce", "warn"),

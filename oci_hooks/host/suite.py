@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 ORDER = ("error", "warning", "info")
 
 
-def run_check(check: Callable[..., tuple[Finding, ...]], *values: Any) -> tuple[Finding, ...]:
-    """Return what a check finds. One that the system does not let look must not stop a container: it is a warning."""
+def run_check(subject: str, check: Callable[..., tuple[Finding, ...]], *values: Any) -> tuple[Finding, ...]:
+    """Return a check's findings; a check that the system does not allow to run must not stop a container: a warning.
+
+    subject: what is checked, in an administrator's words.
+    """
     try:
         return check(*values)
     except OSError as error:
-        problem = f"could not be made: {error.filename or 'a system call'}: {error.strerror or error}"
+        problem = f"cannot be checked: {error.filename or 'a system call'}: {error.strerror or error}"
         hint = "run the hook as root, with the host's /sys and /proc"
-        return (Finding("warning", "check-failed", check.__name__, problem, hint),)
+        return (Finding("warning", "check-failed", subject, problem, hint),)
 
 
 def settle(findings: Iterable[Finding], settings: HostSettings) -> tuple[Finding, ...]:
@@ -78,9 +81,9 @@ def choose_exit(findings: Iterable[Finding]) -> int:
 def check_host(root: Root, picture: Picture, targets: tuple[Target, ...]) -> list[Finding]:
     """Return what is wrong with the host itself."""
 
-    findings = [*run_check(checks.check_host_nodes, root, targets)]
+    findings = [*run_check("control node", checks.check_host_nodes, root, targets)]
     if any(target.group is None and not target.found_by for target in targets):
-        findings += run_check(checks.check_iommu, root, picture)
+        findings += run_check("host IOMMU", checks.check_iommu, root, picture)
     return findings
 
 
@@ -88,13 +91,13 @@ def check_target(root: Root, target: Target, asker: Asker, state: State, deadlin
     """Return what is wrong with one entry of linux.devices and the group that it means."""
 
     return [
-        *run_check(checks.check_presence, root, target),
-        *run_check(checks.check_numbers, target, asker),
-        *run_check(checks.check_noiommu, target, asker),
-        *run_check(checks.check_kind, target),
-        *run_check(checks.check_empty, target),
-        *run_check(checks.check_viability, target),
-        *run_check(checks.check_kernel_word, root, target, asker, state, deadline),
+        *run_check("group existence", checks.check_presence, root, target),
+        *run_check("device number", checks.check_numbers, target, asker),
+        *run_check("no-IOMMU mode", checks.check_noiommu, target, asker),
+        *run_check("mediated devices", checks.check_kind, target),
+        *run_check("group members", checks.check_empty, target),
+        *run_check("group viability", checks.check_viability, target),
+        *run_check("group status", checks.check_kernel_word, root, target, asker, state, deadline),
     ]
 
 
@@ -102,9 +105,9 @@ def check_plain(root: Root, spec: Spec, asker: Asker, targets: tuple[Target, ...
     """Return what a container of a plain runtime lacks itself: there is no guest between it and the host."""
 
     return [
-        *run_check(container_checks.check_control_node, spec, targets),
-        *run_check(container_checks.check_device_rules, spec, targets),
-        *run_check(container_checks.check_memlock, root, spec, asker),
+        *run_check("control node", container_checks.check_control_node, spec, targets),
+        *run_check("device rules", container_checks.check_device_rules, spec, targets),
+        *run_check("locked memory limit", container_checks.check_memlock, root, spec, asker),
     ]
 
 
@@ -126,11 +129,11 @@ def check_sandbox(
     found = find_config(root, asker, annotations, settings.kata_config)
     attached = all(checks.is_attached(root, target, asker, deadline) for target in targets)
     view = view_sandbox(root, asker, found, annotations, attached)
-    findings = [*run_check(check_kata, view, spec, targets)]
+    findings = [*run_check("Kata configuration", check_kata, view, spec, targets)]
     if view.wanted:
-        findings += run_check(container_checks.check_memlock, root, spec, asker)
+        findings += run_check("locked memory limit", container_checks.check_memlock, root, spec, asker)
         if view.mode == "vfio":
-            findings += run_check(container_checks.check_control_node, spec, targets)
+            findings += run_check("control node", container_checks.check_control_node, spec, targets)
     return findings
 
 
@@ -140,6 +143,6 @@ def admit_weakness(asker: Asker, code: int) -> tuple[Finding, ...]:
 
     if code == EXIT_DONE or asker.kind != "kata-rs":
         return ()
-    problem = "ignores a failing hook: the sandbox starts all the same"
-    hint = "refuse it earlier, e.g. by an admission check, or use Kata's Go runtime"
+    problem = "ignores the failure of this hook and starts the sandbox anyway"
+    hint = "reject such pods earlier, e.g. by an admission webhook, or use Kata's Go runtime"
     return (Finding("warning", "failure-ignored", "runtime-rs", problem, hint),)

@@ -91,8 +91,8 @@ def name_group(text: str) -> str:
     """Return the group's name in "12" or "/dev/vfio/12". Raises InputError."""
     name = text[len(GROUP_PREFIX) :] if text.startswith(GROUP_PREFIX) else text
     if not (name.isdigit() or (name.startswith(NOIOMMU_PREFIX) and name[len(NOIOMMU_PREFIX) :].isdigit())):
-        hint = "give its number, e.g. --group 12; all of them: --all"
-        raise InputError("bad-arguments", f"--group {text}", "is no name of a group", hint)
+        hint = "use a group number, e.g. --group 12; list all groups: --all"
+        raise InputError("bad-arguments", f"--group {text}", "is not a group name", hint)
     return name
 
 
@@ -212,7 +212,7 @@ def format_answer(name: str, lines: tuple[Line, ...], views: tuple[KataView, ...
 
 def format_table(lines: tuple[Line, ...], views: tuple[KataView, ...]) -> str:
     """Return groups, and Kata's configurations, in columns for a person."""
-    rows: list[tuple[str, ...]] = [("GROUP", "STATE", "DEVICE", "ID", "CLASS", "DRIVER", "HELD BY")]
+    rows: list[tuple[str, ...]] = [("GROUP", "STATE", "DEVICE", "ID", "CLASS", "DRIVER", "IN USE BY")]
     for line in lines:
         held_by = ", ".join(str(process) for process in line.holders) or "-"
         first = (line.group.name, line.state)

@@ -59,7 +59,7 @@ class RecordTooLarge(RecordError):
 
     def __init__(self, name: str, most: int, where: str = "") -> None:
         words = name.lower().replace("_", " ")
-        super().__init__(f"{where or 'the recording'} is above the bound of {most} {words} ({name})")
+        super().__init__(f"{where or 'the recording'} exceeds the limit of {most} {words} ({name})")
         self.name = name
 
 

@@ -76,7 +76,7 @@ def hide_kata(finding: Finding) -> Finding:
     words = list_words()
     place = hide_place(finding.subject, words)
     head, mark, release = finding.problem.rpartition("; ")
-    if mark and release.endswith(" starts no sandbox with it"):
+    if mark and release.endswith(" refuses to start a sandbox with it"):
         return finding.replace(subject=place, problem=f"{hide_words(head, words)}{mark}{release}")
     return finding.replace(subject=place, problem=hide_words(finding.problem, words))
 

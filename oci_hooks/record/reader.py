@@ -86,7 +86,7 @@ def read_packed(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     with open(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise RecordError("is no regular file, so it is damaged, or no record")
+            raise RecordError("is not a regular file, so it is not a recording")
         return file.read(bounds.MOST_PACKED_BYTES + 1)
 
 
@@ -98,7 +98,7 @@ def unpack(packed: bytes) -> bytes:
     try:
         data = decompressor.decompress(packed, bounds.MOST_BYTES + 1)
     except zlib.error as error:
-        raise RecordError(f"is damaged, or no record: {error}") from None
+        raise RecordError(f"is damaged, or not a recording: {error}") from None
     check_bound(len(data), "BYTES")
     if not decompressor.eof:
         raise RecordError("is damaged: it ends too early")
@@ -133,13 +133,13 @@ def read_header(header: bytes) -> tuple[str, int]:
     try:
         checksum, size = (int(header[field].strip(b" \0") or b"0", 8) for field in (CHECKSUM, SIZE))
     except ValueError:
-        raise RecordError("is damaged, or no record: not a tar") from None
+        raise RecordError("is damaged, or not a recording: not a tar") from None
     if sum(header[: CHECKSUM.start]) + sum(b" " * 8) + sum(header[CHECKSUM.stop :]) != checksum or len(header) != BLOCK:
-        raise RecordError("is damaged, or no record: not a tar")
+        raise RecordError("is damaged, or not a recording: not a tar")
     if name not in MEMBERS or header[PREFIX].strip(b"\0"):
-        raise RecordError(f"holds {name!r}, which no record does")
+        raise RecordError(f"holds {name!r}, which is not a member of a recording")
     if header[TYPE] not in PLAIN_FILES or size < 0:
-        raise RecordError(f"holds {name!r} as something else than a plain file")
+        raise RecordError(f"holds {name!r}, which is not a regular file")
     return name, size
 
 
@@ -229,14 +229,14 @@ def check_version(about: Any) -> None:
         raise RecordError("record.json has no version")
     if version < VERSION:
         raise RecordError(
-            f"is of version {version}, which only development versions of oci-vfio-hooks wrote, and this program reads "
+            f"is of version {version}, which only development versions of oci-vfio-hooks wrote, but this program reads "
             f"version {VERSION}: record the run again"
         )
     if version > VERSION:
         written = str(about.get("hook", "a later version"))[:40]
         raise RecordError(
             f"is of version {version}, and this program reads version {VERSION}: "
-            f"use the vfio-hook-replay of oci-vfio-hooks {written} or later"
+            f"use vfio-hook-replay of oci-vfio-hooks {written} or later"
         )
 
 
@@ -245,7 +245,7 @@ def check_schema(value: Any, place: str = "about") -> None:
     try:
         import jsonschema
     except ImportError:
-        raise RecordError("can't be checked, and is not trusted without: apt install python3-jsonschema") from None
+        raise RecordError("cannot be validated: install python3-jsonschema (apt install python3-jsonschema)") from None
 
     from oci_hooks.schema import describe, format_path, load_schema
 

@@ -59,7 +59,7 @@ def format_head(record: RunRecord) -> list[str]:
 
 def format_findings(record: RunRecord) -> list[str]:
     """Return what the run said."""
-    return [finding.as_line() for finding in record.findings] or ["nothing to say: it succeeded"]
+    return [finding.as_line() for finding in record.findings] or ["succeeded without findings"]
 
 
 def count_reads(asked: list[dict[str, Any]]) -> list[str]:
@@ -209,7 +209,7 @@ def format_request(record: RunRecord) -> str:
             selectors = [f"{item.get('kind')} {item.get('value')}" for item in request.get("selectors", [])]
             entries = [str(item.get("path")) for item in request.get("entries", [])]
             return f"{', '.join(selectors) or ', '.join(entries)} (by {request.get('source')})"
-    return "not known, it did not come so far"
+    return "unknown, the run ended before reading it"
 
 
 def format_row(record: RunRecord) -> tuple[str, ...]:

@@ -47,9 +47,13 @@ def keep_record(run: Summary, notes: list[Note]) -> list[Finding]:
             # A person without rights tries something; there is nothing to mend.
             return []
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        hint = 'mend that, or set record = "never"'
-        return [Finding("warning", "not-recorded", DIRECTORY, f"no record of this run: {reason}", hint)]
-    return [Finding("info", "recorded", path, "what this run saw and did", "read it with: vfio-hook-replay explain")]
+        hint = 'fix the problem, or disable recording with record = "never"'
+        return [Finding("warning", "not-recorded", DIRECTORY, f"cannot write a recording of this run: {reason}", hint)]
+    return [
+        Finding(
+            "info", "recorded", path, "a recording of this run was written", "read it with: vfio-hook-replay explain"
+        )
+    ]
 
 
 # What it holds --------------------------------------------------------------------------------------------------------

@@ -54,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     except (RecordError, *DAMAGE) as error:
         return fail(describe_damage(name, error))
     except OSError as error:
-        hint = ": records are root's; use sudo, or give a file" if isinstance(error, PermissionError) else ""
+        hint = (
+            ": recordings are readable by root only; use sudo, or name a file"
+            if isinstance(error, PermissionError)
+            else ""
+        )
         return fail(f"{error.filename or 'record'}: {error.strerror or error}{hint}")
 
 
@@ -68,7 +72,7 @@ def describe_damage(name: str, error: Exception) -> str:
     """Return why a record can't be used, in one line. name: of the record, where the error does not say which."""
     name = getattr(error, "path", "") or name
     if isinstance(error, RecordTooLarge):
-        hint = "no hook writes such a one: have it taken anew"
+        hint = "hooks do not write such a recording: record the run again"
         return Finding("error", "recording-too-large", name, str(error), hint).as_line()
     if isinstance(error, (RecordError, NotationError)):
         return f"{name}: {error}"
@@ -87,12 +91,12 @@ def make_parser() -> ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(
         prog=PROGRAM,
-        description="Look at the records of OCI hooks that ran, and run them again.",
+        description="Inspect recordings of OCI hook runs and replay them.",
         epilog=EPILOG,
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    parser.add_argument("--directory", metavar="DIR", default="", help="where records lie")
+    parser.add_argument("--directory", metavar="DIR", default="", help="directory with the recordings")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, command: Callable[[Namespace], int], about: str, *records: str) -> ArgumentParser:
@@ -102,17 +106,22 @@ def make_parser() -> ArgumentParser:
             sub.add_argument(record, metavar="REC", nargs="?" if len(records) == 1 else None, default="")
         return sub
 
-    add("list", list_records, "the records there are, the newest last")
-    add("explain", explain, "the shortest account for a ticket: code, object, what to do", "record")
-    show = add("show", show_record, "what was read, decided and done, and how long it took", "record")
-    show.add_argument("--reads", action="store_true", help="each single read, with its answer")
-    run = add("run", run_record, "the hook again, on the recorded machine: what differs", "record")
-    run.add_argument("--live", action="store_true", help="on this machine's real system instead, as a dry run")
-    run.add_argument("--apply", action="store_true", help="with --live: really do it")
-    run.add_argument("--pid", type=int, metavar="PID", help="with --live: the container's init, instead of the state's")
-    add("diff", diff_records, "what two runs saw and did differently", "record", "other")
-    export = add("export", export_record, "make a pytest case of a record", "record")
-    export.add_argument("--test", metavar="DIR", required=True, help="where the test and its record are written")
+    add("list", list_records, "list the recordings, the newest last")
+    add("explain", explain, "short report for a ticket: code, object, what to do", "record")
+    show = add("show", show_record, "all that the run read, decided and changed, with times", "record")
+    show.add_argument("--reads", action="store_true", help="each read with its result")
+    run = add("run", run_record, "run the hook again on the recorded machine and print the differences", "record")
+    run.add_argument("--live", action="store_true", help="use this machine instead of the recorded one, as a dry run")
+    run.add_argument("--apply", action="store_true", help="with --live: apply the changes")
+    run.add_argument(
+        "--pid",
+        type=int,
+        metavar="PID",
+        help="with --live: process id of the container's init, instead of the one in the state",
+    )
+    add("diff", diff_records, "compare two recordings", "record", "other")
+    export = add("export", export_record, "write a pytest test that replays a recording", "record")
+    export.add_argument("--test", metavar="DIR", required=True, help="directory for the test and its recording")
     return parser
 
 
@@ -147,8 +156,8 @@ def find_record(arguments: Namespace, word: str) -> RunRecord:
         if word and name_container(path) == word:
             return read_record(path)
     if len(found) > 1:
-        raise RecordError(f"{len(found)} records begin so; {PROGRAM} list shows them")
-    raise RecordError(f"no such record; {PROGRAM} list shows those that there are" if paths else "there is no record")
+        raise RecordError(f"{len(found)} recordings begin with this name; list them: {PROGRAM} list")
+    raise RecordError(f"no such recording; list the recordings: {PROGRAM} list" if paths else "there is no recording")
 
 
 def name_container(path: str) -> str:
@@ -175,7 +184,7 @@ def list_records(arguments: Namespace) -> int:
             rows.append((name, "-", "-", "-", f"unusable: {make_one_line(describe_damage('record', error))}"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    write_stdout("".join(f"{line}\n" for line in lines) if len(rows) > 1 else "there is no record\n")
+    write_stdout("".join(f"{line}\n" for line in lines) if len(rows) > 1 else "there is no recording\n")
     return EXIT_SAME
 
 
@@ -197,7 +206,7 @@ def run_record(arguments: Namespace) -> int:
     if arguments.live:
         return run_on_this_machine(record, arguments)
     if arguments.apply or arguments.pid is not None:
-        return fail("--apply and --pid go with --live: a replay on the recorded machine changes nothing")
+        return fail("--apply and --pid need --live: a replay on the recorded machine changes nothing")
     from oci_hooks.replay.rerun import compare, rerun
 
     again = rerun(record)
@@ -215,7 +224,7 @@ def run_on_this_machine(record: RunRecord, arguments: Namespace) -> int:
     from oci_hooks.replay.rerun import run_live
 
     if "config.json" not in record.documents:
-        return fail("the record has no config.json: the run did not come so far")
+        return fail("the recording has no config.json: the run ended before reading it")
     with tempfile.TemporaryDirectory(prefix="vfio-hook-replay-") as bundle:
         Path(bundle, "config.json").write_bytes(record.documents["config.json"])
         _, outcome = run_live(record, bundle, arguments.pid, arguments.apply)
@@ -225,7 +234,7 @@ def run_on_this_machine(record: RunRecord, arguments: Namespace) -> int:
 
 
 def diff_records(arguments: Namespace) -> int:
-    """Print what two runs saw and did differently."""
+    """Print compare two recordings."""
     import difflib
 
     one, other = find_record(arguments, arguments.record), find_record(arguments, arguments.other)

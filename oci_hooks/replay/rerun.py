@@ -95,7 +95,7 @@ class RecordedRoot(Root):
         known = self.answers.get((name_tag(question), path))
         if known is None:
             if not self.is_known_absent(path):
-                self.strange.append(f"asked {name_tag(question)} of {path}: not in the record, taken for absent")
+                self.strange.append(f"asked {name_tag(question)} of {path}: not in the recording, assumed absent")
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         event = self.pick(known)
         if "errno" in event:
@@ -130,7 +130,7 @@ class RecordedRoot(Root):
                     raise self.decode_error(event["error"])
                 answer: T = self.decode(event.get("answer"))
                 return answer
-        self.strange.append(f"did {name_tag(function)}: not in the record, taken for done")
+        self.strange.append(f"did {name_tag(function)}: not in the recording, assumed done")
         return None  # type: ignore[return-value]
 
     def note(self, what: str, value: object) -> None:

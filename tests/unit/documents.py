@@ -61,9 +61,9 @@ def list_places(value: Any) -> list[tuple[Any, ...]]:
 def nearly(draw: st.DrawFn, whole: Any) -> Any:
     """Return a strategy for a document with one value changed or taken away, now and then more: it is wrong in one
     place, or right in a way that nobody thought of. Most changes keep the kind and go to its edges."""
-    document = {"(the whole)": copy.deepcopy(whole)}
+    document = {"top level": copy.deepcopy(whole)}
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
-        place: list[Any] = ["(the whole)", *draw(st.sampled_from(list_places(document["(the whole)"])))]
+        place: list[Any] = ["top level", *draw(st.sampled_from(list_places(document["top level"])))]
         owner: Any = document
         above, last = place[:-1], place[-1]
         for step in above:
@@ -77,7 +77,7 @@ def nearly(draw: st.DrawFn, whole: Any) -> Any:
             owner[last] = draw(TEXTS)
         else:
             owner[last] = draw(ANYTHING)
-    return document["(the whole)"]
+    return document["top level"]
 
 
 STATES = nearly(WHOLE_STATE)

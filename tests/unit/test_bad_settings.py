@@ -72,7 +72,7 @@ def has_toml() -> bool:
     return subprocess.run(["/usr/bin/python3", "-I", "-c", script], check=False).returncode == 0
 
 
-NO_TOML = "[settings-unreadable] FILE: holds more than plain `key = value` lines, and no TOML reader is installed; apt "
+NO_TOML = "[settings-unreadable] FILE: needs a full TOML parser, which is not installed; apt "
 
 
 @pytest.fixture(name="settings")
@@ -85,9 +85,9 @@ def make_settings(tmp_path: Path) -> Path:
 
 
 TEXTS = {
-    "latin": (b"deadline = 3\n# \xff\n", "byte 15 is not UTF-8; TOML must be UTF-8"),
-    "utf-16": ("deadline = 3\n".encode("utf-16"), "byte 0 is not UTF-8; TOML must be UTF-8"),
-    "bom": (b"\xef\xbb\xbfdeadline = 3\n", "begins with a byte order mark; save it as UTF-8 without one"),
+    "latin": (b"deadline = 3\n# \xff\n", "byte 15 is not UTF-8; save the file as UTF-8"),
+    "utf-16": ("deadline = 3\n".encode("utf-16"), "byte 0 is not UTF-8; save the file as UTF-8"),
+    "bom": (b"\xef\xbb\xbfdeadline = 3\n", "begins with a byte order mark; save it as UTF-8 without a byte order mark"),
     "key twice": (
         b"deadline = 3\nrecord = 'never'\ndeadline = 3\n",
         "is not TOML: Cannot overwrite a value (at line 3,",
@@ -152,9 +152,9 @@ def test_a_path_that_is_no_file(name: str, tmp_path: Path, settings: Path, kind:
 @pytest.mark.parametrize(
     ("mode", "uid", "said"),
     [
-        (0o600, 1000, "belongs to user 1000, who could change what the hook does; chown root:root "),
-        (0o444, 65534, "belongs to user 65534, who could change what the hook does; chown root:root "),
-        (0o666, 0, "can be written by others (mode 0666), who could change what the hook does; chmod go-w "),
+        (0o600, 1000, "belongs to user 1000, who could change what the hook does as root; chown root:root "),
+        (0o444, 65534, "belongs to user 65534, who could change what the hook does as root; chown root:root "),
+        (0o666, 0, "can be written by others (mode 0666), who could change what the hook does as root; chmod go-w "),
     ],
 )
 def test_a_file_that_others_can_write(
@@ -310,7 +310,7 @@ def test_a_wrong_value(name: str, tmp_path: Path, settings: Path, text: str, key
         assert found.startswith(NO_TOML)
         return
     assert found.startswith(f"[bad-settings] FILE{line}: {key}: {said}")
-    assert found.endswith("; mend it or take it out")
+    assert found.endswith("; correct or remove it")
 
 
 def test_there_are_many_rows() -> None:

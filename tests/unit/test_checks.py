@@ -254,7 +254,7 @@ def test_a_cdev_with_odd_numbers_is_none(tree: HostTree, numbers: str) -> None:
 @pytest.mark.parametrize(
     ("files", "hint"),
     [
-        ({}, "switch on the IOMMU in the firmware's set-up and in the kernel's command line"),
+        ({}, "enable the IOMMU in the firmware setup and on the kernel's command line"),
         ({"/sys/firmware/acpi/tables/DMAR": ""}, "boot with intel_iommu=on"),
         ({"/sys/firmware/acpi/tables/IVRS": ""}, "boot with amd_iommu=on"),
         ({"/sys/firmware/acpi/tables/FACP": ""}, "switch on VT-d"),
@@ -316,7 +316,7 @@ def test_a_group_without_a_node(tree: HostTree, kind: str, level: str) -> None:
     (target,) = find(tree, ("/dev/vfio/12", 237, 0))
     (finding,) = check_all(tree, target, ask(kind))
     assert (finding.level, finding.code) == (level, "group-missing")
-    assert finding.hint == "make it: mknod -m 0600 /dev/vfio/12 c 237 0"
+    assert finding.hint == "create the node: mknod -m 0600 /dev/vfio/12 c 237 0"
 
 
 def busy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +411,7 @@ def test_on_a_busy_machine_the_own_hypervisor_comes_first(
     assert [finding.as_line() for finding in findings] == (
         [
             "error: [group-busy] group 12: is held by a process not found in time: the search stopped after 1 of 12"
-            " processes; as root on the host: fuser -v /dev/vfio/12"
+            " processes; list its users as root on the host: fuser -v /dev/vfio/12"
         ]
         if told
         else []
@@ -423,7 +423,7 @@ def test_a_holder_that_can_not_be_seen(tree: HostTree, monkeypatch: pytest.Monke
     busy(monkeypatch)
     tree.process(50, "/usr/bin/other")
     (finding,) = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0])
-    assert finding.problem == "is held by a process that can't be seen from here"
+    assert finding.problem == "is in use by a process that is not visible to the hook (another PID namespace?)"
 
 
 def test_a_holder_that_let_go_in_between(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,6 +573,6 @@ def test_a_check_that_cannot_look_does_not_refuse() -> None:
     def check_it() -> tuple[Finding, ...]:
         raise PermissionError(13, "Permission denied", "/sys/x")
 
-    (finding,) = run_check(check_it)
-    assert (finding.level, finding.code) == ("warning", "check-failed")
+    (finding,) = run_check("group viability", check_it)
+    assert (finding.level, finding.code, finding.subject) == ("warning", "check-failed", "group viability")
     assert "/sys/x: Permission denied" in finding.problem

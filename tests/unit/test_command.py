@@ -59,7 +59,7 @@ def fail_with(error: BaseException) -> Any:
         (PermissionError(13, "Permission denied", "/x"), 1, "a-hook: error: [system] /x: Permission denied; "),
         (OSError(5, "Input/output error"), 1, "a-hook: error: [system] a system call: Input/output error; "),
         (ZeroDivisionError("a\nb"), 1, "ZeroDivisionError: a\\nb; please report it"),
-        (KeyboardInterrupt(), 1, "a-hook: error: [interrupted] the hook: was told to end by SIGINT; "),
+        (KeyboardInterrupt(), 1, "a-hook: error: [interrupted] the hook: interrupted by SIGINT; "),
         (TimeoutError(), 1, "a-hook: error: [system] a system call: "),
     ],
     ids=repr,
@@ -136,7 +136,7 @@ def test_input_is_read_to_its_end_in_whatever_pieces(stdin: int) -> None:
 def test_input_that_does_not_end_is_refused_at_the_deadline(stdin: int) -> None:
     os.write(stdin, b"{}")
     begun = time.monotonic()
-    with pytest.raises(InputError, match="was not closed in time"):
+    with pytest.raises(InputError, match="was not closed before the deadline"):
         read_input(Deadline(0.2))
     assert 0.15 < time.monotonic() - begun < 5
     os.close(stdin)

@@ -350,7 +350,7 @@ sys.exit(guest_hook.main([]))
         # The pipe stays open.
         line = process.stderr.readline()
         assert process.wait(timeout=30) == 2
-    assert "[no-state] stdin: was not closed in time; " in line
+    assert "[no-state] stdin: was not closed before the deadline; " in line
 
 
 def test_the_executable_is_short() -> None:

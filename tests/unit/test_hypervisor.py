@@ -95,11 +95,3 @@ def test_kinds(tmp_path: Path, executable: str, kind: str) -> None:
 @pytest.mark.parametrize("pid", [0, -1, 999])
 def test_no_process_is_no_hypervisor(tmp_path: Path, pid: int) -> None:
     assert find_hypervisor(HostTree(tmp_path).root, pid) is None
-
-
-def test_machine_type(tmp_path: Path) -> None:
-    tree = HostTree(tmp_path)
-    tree.process(1, QEMU, "-machine", "accel=kvm", "-machine", "type=pc")
-    tree.process(2, QEMU, *KATA)
-    machines = [found.machine for pid in (1, 2) if (found := find_hypervisor(tree.root, pid))]
-    assert machines == ["pc", "q35"]

@@ -186,7 +186,7 @@ def test_the_words_of_the_finding(tmp_path: Path) -> None:
     (finding,) = check(HostTree(tmp_path), BAD)
     assert finding.as_line() == (
         "error: [viommu-off] virtual IOMMU: enable_iommu = false in /opt/kata/configuration.toml line 3, "
-        "not overridden by config.d/ or annotations; set it there, or: mkdir -p /opt/kata/config.d && "
+        "not overridden by config.d/ or annotations; set enable_iommu = true there, or: mkdir -p /opt/kata/config.d && "
         "printf '[hypervisor.qemu]\\nenable_iommu = true\\n' > /opt/kata/config.d/90-viommu.toml; "
         "then start a new sandbox"
     )

@@ -166,7 +166,7 @@ def test_records_are_not_trusted_unchecked(bench: Bench, without: tuple[str, ...
         if "jsonschema" in without:
             assert done.returncode == 2
             assert done.stdout == ""
-            hint = "can't be checked, and is not trusted without: apt install python3-jsonschema"
+            hint = "cannot be validated: install python3-jsonschema (apt install python3-jsonschema)"
             assert done.stderr == f"vfio-hook-replay: {RECORD}: {hint}\n"
         else:
             assert (done.returncode, done.stderr) == (0, "")

@@ -71,10 +71,10 @@ STATES_BY_HAND: list[tuple[Any, str]] = [
     (STATE, ""),
     ({**STATE, "ociVersion": "", "status": "", "pid": 0, "annotations": None, "root": "/r", "new": [1]}, ""),
     ({**STATE, "pid": 7.0, "status": None, "annotations": {"a": "b"}}, ""),
-    ([], "(the whole)"),
-    (None, "(the whole)"),
-    ({"bundle": "/b"}, "(the whole)"),
-    ({"id": "c"}, "(the whole)"),
+    ([], "top level"),
+    (None, "top level"),
+    ({"bundle": "/b"}, "top level"),
+    ({"id": "c"}, "top level"),
     ({**STATE, "id": ""}, "id"),
     ({**STATE, "id": 5}, "id"),
     ({**STATE, "id": "a\0b"}, "id"),
@@ -125,7 +125,7 @@ CONFIGS_BY_HAND: list[tuple[Any, str]] = [
     ({"root": {"path": ""}}, "root.path"),
     ({"root": {"path": "a\0b"}}, "root.path"),
     ({"annotations": {"a": None}}, "annotations.a"),
-    ("{}", "(the whole)"),
+    ("{}", "top level"),
 ]
 
 

@@ -859,7 +859,7 @@ def test_what_kata_refuses_quotes_nothing(flavour: str, text: str, tmp_path: Pat
 
 @pytest.mark.parametrize("place", ["/x line 3", f"annotation {SECRET}"])
 def test_a_finding_about_kata_keeps_the_words_of_its_readers(place: str) -> None:
-    problem = f"shared_fs {SECRET} is none of virtio-9p; Kata 4.1 (here is 3) starts no sandbox with it"
+    problem = f"shared_fs {SECRET} is none of virtio-9p; Kata 4.1 (here is 3) refuses to start a sandbox with it"
     hidden = hide_finding(Finding("warning", "kata-config-refused", place, problem, "h"))
     assert hidden.problem == problem.replace(SECRET, LEFT_OUT)
     assert hidden.subject == place.replace(SECRET, LEFT_OUT)

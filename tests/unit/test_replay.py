@@ -141,7 +141,7 @@ def test_what_the_record_does_not_know_is_told(tmp_path: Path, capfd: pytest.Cap
     assert replay_cli.main(["run", str(path)]) == 1
     told = capfd.readouterr().out
     assert "+error: [bundle-unreadable]" in told
-    assert "config.json: not in the record, taken for absent" in told
+    assert "config.json: not in the recording, assumed absent" in told
 
 
 def test_a_step_more_is_told_and_no_difference(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +150,7 @@ def test_a_step_more_is_told_and_no_difference(tmp_path: Path, capfd: pytest.Cap
 
     assert replay_cli.main(["run", str(change(BY_NAME["guest-ambiguous"], tmp_path / "x.tar.gz", edit))]) == 0
     told = capfd.readouterr().out.splitlines()
-    assert "# did prepare-claims: not in the record, taken for done" in told
+    assert "# did prepare-claims: not in the recording, assumed done" in told
     assert told[-1] == "the same as recorded"
 
 
@@ -234,7 +234,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "not JSON": (make_tar(make_entry("record.json", b"{")), "damaged"),
     "no version": (make_tar(make_entry("record.json")), "no version"),
     "earlier version": (make_record(version=1), "record the run again"),
-    "later version": (make_record(version=3, hook="9.9"), "use the vfio-hook-replay of oci-vfio-hooks 9.9 or later"),
+    "later version": (make_record(version=3, hook="9.9"), "use vfio-hook-replay of oci-vfio-hooks 9.9 or later"),
     "other program": (make_record(program="/bin/sh"), "about.program"),
     "wrong types": (make_record(arguments={"pid": "x"}), "about.arguments.pid"),
     "wrong finding": (make_record(findings=[{"level": "error"}]), "finding"),

@@ -103,7 +103,7 @@ def test_every_mistake_is_reported_with_its_line(tmp_path: Path) -> None:
         'line 6: checks."A b"',
         "line 8: kata.mode",
     ]
-    assert findings[3].problem == "unknown key; here stand codes of findings, e.g. group-busy"
+    assert findings[3].problem == "unknown key; keys of this table are codes of findings, e.g. group-busy"
     assert all(finding.code == "bad-settings" and finding.hint for finding in findings)
 
 

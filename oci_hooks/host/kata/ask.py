@@ -51,7 +51,7 @@ def read_annotations(words: tuple[str, ...] | list[str]) -> dict[str, str]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise InputError("bad-arguments", "arguments", f"{word!r} is not KEY=VALUE", "see vfio-host-check --help")
+            raise InputError("bad-arguments", "arguments", f"{word!r} is not KEY=VALUE", "run vfio-host-check --help")
         annotations[key] = value
     return annotations
 
@@ -60,7 +60,7 @@ def answer(root: Root, file: str, flavour: str, annotations: dict[str, str]) -> 
     """Return one runtime's answer. file: "" for Kata's own lookup."""
     place = find_place(root, file, flavour)
     if place is None:
-        return {"refused": "load: there is no configuration.toml at any place where Kata looks"}
+        return {"refused": "load: none of Kata's default locations has a configuration.toml"}
     reading = load_config(root, place, flavour, annotations).reading
     if reading.refused:
         return {"refused": write_problem(reading.refused[0])}

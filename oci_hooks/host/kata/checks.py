@@ -52,8 +52,8 @@ def check_config(view: KataView) -> tuple[Finding, ...]:
     """kata-config-missing, kata-config-refused, kata-config-uncertain."""
     if view.config is not None:
         return (*check_refused(view, view.config), *check_uncertain(view.config))
-    hint = 'name it in /etc/oci-vfio-hooks/host.toml: [kata] config = "/path/configuration.toml"'
-    problem = "there is no configuration.toml at any place where Kata looks"
+    hint = 'set its path in /etc/oci-vfio-hooks/host.toml: [kata] config = "/path/configuration.toml"'
+    problem = "none of Kata's default locations has a configuration.toml"
     return (Finding("warning", "kata-config-missing", "Kata", problem, hint),)
 
 
@@ -86,7 +86,7 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
         # Of the parameters the one that decides: others may hold a proxy's password.
         problem = config.describe(kernel.replace(value=refusal, written=refusal) if is_on else setting)
         if is_on:
-            hint = f"take {refusal} out of kernel_params"
+            hint = f"remove {refusal} from kernel_params"
         elif setting.written is True and not setting.annotation:
             problem = f"{setting.describe()}, which Kata's Go runtime ignores for {config.hypervisor}"
     else:
@@ -98,7 +98,7 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
     wanted = view.wanted or (view.mode == "" and kind == "qemu")
     level = "error" if wanted and certain else "warning"
     if not wanted:
-        problem += "; the guest's own driver can have the device, but VFIO in the container can't work"
+        problem += "; the device works with the guest's native driver only; VFIO in the container needs a virtual IOMMU"
     return (Finding(level, "viommu-off", "virtual IOMMU", problem, hint),)
 
 
@@ -128,18 +128,21 @@ def explain_support(view: KataView, config: KataConfig) -> tuple[str, bool]:
     """
     name = config.hypervisor
     if name in WITHOUT_VIOMMU:
-        return f"{name} has none ([hypervisor.{name}] in {config.place.real})", name == "dragonball"
+        return (
+            f"Kata has no virtual IOMMU for {name} ([hypervisor.{name}] in {config.place.real})",
+            name == "dragonball",
+        )
     if name == "clh" and config.flavour == "rs":
-        return f"runtime-rs gives Cloud Hypervisor none ({config.place.real})", False
+        return f"runtime-rs has no virtual IOMMU for Cloud Hypervisor ({config.place.real})", False
     if name != "qemu":
         return "", False
     is_fatal = config.flavour == "go"
     if view.machine != "x86_64":
-        return f"Kata has none on {view.machine}", is_fatal
+        return f"Kata has no virtual IOMMU on {view.machine}", is_fatal
     machine = config.hypervisor_setting("machine_type", "q35")
     # An empty machine_type is the default, which is q35 (katautils/config-settings.go).
     return (
-        (f"only machine type q35 has one, and {config.describe(machine)}", is_fatal)
+        (f"only machine type q35 has a virtual IOMMU, but {config.describe(machine)}", is_fatal)
         if machine.value
         not in (
             "q35",
@@ -167,7 +170,7 @@ def check_rs_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
     cold = config.hypervisor_setting("cold_plug_vfio")
     kinds = is_positive(root_port.value) + is_positive(switch_port.value)
     if kinds > 1:
-        problem = f"{root_port.describe()}, and {switch_port.describe()}: runtime-rs takes only one of them"
+        problem = f"{root_port.describe()}, and {switch_port.describe()}: runtime-rs accepts only one of them"
         return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, switch_port, "0")),)
     plugged_otherwise = config.hypervisor == "clh" or cold.value not in (None, NO_PORT)
     if plugged_otherwise or root_port.value is None or kinds == 1:
@@ -185,15 +188,15 @@ def check_go_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
     # No set: TOML may have a list or a table there.
     used = [value for value in (hot.value, cold.value) if value not in (None, NO_PORT)]
     if not used:
-        problem = f"{config.describe(hot if hot.value else cold)}, and no other plug setting names a port"
+        problem = f"{config.describe(hot if hot.value else cold)}, and no other plug setting selects a port"
         hint = write_fix(config, hot, '"root-port"')
         return (Finding(view.level, "no-port", "PCIe port", problem, hint),)
     if hot.value in used and cold.value in used:
-        problem = f"{hot.describe()}, and {cold.describe()}: Kata takes only one of them"
+        problem = f"{hot.describe()}, and {cold.describe()}: Kata accepts only one of them"
         return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, cold, '"no-port"')),)
     deciding = hot if hot.value in used else cold
     if config.hypervisor == "clh" and deciding.value != "root-port":
-        problem = f"Cloud Hypervisor takes only root-port, and {config.describe(deciding)}"
+        problem = f"Cloud Hypervisor supports only root-port, but {config.describe(deciding)}"
         return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, deciding, '"root-port"')),)
     return check_port_count(view, config, hot)
 
@@ -205,8 +208,8 @@ def check_port_count(view: KataView, config: KataConfig, hot: Setting) -> tuple[
     in_need = hot.value == "root-port" and view.asker.is_cri and view.asker.by_hand and config.hypervisor == "qemu"
     if not in_need or is_positive(stock.value):
         return ()
-    hint = f"for one device, more if a pod has more: {write_fix(config, stock, '1')}"
-    problem = f"{config.describe(stock)}, and a pod's devices need that many ports"
+    hint = f"use the number of the pod's devices; for one device: {write_fix(config, stock, '1')}"
+    problem = f"{config.describe(stock)}, but each device of a pod needs a port that exists when the VM starts"
     return (Finding("warning", "no-port", "PCIe port", problem, hint),)
 
 
@@ -226,12 +229,12 @@ def check_annotations(view: KataView) -> tuple[Finding, ...]:
     level = view.level if config.flavour == "go" and view.asker.by_hand else "warning"
     patterns = config.hypervisor_setting("enable_annotations", [])
     names = ", ".join(name[len(HYPERVISOR_PREFIX) :] for name in config.refused)
-    does = "refuses the sandbox" if config.flavour == "go" else "ignores it"
-    problem = f"enable_annotations in {config.place.real} does not admit {names}, and Kata {does}"
+    does = "refuses the sandbox" if config.flavour == "go" else "ignores the annotation"
+    problem = f"enable_annotations in {config.place.real} does not allow {names}, so Kata {does}"
     admitted = [str(pattern) for pattern in patterns.value] if isinstance(patterns.value, list) else []
     wanted = admitted + [name[len(HYPERVISOR_PREFIX) :] for name in config.refused]
     listed = ", ".join(json.dumps(word) for word in wanted)
-    hint = f"{write_fix(config, patterns, f'[{listed}]')}; or drop the annotation"
+    hint = f"{write_fix(config, patterns, f'[{listed}]')}; or remove the annotation"
     return (Finding(level, "annotation-not-allowed", config.refused[0], problem, hint),)
 
 
@@ -245,8 +248,10 @@ def check_confidential(view: KataView, targets: tuple[Target, ...]) -> tuple[Fin
     if setting.value is not True or not legacy:
         return ()
     # Not every release refuses it, and one that does has not come as far as to a hook.
-    problem = f"is a legacy group, and a confidential guest takes only /dev/vfio/devices/*: {config.describe(setting)}"
-    hint = "list the device's own node: ls /sys/bus/pci/devices/*/vfio-dev"
+    problem = (
+        f"is a legacy VFIO group, but a confidential guest accepts only /dev/vfio/devices/*: {config.describe(setting)}"
+    )
+    hint = "list the device's iommufd node instead: ls /sys/bus/pci/devices/*/vfio-dev"
     return tuple(Finding("warning", "needs-iommufd", target.subject, problem, hint) for target in legacy)
 
 
@@ -256,8 +261,8 @@ def check_rootless(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding
     setting = config.hypervisor_setting("rootless", False) if config else None
     if config is None or setting is None or setting.value is not True or view.attached:
         return ()
-    problem = f"the hypervisor runs as an ordinary user and may not open it: {config.describe(setting)}"
-    hint = "set rootless = false, or give the node to that user with a udev rule"
+    problem = f"the hypervisor runs as an unprivileged user and may not be able to open it: {config.describe(setting)}"
+    hint = "set rootless = false, or make that user the owner of the node with a udev rule"
     return tuple(
         Finding("warning", "group-denied", target.subject, problem, hint) for target in targets if target.group
     )
@@ -277,8 +282,8 @@ def check_group_size(view: KataView, targets: tuple[Target, ...]) -> tuple[Findi
         devices = [member.name for member in target.group.passable] if target.group and not target.cdev else []
         if len(devices) > 1:
             who = "runtime-rs" if config.flavour == "rs" else f"Kata ({cold.describe()})"
-            problem = f"has {len(devices)} devices ({', '.join(devices)}), and {who} passes only one of them"
-            hint = "use Kata's Go runtime with hot_plug_vfio, or a device alone in its group"
+            problem = f"has {len(devices)} devices ({', '.join(devices)}), but {who} passes only one of them"
+            hint = "use Kata's Go runtime with hot_plug_vfio, or a device that is alone in its group"
             findings.append(Finding("warning", "multi-device-group", target.subject, problem, hint))
     return tuple(findings)
 
@@ -290,8 +295,8 @@ def check_domain(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, 
         members = target.group.passable if target.group else ()
         names = [member.name for member in members if member.pci and not member.name.startswith("0000:")]
         if names:
-            problem = f"{', '.join(names)} is in another PCI domain than 0000, and Kata gives the guest wrong addresses"
-            hint = "PCIDEVICE_* variables in the container will not be translated; name the guest's address yourself"
+            problem = f"{', '.join(names)} is not in PCI domain 0000, so Kata passes wrong addresses to the guest"
+            hint = "PCIDEVICE_* variables in the container are not translated; write the guest's address into the annotation"
             findings.append(Finding("warning", "pci-domain", target.subject, problem, hint))
     return tuple(findings)
 
@@ -304,8 +309,16 @@ def check_mode(view: KataView) -> tuple[Finding, ...]:
     mode = config.runtime_setting("vfio_mode", GUEST_KERNEL)
     if mode.value != GUEST_KERNEL:
         return ()
-    does = "vfio-guest-bind makes VFIO of it" if view.wanted else "the container gets it by the guest's own driver"
-    hint = "" if view.wanted else 'for VFIO: vfio_mode = "vfio", or annotation io.katacontainers.x.vfio.devices: "auto"'
+    does = (
+        "vfio-guest-bind binds the device to vfio-pci in the guest"
+        if view.wanted
+        else "the guest binds the device to its native driver"
+    )
+    hint = (
+        ""
+        if view.wanted
+        else 'to use VFIO in the container: vfio_mode = "vfio", or annotation io.katacontainers.x.vfio.devices: "auto"'
+    )
     return (Finding("info", "vfio-mode", "vfio_mode", f"{config.describe(mode)}: {does}", hint),)
 
 
@@ -319,9 +332,7 @@ def check_hooks(view: KataView, spec: Spec) -> tuple[Finding, ...]:
     findings = []
     path = config.hypervisor_setting("guest_hook_path", "") if config else None
     if spec.raw.get("hooks") and config and path and path.value:
-        problem = f"config.json has hooks, so runtime-rs drops those of {config.describe(path)}"
-        hint = (
-            "take the host hooks out of config.json and check with vfio-host-check --bundle, or use Kata's Go runtime"
-        )
+        problem = f"config.json has hooks, so runtime-rs drops the guest hooks of {config.describe(path)}"
+        hint = "remove the hooks from config.json and run vfio-host-check --bundle before the container starts, or use Kata's Go runtime"
         findings.append(Finding("warning", "hooks-dropped", "guest hooks", problem, hint))
     return tuple(findings)

@@ -66,7 +66,7 @@ class Setting(Record):
     def describe(self) -> str:
         """Return the setting with its place, e.g. `enable_iommu = false in /etc/.../configuration.toml line 302`."""
         if self.annotation:
-            text = f"{self.key} = {format_value(self.value)} by annotation {self.annotation}"
+            text = f"{self.key} = {format_value(self.value)} (annotation {self.annotation})"
             return text + (f", over {self.places[-1]}" if self.places else "")
         if not self.places:
             return f"{self.key} is not set"

@@ -46,4 +46,4 @@ def make_viommu_hint(config: KataConfig | None, setting: Setting | None) -> str:
     if setting.is_drop_in:
         return f"set enable_iommu = true in {setting.places[-1]}{other}"
     drop_in = f"printf '[hypervisor.{config.hypervisor}]\\nenable_iommu = true\\n' > {config.directory}/90-viommu.toml"
-    return f"set it there, or: mkdir -p {config.directory} && {drop_in}; then start a new sandbox"
+    return f"set enable_iommu = true there, or: mkdir -p {config.directory} && {drop_in}; then start a new sandbox"

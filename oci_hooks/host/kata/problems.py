@@ -32,10 +32,16 @@ def check_refused(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
         sure = problem.code == "syntax" or view.major >= RELEASE_MAJOR
         level = view.level if beforehand and sure else "warning"
         release = "Kata" if problem.code == "syntax" else name_release(view.major)
-        hint = "take it out, or mend it; vfio-host-check --kata-config shows what Kata makes of it"
+        hint = "correct or remove it; vfio-host-check --kata-config shows the values that Kata uses"
         subject = problem.place or config.place.real
         findings.append(
-            Finding(level, "kata-config-refused", subject, f"{problem.text}; {release} starts no sandbox with it", hint)
+            Finding(
+                level,
+                "kata-config-refused",
+                subject,
+                f"{problem.text}; {release} refuses to start a sandbox with it",
+                hint,
+            )
         )
     return tuple(findings)
 
@@ -44,13 +50,13 @@ def name_release(major: int) -> str:
     """Return Kata's release in words: the one that is read here, or supposed to be at work."""
     if major >= RELEASE_MAJOR:
         return f"Kata {major}"
-    known = f"here is {major}" if major else "the release here is not known"
+    known = f"this host has {major}" if major else "the release on this host is unknown"
     return f"Kata {RELEASE} ({known})"
 
 
 def check_uncertain(config: KataConfig) -> tuple[Finding, ...]:
     """kata-config-uncertain: what Kata makes of a line can't be told."""
-    hint = 'write it in a plainer way, e.g. enable_annotations = ["enable_iommu"], and once only'
+    hint = 'use a simple form without duplicates, e.g. enable_annotations = ["enable_iommu"]'
     return tuple(
         Finding("warning", "kata-config-uncertain", problem.place or config.place.real, problem.text, hint)
         for problem in config.reading.uncertain[:MOST_PROBLEMS]
