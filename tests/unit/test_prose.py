@@ -25,8 +25,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_readme_names_the_capabilities_that_were_tried() -> None:
-    """tests/vm/test_guest_privilege.py runs the hooks with the lists of docs/privileges.md."""
-    text = (REPOSITORY / "docs/privileges.md").read_text()
+    """tests/vm/test_guest_privilege.py runs the hooks with the lists of docs/reference/privileges.md."""
+    text = (REPOSITORY / "docs/reference/privileges.md").read_text()
     lists = {
         title: set(re.findall(CAPABILITY, block))
         for title, block in re.findall(r"^### (.*)\n\n((?:    .*\n)+)", text, re.MULTILINE)

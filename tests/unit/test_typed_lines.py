@@ -109,11 +109,11 @@ NOT_TYPED = {
         "vfio-guest-bind: error: [in-use] 0000:00:0e.0 (1b36:0010, nvme): holds /dev/nvme0n1, mounted on /mnt;"
         " stop using it first",
     ): "what a hook prints",
-    ("docs/codes-host.md", 'mode = "enforce"        # or "warn"'): "host.toml",
-    ("docs/privileges.md", "CAP_SYS_ADMIN CAP_NET_ADMIN CAP_MKNOD CAP_SYS_PTRACE"): "capabilities",
-    ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE"): "capabilities",
-    ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
-    ("docs/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
+    ("docs/reference/codes-host.md", 'mode = "enforce"        # or "warn"'): "host.toml",
+    ("docs/reference/privileges.md", "CAP_SYS_ADMIN CAP_NET_ADMIN CAP_MKNOD CAP_SYS_PTRACE"): "capabilities",
+    ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE"): "capabilities",
+    ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
+    ("docs/reference/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
     ("examples/kata-guest-image/README.md", "[hypervisor.qemu]"): "configuration.toml",
     ("docs/man/vfio-guest-bind.1.rst", "vfio-guest-bind: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
     ("docs/man/vfio-host-check.1.rst", "vfio-host-check: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
@@ -164,7 +164,7 @@ def test_each_named_test_is_there(test: str) -> None:
 def test_the_documents_are_all_there() -> None:
     """The list is not empty by accident: each kind of document and of block is in it."""
     found = {document for document, _ in list_typed()}
-    assert {"README.md", "CONTRIBUTING.md", "docs/codes-host.md", "examples/kubernetes/README.md"} <= found
+    assert {"README.md", "CONTRIBUTING.md", "docs/reference/codes-host.md", "examples/kubernetes/README.md"} <= found
     assert any(document.endswith(".rst") for document, _ in list_blocks())
 
 
