@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a container can open after the hook, and with how little the hooks themselves get along.
 
-docs/reference/privileges.md has the lists; they are read from there, so that it can't say anything else than what was run.
+The lists are read from docs/reference/privileges.md, so that it can't say anything else than what was run.
 """
 
 from __future__ import annotations
