@@ -8,7 +8,6 @@ tests/unit/test_pictures.py fails where a committed picture is not what this scr
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -193,4 +192,4 @@ def write_all() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(write_all())
+    write_all()
