@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#:]+)(#[^)]*)?\)")
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """List each page of docs/howto that mkdocs.yml leaves out, by its own heading."""
+    (pages,) = (part["How to"] for part in config.nav or [] if isinstance(part, dict) and "How to" in part)
+    listed = {path for page in pages for path in page.values()}
+    found = sorted(f"howto/{path.name}" for path in Path(config.docs_dir, "howto").glob("*.md"))
+    pages += [path for path in found if path not in listed]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page for each manual page."""
     for path in sorted(Path(config.docs_dir, "man").glob("*.rst")):
