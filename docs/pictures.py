@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the documents' pictures: `python3 -m docs.pictures`, from the repository's top. Standard library only.
 
-docs/images/overview.svg shows what each hook does; docs/images/performance.svg shows the figures of the table in
-docs/performance.md that have a target. A browser that prefers dark colours gets them: one file serves both.
-tests/unit/test_pictures.py fails where a committed picture is not what this script draws.
+Below docs/images: overview.svg shows what each hook does, architecture.svg the way of the data through the guest hook,
+performance.svg the figures of the table in docs/performance.md that have a target. A browser that prefers dark colours
+gets them: one file serves both. tests/unit/test_pictures.py fails where a committed picture is not what is drawn.
 """
 
 from __future__ import annotations
@@ -127,6 +127,46 @@ def draw_overview() -> str:
     return picture.finish()
 
 
+# The steps of the guest hook: name, file below oci_hooks/, what it does.
+WAY = (
+    ("input", "program.py, oci.py", ["state, config.json;", "exit if no VFIO"]),
+    ("request", "guest/request.py", ["what the container", "asks for"]),
+    ("inventory", "linux/", ["devices, groups,", "what is in use"]),
+    ("plan", "guest/plan.py", ["which groups,", "writes and nodes"]),
+    ("apply", "guest/apply/", ["bind, create nodes,", "allow them"]),
+    ("verify", "guest/apply/proof.py", ["each node opens", "in its cgroup"]),
+)
+
+
+def draw_architecture() -> str:
+    """Return the picture of the way of the data through the guest hook."""
+    width, step = 148, 164
+    picture = Picture(1000, 330, "The way of the data through the guest hook")
+    for number, (name, file, words) in enumerate(WAY):
+        x = 14 + step * number
+        picture.box(x, 40, width, 112, "inner" if name == "apply" else "guest")
+        picture.text(x + 10, 64, name, "title")
+        picture.text(x + 10, 86, file, "code" if len(file) < 18 else "small faint")
+        picture.lines(x + 10, 112, words)
+        if number < len(WAY) - 1:
+            picture.arrow(x + width, 96, x + step)
+    picture.text(14, 26, "reads only", "small faint")
+    picture.line(14, 32, 14 + step * 3 + width, 32)
+    picture.text(14 + step * 4, 26, "changes the machine", "small faint")
+    picture.line(14 + step * 4, 32, 14 + step * 4 + width, 32)
+    picture.box(14 + step * 3, 170, step + width, 44)
+    picture.text(24 + step * 3, 197, "claim, undo log: before each change", "small")
+    picture.box(14, 232, 972, 84, "frame")
+    picture.text(28, 258, "Root", "code hook")
+    picture.text(76, 258, "(system.py): each read and each step goes through it", "small")
+    for number, words in enumerate(
+        ("the live system", "a constructed file tree, in a test", "a recording, in a replay")
+    ):
+        picture.box(28 + 318 * number, 270, 304, 34)
+        picture.text(42 + 318 * number, 292, words, "small")
+    return picture.finish()
+
+
 @dataclass(frozen=True)
 class Measured:
     """A row of the table in docs/performance.md. low, high: its middle half; target: 0.0 without one."""
@@ -180,6 +220,7 @@ def draw_all() -> dict[Path, str]:
     """Return the text of each picture, by its path."""
     return {
         IMAGES / "overview.svg": draw_overview(),
+        IMAGES / "architecture.svg": draw_architecture(),
         IMAGES / "performance.svg": draw_performance(read_table(PERFORMANCE.read_text())),
     }
 

@@ -36,7 +36,13 @@ def test_plot_has_each_figure_with_a_target() -> None:
     assert plot.count(" missed<") == sum(bool(row.target) and row.ratio > row.target for row in rows)
 
 
-def test_readme_shows_both_pictures() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
+def test_each_picture_is_shown() -> None:
+    shown = "".join(path.read_text() for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")))
     for path in pictures.draw_all():
-        assert f"](docs/images/{path.name})" in readme
+        assert f"images/{path.name})" in shown
+
+
+def test_files_in_the_picture_are_there() -> None:
+    for _, files, _ in pictures.WAY:
+        for file in files.split(", "):
+            assert (REPOSITORY / "oci_hooks" / file).exists(), file
