@@ -159,11 +159,10 @@ def draw_architecture() -> str:
     picture.box(14, 232, 972, 84, "frame")
     picture.text(28, 258, "Root", "code hook")
     picture.text(76, 258, "(system.py): each read and each step goes through it", "small")
-    for number, words in enumerate(
-        ("the live system", "a constructed file tree, in a test", "a recording, in a replay")
-    ):
+    roots = ("the live system", "a constructed file tree, in a test", "a recording, in a replay")
+    for number, root in enumerate(roots):
         picture.box(28 + 318 * number, 270, 304, 34)
-        picture.text(42 + 318 * number, 292, words, "small")
+        picture.text(42 + 318 * number, 292, root, "small")
     return picture.finish()
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_architecture import PARTS
+
 pytestmark = pytest.mark.unit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,6 +42,12 @@ def test_summary_names_the_capabilities_that_were_tried() -> None:
     assert user == lists["Guest hook, a container whose user is not root"]
     assert user | user_namespace == lists["Guest hook, a container with a user namespace"]
     assert rows["vfio-host-check"][0] == lists["Host check"]
+
+
+def test_architecture_has_the_table_of_imports() -> None:
+    text = (REPOSITORY / "docs/architecture.md").read_text().partition("| part | may import")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`(\S+)`", line) for line in text.splitlines() if line.startswith("| `")]
+    assert {part: set(others) for part, *others in rows} == {part: set(others) for part, others in PARTS.items()}
 
 
 def test_readme_fits_two_screens() -> None:
