@@ -50,6 +50,13 @@ def test_architecture_has_the_table_of_imports() -> None:
     assert {part: set(others) for part, *others in rows} == {part: set(others) for part, others in PARTS.items()}
 
 
+def test_files_that_architecture_names_are_there() -> None:
+    named = set(re.findall(r"`([\w/]+\.(?:py|md))`", (REPOSITORY / "docs/architecture.md").read_text()))
+    assert len(named) >= 20
+    tops = (REPOSITORY, REPOSITORY / "oci_hooks")
+    assert [name for name in sorted(named) if not any((top / name).exists() for top in tops)] == []
+
+
 def test_readme_fits_two_screens() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 120
 
