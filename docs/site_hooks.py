@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
+# Parts of the navigation, and the folder whose pages each has.
+FOLDERS = {"How to": "howto", "Reference": "reference"}
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#:]+)(#[^)]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """List each page of docs/howto that mkdocs.yml leaves out, by its own heading."""
-    (pages,) = (part["How to"] for part in config.nav or [] if isinstance(part, dict) and "How to" in part)
-    listed = {path for page in pages for path in page.values()}
-    found = sorted(f"howto/{path.name}" for path in Path(config.docs_dir, "howto").glob("*.md"))
-    pages += [path for path in found if path not in listed]
+    """List each page of FOLDERS that mkdocs.yml leaves out, by its own heading."""
+    parts = {title: pages for part in config.nav or [] for title, pages in part.items()}
+    for title, folder in FOLDERS.items():
+        listed = {path for page in parts[title] for path in page.values()}
+        found = sorted(f"{folder}/{path.name}" for path in Path(config.docs_dir, folder).glob("*.md"))
+        parts[title] += [path for path in found if path not in listed]
     return config
 
 
