@@ -97,7 +97,10 @@ def check_file(root: Root, path: str) -> None:
         raise InputError("bad-settings", path, problem, f"chown root:root {path}")
     # The group of root is root.
     if found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid):
-        problem = f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o}), who could change what the hook does as root"
+        problem = (
+            f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o}), who could change what the "
+            "hook does as root"
+        )
         raise InputError("bad-settings", path, problem, f"chmod go-w {path}")
 
 

@@ -48,7 +48,7 @@ PACKAGES = {
     "python3-venv": "installing from source",
     "python3-wheel": "installing from source",
 }
-# What the hooks can do without: docs/libraries.md.
+# What the hooks can do without: docs/reference/libraries.md.
 RECOMMENDED = ("python3-jsonschema", "python3-pyudev", "python3-tenacity")
 DEPENDENCIES = ("kmod", *RECOMMENDED)
 # What uses the installed hooks in the machine.

@@ -83,6 +83,9 @@ TEST_REQUIREMENTS = (
     "tomli>=1.1",
 )
 
+# What lint runs on the documents. The tests do without, and so does a machine that only runs tests.
+DOCUMENT_REQUIREMENTS = ("codespell>=2.3,<3", "mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "docutils>=0.20")
+
 # The root file system that containers get: Debian's smallest with a Python that can run a probe.
 ROOTFS_PACKAGES = {"probe": ("python3-minimal",)}
 

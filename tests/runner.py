@@ -107,6 +107,8 @@ class Count:
 
 
 LINTERS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
+# Of the documents; what the last one makes is looked at by nobody, and goes to the cache.
+DOCUMENT_LINTERS = (("codespell",), ("mkdocs", "build", "--strict", "--site-dir"))
 # Runs tests: all of a job's, or those with these node ids.
 Job = Callable[[Sequence[str]], Count]
 
@@ -173,7 +175,7 @@ def list_kinds(kinds: Sequence[str]) -> int:
         say(f"== {kind}")
         directory = REPOSITORY / "tests" / kind
         if kind == "lint":
-            say("\n".join(map(" ".join, LINTERS)))
+            say("\n".join(map(" ".join, (*LINTERS, *DOCUMENT_LINTERS))))
         elif directory.is_dir():
             command = [find_tool("python"), "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
             done = subprocess.run([*command, str(directory)], cwd=REPOSITORY, timeout=TEST_LIMIT, check=False)
@@ -276,13 +278,26 @@ def find_tool(name: str) -> str:
     return str(provision.ensure_venv("tests", provision.TEST_REQUIREMENTS) / "bin" / name)
 
 
+def list_lint_commands() -> Iterator[list[str]]:
+    """Yield the linters' command lines."""
+    for program, *arguments in LINTERS:
+        yield [find_tool(program), *arguments]
+    programs = provision.ensure_venv("documents", provision.DOCUMENT_REQUIREMENTS) / "bin"
+    for program, *arguments in DOCUMENT_LINTERS:
+        site = [str(provision.find_cache() / "site")] if "--site-dir" in arguments else []
+        yield [str(programs / program), *arguments, *site]
+
+
 def run_lint() -> Count:
     """Run the linters: each counts as one test."""
     count = Count()
-    for command in LINTERS:
-        say(f"$ {' '.join(command)}")
-        done = subprocess.run([find_tool(command[0]), *command[1:]], cwd=REPOSITORY, check=False)
-        count += Count(failed=1, failures=(Failure((), " ".join(command)),)) if done.returncode else Count(passed=1)
+    # Material for MkDocs advertises its successor.
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    for command in list_lint_commands():
+        line = " ".join([Path(command[0]).name, *command[1:]])
+        say(f"$ {line}")
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, check=False)
+        count += Count(failed=1, failures=(Failure((), line),)) if done.returncode else Count(passed=1)
     return count
 
 

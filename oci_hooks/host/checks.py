@@ -44,7 +44,10 @@ def check_iommu(root: Root, picture: Picture) -> tuple[Finding, ...]:
     if off:
         hint = f"remove {' '.join(off)} from the kernel's command line and reboot"
     elif table and argument not in words:
-        hint = f"the firmware reports an IOMMU ({table}): boot with {argument}, e.g. grubby --update-kernel=ALL --args={argument}"
+        hint = (
+            f"the firmware reports an IOMMU ({table}): boot with {argument}, e.g. grubby --update-kernel=ALL "
+            f"--args={argument}"
+        )
     elif picture.devices and "acpi" in root.list_names("/sys/firmware"):
         hint = (
             "enable VT-d, AMD-Vi or SMMU in the firmware setup; if this is a virtual machine, give it a virtual IOMMU"
@@ -101,7 +104,10 @@ def check_numbers(target: Target, asker: Asker) -> tuple[Finding, ...]:
         problem = (
             f"config.json lists it with the device number of {'device' if target.cdev else 'group'} {meant} ({numbers})"
         )
-        hint = f"as configured, that one is passed; to pass group {target.name}, use the device number shown by ls -l {GROUP_PREFIX}{target.name}"
+        hint = (
+            f"as configured, that one is passed; to pass group {target.name}, use the device number shown by "
+            f"ls -l {GROUP_PREFIX}{target.name}"
+        )
         # In a guest the node gets the guest's name. Without one the program finds a node that is not its device's.
         level = "warning" if asker.is_kata else "error"
         return (Finding(level, "node-mismatch", entry.path, problem, hint),)
@@ -109,10 +115,16 @@ def check_numbers(target: Target, asker: Asker) -> tuple[Finding, ...]:
     node = group.node if not target.cdev else CDEV_PREFIX + target.cdev
     hint = f"set major and minor in linux.devices to those shown by ls -l {node}"
     if target.taken_by:
-        problem = f"config.json lists it with device number {numbers}, which is {target.taken_by}; on this host its number is {right}"
+        problem = (
+            f"config.json lists it with device number {numbers}, which is {target.taken_by}; on this host its "
+            f"number is {right}"
+        )
         return (Finding("error", "node-mismatch", entry.path, problem, hint),)
     level = "warning" if asker.kind in ("kata-go", "kata-1", "kata") else "error"
-    problem = f"config.json lists it with device number {numbers}, which no device of this host has; here its number is {right}"
+    problem = (
+        f"config.json lists it with device number {numbers}, which no device of this host has; here its number "
+        f"is {right}"
+    )
     return (Finding(level, "node-mismatch", entry.path, problem, hint),)
 
 
@@ -179,7 +191,10 @@ def check_viability(target: Target) -> tuple[Finding, ...]:
         return (Finding("error", "group-not-viable", target.subject, problem, make_bind_hint(group.blocking)),)
     if group.number is None and not target.cdev:
         unbound = [member for member in group.passable if member.pci and member.standing == "unbound"]
-        problem = f"no device of the group is bound to vfio-pci ({', '.join(name_member(member) for member in group.members)})"
+        problem = (
+            "no device of the group is bound to vfio-pci "
+            f"({', '.join(name_member(member) for member in group.members)})"
+        )
         hint = make_bind_hint(tuple(unbound)) if unbound else "load the driver: modprobe vfio-pci"
         if any(member.standing == "vfio" for member in group.members):
             problem = "a device of the group is bound to a VFIO driver, but VFIO created no group for it"
@@ -203,23 +218,20 @@ def check_kernel_word(
         return check_holders(root, group, asker, state, deadline)
     if word == "not-viable":
         members = ", ".join(name_member(member) for member in group.members)
-        return (
-            Finding(
-                "error",
-                "group-not-viable",
-                target.subject,
-                f"the kernel reports that the group is not viable ({members})",
-                make_bind_hint(tuple(member for member in group.members if member.standing == "unknown"))
-                if any(member.standing == "unknown" for member in group.members)
-                else f"check the drivers of its devices: ls -l {IOMMU_GROUPS}/{group.iommu_group}/devices/*/driver; dmesg",
-            ),
-        )
+        problem = f"the kernel reports that the group is not viable ({members})"
+        unknown = tuple(member for member in group.members if member.standing == "unknown")
+        links = f"{IOMMU_GROUPS}/{group.iommu_group}/devices/*/driver"
+        hint = make_bind_hint(unknown) if unknown else f"check the drivers of its devices: ls -l {links}; dmesg"
+        return (Finding("error", "group-not-viable", target.subject, problem, hint),)
     if word == "denied":
         problem = f"the hook cannot open {group.node} ({describe_node(root, group.node)})"
         hint = "allow it in the runtime's device cgroup, or run the runtime as root"
         return (Finding("warning", "group-denied", target.subject, problem, hint),)
     if word == "missing" and not root.exists(group.node):
-        problem = f"{group.node} is missing, although the kernel has this group with device number {group.number[0]}:{group.number[1]}"
+        problem = (
+            f"{group.node} is missing, although the kernel has this group with device number "
+            f"{group.number[0]}:{group.number[1]}"
+        )
         hint = f"create the node: mknod -m 0600 {group.node} c {group.number[0]} {group.number[1]}"
         # Plain runtimes make the container's node from the numbers and never look at the host's.
         level = "error" if asker.is_kata else "warning"

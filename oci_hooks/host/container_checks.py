@@ -28,10 +28,8 @@ def check_control_node(spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding
         return ()
     if any(device.path == CONTROL_NODE for device in spec.devices) or has_bind_mount(spec, CONTROL_NODE):
         return ()
-    hint = (
-        'add it to linux.devices: {"path":  "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196}; podman, docker: --device '
-        + CONTROL_NODE
-    )
+    entry = '{"path": "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196}'
+    hint = f"add it to linux.devices: {entry}; podman, docker: --device {CONTROL_NODE}"
     problem = "linux.devices lists a VFIO group but not the control node"
     return (Finding("warning", "control-node-missing", CONTROL_NODE, problem, hint),)
 
@@ -101,7 +99,10 @@ def check_memlock(root: Root, spec: Spec, asker: Asker) -> tuple[Finding, ...]:
     if not isinstance(soft, int) or soft >= SMALL_MEMLOCK:
         return ()
     problem = f"the container can lock only {soft >> 10} KiB of memory and has no CAP_IPC_LOCK"
-    hint = "raise the limit: docker, podman: --ulimit memlock=-1, or --cap-add IPC_LOCK; Kubernetes: capabilities.add IPC_LOCK"
+    hint = (
+        "raise the limit: docker, podman: --ulimit memlock=-1, or --cap-add IPC_LOCK; Kubernetes: "
+        "capabilities.add IPC_LOCK"
+    )
     return (Finding("warning", "memlock", "process.rlimits", problem, hint),)
 
 

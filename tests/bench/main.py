@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import provision
-from tests.bench import figures, readme
+from tests.bench import documents, figures
 from tests.bench.timing import BenchError, say
 from tests.provision import PYTHON, REPOSITORY, MissingError
 from tests.vm import machines, rig
@@ -72,7 +72,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=10, metavar="N", help="turns in the VM (10); ten times that here")
     default = provision.find_cache() / "bench.json"
     parser.add_argument("--json", type=Path, default=default, metavar="FILE", help=f"where all samples go ({default})")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--document", action="store_true", help="put the figures into README.md and docs")
     options = parser.parse_args(arguments)
     unknown = [part for part in options.parts if part not in (*HERE, *INSIDE)]
     if unknown or options.runs < 1:
@@ -163,10 +163,10 @@ def tell(report: Report, options: argparse.Namespace) -> None:
     say("\nmedians on this machine")
     say(figures.format_medians(report["samples"], "ms", 1000))
     say(figures.format_medians(report["memory"], "MiB", 1 / 1024))
-    text = f"{figures.format_table(results)}\n\n{describe(report)}"
-    say(f"\n{text}\n\nall samples: {options.json}")
-    if options.readme:
-        readme.replace_table(REPOSITORY / "README.md", text)
+    about = describe(report)
+    say(f"\n{figures.format_table(results)}\n\n{about}\n\nall samples: {options.json}")
+    if options.document:
+        documents.write_documents(results, about)
 
 
 def describe(report: Report) -> str:

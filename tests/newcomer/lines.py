@@ -17,6 +17,7 @@ from tests.provision import REPOSITORY
 ITEM = re.compile(r"^( *)(?:[*+-]|\d+\.) +")
 FENCE = re.compile(r"^ *(```|~~~)")
 SECTION = re.compile(r"^## (.*)$", re.MULTILINE)
+INSTALL = REPOSITORY / "docs/howto/install.md"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ def read_lines(path: Path) -> list[Line]:
     blocks = find_literal_blocks(text) if path.suffix == ".rst" else find_code_blocks(text)
     name = str(path.relative_to(REPOSITORY))
     return [Line(name, number, line) for number, block in enumerate(blocks) for line in join_lines(block)]
+
+
+def read_install_lines() -> list[str]:
+    """Return the lines of the page that tells how to install, in order."""
+    return [line.text for line in read_lines(INSTALL)]
 
 
 def read_section(title: str, path: Path = REPOSITORY / "README.md") -> list[str]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README's section "Install" where not even Python is: each way on a machine of its own, and both hooks used there.
+"""docs/howto/install.md where not even Python is: each way on a machine of its own, and both hooks used there.
 
-`packaging/build` on the first, its DEBs on a second, pip on a third. The other lines: tests/packaging/test_readme.py.
+`packaging/build` on the first, its DEBs on a second, pip on a third. The other lines:
+tests/packaging/test_install_page.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from tests.provision import REPOSITORY
 
 LIMIT = 900.0
 HOOKS = ("vfio-host-check", "vfio-guest-bind")
-DEBS = "python3-oci-vfio-hooks oci-vfio-hooks oci-vfio-hooks-guest"
 RECORDS = f"{CLONE}/tests/data/records"
 # A record of each hook, of a run that failed, and the code that it failed with.
 RECORDED = {"vfio-host-check": ("host-iommu-off", "iommu-off"), "vfio-guest-bind": ("guest-in-use", "in-use")}
@@ -29,15 +29,15 @@ DIST = f"{CLONE}/dist"
 
 
 def find_lines(*beginnings: str) -> list[str]:
-    """Return the lines of the section that begin with one of these, in order."""
-    found = [line for line in lines.read_section("Install") if line.startswith(beginnings)]
+    """Return the lines of the page that begin with one of these, in order."""
+    found = [line for line in lines.read_install_lines() if line.startswith(beginnings)]
     assert {begin for begin in beginnings for line in found if line.startswith(begin)} == set(beginnings)
     return found
 
 
 @pytest.fixture(name="built", scope="module")
 def build(machines: MakeBare) -> Bare:
-    """Run README's line that builds the packages on a machine that has nothing."""
+    """Run the page's line that builds the packages on a machine that has nothing."""
     machine = machines("bare")
     (line,) = find_lines("packaging/build")
     machine.run("sh", "-c", line, limit=LIMIT)
@@ -64,7 +64,7 @@ class Installed:
 
 @pytest.fixture(name="installed", scope="module")
 def install(built: Bare, machines: MakeBare) -> Installed:
-    """Run README's lines that install the DEBs, without what they recommend, on a machine that has nothing else."""
+    """Run the page's lines that install the DEBs, without what they recommend, on a machine that has nothing else."""
     machine = machines("bare")
     shutil.copytree(built.changes / f"top{DIST}", machine.changes / f"top{DIST}")
     before = list_files(machine)
@@ -75,7 +75,7 @@ def install(built: Bare, machines: MakeBare) -> Installed:
 
 def answer_apt(line: str) -> str:
     """Return a line with apt's question answered, and without recommended packages."""
-    return line.replace("apt install", "apt install -y --no-install-recommends")
+    return line.replace("apt install", "apt install -y --no-install-recommends").replace("apt purge", "apt purge -y")
 
 
 def test_debs_are_installed_and_used(installed: Installed) -> None:
@@ -147,7 +147,8 @@ def test_purging_leaves_nothing(installed: Installed) -> None:
     made = (
         "/etc/containers /etc/containerd /etc/cdi /etc/systemd/system/vfio-* /usr/local/sbin/vfio-* /etc/oci-vfio-hooks"
     )
-    machine.run("sh", "-ec", f"rm -rf {made}; apt-get purge -y -q {DEBS}")
+    (line,) = find_lines("apt purge")
+    machine.run("sh", "-ec", f"rm -rf {made}; {answer_apt(line)}")
     left = {name for name in list_files(machine) - installed.before if re.search(r"vfio|oci[-_]hooks", name)}
     assert left == set()
 

@@ -7,6 +7,7 @@ import re
 
 from tests.newcomer import lines
 from tests.newcomer.conftest import MakeBare
+from tests.provision import REPOSITORY
 from tests.runner import KINDS
 
 LIMIT = 1200.0
@@ -25,3 +26,7 @@ def test_tests_run_names_all_that_it_needs(machines: MakeBare) -> None:
     assert min(counted) > 0
     again = machine.run("sh", "-c", "tests/run --list lint", limit=LIMIT)
     assert "installing" not in again.stdout
+    # What CONTRIBUTING has a newcomer run next.
+    first = lines.read_section("Your first change, in ten minutes", REPOSITORY / "CONTRIBUTING.md")
+    (line,) = (line for line in first if "bin/pytest" in line)
+    machine.run("sh", "-c", lines.strip_remark(line))

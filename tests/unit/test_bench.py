@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import figures, readme
+from tests.bench import documents, figures
 from tests.bench.figures import Figure, compute
 from tests.bench.timing import BenchError, Case, list_imports, take_turns, time_command
+from tests.provision import REPOSITORY
 
 
 def test_a_figure_is_the_ratio_of_the_medians_not_the_median_of_the_ratios() -> None:
@@ -70,11 +71,29 @@ def test_imports_are_listed_with_their_times(tmp_path: Path) -> None:
     assert next(own <= whole for own, whole, name in rows if name.strip() == "json.decoder")
 
 
-def test_the_readme_gets_a_new_table_and_keeps_the_rest(tmp_path: Path) -> None:
-    file = tmp_path / "README.md"
-    file.write_text(f"before\n{readme.BEGIN}\n\nold\n\n{readme.END}\nafter\n")
-    readme.replace_table(file, "new")
-    assert file.read_text() == f"before\n{readme.BEGIN}\n\nnew\n\n{readme.END}\nafter\n"
+@pytest.mark.parametrize("place", [documents.WHOLE, documents.SHORT])
+def test_document_gets_a_new_table_and_keeps_the_rest(place: documents.Place, tmp_path: Path) -> None:
+    assert place.begin in (REPOSITORY / place.path).read_text()
+    file = tmp_path / "page.md"
+    file.write_text(f"before\n{place.begin}\n\nold\n\n{place.end}\nafter\n")
+    documents.replace_table(file, place, "new")
+    assert file.read_text() == f"before\n{place.begin}\n\nnew\n\n{place.end}\nafter\n"
     file.write_text("no marks\n")
     with pytest.raises(ValueError, match="lacks"):
-        readme.replace_table(file, "new")
+        documents.replace_table(file, place, "new")
+
+
+def test_short_table_has_rows_of_the_whole() -> None:
+    """README's figures are those of docs/performance.md, and no target that is missed is left out."""
+    whole = read_rows(documents.WHOLE)
+    short = read_rows(documents.SHORT)
+    assert short == {about: whole[about] for about in documents.SHOWN}
+    assert [about for about, cells in whole.items() if "missed" in cells[-1] and about not in short] == []
+    assert set(documents.SHOWN) <= {figure.about for figure in figures.FIGURES}
+
+
+def read_rows(place: documents.Place) -> dict[str, list[str]]:
+    """Return the rows of a table in a document by their first cell."""
+    text = (REPOSITORY / place.path).read_text().partition(place.begin)[2].partition(place.end)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    return {cells[0]: cells[1:] for cells in rows[2:]}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our readers of Kata's configuration against Kata's genuine ones, case by case (docs/testing-kata.md).
+"""Our readers of Kata's configuration against Kata's genuine ones, case by case (docs/reference/kata-conformance.md).
 
 A committed sample always, and the whole corpus where it is at hand.
 """

@@ -520,7 +520,7 @@ def test_every_code_is_in_the_table_and_the_other_way_round() -> None:
         r'(?:Finding|InputError|unreadable)\(\s*(?:(?:"\w+"|view\.level|level|[a-z]+),\s*)?"([a-z]+(?:-[a-z0-9]+)*)",'
     )
     used = set(re.findall(pattern, text)) - {"error", "warning", "info"}
-    table = (top / "docs/codes-host.md").read_text()
+    table = (top / "docs/reference/codes-host.md").read_text()
     listed = set(re.findall(r"^\| `([a-z0-9-]+)` \|", table, re.M))
     also = set(re.findall(r'"([a-z]+(?:-[a-z0-9]+)*)"', text + shared))
     assert used - listed == set()

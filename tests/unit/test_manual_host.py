@@ -26,7 +26,7 @@ def read_help(*command: str) -> str:
 
 def test_every_code_of_the_host_hook_has_an_entry() -> None:
     # tests/unit/test_host.py holds this list to the code.
-    listed = set(re.findall(r"^\| (`.*?`) \|", (REPOSITORY / "docs/codes-host.md").read_text(), re.MULTILINE))
+    listed = set(re.findall(r"^\| (`.*?`) \|", (REPOSITORY / "docs/reference/codes-host.md").read_text(), re.MULTILINE))
     codes = {code for cell in listed for code in re.findall(r"[a-z][a-z-]+", cell)}
     assert len(codes) > 25
     page = (MANUAL / "vfio-host-check.1.rst").read_text().partition("\nDIAGNOSTICS\n")[2]

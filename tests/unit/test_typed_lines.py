@@ -22,7 +22,8 @@ DEBS = "tests/newcomer/test_install.py::test_debs_are_installed_and_used"
 PIP = "tests/newcomer/test_install.py::test_pip_into_a_directory_of_its_own"
 TYPED = "tests/newcomer/test_install.py::test_lines_of_the_documents"
 INSTALLS = "tests/newcomer/test_install.py::test_lines_that_put_examples_in_place"
-README = "tests/packaging/test_readme.py::test_every_line_of_the_section_works"
+PAGE = "tests/packaging/test_install_page.py::test_every_line_of_the_page_works"
+PURGE = "tests/newcomer/test_install.py::test_purging_leaves_nothing"
 CDI = "tests/vm/test_installed.py::test_cdi"
 ALWAYS = "tests/vm/test_installed.py::test_the_check_for_every_container"
 
@@ -30,7 +31,8 @@ ALWAYS = "tests/vm/test_installed.py::test_the_check_for_every_container"
 RUN = {
     "examples/demo": DEMO,
     "tests/run": TESTS,
-    "tests/run --list": TESTS,
+    "tests/run --list lint unit": TESTS,
+    "~/.cache/oci-vfio-hooks/venv-tests-*/bin/pytest tests/unit/test_selection.py": TESTS,
     "packaging/build": BUILT,
     "apt update && apt install ./dist/python3-oci-vfio-hooks_*.deb ./dist/oci-vfio-hooks_*.deb": DEBS,
     "apt update && apt install ./dist/python3-oci-vfio-hooks_*.deb ./dist/oci-vfio-hooks-guest_*.deb": DEBS,
@@ -38,9 +40,10 @@ RUN = {
     "apt update && apt install python3-venv": PIP,
     "python3 -m venv /opt/oci-vfio-hooks": PIP,
     "/opt/oci-vfio-hooks/bin/pip install .": PIP,
-    "rpmbuild --rebuild dist/oci-vfio-hooks-0.1.0-1.src.rpm": README,
+    "rpmbuild --rebuild dist/oci-vfio-hooks-0.1.0-1.src.rpm": PAGE,
+    "apt purge python3-oci-vfio-hooks oci-vfio-hooks oci-vfio-hooks-guest": PURGE,
     "podman run --annotation io.katacontainers.x.vfio.devices=auto --ulimit memlock=-1 IMAGE PROGRAM": (
-        "tests/vm/test_installed.py::test_readmes_line_for_podman"
+        "tests/vm/test_installed.py::test_line_for_podman"
     ),
     "vfio-guest-bind --dry-run --bundle /path/to/bundle": TYPED,
     "vfio-host-check --bundle /path/to/bundle": TYPED,
@@ -86,7 +89,9 @@ NOT_RUN = {
     "tests/bench/run": "takes a quiet machine and ten minutes, and fails by no time",
     "~/.cache/oci-vfio-hooks/venv-tests-*/bin/pytest tests/unit/test_x.py": SELF,
     "tests/run --vm tests/vm/test_x.py -k word": SELF,
+    "tests/run lint": SELF,
     "tests/run lint unit": SELF,
+    "apt install pre-commit && pre-commit install": "changes the clone's git; its linters are those of tests/run lint",
     "tests/run packaging": SELF,
     "tests/run newcomer": SELF,
     "install -m 644 docker/daemon.json /etc/docker/daemon.json": "needs Docker's directory; the file is tested",
@@ -100,20 +105,22 @@ NOT_RUN = {
 # Blocks that nobody types, by document and first line.
 NOT_TYPED = {
     (
-        "README.md",
+        "docs/howto/configure.md",
         '"hooks": {"prestart": [{"path": "/usr/libexec/oci/hooks.d/vfio-host-check"}]}',
     ): "part of config.json",
-    ("README.md", '"hooks": {'): "part of config.json",
+    ("docs/howto/configure.md", '"hooks": {'): "part of config.json",
     (
-        "README.md",
+        "docs/troubleshooting.md",
         "vfio-guest-bind: error: [in-use] 0000:00:0e.0 (1b36:0010, nvme): holds /dev/nvme0n1, mounted on /mnt;"
         " stop using it first",
     ): "what a hook prints",
-    ("docs/codes-host.md", 'mode = "enforce"        # or "warn"'): "host.toml",
-    ("docs/privileges.md", "CAP_SYS_ADMIN CAP_NET_ADMIN CAP_MKNOD CAP_SYS_PTRACE"): "capabilities",
-    ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE"): "capabilities",
-    ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
-    ("docs/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
+    ("docs/reference/exit-codes.md", "vfio-guest-bind: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
+    ("docs/architecture.md", "state → spec → request → inventory → plan → apply → verify"): "the way of the data",
+    ("docs/reference/codes-host.md", 'mode = "enforce"        # or "warn"'): "host.toml",
+    ("docs/reference/privileges.md", "CAP_SYS_ADMIN CAP_NET_ADMIN CAP_MKNOD CAP_SYS_PTRACE"): "capabilities",
+    ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE"): "capabilities",
+    ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
+    ("docs/reference/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
     ("examples/kata-guest-image/README.md", "[hypervisor.qemu]"): "configuration.toml",
     ("docs/man/vfio-guest-bind.1.rst", "vfio-guest-bind: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
     ("docs/man/vfio-host-check.1.rst", "vfio-host-check: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
@@ -164,7 +171,7 @@ def test_each_named_test_is_there(test: str) -> None:
 def test_the_documents_are_all_there() -> None:
     """The list is not empty by accident: each kind of document and of block is in it."""
     found = {document for document, _ in list_typed()}
-    assert {"README.md", "CONTRIBUTING.md", "docs/codes-host.md", "examples/kubernetes/README.md"} <= found
+    assert {"README.md", "CONTRIBUTING.md", "docs/howto/install.md", "examples/kubernetes/README.md"} <= found
     assert any(document.endswith(".rst") for document, _ in list_blocks())
 
 

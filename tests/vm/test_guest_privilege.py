@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a container can open after the hook, and with how little the hooks themselves get along.
 
-docs/privileges.md has the lists; they are read from there, so that it can't say anything else than what was run.
+The lists are read from docs/reference/privileges.md, so that it can't say anything else than what was run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.vm.bundles import Container, Containers, Done
 from tests.vm.calls import ask, one_runtime
 
 MACHINE = "standard"
-PRIVILEGES = bundles.REPOSITORY / "docs/privileges.md"
+PRIVILEGES = bundles.REPOSITORY / "docs/reference/privileges.md"
 UNISTD = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
 Number = tuple[str, int, int]
 
@@ -106,7 +106,7 @@ def test_its_nodes_open_and_nothing_more(containers: Containers) -> None:
 
 
 def read_list(title: str) -> list[str]:
-    """Return the words of the indented block below a heading of docs/privileges.md."""
+    """Return the words of the indented block below a heading of docs/reference/privileges.md."""
     part = PRIVILEGES.read_text().split(f"\n### {title}\n", 1)[1].split("\n#", 1)[0]
     words = " ".join(line.strip() for line in part.splitlines() if line.startswith("    ")).split()
     assert words, title

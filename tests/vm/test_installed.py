@@ -3,7 +3,7 @@
 
 apt has installed the DEBs and the runtimes into it (outside: there is no network in here). Each command runs changed
 into that root, which has this machine's kernel and devices and none of its /usr, /etc or repository. What is run is
-what README.md and examples/README.md tell a user to.
+what docs/howto/install.md and examples/README.md tell a user to.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ PACKAGES = True
 EXAMPLES = "/usr/share/doc/oci-vfio-hooks/examples"
 HOOKS_D = "/usr/share/containers/oci/hooks.d"
 DEVICES = "io.katacontainers.x.vfio.devices"
+INSTALL = bundles.REPOSITORY / "docs/howto/install.md"
 HOOK_LOG = bundles.BUNDLES / "hook.log"
 # This machine has neither systemd nor a network, and no room for images: the container's root is a directory.
 CONTAINERS_CONF = """\
@@ -127,8 +128,8 @@ def test_config_json(fresh: Root, containers: Containers) -> None:
     check_probe(run_bundle(fresh, container, containers.runtime))
 
 
-def test_readmes_line_for_podman(fresh: Root, image: Path) -> None:
-    (line,) = read_lines(bundles.REPOSITORY / "README.md", "Podman and CRI-O now run the hooks")
+def test_line_for_podman(fresh: Root, image: Path) -> None:
+    (line,) = read_lines(INSTALL, "Podman and CRI-O now run the hooks")
     check_probe(follow(fresh, line, image))
 
 
@@ -187,7 +188,7 @@ def test_what_failed_is_told_by_the_tool(fresh: Root, containers: Containers) ->
 
 
 def test_the_host_check_by_hand(fresh: Root) -> None:
-    (line,) = [line for line in read_lines(bundles.REPOSITORY / "README.md", "for the check:") if "--all" in line]
+    (line,) = [line for line in read_lines(INSTALL, "for the check:") if "--all" in line]
     done = fresh.run("sh", "-c", f"{line} --json", code=None, limit=bundles.LIMIT)
     nic = guest.find_device(devices.NIC_E1000E)
     found = [member["name"] for group in json.loads(done.stdout)["groups"] for member in group["members"]]

@@ -296,7 +296,10 @@ def check_domain(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, 
         names = [member.name for member in members if member.pci and not member.name.startswith("0000:")]
         if names:
             problem = f"{', '.join(names)} is not in PCI domain 0000, so Kata passes wrong addresses to the guest"
-            hint = "PCIDEVICE_* variables in the container are not translated; write the guest's address into the annotation"
+            hint = (
+                "PCIDEVICE_* variables in the container are not translated; write the guest's address into "
+                "the annotation"
+            )
             findings.append(Finding("warning", "pci-domain", target.subject, problem, hint))
     return tuple(findings)
 
@@ -333,6 +336,9 @@ def check_hooks(view: KataView, spec: Spec) -> tuple[Finding, ...]:
     path = config.hypervisor_setting("guest_hook_path", "") if config else None
     if spec.raw.get("hooks") and config and path and path.value:
         problem = f"config.json has hooks, so runtime-rs drops the guest hooks of {config.describe(path)}"
-        hint = "remove the hooks from config.json and run vfio-host-check --bundle before the container starts, or use Kata's Go runtime"
+        hint = (
+            "remove the hooks from config.json and run vfio-host-check --bundle before the container starts, "
+            "or use Kata's Go runtime"
+        )
         findings.append(Finding("warning", "hooks-dropped", "guest hooks", problem, hint))
     return tuple(findings)

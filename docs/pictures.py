@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw the documents' pictures: `python3 -m docs.pictures`, from the repository's top. Standard library only.
+
+Below docs/images: overview.svg shows what each hook does, architecture.svg the way of the data through the guest hook,
+performance.svg the figures of the table in docs/performance.md that have a target. A browser that prefers dark colours
+gets them: one file serves both. tests/unit/test_pictures.py fails where a committed picture is not what is drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+IMAGES = DOCS / "images"
+PERFORMANCE = DOCS / "performance.md"
+
+COLOURS = """
+text { fill: #1f2328 } .faint { fill: #59636e } .hook { fill: #0a58ca } rect { fill: #f4f6f8; stroke: #b7bfc8 }
+.paper { fill: #ffffff } .guest { fill: #e8f1fb } .inner { fill: #e6f5ea } .frame, .arrow { stroke: #0a58ca }
+.line { stroke: #b7bfc8 } .head { fill: #0a58ca } .met { fill: #2da44e } .missed { fill: #d9822b }
+.whisker, .target { stroke: #1f2328 }
+"""
+DARK = """
+text { fill: #e6edf3 } .faint { fill: #9aa4af } .hook { fill: #79b8ff } rect { fill: #161b22; stroke: #444c56 }
+.paper { fill: #0d1117 } .guest { fill: #14243a } .inner { fill: #12291a } .frame, .arrow { stroke: #79b8ff }
+.line { stroke: #444c56 } .head { fill: #79b8ff } .met { fill: #3fb950 } .missed { fill: #d9822b }
+.whisker, .target { stroke: #e6edf3 }
+"""
+STYLE = f"""{COLOURS}@media (prefers-color-scheme: dark) {{{DARK}}}
+text {{ font: 14px system-ui, "Segoe UI", "DejaVu Sans", sans-serif }}
+.title {{ font-weight: 600; font-size: 16px }} .small {{ font-size: 12.5px }} .hook {{ font-weight: 600 }}
+.code {{ font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 13px }}
+.end {{ text-anchor: end }} .middle {{ text-anchor: middle }} .line, .arrow, .frame {{ fill: none }}
+.paper, .met, .missed {{ stroke: none }} .frame, .whisker {{ stroke-width: 1.5 }} .arrow {{ stroke-width: 2 }}
+.target {{ stroke-dasharray: 4 3 }}
+"""
+
+
+class Picture:
+    """An SVG of a width and a height, in pixels."""
+
+    def __init__(self, width: int, height: int, title: str) -> None:
+        self.parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}" role="img" aria-label="{escape(title)}">',
+            f"<title>{escape(title)}</title>",
+            f"<style>{STYLE}</style>",
+            f'<rect class="paper" width="{width}" height="{height}"/>',
+        ]
+
+    def box(self, x: float, y: float, width: float, height: float, kind: str = "") -> None:
+        """Add a rectangle. kind: a class of STYLE."""
+        self.parts.append(f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6"/>')
+
+    def bar(self, x: float, y: float, width: float, height: float, kind: str) -> None:
+        """Add a rectangle without rounded corners."""
+        self.parts.append(f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:.1f}" height="{height:g}"/>')
+
+    def text(self, x: float, y: float, words: str, kind: str = "") -> None:
+        """Add one line of text. kind: classes of STYLE."""
+        self.parts.append(f'<text class="{kind}" x="{x:g}" y="{y:g}">{escape(words)}</text>')
+
+    def lines(self, x: float, y: float, words: list[str], kind: str = "small") -> None:
+        """Add lines of text below each other."""
+        for number, line in enumerate(words):
+            self.text(x, y + 20 * number, line, kind)
+
+    def line(self, x: float, y: float, to_x: float, to_y: float, kind: str = "line") -> None:
+        """Add a straight line."""
+        self.parts.append(f'<path class="{kind}" d="M{x:.1f} {y:g}L{to_x:.1f} {to_y:g}"/>')
+
+    def arrow(self, x: float, y: float, to_x: float) -> None:
+        """Add a level arrow that points to the right."""
+        self.line(x, y, to_x - 9, y, "arrow")
+        self.parts.append(f'<path class="head" d="M{to_x:g} {y:g}l-11 -6v12z"/>')
+
+    def finish(self) -> str:
+        """Return the file's text."""
+        return "\n".join([*self.parts, "</svg>", ""])
+
+
+def draw_overview() -> str:
+    """Return the picture of the way from the host's IOMMU group to the program in the container."""
+    picture = Picture(1000, 430, "From the host's IOMMU group to a program in a container in a virtual machine")
+    picture.box(12, 12, 324, 406)
+    picture.text(28, 40, "Host", "title")
+    picture.lines(28, 68, ["PCI device 0000:03:00.0", "bound to vfio-pci", "IOMMU group 12", "/dev/vfio/12"], "code")
+    picture.box(24, 168, 300, 238, "frame")
+    picture.text(38, 194, "vfio-host-check", "code hook")
+    picture.text(38, 214, "before the container starts; changes nothing", "small faint")
+    checks = ["does the group exist, with these numbers?", "is each member on a VFIO driver?"]
+    checks += ["does another process hold the group?", "may the program map memory for DMA?"]
+    checks += ["Kata: does the guest get a virtual IOMMU?", "Kata: is there a port for the device?"]
+    picture.lines(38, 244, [f"• {check}" for check in checks])
+    picture.text(38, 384, "one line per problem, with the remedy", "small hook")
+
+    picture.arrow(336, 92, 424)
+    picture.text(380, 78, "hypervisor", "small middle")
+
+    picture.box(428, 12, 560, 406, "guest")
+    picture.text(444, 40, "Virtual machine", "title")
+    device = ["PCI device 0000:02:00.0", "e1000e → vfio-pci", "IOMMU group 18", "/dev/vfio/18"]
+    picture.lines(444, 68, device, "code")
+    picture.box(440, 168, 304, 238, "frame")
+    picture.text(454, 194, "vfio-guest-bind", "code hook")
+    picture.text(454, 214, "createRuntime; poststop restores everything", "small faint")
+    steps = [
+        "choose the container's groups",
+        "refuse what is in use or claimed",
+        "write the undo log, then bind to vfio-pci",
+    ]
+    steps += [
+        "create the nodes in the container",
+        "allow them in its device cgroup",
+        "verify from its cgroup that they open",
+    ]
+    picture.lines(454, 244, [f"{number}. {step}" for number, step in enumerate(steps, 1)])
+    picture.text(454, 384, "on failure: all restored before it exits", "small hook")
+
+    picture.arrow(744, 290, 776)
+    picture.box(780, 168, 196, 238, "inner")
+    picture.text(794, 194, "Container", "title")
+    picture.lines(794, 226, ["/dev/vfio/vfio", "/dev/vfio/18"], "code")
+    picture.lines(794, 282, ["A DPDK program opens", "the group and drives", "the device from", "user space."])
+    return picture.finish()
+
+
+# The steps of the guest hook: name, file below oci_hooks/, what it does.
+WAY = (
+    ("input", "program.py, oci.py", ["state, config.json;", "exit if no VFIO"]),
+    ("request", "guest/request.py", ["what the container", "asks for"]),
+    ("inventory", "linux/", ["devices, groups,", "what is in use"]),
+    ("plan", "guest/plan.py", ["which groups,", "writes and nodes"]),
+    ("apply", "guest/apply/", ["bind, create nodes,", "allow them"]),
+    ("verify", "guest/apply/proof.py", ["each node opens", "in its cgroup"]),
+)
+
+
+def draw_architecture() -> str:
+    """Return the picture of the way of the data through the guest hook."""
+    width, step = 148, 164
+    picture = Picture(1000, 330, "The way of the data through the guest hook")
+    for number, (name, file, words) in enumerate(WAY):
+        x = 14 + step * number
+        picture.box(x, 40, width, 112, "inner" if name == "apply" else "guest")
+        picture.text(x + 10, 64, name, "title")
+        picture.text(x + 10, 86, file, "code" if len(file) < 18 else "small faint")
+        picture.lines(x + 10, 112, words)
+        if number < len(WAY) - 1:
+            picture.arrow(x + width, 96, x + step)
+    picture.text(14, 26, "reads only", "small faint")
+    picture.line(14, 32, 14 + step * 3 + width, 32)
+    picture.text(14 + step * 4, 26, "changes the machine", "small faint")
+    picture.line(14 + step * 4, 32, 14 + step * 4 + width, 32)
+    picture.box(14 + step * 3, 170, step + width, 44)
+    picture.text(24 + step * 3, 197, "claim, undo log: before each change", "small")
+    picture.box(14, 232, 972, 84, "frame")
+    picture.text(28, 258, "Root", "code hook")
+    picture.text(76, 258, "(system.py): each read and each step goes through it", "small")
+    roots = ("the live system", "a constructed file tree, in a test", "a recording, in a replay")
+    for number, root in enumerate(roots):
+        picture.box(28 + 318 * number, 270, 304, 34)
+        picture.text(42 + 318 * number, 292, root, "small")
+    return picture.finish()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of the table in docs/performance.md. low, high: its middle half; target: 0.0 without one."""
+
+    about: str
+    target: float
+    ratio: float
+    low: float
+    high: float
+
+
+def read_table(text: str) -> list[Measured]:
+    """Return the rows of the first table of a document whose cells are those of tests/bench/figures.py."""
+    rows = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and len(cells) == 6 and " to " in cells[3]:
+            low, _, high = cells[3].partition(" to ")
+            target = float(cells[1].lstrip("≤ ") or 0)
+            rows.append(Measured(cells[0], target, float(cells[2]), float(low), float(high)))
+    return rows
+
+
+def draw_performance(rows: list[Measured]) -> str:
+    """Return the plot of the figures with a target: how much of its target each one takes."""
+    rows = [row for row in rows if row.target]
+    top, height, left, unit = 66, 30, 430, 130
+    bottom = top + height * len(rows)
+    picture = Picture(960, bottom + 44, "Measured figures beside their targets")
+    picture.text(20, 30, "Measured, as a share of the target (shorter is faster)", "title")
+    picture.text(20, 50, "thin line: the middle half of the runs", "small faint")
+    for share in (0, 1, 2, 3):
+        x = left + unit * share
+        picture.line(x, top - 8, x, bottom, "target" if share == 1 else "line")
+        picture.text(x, bottom + 20, f"{share}", "small middle faint")
+    picture.text(left + unit, top - 14, "target", "small middle")
+    for number, row in enumerate(rows):
+        y = top + height * number
+        met = row.ratio <= row.target
+        picture.text(left - 10, y + 19, row.about.replace("`", ""), "small end")
+        picture.bar(left, y + 6, unit * row.ratio / row.target, 17, "met" if met else "missed")
+        picture.line(
+            left + unit * row.low / row.target, y + 14.5, left + unit * row.high / row.target, y + 14.5, "whisker"
+        )
+        end = left + unit * max(row.ratio, row.high) / row.target
+        picture.text(round(end + 8), y + 19, f"{row.ratio:.2f} (≤ {row.target:g}){'' if met else ' missed'}", "small")
+    return picture.finish()
+
+
+def draw_all() -> dict[Path, str]:
+    """Return the text of each picture, by its path."""
+    return {
+        IMAGES / "overview.svg": draw_overview(),
+        IMAGES / "architecture.svg": draw_architecture(),
+        IMAGES / "performance.svg": draw_performance(read_table(PERFORMANCE.read_text())),
+    }
+
+
+def write_all() -> None:
+    """Write all pictures."""
+    IMAGES.mkdir(exist_ok=True)
+    for path, text in draw_all().items():
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    write_all()
