@@ -168,7 +168,7 @@ def test_the_map_adds_host_addresses_to_the_annotation() -> None:
     [
         ("", "is empty"),
         ("{", "line 1"),
-        ("{}", "(the whole): expected array, found object"),
+        ("{}", "top level: expected array, found object"),
         ("[1]", "[0]: expected object, found integer"),
         ("[{}]", "[0].devices: expected array, found null"),
         ('[{"devices": [[]]}]', "[0].devices[0]: expected object, found array"),
