@@ -48,22 +48,27 @@ def list_messages(tree: ast.Module) -> list[tuple[str, str]]:
     messages = []
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     for function in functions:
-        names = read_names(function)
-        for node in ast.walk(function):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        last = 0
+        for node in sorted((each for each in ast.walk(function) if isinstance(each, ast.Call)), key=lambda n: n.lineno):
+            if not isinstance(node.func, ast.Name):
                 continue
             arguments = node.args[1:] if node.func.id == "Finding" else node.args
             if node.func.id in ("Finding", *ERRORS) and len(arguments) >= 3:
+                # What was assigned since the message before this one, else anything before it.
+                names = {**read_names(function, 0, node.lineno), **read_names(function, last, node.lineno)}
+                last = node.lineno
                 code, subject, problem, *hint = (show(argument, names) for argument in arguments)
                 text = f"`{subject}: {problem}{f'; {hint[0]}' if hint and hint[0] else ''}`"
                 messages.append((code, " ".join(text.split())))
     return messages
 
 
-def read_names(function: ast.FunctionDef) -> dict[str, list[str]]:
-    """Return the texts that a function gives its local names, in order."""
+def read_names(function: ast.FunctionDef, first: int, last: int) -> dict[str, list[str]]:
+    """Return the texts that a function gives its local names between two of its lines, in order."""
     names: dict[str, list[str]] = {}
     for node in ast.walk(function):
+        if not first < getattr(node, "lineno", 0) < last:
+            continue
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 pair = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
