@@ -77,8 +77,9 @@ def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProo
         if proof.error == errno.EBUSY:
             raise StepError("group-busy", path, "another process has it open", f"find it with: fuser -v {path}")
         if proof.error:
-            hint = "a node on a file system that is mounted nodev can't be opened"
-            raise StepError("not-openable", path, f"does not open: {os.strerror(proof.error)}", hint)
+            hint = "check that the file system of the container's /dev is not mounted with the option nodev"
+            raise StepError("not-openable", path, f"cannot be opened: {os.strerror(proof.error)}", hint)
         if not proof.is_viable:
-            problem = "is not viable: a device of the group is bound to another driver"
-            raise StepError("group-not-viable", path, problem, "see the group's devices in /sys/kernel/iommu_groups")
+            problem = "the group is not viable: one of its devices is bound to a driver that is not for VFIO"
+            hint = f"list its devices with: ls /sys/kernel/iommu_groups/{path.rpartition('/')[2]}/devices"
+            raise StepError("group-not-viable", path, problem, hint)

@@ -38,7 +38,7 @@ def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSe
     root = run.root
     start = read_start_time(root, state.pid) if state.pid else 0
     if not start:
-        hint = "the hook belongs under createRuntime (or prestart), while the container is being created"
+        hint = "declare the hook under createRuntime (or prestart), which run while the container is created"
         raise Refusal("no-process", f"process {state.pid}", "the container's init is not running", hint)
     owner = Owner(state.id, state.pid, start, state.bundle)
     directory = ClaimDirectory(root=root)

@@ -99,8 +99,8 @@ class ClaimDirectory:
                     or found.st_uid != os.geteuid()
                     or found.st_mode & 0o22
                 ):
-                    hint = "remove it; the hook makes it anew"
-                    raise Refusal("state-directory", path, "is not a directory of root's alone", hint) from None
+                    problem = "must be a directory that root owns and only root can write to"
+                    raise Refusal("state-directory", path, problem, "remove it; the hook creates it again") from None
 
     @step("lock-claims")
     def lock(self, deadline: Deadline) -> Descriptor:
@@ -166,7 +166,7 @@ class ClaimDirectory:
         except OSError as error:
             if error.errno in LACKS:
                 raise
-            return make_claim(path, [], False).replace(problem=f"can't be read: {error.strerror}")
+            return make_claim(path, [], False).replace(problem=f"cannot be read: {error.strerror}")
         claim = make_claim(path, parse_journal(data), at_work)
         return claim.replace(problem=self.find_problem(claim, data))
 
@@ -175,11 +175,11 @@ class ClaimDirectory:
         if len(data) > JOURNAL_LIMIT:
             return f"is longer than {JOURNAL_LIMIT} bytes"
         if not data.startswith(FORMAT.encode() + b"\n"):
-            return f"is not of this version's format, {FORMAT}"
+            return f"does not have the format of this version of the hook, {FORMAT}"
         if tuple(entry.kind for entry in claim.entries[: len(OWNER)]) != OWNER:
-            return "does not begin with its owner"
+            return "is damaged: it does not begin with the entries of its container"
         if self.journal_path(claim.container) != claim.path:
-            return f"names another container, {claim.container}"
+            return f"is damaged: it names another container, {claim.container}"
         return ""
 
     @step("read-undo-log")

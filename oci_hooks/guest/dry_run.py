@@ -9,7 +9,7 @@ from oci_hooks.guest.claims import ClaimDirectory, Owner
 from oci_hooks.guest.decision import choose, make_options
 from oci_hooks.guest.id_mapping import find_mappings
 from oci_hooks.guest.session import Session
-from oci_hooks.guest.undo_log import HEADS
+from oci_hooks.guest.undo_log import HEADS, describe_undo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def print_release(run: Run, state: State) -> None:
     if claim:
         ownership.check_readable(claim)
     entries = [entry for entry in reversed(claim.entries) if entry.kind not in HEADS] if claim else []
-    # Of a device, three words are for a reader; the others tell it from the next one at its address.
-    actions = [(entry.kind, entry.words[:3] if entry.kind == "device" else entry.words) for entry in entries]
-    print_actions(run, [("undo", kind, " ".join(words)) for kind, words in actions])
+    print_actions(run, [describe_undo(entry) for entry in entries])
 
 
 def print_actions(run: Run, actions: list[tuple[str, str, str]]) -> None:

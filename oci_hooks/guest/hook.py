@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 
 def add_options(parser: ArgumentParser) -> None:
     """Give the parser the options that only this hook has."""
-    parser.description = "Bind a container's PCI devices to vfio-pci and make their VFIO groups open in it."
+    parser.description = "Bind a container's PCI devices to vfio-pci and create their device nodes in it."
     parser.add_argument("--dry-run", action="store_true", help="print the plan, change nothing")
     parser.add_argument("--pid", type=int, default=0, metavar="PID", help="with --bundle: the container's init process")
 
@@ -47,7 +47,7 @@ def work(run: Run) -> int:
 
     arguments = run.arguments
     if arguments.bundle and not arguments.pid and not arguments.dry_run and arguments.phase != "poststop":
-        raise InputError("bad-arguments", "--bundle", "needs the container's init process", "add --pid PID")
+        raise InputError("bad-arguments", "--bundle", "needs the process id of the container's init", "add --pid PID")
     state = read_state(run)
     run.container = state.id
     if arguments.phase == "poststop" or state.status == "stopped":

@@ -35,8 +35,8 @@ def take_lock(fd: int, deadline: Deadline, path: str) -> None:
         with alarm(deadline):
             fcntl.flock(fd, fcntl.LOCK_EX)
     except TimeoutError:
-        hint = f"see which process holds it: fuser -v {path}"
-        raise Refusal("lock-timeout", path, "is held by another hook", hint) from None
+        hint = f"find the process that holds it with: fuser -v {path}"
+        raise Refusal("lock-timeout", path, "another run of the hook held this lock until the deadline", hint) from None
 
 
 class alarm:  # noqa: N801 - reads as a statement

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from oci_hooks.oci import State
     from oci_hooks.system import Root
 
-UNREADABLE_HINT = "end its container, give its devices back by hand (driverctl unset-override), and remove the file"
+UNREADABLE_HINT = "end its container, restore its devices by hand (driverctl unset-override), and remove the file"
 
 
 def is_over(root: Root, claim: Claim, own: str, pid: int) -> bool:
@@ -36,8 +36,10 @@ def check_own(claim: Claim | None, owner: Owner) -> None:
         return
     check_readable(claim)
     if (claim.pid, claim.start) != (owner.pid, owner.start):
-        problem = f"a container of the same id, with process {claim.pid}, has {', '.join(claim.groups)} already"
-        raise Refusal("claimed", f"container {claim.container}", problem, "give the container another id")
+        problem = (
+            f"another container with this id, init process {claim.pid}, already has group {', '.join(claim.groups)}"
+        )
+        raise Refusal("claimed", f"container {claim.container}", problem, "use another container id")
 
 
 def check_readable(claim: Claim) -> None:
@@ -48,7 +50,7 @@ def check_readable(claim: Claim) -> None:
 
 def warn_unreadable(claim: Claim) -> Finding:
     """Return the warning for another container's claim that can't be read."""
-    problem = f"{claim.problem}; the devices that may be this container's are not given to others"
+    problem = f"{claim.problem}; devices that may belong to its container are not given to others"
     return Finding("warning", "claim-unreadable", claim.path, problem, UNREADABLE_HINT)
 
 
@@ -60,14 +62,13 @@ def check_release(root: Root, state: State, claim: Claim) -> None:
     that was killed is put back by the next hook anyway, whichever that is.
     """
     check_readable(claim)
-    other = "" if claim.bundle == state.bundle else f", another one of that id, in {claim.bundle},"
-    subject, hint = f"container {state.id}", "its devices go back when it has ended"
+    other = "" if claim.bundle == state.bundle else f"another container with this id, in {claim.bundle}, "
+    subject, hint = f"container {state.id}", "its devices are released when it has ended"
     if claim.done and claim.is_alive(root):
-        problem = f"process {claim.pid} of it{other} is alive, so the devices stay with it"
+        problem = f"{other}has a running init process, {claim.pid}, and keeps its devices"
         raise Refusal("container-alive", subject, problem, hint)
     if other and not claim.at_work and not claim.is_stale(root):
-        problem = f"processes of it{other} are left, so the devices stay with them"
-        raise Refusal("container-alive", subject, problem, hint)
+        raise Refusal("container-alive", subject, f"{other}still has processes and keeps its devices", hint)
 
 
 def find_owners(claims: list[Claim], picture: Picture, own: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.findings import Finding, Refusal, StepError
+from oci_hooks.findings import Finding, HookError, Refusal, StepError
 from oci_hooks.guest.apply import container_dev, nodes, permission
 from oci_hooks.guest.homes import list_processes
 from oci_hooks.guest.undo_log import parse_instance, parse_journal
@@ -84,8 +84,8 @@ def check_alone(root: Root, place: Cgroup, others: Iterable[Claim]) -> None:
         homes = ((home.unified, home.unified_inode), (home.devices, home.devices_inode))
         common = {path for path, inode in homes if path and inode in (0, pci.read_inode(root, path))}
         if own and common.issuperset(own):
-            problem = f"is the cgroup of container {claim.container} too, which would be permitted the same"
-            raise StepError("permit-failed", own[0], problem, "give each container a cgroup of its own (cgroupsPath)")
+            problem = f"container {claim.container} is in this cgroup too, and would get access to the same devices"
+            raise StepError("permit-failed", own[0], problem, "give each container its own linux.cgroupsPath")
 
 
 def check_kept(claims: ClaimDirectory, journal: Journal, wanted: Iterable[Node]) -> None:
@@ -151,8 +151,10 @@ def take_numbers(claims: ClaimDirectory, made: tuple[Node, ...], journal: Journa
     for pair, claim in found.items():
         # A group opens once, so that the proof finds out whether somebody has it open. A device's own node does not.
         if taken[pair].name.startswith(CDEV_DIRECTORY):
-            problem = f"has the numbers {format_numbers([pair])}, open to container {claim.container} until now"
-            hint = "start the container again: they are revoked now"
+            problem = (
+                f"has device number {format_numbers([pair])}, which was allowed to container {claim.container} too"
+            )
+            hint = "start the container again: the other container cannot open the device any more"
             raise StepError("numbers-reused", f"/dev/{taken[pair].name}", problem, hint)
     return bool(found)
 
@@ -174,8 +176,8 @@ def revoke_from(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all
     try:
         revoke_numbers(claims, claim, numbers, all_claims)
     except StepError as error:
-        problem = f"is permitted to container {claim.container} for a device that was unplugged, and can't be revoked: "
-        hint = f"end container {claim.container} and start this one again"
+        problem = f"cannot be revoked from container {claim.container}, which had it for a device that was unplugged: "
+        hint = f"end container {claim.container}, then start this one again"
         subject = f"device number {format_numbers(numbers)}"
         raise StepError("permission-left", subject, problem + name_reason(error), hint) from None
 
@@ -256,8 +258,9 @@ def take_back(
     try:
         lock = claims.lock(deadline)
     except Refusal as refusal:
-        problem = f"its permissions can't be revoked: {refusal.findings[0].subject} {refusal.findings[0].problem}"
-        return [Finding("error", "permission-left", journal.path, problem, "the next hook on this machine tries again")]
+        problem = f"cannot revoke the container's device permissions: {name_reason(refusal)}"
+        hint = "the next run of the hook in this guest tries again"
+        return [Finding("error", "permission-left", journal.path, problem, hint)]
     try:
         own = claims.read_claim(journal.path)
         others = read_grants(list_others(claims.read_claims(), journal.path))
@@ -296,9 +299,9 @@ def revoke(root: Root, entries: Iterable[Entry], home: Home | None, others: tupl
         except StepError as error:
             findings += explain_left(root, grant, error)
     for entry in spoilt:
-        hint = "end the container: what was changed in it ends with it"
-        words = " ".join((entry.kind, *entry.words))
-        findings.append(Finding("error", "undo-failed", words, "can't be put back: the entry is spoilt", hint))
+        hint = "end the container: its device permissions end with its cgroup"
+        subject = f"undo log entry {' '.join((entry.kind, *entry.words))}"
+        findings.append(Finding("error", "undo-failed", subject, "cannot be undone: the entry is damaged", hint))
     return findings
 
 
@@ -320,18 +323,18 @@ def explain_left(root: Root, grant: Grant, error: StepError) -> tuple[Finding, .
     processes = sorted({pid for path in own if path for pid in list_processes(root, path)})
     subject = next(filter(None, own))
     if not processes:
-        problem = f"the permission for {format_numbers(grant.nodes)} can't be put back; no process is left to use it: "
-        hint = "it ends with the cgroup: remove that if the runtime does not"
+        problem = f"device numbers {format_numbers(grant.nodes)} cannot be revoked; no process is left to use them: "
+        hint = "remove this cgroup if the runtime does not: the permission ends with it"
         return (Finding("error", "undo-failed", subject, problem + name_reason(error), hint),)
     # 0 stands for what was not looked through.
-    pids = " ".join(map(str, filter(None, processes))) or "PID (see its cgroup.procs and those below it)"
-    problem = f"processes {pids} of this cgroup keep the permission for {format_numbers(grant.nodes)}: "
-    hint = f"end them with: kill -9 {pids}; the next hook on this machine tries again"
+    pids = " ".join(map(str, filter(None, processes))) or "PID (see cgroup.procs in it and below it)"
+    problem = f"device numbers {format_numbers(grant.nodes)} cannot be revoked from its processes {pids}: "
+    hint = f"end them with: kill -9 {pids}; the next run of the hook in this guest tries again"
     return (Finding("error", "permission-left", subject, problem + name_reason(error), hint),)
 
 
-def name_reason(error: StepError) -> str:
-    """Return why a permission can't be taken back, in the words of the step."""
+def name_reason(error: HookError) -> str:
+    """Return why a permission cannot be revoked: subject and problem of an error."""
     return f"{error.findings[0].subject}: {error.findings[0].problem}"
 
 

@@ -122,7 +122,7 @@ def make_rebind(root: Root, device: PciDevice) -> Rebind:
     try:
         override = read_override(root, device.address)
     except OSError as error:
-        problem = f"was unplugged while it was being looked at ({error.strerror})"
+        problem = f"was unplugged while the hook read its state ({error.strerror})"
         raise Refusal("device-gone", device.address, problem, "start the container again") from None
     return Rebind(device.address, device.driver, override, name_instance(device))
 
@@ -152,18 +152,18 @@ def pick(*values: int) -> int:
 
 def list_actions(plan: Plan) -> list[tuple[str, str, str]]:
     """Return the plan as (what, on what, how), in the order in which it is carried out."""
-    actions = [("load", DRIVER, "unless it is there")]
+    actions = [("load", DRIVER, "unless it is loaded")]
     for rebind in plan.rebinds:
         actions.append(("override", rebind.address, f"{DRIVER} (was {rebind.override or 'unset'})"))
         if rebind.driver:
             actions.append(("unbind", rebind.address, f"from {rebind.driver}"))
         actions.append(("probe", rebind.address, DRIVER))
     for entry in plan.stale:
-        actions.append(("remove", entry.path, f"the host's, {entry.major}:{entry.minor}"))
-    how = "mount" if plan.user_namespace else "make"
+        actions.append(("remove", entry.path, f"node with the host's device number {entry.major}:{entry.minor}"))
+    how = "mount" if plan.user_namespace else "create"
     for node in plan.nodes:
         actions.append((how, node.path, f"{node.mode:04o} {node.uid}:{node.gid}"))
     if plan.map:
-        actions.append(("write", MAP_PATH, f"{len(plan.map)} devices"))
-    actions += [("permit", node.path, "rw, where it is denied") for node in plan.nodes]
+        actions.append(("write", MAP_PATH, f"{len(plan.map)} device{'s' if len(plan.map) != 1 else ''}"))
+    actions += [("allow", node.path, "rw, unless it is allowed already") for node in plan.nodes]
     return actions

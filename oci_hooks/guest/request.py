@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-SYNTAX = "expected a comma list of 0000:02:00.0, id:8086:10d3, class:0200, path:02/00, auto, cdev"
+SYNTAX = "expected a comma-separated list of 0000:02:00.0, id:8086:10d3, class:0200, path:02/00, auto, cdev"
 MAP_SYNTAX = 'write [{"host-group": 12, "devices": [{"host-address": "0000:3b:00.0", "guest-path": "02/00"}]}]'
 # Characters of an annotation: five thousand addresses. What a tenant writes must not cost more than the deadline.
 TEXT_LIMIT = 64 << 10
@@ -66,7 +66,7 @@ def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
     for name, value in ((oci.DEVICES_ANNOTATION, text), (oci.MAP_ANNOTATION, old_map)):
         if value is not None and len(value) > TEXT_LIMIT:
             problem = f"is longer than {TEXT_LIMIT} characters"
-            raise InputError("bad-annotation", f"annotation {name}", problem, "use id:, class: or auto")
+            raise InputError("bad-annotation", f"annotation {name}", problem, "select devices by id:, class: or auto")
     if text is not None:
         source = f"annotation {oci.DEVICES_ANNOTATION}"
         words = [word.strip() for word in text.split(",")]
@@ -101,7 +101,7 @@ def parse_selector(word: str, source: str) -> Selector:
     address = normalize_address(word)
     if address:
         return Selector("address", address)
-    raise InputError("bad-annotation", source, f"can't read {word!r}", SYNTAX)
+    raise InputError("bad-annotation", source, f"invalid device selector {word!r}", SYNTAX)
 
 
 def normalize_path(text: str) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from oci_hooks.linux.pci import IommuGroup, PciDevice, Picture
     from oci_hooks.oci import Device
 
-LIST_HINT = "see what there is with: lspci -Dnnk"
+LIST_HINT = "list the devices of this guest with: lspci -Dnnk"
 VIOMMU_HINT = (
     "set enable_iommu = true in [hypervisor.qemu] of Kata's configuration.toml, or start QEMU with -device intel-iommu"
 )
@@ -95,14 +95,16 @@ def choose_named(request: Request, pool: Pool) -> dict[str, Choice]:
             groups = find_candidates(pool)
             if not groups:
                 check_iommu(pool)
-                problem = f"auto finds no free device{list_rejected(pool)}{tell_no_iommu(pool)}"
+                problem = f"auto matches no free device{list_rejected(pool)}{tell_no_iommu(pool)}"
                 raise NotYet("nothing-to-take", request.source, problem, choose_hint(pool, LIST_HINT))
             devices = [group.endpoints[0] for group in groups]
         else:
             devices = find_selected(selector, request, pool)
         for device in devices:
             if not device.group:
-                raise Refusal("viommu-off", device.address, "has no IOMMU group: no IOMMU above it", VIOMMU_HINT)
+                raise Refusal(
+                    "viommu-off", device.address, "has no IOMMU group: no virtual IOMMU covers it", VIOMMU_HINT
+                )
             known = choices.get(device.group)
             entry = known.entry if known else next(entries, None)
             hosts = dict(known.host_addresses) if known else {}
@@ -117,28 +119,35 @@ def find_selected(selector: Selector, request: Request, pool: Pool) -> list[PciD
     found = [device for device in pool.picture.devices.values() if matches(selector, device)]
     if not found:
         raise NotYet(
-            "no-such-device", request.source, f"{selector} matches no PCI device here{list_free(pool)}", LIST_HINT
+            "no-such-device",
+            request.source,
+            f"{selector} matches no PCI device in this guest{list_free(pool)}",
+            LIST_HINT,
         )
     if selector.kind in ("address", "path"):
         for bridge in (device for device in found if device.is_bridge):
-            raise Refusal("bridge", describe(bridge), "is a bridge, never taken", "name the device behind it")
+            raise Refusal(
+                "bridge", describe(bridge), "is a bridge, which the hook never binds", "name the device behind it"
+            )
         if len(found) > 1:
             # One path without its root complex means one device; which of them, only the user knows.
-            problem = f"{selector} may be any of {', '.join(describe(device) for device in found)}"
+            problem = f"{selector} matches several devices: {', '.join(describe(device) for device in found)}"
             root = ":".join([split_path(found[0].path)[0], selector.value])
-            raise Refusal("ambiguous", request.source, problem, f"say which root complex: path:{root}")
+            raise Refusal("ambiguous", request.source, problem, f"add the PCI root complex: path:{root}")
         return found
     # A kind of device is asked for, so its bridges and what other containers have are passed over.
     endpoints = [d for d in found if not d.is_bridge]
     if selector.kind == "class":
         endpoints = [d for d in endpoints if not is_never(d, pool)]
     if not endpoints:
-        problem = f"{selector} matches only {', '.join(describe(device) for device in found)}, never taken by kind"
-        raise Refusal("never-taken", request.source, problem, "name it by its address if you mean it")
+        devices = ", ".join(describe(device) for device in found)
+        problem = f"{selector} matches only bridges and devices reserved for the guest itself: {devices}"
+        raise Refusal("never-taken", request.source, problem, "to bind one of them anyway, name it by its address")
     free = [d for d in endpoints if d.group not in pool.claims]
     if not free:
         owner = pool.claims[endpoints[0].group]
-        raise Refusal("claimed", describe(endpoints[0]), f"belongs to container {owner}", "give each container its own")
+        hint = "select another device for each container"
+        raise Refusal("claimed", describe(endpoints[0]), f"belongs to container {owner}", hint)
     return free
 
 
@@ -210,17 +219,21 @@ def choose_counted(request: Request, entries: list[Device], taken: set[str], poo
         return {group.name: Choice(group, entry) for group, entry in zip(candidates, entries)}
     paths = ", ".join(entry.path for entry in entries)
     if len(candidates) > len(entries):
-        problem = f"{paths} may be any of {'; '.join(describe_group(group) for group in candidates)}"
+        problem = f"{paths} could be any of {'; '.join(describe_group(group) for group in candidates)}"
         example = ",".join(group.endpoints[0].address for group in candidates[: len(entries)])
-        raise Refusal("ambiguous", request.source, problem, f'say which: "{DEVICES_ANNOTATION}": "{example}"')
+        raise Refusal(
+            "ambiguous", request.source, problem, f'select by annotation: "{DEVICES_ANNOTATION}": "{example}"'
+        )
     check_iommu(pool)
     found = "; ".join(describe_group(group) for group in candidates) or "none"
-    asked = f"{paths}: {count(len(entries), 'group')} asked for"
+    asked = f"{paths}: {count(len(entries), 'group')} requested"
     raise NotYet(
         "no-candidate",
         request.source,
-        f"{asked}, free here: {found}{list_rejected(pool)}{tell_no_iommu(pool)}",
-        choose_hint(pool, f'name the devices if they are here: "{DEVICES_ANNOTATION}": "0000:02:00.0"'),
+        f"{asked}, free in this guest: {found}{list_rejected(pool)}{tell_no_iommu(pool)}",
+        choose_hint(
+            pool, f'if the devices are in this guest, select by annotation: "{DEVICES_ANNOTATION}": "0000:02:00.0"'
+        ),
     )
 
 
@@ -229,7 +242,7 @@ def check_iommu(pool: Pool) -> None:
     bare = [d for d in pool.picture.devices.values() if not d.is_bridge and not is_never(d, pool)]
     if bare and not pool.picture.groups:
         subject = ", ".join(describe(device) for device in bare)
-        raise Refusal("viommu-off", subject, "this machine has no IOMMU group at all", VIOMMU_HINT)
+        raise Refusal("viommu-off", subject, "this guest has no IOMMU groups", VIOMMU_HINT)
 
 
 def find_candidates(pool: Pool) -> list[IommuGroup]:
@@ -274,15 +287,15 @@ def check_group(group: IommuGroup, pool: Pool) -> None:
     """Raise Refusal where a group is another container's, or one of its devices must not be touched."""
     if group.name in pool.claims:
         problem = f"belongs to container {pool.claims[group.name]}"
-        raise Refusal("claimed", f"group {group.name}", problem, "it is free when that container has ended")
+        raise Refusal("claimed", f"group {group.name}", problem, "it becomes free when that container ends")
     if not group.endpoints:
         bridges = ", ".join(describe(device) for device in group.members)
-        raise Refusal("bridge", f"group {group.name}", f"holds only bridges: {bridges}", "name a device behind it")
+        raise Refusal("bridge", f"group {group.name}", f"contains only bridges: {bridges}", "name a device behind them")
     for device in group.endpoints:
         uses = [] if device.address in pool.forced else pool.uses(device)
         if uses:
-            beside = "" if len(group.endpoints) == 1 else f" (group {group.name} can only be taken whole)"
-            raise Refusal("in-use", describe(device), "; ".join(uses) + beside, "stop using it first")
+            rest = "" if len(group.endpoints) == 1 else f" (group {group.name} can only be bound as a whole)"
+            raise Refusal("in-use", describe(device), "; ".join(uses) + rest, "stop using it first")
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
@@ -301,7 +314,7 @@ def describe_group(group: IommuGroup) -> str:
 def list_free(pool: Pool) -> str:
     """Return the candidates as an addition to a message."""
     free = "; ".join(describe_group(group) for group in find_candidates(pool))
-    return f"; free are {free}" if free else "; nothing is free"
+    return f"; free devices: {free}" if free else "; no device is free"
 
 
 def list_rejected(pool: Pool) -> str:
@@ -317,7 +330,7 @@ def list_rejected(pool: Pool) -> str:
 
 def tell_no_iommu(pool: Pool) -> str:
     """Return that there is no IOMMU group, as an addition to a message: a device that arrives now will have none."""
-    return "" if pool.picture.groups else "; this machine has no IOMMU group at all"
+    return "" if pool.picture.groups else "; this guest has no IOMMU groups"
 
 
 def choose_hint(pool: Pool, hint: str) -> str:

@@ -62,7 +62,7 @@ def make_guest_settings(table: Table) -> GuestSettings:
     """Return the settings in guest.toml, of which each key is taken here; schemas/guest-settings.json says the same."""
     usual = GuestSettings()
     auto, node = table.table("auto"), table.table("node")
-    most = "a number above 0 and not above 3600"
+    most = "a number above 0, at most 3600"
     force = table.texts("force", (), is_address, "an address as sysfs writes it, e.g. 0000:02:00.0")
     return GuestSettings(
         deadline=table.number("deadline", usual.deadline, lambda seconds: 0 < seconds <= 3600, most),

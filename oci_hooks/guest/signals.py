@@ -33,8 +33,8 @@ def raise_interrupted(number: int, _: object) -> None:
     """Handle a signal to end, once: what puts things back is not to be interrupted by the next one."""
     for ending in ENDING:
         signal.signal(ending, signal.SIG_IGN)
-    hint = "start the container again; give its runtime more time for hooks if it was a timeout"
-    raise Interrupted("interrupted", "the hook", f"was told to end by {ENDING[number]} before it was done", hint)
+    hint = "start the container again; if the runtime's timeout for hooks ended it, raise that"
+    raise Interrupted("interrupted", "the hook", f"was ended by {ENDING[number]} before it had finished", hint)
 
 
 class interruptible:  # noqa: N801 - reads as a statement

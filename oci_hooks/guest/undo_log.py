@@ -45,6 +45,14 @@ KINDS = {
 HEADS = frozenset({"container", "bundle", "init", "cgroup", "group", "numbers", "revoked", "done"})
 # What every journal begins with, in this order, before anybody but its hook sees it.
 OWNER = ("container", "bundle", "init", "cgroup")
+# Kinds of changes in the container's /dev, with what undoes one.
+UNDOING = {
+    "directory": ("remove", "from"),
+    "node": ("remove", "from"),
+    "stale": ("create", "in"),
+    "file": ("remove", "from"),
+    "mount": ("unmount", "from"),
+}
 # Words that are numbers, and the digits that one of the kernel's has at most.
 NUMBERS = frozenset({"pid", "start", "inode", "unified_inode", "devices_inode", "major", "minor", "mode", "uid", "gid"})
 DIGITS = 20
@@ -88,8 +96,8 @@ class Journal:
         """Append one line. Raises OSError; StepError where nobody would read it."""
         line = b"\n" * self.torn + line
         if self.size + len(line) > JOURNAL_LIMIT:
-            problem = f"its undo log would be longer than {JOURNAL_LIMIT} bytes"
-            hint = "it asks for too much at once: see its annotations and linux.devices"
+            problem = f"the container's undo log would exceed {JOURNAL_LIMIT} bytes"
+            hint = "request fewer devices in its annotations and linux.devices"
             raise StepError("claim-too-large", self.path, problem, hint)
         written = os.write(self.fd, line)
         self.size += written
@@ -106,6 +114,17 @@ class Journal:
     def close(self) -> None:
         """Close the file, which lets go of its lock."""
         os.close(self.fd)
+
+
+def describe_undo(entry: Entry) -> tuple[str, str, str]:
+    """Return what undoes an entry in words: what is done, to what, and where or how."""
+    if entry.kind == "device":
+        address, driver, override = entry.words[:3]
+        return "restore", address, f"driver {driver or 'none'}, driver_override {override or 'unset'}"
+    if entry.kind == "permit":
+        return "revoke", f"device numbers {entry.words[0]}", "in the container's cgroup"
+    action, where = UNDOING[entry.kind]
+    return action, f"/dev/{entry.words[1]}", f"{where} the container at {entry.words[0]}"
 
 
 def format_entry(kind: str, *words: object) -> bytes:

@@ -97,8 +97,8 @@ class Openers:
         things = {key: f"holds {name_node(self.root, path)}" for key, path in own.items()}
         for key, _, _ in answer["open"]:
             if key.startswith(f"{device.address}{RESOURCE}"):
-                things[key] = f"holds its own {key.rpartition('/')[2]}"
-        return self.tell(things, answer) or tell_unseen(list(things.values()) or ["has resources"], answer)
+                things[key] = f"holds the PCI resource {key.rpartition('/')[2]}"
+        return self.tell(things, answer) or tell_unseen(list(things.values()) or ["holds PCI resources"], answer)
 
     def look(self, depth: int) -> dict[str, Any]:
         """Return what list_openers does, at least so thoroughly. Raises OSError."""
@@ -140,10 +140,10 @@ def tell_unseen(things: list[str], answer: dict[str, Any]) -> list[str]:
     """Return that things may be open, where not every process could be looked at; else nothing."""
     looked, total, hidden = answer["looked"], answer["total"], answer["hidden"]
     if looked < total:
-        return [f"{things[0]}, maybe open: time was up after {looked} of {total} processes"]
+        return [f"{things[0]}, which may be open: there was only time to check {looked} of {total} processes"]
     if hidden:
         return [
-            f"{things[0]}, maybe open: the hook may not look into {hidden} of {total} processes"
+            f"{things[0]}, which may be open: the hook lacks the privilege to check {hidden} of {total} processes"
             " (CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH)"
         ]
     return []
@@ -168,7 +168,7 @@ def find_consoles(root: Root, own: dict[str, str]) -> list[str]:
     numbers = {f"char {line.split()[-1]}" for line in lines if line.split()}
     names = root.read_text_or("/sys/class/tty/console/active", "").split()
     return [
-        f"holds {name_node(root, path)}, which is a console of the kernel"
+        f"holds {name_node(root, path)}, which is a kernel console"
         for key, path in own.items()
         if key in numbers or path.rpartition("/")[2] in names
     ]

@@ -36,8 +36,8 @@ class Listener:
             self.monitor.start()
         except (ImportError, OSError) as error:
             # Without libudev its absence shows when a context is made; a socket may be denied.
-            hint = "apt install python3-pyudev, or have the device there before the container starts"
-            problem = f"is needed to wait for a device and can't be used: {error}"
+            hint = "apt install python3-pyudev, or attach the device before the container starts"
+            problem = f"is needed to wait for a device, and cannot be used: {error}"
             raise StepError("no-pyudev", "pyudev", problem, hint) from None
 
     def wait(self, seconds: float) -> str:

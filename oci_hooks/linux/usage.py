@@ -27,7 +27,7 @@ NVME_SUBSYSTEMS = "/sys/class/nvme-subsystem"
 # Drivers of virtio devices that a Kata guest, or any guest, stands on: its agent, its root file system, its memory.
 VIRTIO_USES = {
     "virtio_console": "is a virtio console",
-    "vmw_vsock_virtio_transport": "is the virtio vsock, by which the host reaches an agent",
+    "vmw_vsock_virtio_transport": "is the virtio vsock device, which the host uses to reach the guest",
     "9pnet_virtio": "is a virtio 9p share of the host's files",
     "virtiofs": "is a virtiofs share of the host's files",
     "virtio_balloon": "is the virtio memory balloon",
@@ -136,10 +136,10 @@ def find_machine_uses(root: Root, device: PciDevice) -> list[str]:
     if device.class_code.startswith("0806"):
         reasons.append("is an IOMMU")
     if device.class_code.startswith("03") and root.read_text_or(f"{path}/boot_vga", "") == "1":
-        reasons.append("is the boot VGA")
+        reasons.append("is the boot VGA device")
     functions = root.read_text_or(f"{path}/sriov_numvfs", "0")
     if functions != "0":
-        reasons.append(f"has {functions} virtual function{'s' if functions != '1' else ''}")
+        reasons.append(f"has {functions} SR-IOV virtual function{'s' if functions != '1' else ''}")
     return reasons
 
 
@@ -231,7 +231,7 @@ def find_name_uses(root: Root, name: str, usage: Usage, loops: dict[str, tuple[s
     point = usage.mounts.get(number) or usage.mounts.get(name)
     uses = [f"mounted on {point}"] if point else []
     if name in usage.swaps or number in usage.swaps:
-        uses.append("which is swap")
+        uses.append("used as swap")
     for holder in (*root.list_names(f"{path}/holders"), *loops.get(number, ())):
         # An active volume is in use even when nothing of it is mounted: it would lose its disk.
         what = describe_holder(root, holder)
@@ -294,9 +294,9 @@ def find_interface_uses(root: Root, name: str, usage: Usage) -> list[str]:
         return ["as a CAN interface" if kind == ARPHRD_CAN else f"as an interface of type {kind}"]
     master = root.link_name(f"{path}/master")
     if master:
-        return [f"as a part of {master}"]
+        return [f"as a member of {master}"]
     uppers = [entry[len("upper_") :] for entry in root.list_names(path) if entry.startswith("upper_")]
-    return [f"below {', '.join(uppers)}"] if uppers else []
+    return [f"and used by {', '.join(uppers)}"] if uppers else []
 
 
 def find_moved_interfaces(root: Root, device: PciDevice, names: list[str]) -> list[str]:

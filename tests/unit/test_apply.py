@@ -79,7 +79,7 @@ def undo(machine: Machine, entries: list[Entry], seconds: float = 10) -> list[Fi
 def test_a_device_that_does_not_bind_is_told_and_its_override_put_back(machine: Machine, journal: Journal) -> None:
     finding = bind(machine, journal)
     assert (finding.code, finding.subject) == ("bind-failed", NIC)
-    assert "vfio-pci did not take it; it is bound to e1000e" in finding.problem
+    assert "vfio-pci did not bind to the device, which now is bound to e1000e" in finding.problem
     assert machine.read(f"{DEVICE}/driver_override") == "vfio-pci\n"
     assert machine.read("/sys/bus/pci/drivers/e1000e/unbind") == NIC
     assert machine.read("/sys/bus/pci/drivers_probe") == NIC
@@ -116,7 +116,7 @@ def test_a_probe_is_tried_again_and_given_up(machine: Machine, journal: Journal)
     machine.place(f"{DEVICE}/driver").unlink()
     finding = bind(machine, journal, Rebind(NIC, "", ""))
     assert finding.code == "bind-failed"
-    assert "it is bound to no driver" in finding.problem
+    assert "which now has no driver" in finding.problem
 
 
 def test_without_tenacity_a_probe_is_tried_once_more(
@@ -126,7 +126,7 @@ def test_without_tenacity_a_probe_is_tried_once_more(
     machine.place(f"{DEVICE}/driver").unlink()
     finding = bind(machine, journal, Rebind(NIC, "", ""))
     assert finding.code == "bind-failed"
-    assert "needs tenacity, which is not installed" in finding.problem
+    assert "needs the package tenacity, which is not installed" in finding.problem
     assert "apt install python3-tenacity" in finding.hint
 
 
@@ -155,7 +155,7 @@ def test_an_unbind_that_blocks_is_told_at_the_deadline(machine: Machine, journal
     os.mkfifo(unbind)
     finding = bind(machine, journal, seconds=0.3)
     assert (finding.code, finding.subject) == ("unbind-blocked", NIC)
-    assert "from e1000e within 0.3 s" in finding.problem
+    assert "from e1000e did not complete within 0.3 s" in finding.problem
     # It has its driver still; only the override is to be put back.
     assert undo(machine, read_entries(journal)) == []
 
@@ -179,7 +179,7 @@ def test_no_process_to_be_had_is_told_and_can_be_done_later(
     monkeypatch.setattr(os, "fork", fork)
     finding = bind(machine, journal)
     assert finding.code == "bind-failed"
-    assert "no process to bind it: Resource temporarily unavailable" in finding.problem
+    assert "cannot start the helper process that binds the driver: Resource temporarily unavailable" in finding.problem
     (left,) = undo(machine, [note_bound(machine, "igb", "")])
     assert left.code == "restore-unstarted"
     assert left.code in drivers.UNFINISHED
@@ -189,8 +189,12 @@ def test_no_process_to_be_had_is_told_and_can_be_done_later(
 @pytest.mark.parametrize(
     ("driver", "problem", "hint"),
     [
-        ("igb", "was bound to igb and now is to e1000e", f"driverctl set-override {NIC} igb"),
-        ("", "was bound to no driver and now is to e1000e", f"echo {NIC} > {DEVICE}/driver/unbind"),
+        ("igb", "could not restore driver igb; the device is bound to e1000e", f"driverctl set-override {NIC} igb"),
+        (
+            "",
+            "could not restore its earlier state, no driver; the device is bound to e1000e",
+            f"echo {NIC} > {DEVICE}/driver/unbind",
+        ),
     ],
 )
 def test_a_driver_that_does_not_come_back_is_told(machine: Machine, driver: str, problem: str, hint: str) -> None:

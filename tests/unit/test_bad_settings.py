@@ -179,7 +179,7 @@ def test_a_file_that_only_root_writes_is_read(name: str, tmp_path: Path, setting
 
 # Values --------------------------------------------------------------------------------------------------------------
 
-SECONDS = "expected a number above 0 and not above 3600, found"
+SECONDS = "expected a number above 0, at most 3600, found"
 HOST_SECONDS = "expected a number from 0.1 to 600, found"
 ADDRESS = "expected an address as sysfs writes it, e.g. 0000:02:00.0, found"
 ID = "expected a vendor or vendor:device in lower case, e.g. 8086:10d3, found"

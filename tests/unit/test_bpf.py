@@ -227,8 +227,8 @@ def test_the_second_half_of_a_long_load_is_left_alone() -> None:
     ("code", "words"),
     [
         (bytes(64), "bpf_jit_harden=2"),
-        (make(0xB7, dst=11, imm=5) + DENY, "blinded"),
-        (make(0xBF, dst=2, src=11) + DENY, "blinded"),
+        (make(0xB7, dst=11, imm=5) + DENY, "blinds"),
+        (make(0xBF, dst=2, src=11) + DENY, "blinds"),
     ],
 )
 def test_a_dump_that_cannot_be_loaded_is_refused(code: bytes, words: str) -> None:
@@ -323,8 +323,8 @@ def test_replacing_as_it_was_attached(play: Play, flags: int, sent: int, old: in
     ("code", "flags", "words"),
     [
         (errno.ENOENT, bpf.BPF_F_ALLOW_MULTI, "bpf_link"),
-        (errno.EPERM, 0, "does not let it"),
-        (errno.EINVAL, bpf.BPF_F_ALLOW_MULTI, "before 5.6"),
+        (errno.EPERM, 0, "prevents replacing it"),
+        (errno.EINVAL, bpf.BPF_F_ALLOW_MULTI, "needs Linux 5.6"),
     ],
 )
 def test_replacing_is_refused_in_words(play: Play, code: int, flags: int, words: str) -> None:
@@ -354,7 +354,7 @@ def test_loading_is_tried_again_when_a_signal_was_in_the_way(play: Play) -> None
 
 def test_loading_does_not_try_for_ever(play: Play) -> None:
     play(fail_with(errno.EAGAIN))
-    with pytest.raises(bpf_program.ProgramError, match="not accepted"):
+    with pytest.raises(bpf_program.ProgramError, match="rejects the changed program"):
         bpf.load_program(DENY)
 
 
@@ -390,7 +390,7 @@ def test_the_verifiers_last_word_is_told(play: Play) -> None:
         raise OSError(errno.EACCES, "played")
 
     play(kernel)
-    with pytest.raises(bpf_program.ProgramError, match=r"not accepted: played \(R0 !read_ok\)"):
+    with pytest.raises(bpf_program.ProgramError, match=r"rejects the changed program: played \(R0 !read_ok\)"):
         bpf.load_program(make(0x95))
 
 

@@ -139,14 +139,14 @@ def disk(tree: Tree) -> str:
         ("68000", {}, ["is a chipset function (class 0680)"]),
         ("80600", {}, ["is an IOMMU"]),
         ("80000", {}, []),
-        ("30000", {"boot_vga": "1"}, ["is the boot VGA"]),
-        ("30200", {"boot_vga": "1"}, ["is the boot VGA"]),
+        ("30000", {"boot_vga": "1"}, ["is the boot VGA device"]),
+        ("30200", {"boot_vga": "1"}, ["is the boot VGA device"]),
         ("30000", {"boot_vga": "0"}, []),
         ("30000", {}, []),
         ("20000", {"boot_vga": "1"}, []),
         ("20000", {"sriov_numvfs": "0", "sriov_totalvfs": "8"}, []),
-        ("20000", {"sriov_numvfs": "1"}, ["has 1 virtual function"]),
-        ("20000", {"sriov_numvfs": "4"}, ["has 4 virtual functions"]),
+        ("20000", {"sriov_numvfs": "1"}, ["has 1 SR-IOV virtual function"]),
+        ("20000", {"sriov_numvfs": "4"}, ["has 4 SR-IOV virtual functions"]),
     ],
 )
 def test_what_the_machine_stands_on(tree: Tree, class_code: str, files: dict[str, str], uses: list[str]) -> None:
@@ -219,8 +219,8 @@ def test_a_mounted_disk(tree: Tree, process: str, line: str, use: str) -> None:
 @pytest.mark.parametrize(
     ("swap", "use"),
     [
-        ("/dev/nvme0n1p2", "holds /dev/nvme0n1p2, which is swap"),
-        ("/dev/disk/by-label/swap", "holds /dev/nvme0n1p1, which is swap"),
+        ("/dev/nvme0n1p2", "holds /dev/nvme0n1p2, used as swap"),
+        ("/dev/disk/by-label/swap", "holds /dev/nvme0n1p1, used as swap"),
         ("/swapfile", ""),
         ("/swap\x1cfile", ""),
         ("\x1d", ""),
@@ -264,7 +264,7 @@ def test_volumes_over_volumes(tree: Tree, disk: str) -> None:
         f"holds /dev/nvme0n1{part}, {use}"
         for part in ("p1", "p2")
         for use in (
-            "under RAID array md0, under LVM volume vg-swap (dm-1), which is swap",
+            "under RAID array md0, under LVM volume vg-swap (dm-1), used as swap",
             "under RAID array md0, part of LVM volume vg-data (dm-2)",
         )
     ]
@@ -433,14 +433,14 @@ def test_a_part_of_a_bond(tree: Tree, nic: str) -> None:
     tree.link(f"{nic}/net/eth1/master", "/sys/devices/virtual/net/bond0")
     tree.link(f"{nic}/net/eth1/upper_bond0", "/sys/devices/virtual/net/bond0")
     tree.write("/sys/class/net/bonding_masters", "bond0")
-    assert tree.find(NIC) == ["is network interface eth1, up as a part of bond0"]
+    assert tree.find(NIC) == ["is network interface eth1, up as a member of bond0"]
     tree.write(f"{nic}/net/eth1/flags", hex(DOWN))
     assert tree.find(NIC) == []
 
 
 def test_below_a_vlan(tree: Tree, nic: str) -> None:
     tree.link(f"{nic}/net/eth1/upper_eth1.7", "/sys/devices/virtual/net/eth1.7")
-    assert tree.find(NIC) == ["is network interface eth1, up below eth1.7"]
+    assert tree.find(NIC) == ["is network interface eth1, up and used by eth1.7"]
 
 
 def test_a_virtio_card(tree: Tree) -> None:

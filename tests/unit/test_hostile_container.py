@@ -217,7 +217,7 @@ def test_a_directory_that_is_mounted_there(machine: ActingMachine, outside: Path
 
     # The container's init sees these mounts too.
     code, said = machine.call({**container.state, "pid": machine.share_namespace(container, prepare)})
-    assert (code, "[hostile-tree] /dev/vfio: another directory is mounted there" in said) == (1, True), said
+    assert (code, "[hostile-tree] /dev/vfio: is a directory of the guest" in said) == (1, True), said
     assert take_stock(outside) == before
     assert machine.take_stock() == machine_before
 
@@ -232,7 +232,7 @@ def test_dev_itself_is_a_directory_of_the_guest(machine: ActingMachine, outside:
         mount(container.dev, "", MS_BIND, source=outside)
 
     code, said = machine.call({**container.state, "pid": machine.share_namespace(container, prepare)})
-    assert (code, "[hostile-tree] /dev: another directory is mounted there" in said) == (1, True), said
+    assert (code, "[hostile-tree] /dev: is a directory of the guest" in said) == (1, True), said
     assert take_stock(outside) == before
     assert machine.take_stock() == machine_before
 
@@ -259,7 +259,7 @@ def test_dev_is_a_directory_of_a_btrfs_of_the_guest(machine: ActingMachine, outs
 
     state = {**container.state, "pid": machine.share_namespace(container, prepare)}
     code, said = machine.call(state, prepare=be_btrfs)
-    assert (code, "[hostile-tree] /dev: another directory is mounted there" in said) == (1, True), said
+    assert (code, "[hostile-tree] /dev: is a directory of the guest" in said) == (1, True), said
     assert take_stock(outside) == before
     assert machine.take_stock() == machine_before
 

@@ -146,12 +146,12 @@ def test_a_device_that_would_have_to_be_waited_for(bench: Bench, without: tuple[
     lines = done.stderr.splitlines()
     assert done.returncode == 1
     assert "error: [no-such-device] " in lines[0]
-    assert f"{ABSENT} matches no PCI device here" in lines[0]
+    assert f"{ABSENT} matches no PCI device in this guest" in lines[0]
     assert ("waited" in lines[0]) == ("pyudev" not in without)
     if "pyudev" in without:
         assert lines[1:] == [
-            "vfio-guest-bind: error: [no-pyudev] pyudev: is needed to wait for a device and can't be used: No module "
-            "named 'pyudev'; apt install python3-pyudev, or have the device there before the container starts"
+            "vfio-guest-bind: error: [no-pyudev] pyudev: is needed to wait for a device, and cannot be used: No module "
+            "named 'pyudev'; apt install python3-pyudev, or attach the device before the container starts"
         ]
     else:
         assert lines[1:] == []

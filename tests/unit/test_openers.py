@@ -286,7 +286,7 @@ def test_memory_that_is_mapped_by_sysfs(tree: Tree, driver: str, name: str) -> N
     tree.write(f"{path}/{name}")
     inode = (tree.top / f"{path}/{name}".lstrip("/")).stat().st_ino
     add_process(tree, 51, "/usr/bin/ixy", maps=MAPS.format(inode=inode, path=f"{path}/{name}"))
-    assert tree.find(NIC) == [f"holds its own {name}, which ixy (pid 51) has mapped"]
+    assert tree.find(NIC) == [f"holds the PCI resource {name}, which ixy (pid 51) has mapped"]
     assert tree.find("0000:03:00.0") == []
 
 
@@ -306,7 +306,7 @@ def test_a_file_of_the_same_name_is_not_the_kernels(tree: Tree, file_system: str
     if file_system != "none":
         line = f"25 1 {os.major(number)}:{os.minor(number)} / /tmp rw - {file_system} none rw\n"
         tree.write("/proc/52/mountinfo", line)
-    expected = [] if file_system == "tmpfs" else ["holds its own resource0, which sh (pid 52) has open"]
+    expected = [] if file_system == "tmpfs" else ["holds the PCI resource resource0, which sh (pid 52) has open"]
     assert tree.find(NIC) == expected
 
 
@@ -318,7 +318,7 @@ def test_ports_that_are_open_by_sysfs(tree: Tree) -> None:
     add_process(tree, 50, "/usr/bin/lspci", f"{tree.top}{path}/resource")
     assert tree.find(NIC) == []
     add_process(tree, 51, "/usr/bin/ports", f"{tree.top}{path}/resource1")
-    assert tree.find(NIC) == ["holds its own resource1, which ports (pid 51) has open"]
+    assert tree.find(NIC) == ["holds the PCI resource resource1, which ports (pid 51) has open"]
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_a_console(tree: Tree, files: dict[str, str], use: bool) -> None:
     add_node(tree, f"{tree.add_device(NIC, '70002', 'serial')}/0000:02:00.0:0/0000:02:00.0:0.0/tty/ttyS4", "4:68")
     for path, text in files.items():
         tree.write(path, text)
-    assert tree.find(NIC) == (["holds /dev/ttyS4, which is a console of the kernel"] if use else [])
+    assert tree.find(NIC) == (["holds /dev/ttyS4, which is a kernel console"] if use else [])
 
 
 # What can't be seen ---------------------------------------------------------------------------------------------------
@@ -362,12 +362,16 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, **answer: Any) -> None:
     ("driver", "answer", "use"),
     [
         ("e1000e", {}, ""),
-        ("e1000e", {"looked": 12}, "holds /dev/ptp0, maybe open: time was up after 12 of 40 processes"),
-        ("", {"looked": 0}, "has resources, maybe open: time was up after 0 of 40 processes"),
+        (
+            "e1000e",
+            {"looked": 12},
+            "holds /dev/ptp0, which may be open: there was only time to check 12 of 40 processes",
+        ),
+        ("", {"looked": 0}, "holds PCI resources, which may be open: there was only time to check 0 of 40 processes"),
         (
             "e1000e",
             {"hidden": 3},
-            "holds /dev/ptp0, maybe open: the hook may not look into 3 of 40 processes"
+            "holds /dev/ptp0, which may be open: the hook lacks the privilege to check 3 of 40 processes"
             " (CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH)",
         ),
     ],

@@ -197,7 +197,7 @@ def test_a_living_container_keeps_what_it_has(machine: Machine, directory: Claim
     before = (Path(path).read_bytes(), take_stock(machine))
     finding = refuse(machine, bundle=bundle)
     assert (finding.code, finding.subject) == ("container-alive", "container c1")
-    assert ("another one of that id, in /nowhere" in finding.problem) == (bundle != "/nowhere")
+    assert ("another container with this id, in /nowhere" in finding.problem) == (bundle != "/nowhere")
     assert (Path(path).read_bytes(), take_stock(machine)) == before
 
 
@@ -232,7 +232,7 @@ def test_what_is_left_of_a_container_keeps_its_devices_from_others(machine: Mach
     end_process(machine)
     start_process(machine, 8, 80)
     finding = refuse(machine, bundle="/elsewhere")
-    assert (finding.code, "processes of it" in finding.problem) == ("container-alive", True)
+    assert (finding.code, "still has processes" in finding.problem) == ("container-alive", True)
     _, error = bind(machine, make_state("c2", 8))
     assert error.findings[0].code == "claimed"
     assert list_claims(machine) == ["c1"]
@@ -331,11 +331,11 @@ def spoil_all(path: Path) -> None:
 
 
 SPOILT = {
-    spoil_format: "is not of this version's format",
+    spoil_format: "does not have the format of this version",
     spoil_size: "is longer than 1048576 bytes",
-    spoil_owner: "does not begin with its owner",
-    spoil_name: "names another container, mother",
-    spoil_all: "is not of this version's format",
+    spoil_owner: "does not begin with the entries of its container",
+    spoil_name: "is damaged: it names another container, mother",
+    spoil_all: "does not have the format of this version",
 }
 
 
@@ -405,7 +405,7 @@ def test_an_error_of_the_system_is_a_claims_own_problem(
 
     monkeypatch.setattr(os, "read", fail)
     (claim,) = directory.read_claims()
-    assert (claim.container, claim.problem) == ("c1", "can't be read: Input/output error")
+    assert (claim.container, claim.problem) == ("c1", "cannot be read: Input/output error")
     assert not claim.is_stale(Root())
 
 

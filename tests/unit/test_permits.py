@@ -184,7 +184,7 @@ def test_two_containers_of_one_cgroup_are_not_both_permitted(claims: ClaimDirect
         path = make_claim(claims, "c1", home=Home("", 0, f"{POD}/c2", known))
         if refused:
             before = lists.read(f"{POD}/c2")
-            with pytest.raises(StepError, match=rf"\[permit-failed\] {POD}/c2: is the cgroup of container c1 too"):
+            with pytest.raises(StepError, match=rf"\[permit-failed\] {POD}/c2: container c1 is in this cgroup too"):
                 start(claims, "c2", CONTROL)
             assert lists.read(f"{POD}/c2") == before
         else:
@@ -260,7 +260,7 @@ def test_what_can_not_be_revoked_while_processes_are_left_keeps_the_claim(
     machine.write(f"{POD}/c1{inner}/cgroup.procs", "31\n41\n")
     (finding,) = binding.release(machine.root, make_state(), Deadline(5))
     assert (finding.level, finding.code, finding.subject) == ("error", "permission-left", f"{POD}/c1")
-    assert "processes 31 41 of this cgroup keep the permission for 243:0" in finding.problem
+    assert "device numbers 243:0 cannot be revoked from its processes 31 41" in finding.problem
     assert finding.hint.startswith("end them with: kill -9 31 41")
     # What keeps its permission keeps its device.
     assert machine.read(f"{PCI_DEVICES}/{NIC}/driver_override") == "vfio-pci\n"
@@ -269,7 +269,7 @@ def test_what_can_not_be_revoked_while_processes_are_left_keeps_the_claim(
     machine.write(f"{POD}/c1{inner}/cgroup.procs", "")
     findings = binding.release(machine.root, make_state(), Deadline(5))
     assert findings[0].code == "undo-failed"
-    assert "no process is left to use it" in findings[0].problem
+    assert "no process is left to use them" in findings[0].problem
     assert os.listdir(f"{claims.path}/claims") == []
 
 
@@ -366,8 +366,8 @@ def test_a_number_that_can_not_be_revoked_is_refused(claims: ClaimDirectory, lis
         permits.take_numbers(claims, (CONTROL, GROUP), journal, Deadline(5))
     (finding,) = caught.value.findings
     assert (finding.code, finding.subject) == ("permission-left", "device number 243:0")
-    assert "is permitted to container c1 for a device that was unplugged" in finding.problem
-    assert finding.hint == "end container c1 and start this one again"
+    assert "cannot be revoked from container c1, which had it for a device that was unplugged" in finding.problem
+    assert finding.hint == "end container c1, then start this one again"
 
 
 def test_a_devices_own_node_is_refused_once(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
@@ -376,7 +376,7 @@ def test_a_devices_own_node_is_refused_once(machine: Machine, claims: ClaimDirec
     machine.write("/sys/class/vfio-dev/vfio0/dev", "243:0\n")
     start(claims, "c1", cdev)
     journal = claims.open_journal(Owner("c2", 8, 80), ("4",))
-    with pytest.raises(StepError, match=r"\[numbers-reused\] /dev/vfio/devices/vfio0: has the numbers 243:0"):
+    with pytest.raises(StepError, match=r"\[numbers-reused\] /dev/vfio/devices/vfio0: has device number 243:0"):
         permits.take_numbers(claims, (cdev,), journal, Deadline(5))
     assert permits.take_numbers(claims, (cdev,), journal, Deadline(5)) is False
 

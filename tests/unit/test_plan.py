@@ -133,21 +133,21 @@ def test_the_map_tells_what_each_device_is(machine: Machine) -> None:
     assert plan(machine, spec(), PlanOptions(writes_map=False)).map == ()
 
 
-@pytest.mark.parametrize(("namespaces", "how"), [([], "make"), ([{"type": "pid"}, {"type": "user"}], "mount")])
+@pytest.mark.parametrize(("namespaces", "how"), [([], "create"), ([{"type": "pid"}, {"type": "user"}], "mount")])
 def test_the_actions_are_those_that_are_carried_out(machine: Machine, namespaces: list[Any], how: str) -> None:
     made = plan(machine, spec([entry("/dev/vfio/12", 244, 3)], namespaces=namespaces))
     assert made.user_namespace == (how == "mount")
     assert list_actions(made) == [
-        ("load", "vfio-pci", "unless it is there"),
+        ("load", "vfio-pci", "unless it is loaded"),
         ("override", NIC, "vfio-pci (was unset)"),
         ("unbind", NIC, "from e1000e"),
         ("probe", NIC, "vfio-pci"),
         ("override", OTHER, "vfio-pci (was unset)"),
         ("probe", OTHER, "vfio-pci"),
-        ("remove", "/dev/vfio/12", "the host's, 244:3"),
+        ("remove", "/dev/vfio/12", "node with the host's device number 244:3"),
         (how, "/dev/vfio/vfio", "0600 0:0"),
         (how, "/dev/vfio/4", "0600 0:0"),
         ("write", "/dev/vfio/devices.json", "2 devices"),
-        ("permit", "/dev/vfio/vfio", "rw, where it is denied"),
-        ("permit", "/dev/vfio/4", "rw, where it is denied"),
+        ("allow", "/dev/vfio/vfio", "rw, unless it is allowed already"),
+        ("allow", "/dev/vfio/4", "rw, unless it is allowed already"),
     ]

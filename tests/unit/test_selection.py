@@ -106,7 +106,7 @@ def test_what_the_annotation_means(machine: Machine, words: list[str], groups: l
 @pytest.mark.parametrize(
     ("word", "code", "said"),
     [
-        ("0000:0a:00.0", "no-such-device", "0000:0a:00.0 matches no PCI device here"),
+        ("0000:0a:00.0", "no-such-device", "0000:0a:00.0 matches no PCI device in this guest"),
         ("0001:01:00.0", "no-such-device", "group 4: 0000:01:00.0 (8086:10d3, e1000e)"),
         ("id:10de:1eb8", "no-such-device", "id:10de:1eb8"),
         ("class:03", "no-such-device", "class:03"),
@@ -200,7 +200,7 @@ def test_what_is_in_use_is_not_taken(machine: Machine) -> None:
 def test_a_group_is_taken_whole_or_not(machine: Machine) -> None:
     other = machine.add("0000:01:00.1", "8086:10d3", "020000", "e1000e", "4", above=f"{BUS}/{PORT}")
     pool = make_pool(machine, used={other: ["is busy"]})
-    refuse(ask(NIC), pool, "in-use", other, "group 4 can only be taken whole")
+    refuse(ask(NIC), pool, "in-use", other, "group 4 can only be bound as a whole")
     assert names(choose_groups(ask("auto"), pool)) == ["2", "10"]
 
 
@@ -267,7 +267,7 @@ def test_more_candidates_than_entries_are_listed(machine: Machine) -> None:
         ask(entries=(entry("20"), entry("21"))),
         make_pool(machine),
         "ambiguous",
-        "/dev/vfio/20, /dev/vfio/21 may be any of group 2",
+        "/dev/vfio/20, /dev/vfio/21 could be any of group 2",
         "group 4: 0000:01:00.0",
         f'"io.katacontainers.x.vfio.devices": "{DISK},{NIC}"',
     )
@@ -279,7 +279,7 @@ def test_fewer_candidates_than_entries_may_still_come(machine: Machine) -> None:
         ask(entries=(entry("20"), entry("21"))),
         pool,
         "no-candidate",
-        "2 groups asked for, free here: group 4",
+        "2 groups requested, free in this guest: group 4",
         "is mounted",
         "container other",
         waits=True,
@@ -300,7 +300,7 @@ def test_a_machine_without_an_iommu_says_so(tmp_path: Path) -> None:
     machine.add(VIRTIO, "1af4:1041", "020000", "virtio-pci")
     # A device may still arrive, but nothing could be done with it.
     for request, code in ((ask(entries=(entry(),)), "no-candidate"), (ask("auto"), "nothing-to-take")):
-        refuse(request, make_pool(machine), code, "no IOMMU group at all", "enable_iommu = true", waits=True)
+        refuse(request, make_pool(machine), code, "this guest has no IOMMU groups", "enable_iommu = true", waits=True)
     machine.add(NIC)
     refuse(ask(entries=(entry(),)), make_pool(machine), "viommu-off", NIC, "enable_iommu = true")
     refuse(ask("auto"), make_pool(machine), "viommu-off", NIC, "enable_iommu = true")

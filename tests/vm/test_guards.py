@@ -147,7 +147,7 @@ def test_swap(disk: Disk, partition: Path) -> None:
     run("mkswap", partition)
     run("swapon", partition)
     try:
-        assert disk.uses() == [f"holds {partition}, which is swap"]
+        assert disk.uses() == [f"holds {partition}, used as swap"]
     finally:
         run("swapoff", partition)
 
@@ -174,7 +174,7 @@ def test_a_volume_over_an_encrypted_disk(disk: Disk) -> None:
         try:
             below = f"under dm-crypt volume secret ({outer.resolve().name})"
             above = f"under LVM volume vg-swap ({inner.resolve().name})"
-            assert disk.uses() == [f"holds {disk.node}, {below}, {above}, which is swap"]
+            assert disk.uses() == [f"holds {disk.node}, {below}, {above}, used as swap"]
         finally:
             run("swapoff", inner)
 
@@ -202,7 +202,7 @@ def test_virtual_functions() -> None:
     assert find(controller) == []
     count.write_text("2")
     try:
-        assert find(controller) == ["has 2 virtual functions"]
+        assert find(controller) == ["has 2 SR-IOV virtual functions"]
     finally:
         count.write_text("0")
     assert find(controller) == []
@@ -287,7 +287,7 @@ def test_a_part_of_a_bridge(card: Card) -> None:
         card.ip("link", "set", "NIC", "master", "guards0")
         assert card.uses() == []
         card.ip("link", "set", "NIC", "up")
-        assert card.uses() == [f"is network interface {card.name}, up as a part of guards0"]
+        assert card.uses() == [f"is network interface {card.name}, up as a member of guards0"]
     finally:
         card.ip("link", "del", "guards0")
 

@@ -43,7 +43,7 @@ def test_virtual_function(containers: Containers, functions: list[str]) -> None:
     assert after == {address: what for address, what in before.items() if address != taken}
     refused = calls.call_hook({**state, "id": "another", "annotations": ask(controller)})
     assert f"[in-use] {controller}" in refused.stderr
-    assert "has 2 virtual functions" in refused.stderr
+    assert "has 2 SR-IOV virtual functions" in refused.stderr
     assert sibling in after
     assert calls.release(state).code == 0
     assert calls.look_at_drivers() == before
@@ -71,7 +71,7 @@ def test_mixed_drivers_in_a_group(containers: Containers) -> None:
     assert done.code == 1
     assert f"[in-use] {second}" in done.stderr
     assert f"is network interface {interface}, up with address 192.0.2.1" in done.stderr
-    assert f"(group {guest.group_of(first)} can only be taken whole)" in done.stderr
+    assert f"(group {guest.group_of(first)} can only be bound as a whole)" in done.stderr
     assert calls.look_at_drivers() == before
 
     done = calls.call_hook(state)

@@ -114,7 +114,7 @@ def test_device_never_comes(containers: Containers) -> None:
         done = calls.fork_hook(state)
         spent = time.monotonic() - started
     assert done.code == 1
-    assert f"[no-such-device] annotation {calls.DEVICES}: id:{IDS} matches no PCI device here" in done.stderr
+    assert f"[no-such-device] annotation {calls.DEVICES}: id:{IDS} matches no PCI device in this guest" in done.stderr
     assert "waited " in done.stderr
     # Not the minute that it would have without the setting.
     assert spent < 30

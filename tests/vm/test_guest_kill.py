@@ -193,7 +193,7 @@ def test_told_to_end_at_every_step(containers: Containers) -> None:
         if not ending.has_fired:
             break
         if done.code == 1:
-            assert "[interrupted] the hook: was told to end by SIGTERM" in done.stderr
+            assert "[interrupted] the hook: was ended by SIGTERM" in done.stderr
             told += 1
         else:
             # Before its first change, or after its last one.

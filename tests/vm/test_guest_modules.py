@@ -29,7 +29,7 @@ def test_modules_are_loaded_or_missed_in_words(containers: Containers) -> None:
     finally:
         HIDDEN.unlink()
     assert done.code == 1
-    assert "[no-vfio-driver] vfio-pci: is not in this kernel and can't be loaded" in done.stderr
+    assert "[no-vfio-driver] vfio-pci: is not part of this kernel and cannot be loaded" in done.stderr
     for option in ("CONFIG_VFIO,", "CONFIG_VFIO_PCI", "CONFIG_VFIO_IOMMU_TYPE1", "CONFIG_INTEL_IOMMU"):
         assert option in done.stderr
     assert calls.look_at_drivers() == before

@@ -148,16 +148,16 @@ def test_dry_run_prints_the_plan_and_does_nothing(bundle: Bundle) -> None:
     done = calls.call_hook(None, "--bundle", str(directory), "--dry-run")
     assert done.code == 0
     assert done.stdout.splitlines() == [
-        "load vfio-pci: unless it is there",
+        "load vfio-pci: unless it is loaded",
         f"override {nic}: vfio-pci (was unset)",
         f"unbind {nic}: from e1000e",
         f"probe {nic}: vfio-pci",
-        "remove /dev/vfio/2: the host's, 511:200",
-        "make /dev/vfio/vfio: 0600 0:0",
-        f"make /dev/vfio/{guest.group_of(nic)}: 0600 0:0",
-        "write /dev/vfio/devices.json: 1 devices",
-        "permit /dev/vfio/vfio: rw, where it is denied",
-        f"permit /dev/vfio/{guest.group_of(nic)}: rw, where it is denied",
+        "remove /dev/vfio/2: node with the host's device number 511:200",
+        "create /dev/vfio/vfio: 0600 0:0",
+        f"create /dev/vfio/{guest.group_of(nic)}: 0600 0:0",
+        "write /dev/vfio/devices.json: 1 device",
+        "allow /dev/vfio/vfio: rw, unless it is allowed already",
+        f"allow /dev/vfio/{guest.group_of(nic)}: rw, unless it is allowed already",
     ]
     assert calls.look_at_drivers() == before
     assert calls.list_claims() == []

@@ -389,7 +389,7 @@ def test_a_program_that_calls_the_kernel_is_left_alone(container: Container) -> 
     """Where the dump can't be loaded again, the verifier's last word is passed on."""
     container.make(VFIO)
     attach(load((0x85, 0, 0, 5), *RETURN_0), container.path)
-    assert "a copy of it is not accepted" in refused(container)
+    assert "the kernel rejects the changed program" in refused(container)
 
 
 # Proofs ---------------------------------------------------------------------------------------------------------------
@@ -491,7 +491,7 @@ def test_version_1_what_the_parent_lacks(legacy_below: Container) -> None:
     legacy = legacy_below
     legacy.make(VFIO, MEM, NULL)
     listed = [(path / "devices.list").read_text() for path in (legacy.pod, legacy.path)]
-    with pytest.raises(StepError, match=f"the parent cgroup {legacy.pod} lacks it") as caught:
+    with pytest.raises(StepError, match=f"the parent cgroup {legacy.pod} does not allow it") as caught:
         permission.permit(ROOT, legacy.plan(VFIO))
     assert '"major": 10, "minor": 196' in caught.value.findings[0].hint
 

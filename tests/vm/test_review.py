@@ -46,7 +46,10 @@ def test_a_devices_own_memory_is_a_use(containers: Containers) -> None:
         process.stdout.readline()
         done = calls.fork_hook({**state, "annotations": ask(edu)})
         process.kill()
-    assert (done.code, f"holds its own resource0, which python3.11 (pid {process.pid}) has open" in done.stderr) == (
+    assert (
+        done.code,
+        f"holds the PCI resource resource0, which python3.11 (pid {process.pid}) has open" in done.stderr,
+    ) == (
         1,
         True,
     ), done.stderr

@@ -100,7 +100,7 @@ def test_a_clock_of_a_network_card() -> None:
         assert find(nic) == [f"holds {node}, which {who} has open"]
         # Without the time to look, it is not called free.
         (use,) = find(nic, 0)
-        assert use.startswith(f"holds {node}, maybe open: time was up after 0 of "), use
+        assert use.startswith(f"holds {node}, which may be open: there was only time to check 0 of "), use
     assert find(nic) == []
 
 
@@ -116,8 +116,8 @@ def test_a_device_that_a_program_drives_through_uio() -> None:
     with running(OPEN, node) as who:
         assert find(nic) == [f"holds {node}, which {who} has open"]
     with running(OPEN + "\nm = mmap.mmap(fd, 4096)\nos.close(fd)", guest.PCI / nic / "resource0") as who:
-        assert find(nic) == [f"holds its own resource0, which {who} has mapped"] or find(nic) == [
-            f"holds its own resource0, which {who} has open"
+        assert find(nic) == [f"holds the PCI resource resource0, which {who} has mapped"] or find(nic) == [
+            f"holds the PCI resource resource0, which {who} has open"
         ]
     assert find(nic) == []
 
@@ -133,7 +133,7 @@ def test_a_device_without_driver_whose_memory_is_mapped(keep: bool) -> None:
     close = "" if keep else "\nfor n in range(3, 9):\n  try: os.close(n)\n  except OSError: pass"
     script = OPEN + "\nm = mmap.mmap(fd, 4096)" + close
     with running(script, guest.PCI / nic / "resource0") as who:
-        assert find(nic) == [f"holds its own resource0, which {who} has {'open' if keep else 'mapped'}"]
+        assert find(nic) == [f"holds the PCI resource resource0, which {who} has {'open' if keep else 'mapped'}"]
     assert find(nic) == []
 
 

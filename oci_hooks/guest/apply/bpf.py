@@ -85,9 +85,9 @@ def dump_program(program: int) -> bytes:
     """
     size, maps, _ = read_info(program, 0)
     if maps:
-        raise ProgramError("it uses maps, and is not copied")
+        raise ProgramError("it uses BPF maps, which the hook cannot copy")
     if not 0 < size <= DUMP_LIMIT:
-        raise ProgramError(f"the kernel says that it has {size} bytes")
+        raise ProgramError(f"the kernel reports that it has {size} bytes")
     _, _, instructions = read_info(program, size)
     return make_loadable(instructions)
 
@@ -125,7 +125,7 @@ def load_program(instructions: bytes, name: str = "vfio_hooks") -> int:
         except (OSError, ValueError):
             # ValueError: not even the limit can be raised. The first refusal is the one to tell.
             pass
-    raise ProgramError(f"a copy of it is not accepted: {refusal.strerror}{ask_verifier(instructions, name)}")
+    raise ProgramError(f"the kernel rejects the changed program: {refusal.strerror}{ask_verifier(instructions, name)}")
 
 
 def load_without_limit(instructions: bytes, name: str) -> int:
@@ -203,11 +203,11 @@ def replace_program(cgroup: int, new: int, old: int, flags: int) -> None:
         call_bpf(BPF_PROG_ATTACH, attributes)
     except OSError as error:
         if error.errno == errno.ENOENT:
-            raise ProgramError("it is held by a bpf_link, which only its owner can update") from None
+            raise ProgramError("it is attached by a bpf_link, which only its owner can update") from None
         if error.errno == errno.EPERM and not multi:
-            raise ProgramError("an ancestor's program, or a bpf_link, does not let it be replaced") from None
+            raise ProgramError("a program of a parent cgroup, or a bpf_link, prevents replacing it") from None
         if error.errno == errno.EINVAL and multi:
-            raise ProgramError("the kernel can't replace a program (before 5.6)") from None
+            raise ProgramError("replacing one of several programs needs Linux 5.6 or later") from None
         raise
 
 
@@ -221,7 +221,7 @@ def call_bpf(command: int, attributes: bytearray) -> int:
 
     number = SYSCALL_NUMBERS.get(os.uname().machine)
     if number is None:
-        raise OSError(errno.ENOSYS, f"the number of bpf(2) on {os.uname().machine} is not known")
+        raise OSError(errno.ENOSYS, f"the hook does not know the number of bpf(2) on {os.uname().machine}")
     call = ctypes.CDLL(None, use_errno=True).syscall
     call.restype = ctypes.c_long
     block = (ctypes.c_char * len(attributes)).from_buffer(attributes)

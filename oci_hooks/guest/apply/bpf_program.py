@@ -141,14 +141,14 @@ def make_loadable(instructions: bytes) -> bytes:
     refuses when it meets them in a new program. As an ordinary move they do the same.
     """
     if not any(instructions):
-        raise ProgramError("the kernel shows only zeros for it (net.core.bpf_jit_harden=2)")
+        raise ProgramError("the kernel hides its instructions (net.core.bpf_jit_harden=2)")
     code = []
     for start in range(0, len(instructions), SIZE):
         instruction = instructions[start : start + SIZE]
         operation, registers, offset, immediate = struct.unpack("=BBhi", instruction)
         # The second half of a 64-bit load has no operation and no register.
         if HIDDEN_REGISTER in (registers & 15, registers >> 4):
-            raise ProgramError("its constants are blinded (net.core.bpf_jit_harden)")
+            raise ProgramError("the kernel hides (blinds) its constants (net.core.bpf_jit_harden)")
         if operation == MOV32_X and immediate == 1 and offset == 0:
             instruction = struct.pack("=BBhi", operation, registers, 0, 0)
         code.append(instruction)

@@ -93,7 +93,7 @@ def find_cgroup(root: Root, pid: int) -> Cgroup:
         paths = read_paths(root, str(pid))
         own_paths = read_paths(root, "self")
     except OSError as error:
-        raise fail(f"process {pid}", f"its cgroup can't be read: {error.strerror}") from None
+        raise fail(f"process {pid}", f"cannot read which cgroup it is in: {error.strerror}") from None
     unified, unified_mount = place_path(mounts, "cgroup2", paths, pid)
     devices, devices_mount = place_path(mounts, "devices", paths, pid)
     places = (("cgroup2", unified), ("devices", devices))
@@ -141,7 +141,8 @@ def place_path(mounts: dict[str, list[tuple[str, str]]], kind: str, paths: dict[
         # A path that begins with /.. lies outside of this hook's cgroup namespace.
         if (path + "/").startswith(top.rstrip("/") + "/") and "/../" not in inside:
             return (point + inside).rstrip("/"), point
-    raise fail(f"process {pid}", f"its {kind} cgroup {path} is below no mount of that hierarchy")
+    problem = f"its cgroup {path} is not visible under any mounted cgroup hierarchy ({kind})"
+    raise StepError("permit-failed", f"process {pid}", problem, "run the hook in the guest's own cgroup namespace")
 
 
 # Around it ------------------------------------------------------------------------------------------------------------

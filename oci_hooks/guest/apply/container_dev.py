@@ -23,7 +23,7 @@ FOLLOW_NOTHING = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class FoundNode(Record):
-    """What lies in the container under a name. kind: "char", "file", "directory", "link", "special file"."""
+    """What lies in the container under a name. kind: "char", "file", "directory", "symbolic link", "special file"."""
 
     kind: str
     major: int
@@ -115,12 +115,14 @@ def explain_tree_error(error: OSError, rootfs: str) -> StepError:
     """Return what an error on the way down the container's tree means to its user."""
     # O_NOFOLLOW with O_DIRECTORY says ENOTDIR of a link too.
     if error.errno in (errno.ELOOP, errno.ENOTDIR):
-        problem = "has a link or a file where /dev or /dev/vfio must be a directory"
-        return StepError("hostile-tree", rootfs, problem, "mount a tmpfs on /dev, as every runtime does by default")
+        problem = "/dev or /dev/vfio in the container is a symbolic link or a file, not a directory"
+        return StepError("hostile-tree", rootfs, problem, "mount a tmpfs on /dev, as runtimes do by default")
     if error.errno == errno.ENOENT:
-        return StepError("no-rootfs", rootfs, "has no /dev in the container's namespace", "is root.path right?")
-    hint = "the hook writes there as root before the container starts: mount a tmpfs on /dev, see dmesg"
-    return StepError("container-dev", rootfs, f"{error.filename or '/dev/vfio'}: {error.strerror}", hint)
+        problem = "has no directory /dev in the container's mount namespace"
+        return StepError("no-rootfs", rootfs, problem, "check root.path in config.json")
+    problem = f"cannot prepare {error.filename or '/dev/vfio'} in the container: {error.strerror}"
+    hint = "mount a tmpfs on /dev, where root can write before the container starts; see dmesg"
+    return StepError("container-dev", rootfs, problem, hint)
 
 
 def look_at_node(directory: int, name: str) -> FoundNode | None:
@@ -129,7 +131,7 @@ def look_at_node(directory: int, name: str) -> FoundNode | None:
         found = os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return None
-    kinds = {stat.S_IFCHR: "char", stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
+    kinds = {stat.S_IFCHR: "char", stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symbolic link"}
     kind = kinds.get(stat.S_IFMT(found.st_mode), "special file")
     numbers = (os.major(found.st_rdev), os.minor(found.st_rdev))
     return FoundNode(kind, *numbers, stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)

@@ -88,8 +88,8 @@ class Swaps:
 def explain_failure(error: Exception, path: str, nodes: tuple[Numbers, ...]) -> StepError:
     """Return the error for a cgroup whose device programs can't be changed."""
     if isinstance(error, OSError):
-        return fail(path, f"its device programs can't be read or replaced: {error.strerror}", nodes)
-    return fail(path, f"its device program can't be changed: {error}", nodes)
+        return fail(path, f"cannot read or replace its device filter: {error.strerror}", nodes)
+    return fail(path, f"cannot change its device filter: {error}", nodes)
 
 
 def add_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:

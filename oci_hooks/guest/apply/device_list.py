@@ -69,11 +69,11 @@ def allow_node(root: Root, path: str, numbers: Numbers, access: str) -> None:
     try:
         write_file(root.host_path(f"{path}/devices.allow"), rule)
     except OSError as error:
-        problem = f"{rule} is not accepted: {error.strerror}"
+        problem = f"the kernel rejects the device rule {rule}: {error.strerror}"
         parent = path.rpartition("/")[0]
         # Kernel: devcgroup_update_access, parent_has_perm.
         if error.errno == errno.EPERM and root.exists(f"{parent}/devices.list"):
-            problem = f"{rule} is not accepted, because the parent cgroup {parent} lacks it"
+            problem = f"the kernel rejects the device rule {rule}, because the parent cgroup {parent} does not allow it"
         raise fail(path, problem, [numbers]) from None
 
 
@@ -88,4 +88,4 @@ def deny_node(root: Root, path: str, numbers: Numbers, access: str) -> None:
         if error.errno == errno.ENODEV:
             # The directory went away between opening and writing.
             return
-        raise fail(path, f"{rule} can't be taken back: {error.strerror}") from None
+        raise fail(path, f"cannot remove the device rule {rule}: {error.strerror}") from None

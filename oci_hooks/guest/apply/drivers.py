@@ -14,7 +14,7 @@ import os
 from oci_hooks.findings import Finding, StepError
 from oci_hooks.guest.apply.sysfs_writer import Job, Result, Write, run_jobs
 from oci_hooks.guest.plan import DRIVER, Rebind
-from oci_hooks.guest.undo_log import parse_instance
+from oci_hooks.guest.undo_log import UNDOING, describe_undo, parse_instance
 from oci_hooks.linux import pci
 from oci_hooks.linux.instances import GONE, read_instance
 from oci_hooks.system import step
@@ -81,23 +81,26 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
     """Raise StepError where a function is not bound to vfio-pci now, after trying again what may pass."""
     address = rebind.address
     if result.blocked:
-        problem = (
-            f"the kernel did not finish unbinding it from {rebind.driver or 'nothing'} within {deadline.seconds:g} s"
-        )
-        raise StepError("unbind-blocked", address, problem, "see dmesg; end what uses the device and try again")
+        driver = f" from {rebind.driver}" if rebind.driver else ""
+        problem = f"unbinding{driver} did not complete within {deadline.seconds:g} s"
+        hint = "see dmesg; stop what uses the device and start the container again"
+        raise StepError("unbind-blocked", address, problem, hint)
     if not is_at(root, address, rebind.instance):
         raise StepError("device-gone", address, "was unplugged while it was being bound", "start the container again")
     if not result.started:
-        hint = "see the limits on processes and open files of the hook's cgroup and of the guest"
-        raise StepError("bind-failed", address, f"no process to bind it: {os.strerror(result.code)}", hint)
+        problem = f"cannot start the helper process that binds the driver: {os.strerror(result.code)}"
+        hint = "check the limits on processes and open files of the hook's cgroup and of the guest"
+        raise StepError("bind-failed", address, problem, hint)
     if result.code:
-        raise StepError("bind-failed", address, f"{result.path}: {os.strerror(result.code)}", "see dmesg")
+        problem = f"cannot write to {result.path}: {os.strerror(result.code)}"
+        raise StepError("bind-failed", address, problem, "see dmesg")
     driver = pci.read_driver(root, address)
     if driver != DRIVER:
         driver = probe_again(root, rebind, deadline)
     if driver != DRIVER:
-        problem = f"{DRIVER} did not take it; it is bound to {driver or 'no driver'}"
-        raise StepError("bind-failed", address, problem, f"see dmesg for {DRIVER} {address}")
+        now = f"is bound to {driver}" if driver else "has no driver"
+        problem = f"{DRIVER} did not bind to the device, which now {now}"
+        raise StepError("bind-failed", address, problem, f"see the messages about {address} in dmesg")
 
 
 @step("probe-again")
@@ -119,8 +122,10 @@ def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
         found = probe()
         if found:
             return found
-        problem = f"{DRIVER} did not take it, and trying that for longer needs tenacity, which is not installed"
-        raise StepError("bind-failed", address, problem, "apt install python3-tenacity; see dmesg") from None
+        problem = (
+            f"{DRIVER} did not bind to the device, and retrying needs the package tenacity, which is not installed"
+        )
+        raise StepError("bind-failed", address, problem, "see dmesg; apt install python3-tenacity") from None
     # A device that is still busy with its old driver's teardown is free after some tens of milliseconds or not at all.
     seconds = min(1.0, deadline.remaining() / 2)
     retrying = tenacity.Retrying(
@@ -158,11 +163,16 @@ def undo(
         except StepError as error:
             findings += error.findings
         except (OSError, ValueError) as error:
-            problem = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            what = f"{entry.kind} {' '.join(entry.words)}"
-            hint = "put it back by hand, or end the container: what was changed in it ends with it"
-            findings.append(Finding("error", "undo-failed", what, f"can't be put back: {problem}", hint))
+            findings.append(explain_undo(entry, error))
     return findings + restore_drivers(root, [entry for entry in entries if entry.kind == "device"], deadline, private)
+
+
+def explain_undo(entry: Entry, error: Exception) -> Finding:
+    """Return the error for a change in the container that could not be undone."""
+    action, path, where = describe_undo(entry)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    hint = f"{action} it by hand, or end the container"
+    return Finding("error", "undo-failed", path, f"cannot {action} it {where}: {reason}", hint)
 
 
 @step("undo")
@@ -170,7 +180,7 @@ def undo_entry(root: Root, entry: Entry, pid: int) -> None:
     """Put back one change in the container. Raises OSError, StepError."""
     from oci_hooks.guest.apply import nodes
 
-    if entry.kind in nodes.UNDOABLE:
+    if entry.kind in UNDOING:
         nodes.undo(entry, pid)
 
 
@@ -186,7 +196,10 @@ def restore_drivers(
             found = read_instance(root, address)
             override = pci.read_override(root, address) if found else ""
         except OSError as error:
-            problem, hint = f"can't be looked at: {error.strerror}", "the next hook on this machine tries again"
+            problem, hint = (
+                f"cannot be read in sysfs: {error.strerror}",
+                "the next run of the hook in this guest tries again",
+            )
             findings.append(Finding("error", "restore-unstarted", address, problem, hint))
             continue
         if found is None:
@@ -235,18 +248,18 @@ def make_restore_writes(root: Root, entry: Entry, current: str) -> Iterator[Writ
 
 def explain_replaced(address: str, found: Instance) -> Finding:
     """Return the warning for another device at the address of the one that was bound."""
-    problem = "was unplugged since it was bound, and another device is at its address now"
-    problem += f" ({found.vendor}:{found.device}, class {found.class_code}), which is left as it is"
-    return Finding("warning", "device-replaced", address, problem, "nothing is left to put back")
+    problem = "was unplugged after it was bound; the device that has this address now"
+    problem += f" ({found.vendor}:{found.device}, class {found.class_code}) is left unchanged"
+    return Finding("warning", "device-replaced", address, problem, "nothing is left to restore")
 
 
 def explain_taken(entry: Entry, override: str) -> Finding:
     """Return the warning for a device whose override is not the hook's any more."""
     address, driver, before = entry.words[:3]
-    problem = f"its driver_override is {override or 'unset'}, which is not the hook's: the device is left as it is"
+    problem = f"its driver_override is {override or 'unset'}, not what the hook wrote: the device is left unchanged"
     path = f"{pci.PCI_DEVICES}/{address}/driver_override"
     back = f"driverctl set-override {address} {driver}" if driver else f"echo '{before}' > {path}"
-    return Finding("warning", "override-changed", address, problem, f"to put back how it was before: {back}")
+    return Finding("warning", "override-changed", address, problem, f"to restore its earlier state: {back}")
 
 
 def fail_restore(address: str, problem: str) -> Finding:
@@ -258,19 +271,22 @@ def check_restored(root: Root, result: Result, entry: Entry) -> list[Finding]:
     """Return a finding where a function does not have the driver again that it had."""
     address, driver = entry.words[:2]
     if result.blocked:
-        hint = "see dmesg; the next hook on this machine tries again"
-        return [Finding("error", "unbind-blocked", address, f"the kernel does not let go of it from {DRIVER}", hint)]
+        problem = f"unbinding from {DRIVER} is blocked in the kernel"
+        hint = "see dmesg; the next run of the hook in this guest tries again"
+        return [Finding("error", "unbind-blocked", address, problem, hint)]
     if not result.started:
-        problem = f"no process to give it back to {driver or 'no driver'}: {os.strerror(result.code)}"
-        hint = "see the limits on processes and open files; the next hook on this machine tries again"
+        what = f"restores its driver {driver}" if driver else f"unbinds it from {DRIVER}"
+        problem = f"cannot start the helper process that {what}: {os.strerror(result.code)}"
+        hint = "check the limits on processes and open files; the next run of the hook in this guest tries again"
         return [Finding("error", "restore-unstarted", address, problem, hint)]
     path = f"{pci.PCI_DEVICES}/{address}"
     current = pci.read_driver(root, address)
     if not is_at(root, address, parse_instance(entry)) or (current == driver and not result.code):
         return []
     if current == driver:
-        return [fail_restore(address, f"{result.path}: {os.strerror(result.code)}")]
-    problem = f"was bound to {driver or 'no driver'} and now is to {current or 'no driver'}"
+        return [fail_restore(address, f"cannot write to {result.path}: {os.strerror(result.code)}")]
+    now = f"is bound to {current}" if current else "has no driver"
+    problem = f"could not restore {f'driver {driver}' if driver else 'its earlier state, no driver'}; the device {now}"
     problem += f" ({os.strerror(result.code)})" if result.code else ""
     hint = f"bind it with: driverctl set-override {address} {driver}"
     if not driver:

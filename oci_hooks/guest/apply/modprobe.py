@@ -31,7 +31,7 @@ def load_drivers(root: Root, deadline: Deadline) -> None:
     if path:
         said = root.do(run_modprobe, root.host_path(path), missing, deadline)
     if "vfio-pci" in list_missing(root):
-        problem = f"is not in this kernel and can't be loaded: {said or 'no modprobe here'}"
+        problem = f"is not part of this kernel and cannot be loaded: {said or 'modprobe is not installed'}"
         raise StepError("no-vfio-driver", "vfio-pci", problem, f"build the kernel with {OPTIONS}")
 
 
@@ -68,4 +68,5 @@ def run_modprobe(path: str, modules: list[str], deadline: Deadline) -> str:
         os.waitpid(pid, 0)
         return make_one_line(said.decode("utf-8", "replace").strip())
     os.kill(pid, signal.SIGKILL)
-    raise StepError("no-vfio-driver", "vfio-pci", "modprobe did not end in time", "load vfio-pci when the guest starts")
+    hint = "load vfio-pci when the guest boots"
+    raise StepError("no-vfio-driver", "vfio-pci", "modprobe did not finish before the deadline", hint)

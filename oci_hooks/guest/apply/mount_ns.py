@@ -59,8 +59,8 @@ def make_tmpfs() -> int:
         finally:
             os.close(context)
     except OSError as error:
-        hint = "a container with a user namespace needs Linux 5.2 and a hook with CAP_SYS_ADMIN"
-        raise StepError("mount-failed", "/dev/vfio", f"can't make a tmpfs: {error.strerror}", hint) from None
+        hint = "a container with a user namespace needs Linux 5.2 or later, and CAP_SYS_ADMIN for the hook"
+        raise StepError("mount-failed", "/dev/vfio", f"cannot create a tmpfs for it: {error.strerror}", hint) from None
 
 
 def attach(pid: int, tree: int, directory: int) -> None:
@@ -75,8 +75,8 @@ def attach(pid: int, tree: int, directory: int) -> None:
 
     code = run_inside(pid, move)
     if code:
-        hint = "see dmesg; the hook needs CAP_SYS_ADMIN in the guest"
-        raise StepError("mount-failed", "/dev/vfio", f"can't be mounted in the container: {os.strerror(code)}", hint)
+        problem = f"cannot mount a tmpfs on it in the container: {os.strerror(code)}"
+        raise StepError("mount-failed", "/dev/vfio", problem, "see dmesg; give the hook CAP_SYS_ADMIN in the guest")
 
 
 def detach(pid: int, directory: int, name: str) -> None:

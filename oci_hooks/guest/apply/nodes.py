@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 CONTROL_NUMBERS = (10, 196)
 # How a map begins, which tells it from a file of the image.
 MAP_HEAD = b'{\n  "version": 1,\n  "devices": [\n'
-# Entries of a journal that this module writes and undoes.
-UNDOABLE = ("directory", "node", "stale", "file", "mount")
 
 
 class Target(Record):
@@ -66,7 +64,9 @@ def find_place(root: Root, node: Node) -> Place:
         return Place("", "iommu", read_numbers(root, "/sys/class/misc/iommu", IOMMUFD_NODE))
     names = root.list_names(f"{pci.PCI_DEVICES}/{node.subject}/vfio-dev")
     name = names[0] if names else "vfio?"
-    return Place("vfio/devices", name, read_numbers(root, f"/sys/class/vfio-dev/{name}", f"cdev of {node.subject}"))
+    return Place(
+        "vfio/devices", name, read_numbers(root, f"/sys/class/vfio-dev/{name}", f"VFIO device node of {node.subject}")
+    )
 
 
 def find_group_place(root: Root, group: str) -> Place:
@@ -85,8 +85,9 @@ def find_group_place(root: Root, group: str) -> Place:
         problem = "its devices were unplugged while they were being bound"
         raise StepError("device-gone", f"group {group}", problem, "start the container again")
     if numbers is None:
-        hint = "see dmesg; is vfio built with CONFIG_VFIO_GROUP?"
-        raise StepError("no-group-node", f"group {group}", "vfio gave it no device", hint)
+        problem = "VFIO created no device node for this group"
+        hint = "see dmesg; check that the kernel was built with CONFIG_VFIO_GROUP"
+        raise StepError("no-group-node", f"group {group}", problem, hint)
     return Place("vfio", name, numbers)
 
 
@@ -94,8 +95,10 @@ def read_numbers(root: Root, path: str, subject: str) -> tuple[int, int]:
     """Return major and minor of a device in sysfs. Raises StepError [no-cdev]."""
     numbers = pci.read_numbers(root, path)
     if numbers is None:
-        problem = "this kernel has no VFIO device nodes of iommufd"
-        hint = "Linux 6.6 with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV has; or take cdev out of the annotation"
+        problem = "the kernel does not provide this device node of iommufd"
+        hint = (
+            "use Linux 6.6 or later with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, or remove cdev from the annotation"
+        )
         raise StepError("no-cdev", subject, problem, hint)
     return numbers
 
@@ -117,8 +120,9 @@ def give_nodes(_root: Root, places: list[tuple[Node, Place]], plan: Plan, target
         dev = container_dev.open_dev(target.pid, target.rootfs)
         try:
             if not container_dev.is_guests_own(dev) and container_dev.is_borrowed(dev, target.pid, target.rootfs):
-                hint = "mount a tmpfs there: nodes in another directory would outlive the container"
-                raise StepError("hostile-tree", "/dev", "another directory is mounted there", hint)
+                problem = "is a directory of the guest that is mounted into the container, not private to it"
+                hint = "mount a tmpfs on /dev: nodes in the guest's directory would outlive the container"
+                raise StepError("hostile-tree", "/dev", problem, hint)
             if plan.user_namespace:
                 mount_nodes(dev, places, plan.map, target, journal)
             else:
@@ -149,8 +153,9 @@ def check_mount(dev: int, directory: int, place: Place) -> None:
     """Raise StepError where nodes would come to lie in a directory of somebody else that is mounted in /dev."""
     # The guest's own /dev/vfio is made no node in, and has those that are needed.
     if container_dev.is_mounted(dev, directory) and not container_dev.is_guests_own(directory):
-        hint = "take it out of the mounts in config.json: the hook makes the nodes"
-        raise StepError("hostile-tree", f"/dev/{place.directory}", "another directory is mounted there", hint)
+        problem = "is a directory of the guest that is mounted into the container, not private to it"
+        hint = "remove this mount from config.json: the hook creates the nodes"
+        raise StepError("hostile-tree", f"/dev/{place.directory}", problem, hint)
 
 
 def open_or_make(dev: int, path: str, target: Target, journal: Journal) -> int:
@@ -187,9 +192,8 @@ def make_node(directory: int, node: Node, place: Place, target: Target, journal:
     path = f"/dev/{place.path}"
     found = container_dev.look_at_node(directory, place.name)
     if found and found.kind != "char":
-        raise StepError(
-            "node-in-the-way", path, f"a {found.kind} lies there in the container", "take it out of the image"
-        )
+        problem = f"the container has a {found.kind} at this path, where a device node belongs"
+        raise StepError("node-in-the-way", path, problem, "remove it from the image")
     if found and (found.major, found.minor) == place.numbers:
         return
     if container_dev.is_guests_own(directory):
@@ -202,12 +206,13 @@ def make_node(directory: int, node: Node, place: Place, target: Target, journal:
     try:
         container_dev.make_node(directory, place.name, place.numbers, node.mode, node.uid, node.gid)
     except OSError as error:
-        raise StepError("node-failed", path, f"mknod: {error.strerror}", "the hook needs CAP_MKNOD") from None
+        raise StepError("node-failed", path, f"cannot create it: {error.strerror}", "give the hook CAP_MKNOD") from None
 
 
 def missing_node(path: str) -> StepError:
     """Return the error for a node, or its directory, that the guest's own /dev lacks."""
-    return StepError("node-missing", path, "is not in the guest's /dev, which the container shares", "mount devtmpfs")
+    problem = "does not exist in the guest's /dev, which the container uses"
+    return StepError("node-missing", path, problem, "mount devtmpfs on /dev in the guest")
 
 
 def remove_stale(dev: int, entry: Device, target: Target, journal: Journal) -> None:
@@ -242,10 +247,9 @@ def mount_nodes(
     from oci_hooks.guest.apply import mount_ns
 
     if any(place.directory != "vfio" for _, place in places):
-        hint = "take cdev out of the annotation: the group's node is there without it"
-        raise StepError(
-            "cdev-user-namespace", IOMMUFD_NODE, "can't be given to a container with a user namespace", hint
-        )
+        problem = "cannot be created for a container with a user namespace"
+        hint = "remove cdev from the annotation: the container gets the group's node without it"
+        raise StepError("cdev-user-namespace", IOMMUFD_NODE, problem, hint)
     directory = open_or_make(dev, "vfio", target, journal)
     try:
         if all(is_there(directory, place) for _, place in places):
@@ -288,8 +292,9 @@ def write_map(directory: int, entries: tuple[MapEntry, ...], target: Target, jou
             return
         # One of the hook's own gives way: it is an earlier run's, or was left in an image by a machine that lost power.
         if not known.startswith(MAP_HEAD):
-            hint = "take it out of the image, or set map = false in guest.toml"
-            raise StepError("node-in-the-way", MAP_PATH, f"a {found.kind} lies there that is not the hook's", hint)
+            problem = f"the container has a {found.kind} at this path that the hook did not create"
+            hint = "remove it from the image, or set map = false in guest.toml"
+            raise StepError("node-in-the-way", MAP_PATH, problem, hint)
     journal.note("file", target.rootfs, f"vfio/{name}")
     container_dev.remove_file(directory, name)
     container_dev.write_file(directory, name, data)

@@ -88,7 +88,7 @@ def parse_grant(entry: Entry) -> Grant:
         given, _, path = line.partition(" ")
         letters = tuple(given.split(","))
         if len(letters) != len(nodes) or not path or any(set(each) - set(ACCESS) for each in letters):
-            raise ValueError(f"{line} is not what nodes are given in a directory")
+            raise ValueError(f"{line} is no list of what a cgroup allows")
         devices.append(Widening(path, letters))
     return Grant(nodes, entry.words[1], tuple(devices))
 
@@ -152,7 +152,7 @@ def plan_grant(
     wanted = tuple(nodes)
     own = [place for place in (cgroup.unified, cgroup.devices) if place and place not in cgroup.shared]
     if cgroup.shared and not own:
-        problem = "is not the container's own cgroup, so a permission there would be for others too"
+        problem = "the container shares this cgroup with other processes; refusing to allow devices there"
         raise fail(cgroup.shared[0], problem, wanted)
     devices: list[Widening] = []
     if cgroup.devices in own:
@@ -255,26 +255,27 @@ def remove_from_filter(root: Root, path: str, nodes: tuple[Numbers, ...]) -> Non
 def explain_denial(root: Root, cgroup: Cgroup, proofs: Iterable[NodeProof]) -> StepError:
     """Return the error for nodes that don't open from inside the cgroup although everything was done for it."""
     bad = [proof for proof in proofs if proof.error or not proof.is_viable]
-    told = ", ".join(f"{proof.node.name}: {describe_proof(proof)}" for proof in bad)
+    problem = "; ".join(describe_proof(proof) for proof in bad)
     denied = [proof.node for proof in bad if proof.is_denied]
     above = find_programs_above(root, cgroup) if denied and cgroup.unified else []
     own = list_own(root, cgroup.unified)
     above = [path for path in above if path not in own]
     if above:
-        told += f" (the cgroup {above[0]} above has a device program, which is not the hook's to change)"
-    return fail(cgroup.unified or cgroup.devices or f"process {cgroup.pid}", f"from inside it, {told}", denied)
+        problem += f" (the parent cgroup {above[0]} has a device filter of its own, which the hook does not change)"
+    return fail(cgroup.unified or cgroup.devices or f"process {cgroup.pid}", problem, denied)
 
 
 def describe_proof(proof: NodeProof) -> str:
     """Return in words what a proof came to."""
+    path = f"/dev/{proof.node.name}"
     if not proof.error:
-        return "opens" if proof.is_viable else "opens, and the group is not viable"
+        return f"can open {path}" if proof.is_viable else f"can open {path}, but its group is not viable"
     words = {
-        errno.EPERM: "not permitted by the device cgroup",
-        errno.EACCES: "not permitted by its mode, a nodev mount or a security module",
-        errno.EBUSY: "another process holds it",
-        errno.ENOENT: "there is no such node",
-        errno.ENODEV: "the node is another device, or its device is gone",
-        errno.ENXIO: "no such device is behind it",
+        errno.EPERM: "denied by the cgroup's device rules",
+        errno.EACCES: "denied by its mode, a nodev mount or a security module",
+        errno.EBUSY: "another process has it open",
+        errno.ENOENT: "it does not exist",
+        errno.ENODEV: "it is the node of another device, or its device is gone",
+        errno.ENXIO: "its device does not exist",
     }
-    return words.get(proof.error, os.strerror(proof.error))
+    return f"cannot open {path} from this cgroup: {words.get(proof.error, os.strerror(proof.error))}"

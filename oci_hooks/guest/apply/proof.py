@@ -40,9 +40,11 @@ def prove(
     lines = [line.split(" ") for line in answer.splitlines()]
     if lines and lines[0][0] == "enter":
         reason = os.strerror(int(lines[0][1]))
-        raise fail(lines[0][2], f"can't be entered, to open the nodes as the container would: {reason}")
+        raise fail(
+            lines[0][2], f"cannot move the helper process that tests the device nodes into this cgroup: {reason}"
+        )
     if len(lines) != len(wanted):
-        raise fail(f"process {cgroup.pid}", "the child that opens the nodes in its cgroup died without an answer")
+        raise fail(f"process {cgroup.pid}", "the helper process that tests the device nodes in its cgroup died")
     return tuple(NodeProof(node, int(line[0]), line[1] == "1") for node, line in zip(wanted, lines))
 
 
@@ -119,7 +121,8 @@ def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
     try:
         answer = read_pipe(child.pipe, deadline)
         if answer is None:
-            raise fail(f"process {child.pid}", "opening the nodes inside the container's cgroup was not done in time")
+            problem = "the helper process that tests the device nodes in the container's cgroup did not finish in time"
+            raise fail(f"process {child.pid}", problem)
         return answer.decode()
     finally:
         end_child(child, KILL_SECONDS)
