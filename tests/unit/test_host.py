@@ -103,7 +103,7 @@ def test_a_bad_group_is_refused_in_one_line(bench: Bench) -> None:
     code, out, err = bench.run(state())
     assert (code, out) == (1, "")
     assert err == (
-        "vfio-host-check: error: [group-not-viable] group 12: 0000:03:00.1 is bound to ixgbe (beside it: 0000:03:00.0 "
+        "vfio-host-check: error: [group-not-viable] group 12: 0000:03:00.1 is bound to ixgbe (other members: 0000:03:00.0 "
         "vfio-pci); bind it with: driverctl set-override 0000:03:00.1 vfio-pci\n"
     )
 
@@ -285,7 +285,7 @@ def test_wrong_settings_are_told_once_vfio_is_asked_for(bench: Bench) -> None:
     bench.tree.write("/etc/oci-vfio-hooks/host.toml", 'moed = "warn"\n')
     code, _, err = bench.run(state())
     assert code == 2
-    assert "[bad-settings] /etc/oci-vfio-hooks/host.toml line 1: moed: unknown key; known here are checks, " in err
+    assert "[bad-settings] /etc/oci-vfio-hooks/host.toml line 1: moed: unknown key; known keys: checks, " in err
 
 
 @pytest.mark.parametrize(

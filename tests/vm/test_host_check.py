@@ -113,7 +113,7 @@ def test_a_group_that_is_half_bound(nic: str, tmp_path: Path) -> None:
     done = plain(write_bundle(tmp_path, first))
     assert done.code == 1
     group = guest.group_of(first)
-    assert f"error: [group-not-viable] group {group}: {second} is bound to e1000 (beside it: " in done.stderr
+    assert f"error: [group-not-viable] group {group}: {second} is bound to e1000 (other members: " in done.stderr
     assert done.stderr.endswith(f"bind it with: driverctl set-override {second} vfio-pci\n")
 
 
