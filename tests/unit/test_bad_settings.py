@@ -293,8 +293,8 @@ HOST = [
     ('[checks]\ngroup-busy = "no"', "checks.group-busy", f'{OWN_MODE} "no"'),
     ("[checks]\ngroup-busy = false", "checks.group-busy", f"{OWN_MODE} false"),
     ("[checks.group-busy]", "checks.group-busy", f"{OWN_MODE} {{}}"),
-    ('[checks]\ngroup_busy = "warn"', "checks.group_busy", "unknown key; keys of this table are codes of findings, e.g. "),
-    ('[checks]\n"group-busy\\n" = "warn"', 'checks."group-busy\\n"', "unknown key; keys of this table are codes of findings"),
+    ('[checks]\ngroup_busy = "warn"', "checks.group_busy", "unknown key; keys of this table are codes of findings"),
+    ('[checks]\n"group-busy\\n" = "warn"', 'checks."group-busy\\n"', "unknown key; keys of this table are codes"),
     ('[checks]\n"" = "warn"', 'checks.""', "unknown key; keys of this table are codes of findings"),
 ]  # fmt: skip
 VALUES = [(name, *row) for name, rows in (("guest", GUEST), ("host", HOST)) for row in rows]

@@ -333,7 +333,8 @@ def test_the_holder_is_named(tree: HostTree, monkeypatch: pytest.MonkeyPatch) ->
     tree.process(51, "/usr/bin/other", opened=("/dev/vfio/120", "/dev/vfio/vfio"))
     (finding,) = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0])
     assert finding.as_line() == (
-        "error: [group-busy] group 12: is in use by dpdk-testpmd (pid 50); stop the process (kill 50), or use another group"
+        "error: [group-busy] group 12: is in use by dpdk-testpmd (pid 50); "
+        "stop the process (kill 50), or use another group"
     )
 
 

@@ -103,7 +103,8 @@ def test_a_bad_group_is_refused_in_one_line(bench: Bench) -> None:
     code, out, err = bench.run(state())
     assert (code, out) == (1, "")
     assert err == (
-        "vfio-host-check: error: [group-not-viable] group 12: 0000:03:00.1 is bound to ixgbe (other members: 0000:03:00.0 "
+        "vfio-host-check: error: [group-not-viable] group 12: 0000:03:00.1 "
+        "is bound to ixgbe (other members: 0000:03:00.0 "
         "vfio-pci); bind it with: driverctl set-override 0000:03:00.1 vfio-pci\n"
     )
 
