@@ -414,8 +414,8 @@ def test_on_a_busy_machine_the_own_hypervisor_comes_first(
     findings = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0], asker, pid, seconds=0.4)
     assert [finding.as_line() for finding in findings] == (
         [
-            "error: [group-busy] group 12: is held by a process not found in time: the search stopped after 1 of 12"
-            " processes; list its users as root on the host: fuser -v /dev/vfio/12"
+            "error: [group-busy] group 12: is in use; the search for the process timed out"
+            " after 1 of 12 processes; list its users as root on the host: fuser -v /dev/vfio/12"
         ]
         if told
         else []

@@ -389,7 +389,7 @@ def test_the_listing(host_of_groups: Bench) -> None:
     out, err = host_of_groups.capfd.readouterr()
     assert err == ""
     assert out.splitlines() == [
-        "GROUP  STATE         DEVICE        ID         CLASS    DRIVER    HELD BY",
+        "GROUP  STATE         DEVICE        ID         CLASS    DRIVER    IN USE BY",
         "1      bridges only  0000:00:01.0  8086:10d3  bridge   pcieport  -",
         "2      host's        0000:00:02.0  8086:10d3  storage  ahci      -",
         "3      not bound     0000:00:03.0  8086:10d3  ff0000   -         -",

@@ -386,7 +386,7 @@ def test_on_this_machine(directory: Path) -> None:
     ("words", "told"),
     [
         (["run", "--apply"], "--apply and --pid need --live"),
-        (["explain", "nothing-like-that"], "no such record"),
+        (["explain", "nothing-like-that"], "no such recording"),
         (["explain", "2026"], "3 recordings begin with this name"),
     ],
 )
