@@ -73,7 +73,7 @@ def parse_slowly(text: str, name: str) -> Any:
 
 
 class Mismatch(Exception):
-    """A hand-written reader met something else than it expected."""
+    """A hand-written reader met not a regular file it expected."""
 
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(path, problem)

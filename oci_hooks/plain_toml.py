@@ -125,7 +125,7 @@ def is_decimal(text: str) -> bool:
 
 
 def check_end(rest: str) -> None:
-    """Raise NotPlain where something else than a comment follows."""
+    """Raise NotPlain where not a regular file a comment follows."""
     rest = rest.lstrip(BLANK)
     if rest and not rest.startswith("#"):
         raise NotPlain

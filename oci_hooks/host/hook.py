@@ -30,7 +30,7 @@ def add_options(parser: ArgumentParser) -> None:
     """Give the parser this hook's own options."""
     # All options in brackets would take five lines of a screen.
     parser.usage = f"{PROGRAM} [OPTIONS] [KIND]"
-    parser.description = "Check a container's VFIO groups on this host and Kata's configuration. Changes nothing."
+    parser.description = "Check a container's VFIO groups and Kata's configuration; change nothing."
     parser.add_argument(
         "--pid", type=int, default=0, metavar="PID", help="with --bundle: process id of the sandbox's hypervisor"
     )

@@ -108,9 +108,9 @@ def make_parser() -> ArgumentParser:
 
     add("list", list_records, "list the recordings, the newest last")
     add("explain", explain, "short report for a ticket: code, object, what to do", "record")
-    show = add("show", show_record, "all that the run read, decided and changed, with times", "record")
+    show = add("show", show_record, "what the run read, decided and changed, with times", "record")
     show.add_argument("--reads", action="store_true", help="each read with its result")
-    run = add("run", run_record, "run the hook again on the recorded machine and print the differences", "record")
+    run = add("run", run_record, "run the hook again on the recorded machine", "record")
     run.add_argument("--live", action="store_true", help="use this machine instead of the recorded one, as a dry run")
     run.add_argument("--apply", action="store_true", help="with --live: apply the changes")
     run.add_argument(

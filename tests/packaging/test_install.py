@@ -53,7 +53,7 @@ def use_hooks(root: Root, hooks: list[str], **environment: str) -> None:
     for hook in hooks:
         assert call(hook, nothing, 0) == ""
         # Looks a mistake up with jsonschema: the site-packages of this installation are found too.
-        assert "lacks id" in call(hook, "{}", 2)
+        assert "missing required key id" in call(hook, "{}", 2)
         version = bound.run(hook, "--version").stdout
         assert version == f"{Path(hook).name} {__version__}\n"
     missing = make_bundle(root, {"path": "/dev/vfio/4711", "type": "c", "major": 511, "minor": 4711})

@@ -32,7 +32,7 @@ def test_every_line_of_the_page_works(dist: Path, bare: MakeRoot, tmp_path: Path
     for command in ("vfio-host-check", "vfio-guest-bind", "vfio-hook-replay"):
         root.run(command, "--help")
     said = root.run("/opt/oci-vfio-hooks/bin/vfio-guest-bind", text="{}", code=2).stderr
-    assert "lacks id, bundle" in said
+    assert "missing required key id, bundle" in said
 
 
 def run_line(line: str, root: Root, tree: Path, tmp_path: Path) -> str:

@@ -116,7 +116,7 @@ def test_a_text_that_is_no_settings(name: str, tmp_path: Path, settings: Path, d
 @pytest.mark.parametrize("name", HOOKS)
 def test_a_file_of_two_mebibytes(name: str, tmp_path: Path, settings: Path) -> None:
     settings.write_bytes(b"# x\n" * (512 << 10))
-    said = "has 2097152 bytes, more than the 65536 that settings can have; is it the right file?"
+    said = "has 2097152 bytes, above the limit of 65536 for a settings file; check that it is the right file"
     assert refuse(name, settings, tmp_path).startswith(f"[settings-unreadable] FILE: {said}")
 
 
@@ -230,16 +230,16 @@ GUEST = [
     ('force = [["0000:02:00.0"]]', "force[0]", f'{ADDRESS} ["0000:02:00.0"]'),
     ('force = ["0000:02:00.0", 7]', "force[1]", f"{ADDRESS} 7"),
     ("force = [2026-11-22T21:00:00Z]", "force[0]", f'{ADDRESS} "2026-11-22 21:00:00+00:00"'),
-    ("dead_line = 3", "dead_line", "unknown key; known here are allow_noiommu, auto, deadline, force, map, node, on_"),
-    ("Deadline = 3", "Deadline", "unknown key; known here are "),
-    ('"" = 3', '""', "unknown key; known here are "),
-    ('"dead line" = 3', '"dead line"', "unknown key; known here are "),
-    ('"\\u001b[2J" = 3', '"\\u001b[2J"', "unknown key; known here are "),
-    ("node.deadline = 3", "node.deadline", "unknown key; known here are gid, mode, uid"),
+    ("dead_line = 3", "dead_line", "unknown key; known keys: allow_noiommu, auto, deadline, force, map, node, on_"),
+    ("Deadline = 3", "Deadline", "unknown key; known keys: "),
+    ('"" = 3', '""', "unknown key; known keys: "),
+    ('"dead line" = 3', '"dead line"', "unknown key; known keys: "),
+    ('"\\u001b[2J" = 3', '"\\u001b[2J"', "unknown key; known keys: "),
+    ("node.deadline = 3", "node.deadline", "unknown key; known keys: gid, mode, uid"),
     ("auto = 3", "auto", "expected a table, [auto], found 3"),
     ("auto = []", "auto", "expected a table, [auto], found []"),
     ("[[auto]]", "auto", "expected a table, [auto], found [{}]"),
-    ("[auto]\nid = []", "auto.id", "unknown key; known here are classes, ids, never"),
+    ("[auto]\nid = []", "auto.id", "unknown key; known keys: classes, ids, never"),
     ('[auto]\nids = "10de"', "auto.ids", "expected a list, each item a vendor or vendor:device"),
     ('[auto]\nids = ["10DE"]', "auto.ids[0]", f'{ID} "10DE"'),
     ('[auto]\nids = ["10de", "8086:10d3", "8086:"]', "auto.ids[2]", f'{ID} "8086:"'),
@@ -267,8 +267,8 @@ OWN_MODE = "expected one of enforce, warn, ignore, found"
 KATA_MODE = "expected one of auto, always, never, found"
 PATH = "expected an absolute path, found"
 HOST = [
-    ('moed = "warn"', "moed", "unknown key; known here are checks, deadline, kata, mode, record;"),
-    ('on_failure = "kill"', "on_failure", "unknown key; known here are "),
+    ('moed = "warn"', "moed", "unknown key; known keys: checks, deadline, kata, mode, record;"),
+    ('on_failure = "kill"', "on_failure", "unknown key; known keys: "),
     ('mode = "audit"', "mode", f'{MODE} "audit"'),
     ('mode = "ignore"', "mode", f'{MODE} "ignore"'),
     ("mode = true", "mode", f"{MODE} true"),
@@ -285,7 +285,7 @@ HOST = [
     ('[kata]\nconfig = ""', "kata.config", f'{PATH} ""'),
     ('[kata]\nconfig = "/a\\u0000b"', "kata.config", f'{PATH} "/a\\u0000b"'),
     ('[kata]\nconfig = ["/a"]', "kata.config", f'{PATH} ["/a"]'),
-    ("[kata]\nconfg = 1", "kata.confg", "unknown key; known here are config, mode"),
+    ("[kata]\nconfg = 1", "kata.confg", "unknown key; known keys: config, mode"),
     ("kata = 3", "kata", "expected a table, [kata], found 3"),
     ('kata = "/etc/kata"', "kata", 'expected a table, [kata], found "/etc/kata"'),
     ("[[kata]]", "kata", "expected a table, [kata], found [{}]"),
@@ -293,9 +293,9 @@ HOST = [
     ('[checks]\ngroup-busy = "no"', "checks.group-busy", f'{OWN_MODE} "no"'),
     ("[checks]\ngroup-busy = false", "checks.group-busy", f"{OWN_MODE} false"),
     ("[checks.group-busy]", "checks.group-busy", f"{OWN_MODE} {{}}"),
-    ('[checks]\ngroup_busy = "warn"', "checks.group_busy", "unknown key; here stand codes of findings, e.g. "),
-    ('[checks]\n"group-busy\\n" = "warn"', 'checks."group-busy\\n"', "unknown key; here stand codes of findings"),
-    ('[checks]\n"" = "warn"', 'checks.""', "unknown key; here stand codes of findings"),
+    ('[checks]\ngroup_busy = "warn"', "checks.group_busy", "unknown key; keys of this table are codes of findings"),
+    ('[checks]\n"group-busy\\n" = "warn"', 'checks."group-busy\\n"', "unknown key; keys of this table are codes"),
+    ('[checks]\n"" = "warn"', 'checks.""', "unknown key; keys of this table are codes of findings"),
 ]  # fmt: skip
 VALUES = [(name, *row) for name, rows in (("guest", GUEST), ("host", HOST)) for row in rows]
 

@@ -98,7 +98,10 @@ def test_a_mismatch_names_both(tree: HostTree) -> None:
     (target,) = find(tree, ("/dev/vfio/12", 1, 3))
     (finding,) = check_all(tree, target)
     assert finding.subject == "/dev/vfio/12"
-    assert finding.problem == "config.json gives it 1:3, which is the device null; on this host it has 237:0"
+    assert (
+        finding.problem
+        == "config.json lists it with device number 1:3, which is null; on this host its number is 237:0"
+    )
 
 
 def test_two_groups_whose_numbers_are_swapped(tree: HostTree) -> None:
@@ -142,7 +145,7 @@ def test_every_member_is_named_with_its_driver(tree: HostTree) -> None:
     (finding,) = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0])
     assert finding.as_line() == (
         "error: [group-not-viable] group 12: 0000:03:00.1 is bound to ixgbe, 0000:03:00.2 is bound to e1000e "
-        "(beside it: 0000:02:00.0 pcieport, 0000:03:00.0 vfio-pci); bind them with: "
+        "(other members: 0000:02:00.0 pcieport, 0000:03:00.0 vfio-pci); bind them with: "
         "driverctl set-override 0000:03:00.1 vfio-pci && driverctl set-override 0000:03:00.2 vfio-pci"
     )
 
@@ -257,9 +260,9 @@ def test_a_cdev_with_odd_numbers_is_none(tree: HostTree, numbers: str) -> None:
         ({}, "enable the IOMMU in the firmware setup and on the kernel's command line"),
         ({"/sys/firmware/acpi/tables/DMAR": ""}, "boot with intel_iommu=on"),
         ({"/sys/firmware/acpi/tables/IVRS": ""}, "boot with amd_iommu=on"),
-        ({"/sys/firmware/acpi/tables/FACP": ""}, "switch on VT-d"),
-        ({"/sys/firmware/acpi/tables/DMAR": "", "/proc/cmdline": "ro intel_iommu=off"}, "take intel_iommu=off out"),
-        ({"/sys/firmware/acpi/tables/DMAR": "", "/proc/cmdline": "intel_iommu=on"}, "switch on VT-d"),
+        ({"/sys/firmware/acpi/tables/FACP": ""}, "enable VT-d"),
+        ({"/sys/firmware/acpi/tables/DMAR": "", "/proc/cmdline": "ro intel_iommu=off"}, "remove intel_iommu=off"),
+        ({"/sys/firmware/acpi/tables/DMAR": "", "/proc/cmdline": "intel_iommu=on"}, "enable VT-d"),
     ],
 )
 def test_no_iommu_at_all(tmp_path: Path, files: dict[str, str], hint: str) -> None:
@@ -330,7 +333,8 @@ def test_the_holder_is_named(tree: HostTree, monkeypatch: pytest.MonkeyPatch) ->
     tree.process(51, "/usr/bin/other", opened=("/dev/vfio/120", "/dev/vfio/vfio"))
     (finding,) = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0])
     assert finding.as_line() == (
-        "error: [group-busy] group 12: is held by dpdk-testpmd (pid 50); end it: kill 50; or choose another group"
+        "error: [group-busy] group 12: is in use by dpdk-testpmd (pid 50); "
+        "stop the process (kill 50), or use another group"
     )
 
 
@@ -410,8 +414,8 @@ def test_on_a_busy_machine_the_own_hypervisor_comes_first(
     findings = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0], asker, pid, seconds=0.4)
     assert [finding.as_line() for finding in findings] == (
         [
-            "error: [group-busy] group 12: is held by a process not found in time: the search stopped after 1 of 12"
-            " processes; list its users as root on the host: fuser -v /dev/vfio/12"
+            "error: [group-busy] group 12: is in use; the search for the process timed out"
+            " after 1 of 12 processes; list its users as root on the host: fuser -v /dev/vfio/12"
         ]
         if told
         else []

@@ -58,7 +58,7 @@ def fail_with(error: BaseException) -> Any:
         (Refusal("no", "x", "y", "z"), 1, "a-hook: error: [no] x: y; z"),
         (PermissionError(13, "Permission denied", "/x"), 1, "a-hook: error: [system] /x: Permission denied; "),
         (OSError(5, "Input/output error"), 1, "a-hook: error: [system] a system call: Input/output error; "),
-        (ZeroDivisionError("a\nb"), 1, "ZeroDivisionError: a\\nb; please report it"),
+        (ZeroDivisionError("a\nb"), 1, "ZeroDivisionError: a\\nb; this is a defect of the hook: report it"),
         (KeyboardInterrupt(), 1, "a-hook: error: [interrupted] the hook: interrupted by SIGINT; "),
         (TimeoutError(), 1, "a-hook: error: [system] a system call: "),
     ],

@@ -103,7 +103,8 @@ def test_a_bad_group_is_refused_in_one_line(bench: Bench) -> None:
     code, out, err = bench.run(state())
     assert (code, out) == (1, "")
     assert err == (
-        "vfio-host-check: error: [group-not-viable] group 12: 0000:03:00.1 is bound to ixgbe (beside it: 0000:03:00.0 "
+        "vfio-host-check: error: [group-not-viable] group 12: 0000:03:00.1 "
+        "is bound to ixgbe (other members: 0000:03:00.0 "
         "vfio-pci); bind it with: driverctl set-override 0000:03:00.1 vfio-pci\n"
     )
 
@@ -285,7 +286,7 @@ def test_wrong_settings_are_told_once_vfio_is_asked_for(bench: Bench) -> None:
     bench.tree.write("/etc/oci-vfio-hooks/host.toml", 'moed = "warn"\n')
     code, _, err = bench.run(state())
     assert code == 2
-    assert "[bad-settings] /etc/oci-vfio-hooks/host.toml line 1: moed: unknown key; known here are checks, " in err
+    assert "[bad-settings] /etc/oci-vfio-hooks/host.toml line 1: moed: unknown key; known keys: checks, " in err
 
 
 @pytest.mark.parametrize(
@@ -388,7 +389,7 @@ def test_the_listing(host_of_groups: Bench) -> None:
     out, err = host_of_groups.capfd.readouterr()
     assert err == ""
     assert out.splitlines() == [
-        "GROUP  STATE         DEVICE        ID         CLASS    DRIVER    HELD BY",
+        "GROUP  STATE         DEVICE        ID         CLASS    DRIVER    IN USE BY",
         "1      bridges only  0000:00:01.0  8086:10d3  bridge   pcieport  -",
         "2      host's        0000:00:02.0  8086:10d3  storage  ahci      -",
         "3      not bound     0000:00:03.0  8086:10d3  ff0000   -         -",

@@ -213,7 +213,7 @@ def test_an_annotation_beats_all_files(tmp_path: Path) -> None:
     setting = config.hypervisor_setting("enable_iommu")
     directory = PATH.rpartition("/")[0] + "/config.d"
     assert setting.value is False
-    assert config.describe(setting) == f"enable_iommu = false by annotation {IOMMU}, over {directory}/1 line 2"
+    assert config.describe(setting) == f"enable_iommu = false (annotation {IOMMU}), over {directory}/1 line 2"
 
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("T", True), ("0", False)])

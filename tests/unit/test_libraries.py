@@ -124,7 +124,10 @@ def test_the_host_check_checks_without(bench: Bench, without: tuple[str, ...]) -
     [
         ("{ASK, ", "[bad-json]"),
         ('{ASK, "linux": []}', "linux: expected object, found "),
-        ('{ASK, "linux": {"devices": [{"type": "c"}, {"path": "/dev/vfio/7"}]}}', "linux.devices[0]: lacks path"),
+        (
+            '{ASK, "linux": {"devices": [{"type": "c"}, {"path": "/dev/vfio/7"}]}}',
+            "linux.devices[0]: missing required key path",
+        ),
     ],
 )
 def test_a_wrong_document_has_the_same_code_without(bench: Bench, hook: str, config: str, said: str) -> None:

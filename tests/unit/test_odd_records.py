@@ -301,11 +301,11 @@ LARGE: dict[str, tuple[Callable[[], bytes], str]] = {
     "long name": (lambda: make_tar([("x" * 5000, b"")]), "holds '././@LongLink'"),
     "sparse": (
         lambda: make_tar([("record.json", b"")], type=tarfile.GNUTYPE_SPARSE),
-        "something else than a plain file",
+        "not a regular file a plain file",
     ),
     "size of a terabyte": (lambda: claim_size(b"17777777777\0"), "SUMMARY_BYTES"),
     "size in base 256": (lambda: claim_size(b"\x80" + b"\xff" * 11), "not a tar"),
-    "size below zero": (lambda: claim_size(b"-0000000777\0"), "something else than a plain file"),
+    "size below zero": (lambda: claim_size(b"-0000000777\0"), "not a regular file a plain file"),
     "size of underlines": (lambda: claim_size(b"0000_00001\0\0"), "damaged"),
 }
 

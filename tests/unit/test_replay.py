@@ -223,10 +223,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "traversal": (make_tar(make_entry("../evil")), "holds '../evil'"),
     "absolute": (make_tar(make_entry("/tmp/evil")), "holds '/tmp/evil'"),  # noqa: S108
     "traversal to a known name": (make_tar(make_entry("x/../record.json")), "holds 'x/../record.json'"),
-    "link out": (make_tar(make_entry("record.json", b"", tarfile.SYMTYPE, "/etc/passwd")), "something else than"),
-    "hard link": (make_tar(make_entry("record.json", b"", tarfile.LNKTYPE, "/etc/passwd")), "something else than"),
-    "device": (make_tar(make_entry("record.json", b"", tarfile.CHRTYPE)), "something else than"),
-    "pipe": (make_tar(make_entry("record.json", b"", tarfile.FIFOTYPE)), "something else than"),
+    "link out": (make_tar(make_entry("record.json", b"", tarfile.SYMTYPE, "/etc/passwd")), "not a regular file"),
+    "hard link": (make_tar(make_entry("record.json", b"", tarfile.LNKTYPE, "/etc/passwd")), "not a regular file"),
+    "device": (make_tar(make_entry("record.json", b"", tarfile.CHRTYPE)), "not a regular file"),
+    "pipe": (make_tar(make_entry("record.json", b"", tarfile.FIFOTYPE)), "not a regular file"),
     "directory": (make_tar(make_entry("record.json", b"", tarfile.DIRTYPE)), "holds 'record.json/'"),
     "twice": (make_tar(make_entry("record.json"), make_entry("record.json")), "holds 'record.json'"),
     "other file": (make_tar(make_entry("evil.py")), "holds 'evil.py'"),
@@ -385,9 +385,9 @@ def test_on_this_machine(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["run", "--apply"], "--apply and --pid go with --live"),
-        (["explain", "nothing-like-that"], "no such record"),
-        (["explain", "2026"], "3 records begin so"),
+        (["run", "--apply"], "--apply and --pid need --live"),
+        (["explain", "nothing-like-that"], "no such recording"),
+        (["explain", "2026"], "3 recordings begin with this name"),
     ],
 )
 def test_wrong_use_is_told(words: list[str], told: str, directory: Path) -> None:

@@ -113,7 +113,7 @@ def test_no_more_than_a_screen_of_mistakes(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_none(tmp_path: Path) -> None:
-    """Not absent: the system says something else than that."""
+    """Not absent: the system says not a regular file that."""
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/oci-vfio-hooks").write_text("")
     assert refuse(Root(str(tmp_path)))[0].code == "settings-unreadable"

@@ -113,7 +113,7 @@ def test_a_group_that_is_half_bound(nic: str, tmp_path: Path) -> None:
     done = plain(write_bundle(tmp_path, first))
     assert done.code == 1
     group = guest.group_of(first)
-    assert f"error: [group-not-viable] group {group}: {second} is bound to e1000 (beside it: " in done.stderr
+    assert f"error: [group-not-viable] group {group}: {second} is bound to e1000 (other members: " in done.stderr
     assert done.stderr.endswith(f"bind it with: driverctl set-override {second} vfio-pci\n")
 
 
@@ -179,7 +179,7 @@ def test_a_group_that_another_process_holds(nic: str, tmp_path: Path) -> None:
         finally:
             holder.kill()
     assert done.code == 1
-    assert f"error: [group-busy] group {guest.group_of(nic)}: is held by sleep (pid {holder.pid}); " in done.stderr
+    assert f"error: [group-busy] group {guest.group_of(nic)}: is in use by sleep (pid {holder.pid}); " in done.stderr
 
 
 def test_the_own_qemu_holds_it_and_has_an_iommu(nic: str, kata: None, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_another_sandboxs_qemu_holds_it(nic: str, kata: None, tmp_path: Path) ->
         done = check(write_bundle(tmp_path, nic), pid=own)
     assert done.code == 1
     (line,) = done.stderr.splitlines()
-    assert f"error: [group-busy] group {guest.group_of(nic)}: is held by qemu-system-x86_64 (pid {other})" in line
+    assert f"error: [group-busy] group {guest.group_of(nic)}: is in use by qemu-system-x86_64 (pid {other})" in line
 
 
 # Kata's configuration ------------------------------------------------------------------------------------------------

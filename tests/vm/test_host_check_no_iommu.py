@@ -33,7 +33,7 @@ def test_a_group_cannot_be_had(tmp_path: Path) -> None:
     done = run(text=json.dumps({"id": "c1", "bundle": str(tmp_path), "status": "creating", "pid": 1}))
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("vfio-host-check: error: [iommu-off] host: the kernel has no IOMMU in use")
+    assert line.startswith("vfio-host-check: error: [iommu-off] host: the kernel uses no IOMMU")
 
 
 def test_a_container_without_vfio_is_let_through(tmp_path: Path) -> None:
