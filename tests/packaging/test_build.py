@@ -80,6 +80,18 @@ def test_executables_are_as_in_the_tree(dist: Path, tmp_path: Path, kind: str, p
 
 
 @pytest.mark.parametrize("kind", ["deb", "rpm"])
+def test_links_of_the_installed_readme_lead_somewhere(dist: Path, tmp_path: Path, kind: str) -> None:
+    unpack(dist, kind, "oci-vfio-hooks", tmp_path / "payload")
+    (readme,) = (
+        path for path in (tmp_path / "payload/usr/share/doc").rglob("README.md") if "examples" not in path.parts
+    )
+    links = re.findall(r"\]\(((?:docs|examples)/[^)#]+)", readme.read_text())
+    assert len(links) >= 10
+    assert [link for link in links if not (readme.parent / link).exists()] == []
+    assert not list((readme.parent / "docs").rglob("*.py"))
+
+
+@pytest.mark.parametrize("kind", ["deb", "rpm"])
 def test_the_whole_module_is_there(dist: Path, tmp_path: Path, kind: str) -> None:
     unpack(dist, kind, "python3-oci-vfio-hooks", tmp_path / "payload")
     (package,) = (tmp_path / "payload").rglob("oci_hooks")
