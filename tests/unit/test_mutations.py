@@ -866,8 +866,9 @@ TRIED = MUTATIONS if "OCI_VFIO_FULL" in os.environ else MUTATIONS[::3]
 
 
 def find_module(top: Path, module: str) -> Path:
-    """Return the file of a module; one with a slash is named from oci_hooks/."""
-    return top / "oci_hooks" / (module if "/" in module else f"{module}.py")
+    """Return the file of a module; "../hooks/NAME" is one of the executables."""
+    name = module if module.startswith("../") else f"{module}.py"
+    return top / "oci_hooks" / name
 
 
 @pytest.mark.parametrize(
