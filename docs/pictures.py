@@ -83,29 +83,29 @@ class Picture:
 
 def draw_overview() -> str:
     """Return the picture of the way from the host's IOMMU group to the program in the container."""
-    picture = Picture(1000, 430, "From the host's IOMMU group to a program in a container in a virtual machine")
-    picture.box(12, 12, 324, 406)
-    picture.text(28, 40, "Host", "title")
-    picture.lines(28, 68, ["PCI device 0000:03:00.0", "bound to vfio-pci", "IOMMU group 12", "/dev/vfio/12"], "code")
-    picture.box(24, 168, 300, 238, "frame")
-    picture.text(38, 194, "vfio-host-check", "code hook")
-    picture.text(38, 214, "before the container starts; changes nothing", "small faint")
+    inventory = Picture(1000, 430, "From the host's IOMMU group to a program in a container in a virtual machine")
+    inventory.box(12, 12, 324, 406)
+    inventory.text(28, 40, "Host", "title")
+    inventory.lines(28, 68, ["PCI device 0000:03:00.0", "bound to vfio-pci", "IOMMU group 12", "/dev/vfio/12"], "code")
+    inventory.box(24, 168, 300, 238, "frame")
+    inventory.text(38, 194, "vfio-host-check", "code hook")
+    inventory.text(38, 214, "before the container starts; changes nothing", "small faint")
     checks = ["does the group exist, with these numbers?", "is each member on a VFIO driver?"]
     checks += ["does another process hold the group?", "may the program map memory for DMA?"]
     checks += ["Kata: does the guest get a virtual IOMMU?", "Kata: is there a port for the device?"]
-    picture.lines(38, 244, [f"• {check}" for check in checks])
-    picture.text(38, 384, "one line per problem, with the remedy", "small hook")
+    inventory.lines(38, 244, [f"• {check}" for check in checks])
+    inventory.text(38, 384, "one line per problem, with the remedy", "small hook")
 
-    picture.arrow(336, 92, 424)
-    picture.text(380, 78, "hypervisor", "small middle")
+    inventory.arrow(336, 92, 424)
+    inventory.text(380, 78, "hypervisor", "small middle")
 
-    picture.box(428, 12, 560, 406, "guest")
-    picture.text(444, 40, "Virtual machine", "title")
+    inventory.box(428, 12, 560, 406, "guest")
+    inventory.text(444, 40, "Virtual machine", "title")
     device = ["PCI device 0000:02:00.0", "e1000e → vfio-pci", "IOMMU group 18", "/dev/vfio/18"]
-    picture.lines(444, 68, device, "code")
-    picture.box(440, 168, 304, 238, "frame")
-    picture.text(454, 194, "vfio-guest-bind", "code hook")
-    picture.text(454, 214, "createRuntime; poststop restores everything", "small faint")
+    inventory.lines(444, 68, device, "code")
+    inventory.box(440, 168, 304, 238, "frame")
+    inventory.text(454, 194, "vfio-guest-bind", "code hook")
+    inventory.text(454, 214, "createRuntime; poststop restores everything", "small faint")
     steps = [
         "choose the container's groups",
         "refuse what is in use or claimed",
@@ -116,15 +116,15 @@ def draw_overview() -> str:
         "allow them in its device cgroup",
         "verify from its cgroup that they open",
     ]
-    picture.lines(454, 244, [f"{number}. {step}" for number, step in enumerate(steps, 1)])
-    picture.text(454, 384, "on failure: all restored before it exits", "small hook")
+    inventory.lines(454, 244, [f"{number}. {step}" for number, step in enumerate(steps, 1)])
+    inventory.text(454, 384, "on failure: all restored before it exits", "small hook")
 
-    picture.arrow(744, 290, 776)
-    picture.box(780, 168, 196, 238, "inner")
-    picture.text(794, 194, "Container", "title")
-    picture.lines(794, 226, ["/dev/vfio/vfio", "/dev/vfio/18"], "code")
-    picture.lines(794, 282, ["A DPDK program opens", "the group and drives", "the device from", "user space."])
-    return picture.finish()
+    inventory.arrow(744, 290, 776)
+    inventory.box(780, 168, 196, 238, "inner")
+    inventory.text(794, 194, "Container", "title")
+    inventory.lines(794, 226, ["/dev/vfio/vfio", "/dev/vfio/18"], "code")
+    inventory.lines(794, 282, ["A DPDK program opens", "the group and drives", "the device from", "user space."])
+    return inventory.finish()
 
 
 # The steps of the guest hook: name, file below oci_hooks/, what it does.
@@ -141,29 +141,29 @@ WAY = (
 def draw_architecture() -> str:
     """Return the picture of the way of the data through the guest hook."""
     width, step = 148, 164
-    picture = Picture(1000, 330, "The way of the data through the guest hook")
+    inventory = Picture(1000, 330, "The way of the data through the guest hook")
     for number, (name, file, words) in enumerate(WAY):
         x = 14 + step * number
-        picture.box(x, 40, width, 112, "inner" if name == "apply" else "guest")
-        picture.text(x + 10, 64, name, "title")
-        picture.text(x + 10, 86, file, "code" if len(file) < 18 else "small faint")
-        picture.lines(x + 10, 112, words)
+        inventory.box(x, 40, width, 112, "inner" if name == "apply" else "guest")
+        inventory.text(x + 10, 64, name, "title")
+        inventory.text(x + 10, 86, file, "code" if len(file) < 18 else "small faint")
+        inventory.lines(x + 10, 112, words)
         if number < len(WAY) - 1:
-            picture.arrow(x + width, 96, x + step)
-    picture.text(14, 26, "reads only", "small faint")
-    picture.line(14, 32, 14 + step * 3 + width, 32)
-    picture.text(14 + step * 4, 26, "changes the machine", "small faint")
-    picture.line(14 + step * 4, 32, 14 + step * 4 + width, 32)
-    picture.box(14 + step * 3, 170, step + width, 44)
-    picture.text(24 + step * 3, 197, "claim, undo log: before each change", "small")
-    picture.box(14, 232, 972, 84, "frame")
-    picture.text(28, 258, "Root", "code hook")
-    picture.text(76, 258, "(system.py): each read and each step goes through it", "small")
+            inventory.arrow(x + width, 96, x + step)
+    inventory.text(14, 26, "reads only", "small faint")
+    inventory.line(14, 32, 14 + step * 3 + width, 32)
+    inventory.text(14 + step * 4, 26, "changes the machine", "small faint")
+    inventory.line(14 + step * 4, 32, 14 + step * 4 + width, 32)
+    inventory.box(14 + step * 3, 170, step + width, 44)
+    inventory.text(24 + step * 3, 197, "claim, undo log: before each change", "small")
+    inventory.box(14, 232, 972, 84, "frame")
+    inventory.text(28, 258, "Root", "code hook")
+    inventory.text(76, 258, "(system.py): each read and each step goes through it", "small")
     roots = ("the live system", "a constructed file tree, in a test", "a recording, in a replay")
     for number, root in enumerate(roots):
-        picture.box(28 + 318 * number, 270, 304, 34)
-        picture.text(42 + 318 * number, 292, root, "small")
-    return picture.finish()
+        inventory.box(28 + 318 * number, 270, 304, 34)
+        inventory.text(42 + 318 * number, 292, root, "small")
+    return inventory.finish()
 
 
 @dataclass(frozen=True)
@@ -194,25 +194,25 @@ def draw_performance(rows: list[Measured]) -> str:
     rows = [row for row in rows if row.target]
     top, height, left, unit = 66, 30, 430, 130
     bottom = top + height * len(rows)
-    picture = Picture(960, bottom + 44, "Measured figures beside their targets")
-    picture.text(20, 30, "Measured, as a share of the target (shorter is faster)", "title")
-    picture.text(20, 50, "thin line: the middle half of the runs", "small faint")
+    inventory = Picture(960, bottom + 44, "Measured figures beside their targets")
+    inventory.text(20, 30, "Measured, as a share of the target (shorter is faster)", "title")
+    inventory.text(20, 50, "thin line: the middle half of the runs", "small faint")
     for share in (0, 1, 2, 3):
         x = left + unit * share
-        picture.line(x, top - 8, x, bottom, "target" if share == 1 else "line")
-        picture.text(x, bottom + 20, f"{share}", "small middle faint")
-    picture.text(left + unit, top - 14, "target", "small middle")
+        inventory.line(x, top - 8, x, bottom, "target" if share == 1 else "line")
+        inventory.text(x, bottom + 20, f"{share}", "small middle faint")
+    inventory.text(left + unit, top - 14, "target", "small middle")
     for number, row in enumerate(rows):
         y = top + height * number
         met = row.ratio <= row.target
-        picture.text(left - 10, y + 19, row.about.replace("`", ""), "small end")
-        picture.bar(left, y + 6, unit * row.ratio / row.target, 17, "met" if met else "missed")
-        picture.line(
+        inventory.text(left - 10, y + 19, row.about.replace("`", ""), "small end")
+        inventory.bar(left, y + 6, unit * row.ratio / row.target, 17, "met" if met else "missed")
+        inventory.line(
             left + unit * row.low / row.target, y + 14.5, left + unit * row.high / row.target, y + 14.5, "whisker"
         )
         end = left + unit * max(row.ratio, row.high) / row.target
-        picture.text(round(end + 8), y + 19, f"{row.ratio:.2f} (≤ {row.target:g}){'' if met else ' missed'}", "small")
-    return picture.finish()
+        inventory.text(round(end + 8), y + 19, f"{row.ratio:.2f} (≤ {row.target:g}){'' if met else ' missed'}", "small")
+    return inventory.finish()
 
 
 def draw_all() -> dict[Path, str]:

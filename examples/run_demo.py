@@ -101,10 +101,10 @@ def check_machine() -> None:
     if packages and shutil.which("apt-get") is None:
         raise MissingError(f"there is no apt-get here: install {', '.join(packages)} (Debian's names) by hand")
     cache = provision.find_cache()
-    for place in (cache, Path("/usr")) if packages or not provision.is_rig_made() else ():
-        free = shutil.disk_usage(place).free
+    for location in (cache, Path("/usr")) if packages or not provision.is_rig_made() else ():
+        free = shutil.disk_usage(location).free
         if free < ROOM:
-            raise MissingError(f"{place} has {free >> 20} MiB free: {ROOM >> 20} MiB are needed the first time")
+            raise MissingError(f"{location} has {free >> 20} MiB free: {ROOM >> 20} MiB are needed the first time")
 
 
 def make_ready() -> provision.Kernel:
@@ -284,8 +284,8 @@ def tell(case: str, done: Done) -> None:
 def shorten(text: str) -> str:
     """Return what the hook said last, without what the runtime says around it."""
     lines = text.replace("\\n", "\n").strip().strip('"').splitlines()
-    said = [line[line.find("vfio-") :] for line in lines if "vfio-" in line]
-    return said[-1] if said else (lines or [""])[-1]
+    output = [line[line.find("vfio-") :] for line in lines if "vfio-" in line]
+    return output[-1] if output else (lines or [""])[-1]
 
 
 def print_table(rows: list[Row]) -> None:

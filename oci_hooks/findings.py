@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ EXIT_BAD_INPUT = 2
 LINE_LIMIT = 2000
 
 
-class Finding(Record):
+class Finding(Frozen):
     """One thing to tell the user, on one line.
 
     level: "error", "warning" or "info"; code: stable, for programs; subject: the object it is about

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import dataclass_transform
 
-    R = TypeVar("R", bound="Record")
+    R = TypeVar("R", bound="Frozen")
 else:
 
     def dataclass_transform(**_options):
@@ -23,7 +23,7 @@ else:
 
 
 @dataclass_transform(frozen_default=True)
-class Record:
+class Frozen:
     """Base of all records. A subclass lists its fields as annotations."""
 
     if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Record:
         raise AttributeError(f"{type(self).__name__} is immutable: {name}")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Record) and type(self) is type(other) and self.as_dict() == other.as_dict()
+        return isinstance(other, Frozen) and type(self) is type(other) and self.as_dict() == other.as_dict()
 
     def __hash__(self) -> int:
         return hash((type(self), tuple(self.as_dict().values())))

@@ -81,7 +81,7 @@ class Mismatch(Exception):
         self.problem = problem
 
 
-def take(owner: dict[str, Any], key: str, kind: str, where: str, *default: Any) -> Any:
+def get_member(owner: dict[str, Any], key: str, kind: str, where: str, *default: Any) -> Any:
     """Return a member of a JSON object; null counts as absent.
 
     kind: "string", "object", "array"; where: the owner's path with its dot; default: for an absent member, which is a
@@ -89,7 +89,7 @@ def take(owner: dict[str, Any], key: str, kind: str, where: str, *default: Any) 
     """
     value = owner.get(key)
     if value is not None:
-        return check_kind(value, kind, where + key)
+        return check_json_type(value, kind, where + key)
     if default:
         return default[0]
     if key in owner:
@@ -97,34 +97,34 @@ def take(owner: dict[str, Any], key: str, kind: str, where: str, *default: Any) 
     raise Mismatch(where.rstrip(".") or "top level", f"missing required key {key}")
 
 
-def take_number(
+def get_int(
     owner: dict[str, Any], key: str, where: str, default: int | None, *, low: int | None = None, high: int | None = None
 ) -> int:
     """Return a member that is a whole number within bounds; null counts as absent. Raises Mismatch."""
     if owner.get(key) is None and default is not None:
         return default
-    value: int = take(owner, key, "integer", where)
+    value: int = get_member(owner, key, "integer", where)
     if (low is not None and value < low) or (high is not None and value > high):
-        raise Mismatch(where + key, f"expected a number {describe_bounds(low, high)}, found {value}")
+        raise Mismatch(where + key, f"expected a number {format_bounds(low, high)}, found {value}")
     return value
 
 
-def describe_bounds(low: int | None, high: int | None) -> str:
+def format_bounds(low: int | None, high: int | None) -> str:
     """Return bounds in words."""
     return f"from {low} to {high}" if high is not None else f"not below {low}"
 
 
-def take_strings(owner: dict[str, Any], key: str, where: str) -> dict[str, str]:
+def get_strings(owner: dict[str, Any], key: str, where: str) -> dict[str, str]:
     """Return a member that maps names to strings; empty where absent. Raises Mismatch."""
-    values: dict[str, str] = take(owner, key, "object", where, {})
+    values: dict[str, str] = get_member(owner, key, "object", where, {})
     for name, value in values.items():
-        check_kind(value, "string", f"{where}{key}.{name}")
+        check_json_type(value, "string", f"{where}{key}.{name}")
     return values
 
 
-def check_kind(value: Any, kind: str, where: str) -> Any:
+def check_json_type(value: Any, kind: str, where: str) -> Any:
     """Return the value if it is of this JSON kind. Raises Mismatch."""
-    found = name_kind(value)
+    found = name_json_type(value)
     # JSON has one kind of number: 5.0 is a whole one.
     if kind == "integer" and found == "number" and value == value // 1:
         return int(value)
@@ -133,7 +133,7 @@ def check_kind(value: Any, kind: str, where: str) -> Any:
     return value
 
 
-def is_name(text: str) -> bool:
+def is_valid_path(text: str) -> bool:
     """Tell whether a file can have this name: JSON can write NUL and lone surrogates, a path can't hold them.
 
     It can hold bytes that are not UTF-8, for which the surrogates of PEP 383 stand.
@@ -144,7 +144,7 @@ def is_name(text: str) -> bool:
         return False
 
 
-def name_kind(value: object) -> str:
+def name_json_type(value: object) -> str:
     """Return the JSON name of a value's kind."""
     if isinstance(value, bool):
         return "boolean"
@@ -154,7 +154,9 @@ def name_kind(value: object) -> str:
     return names[type(value)]
 
 
-def explain(document: object, mismatch: Mismatch, schema_name: str, subject: str, code: str, hint: str) -> InputError:
+def make_schema_error(
+    document: object, mismatch: Mismatch, schema_name: str, subject: str, code: str, hint: str
+) -> InputError:
     """Return the error for a document that a reader refused: jsonschema's whole list, or the reader's own word."""
     first = Finding("error", code, f"{subject}: {mismatch.path}", mismatch.problem, hint)
     try:

@@ -41,7 +41,7 @@ def report(program: str, container: str, findings: Iterable[Finding], kmsg: bool
 def log_findings(program: str, container: str, findings: Iterable[Finding], kmsg: bool = False) -> None:
     """Tell every finding in the logs only: what is said beside the answer, which stderr is for."""
     for finding in findings:
-        fields = {"CODE": finding.code, "GROUP": name_group(finding.subject)}
+        fields = {"CODE": finding.code, "GROUP": find_group_name(finding.subject)}
         write_line(program, container, finding.level, finding.as_line(), fields, kmsg)
 
 
@@ -63,7 +63,7 @@ def write_line(program: str, container: str, level: str, line: str, fields: dict
         write_kmsg(program, level, tagged)
 
 
-def name_group(subject: str) -> str:
+def find_group_name(subject: str) -> str:
     """Return the VFIO group that a finding is about; "" where it is about something else."""
     for prefix in GROUP_SUBJECTS:
         group = subject[len(prefix) :]

@@ -15,8 +15,16 @@ from errno import EFBIG
 
 from oci_hooks import json_input
 from oci_hooks.findings import InputError
-from oci_hooks.frozen import Record
-from oci_hooks.json_input import Mismatch, check_kind, is_name, name_kind, take, take_number, take_strings
+from oci_hooks.frozen import Frozen
+from oci_hooks.json_input import (
+    Mismatch,
+    check_json_type,
+    get_int,
+    get_member,
+    get_strings,
+    is_valid_path,
+    name_json_type,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +59,7 @@ CONTAINER_NAME_ANNOTATIONS = (
     "io.kubernetes.cri-o.ContainerName",
 )
 # A pod's pause container gets the pod's annotations too, and must not get its devices.
-SANDBOX_MARKS = {
+SANDBOX_ANNOTATIONS = {
     CONTAINER_TYPE_ANNOTATION: "pod_sandbox",
     "io.kubernetes.cri.container-type": "sandbox",
     "io.kubernetes.cri-o.ContainerType": "sandbox",
@@ -64,13 +72,13 @@ STATE_HINT = "see runtime.md of the OCI runtime-spec for the format of the state
 BUNDLE_HINT = "check that the state's bundle directory contains a config.json"
 CONFIG_HINT = "fix the tool that generated this file (format: config.md and config-linux.md of the OCI runtime-spec)"
 # What Go's encoder writes for a byte that is not UTF-8.
-LOST_BYTE = "\ufffd"
+REPLACEMENT_CHARACTER = "\ufffd"
 # Characters of a container's id, which goes into its journal; runc takes 1024.
-LONGEST_NAME = 8192
-HIGHEST_ID = 0xFFFFFFFF
+MAX_NAME_LENGTH = 8192
+MAX_ID = 0xFFFFFFFF
 
 
-class State(Record):
+class State(Frozen):
     """OCI state (runtime-spec, runtime.md).
 
     pid: 0 where the runtime gives none (runc's poststop); status: "" from Kata's Go runtime; root: crun's extra key.
@@ -86,7 +94,7 @@ class State(Record):
     root: str = ""
 
 
-class Device(Record):
+class Device(Frozen):
     """One entry of linux.devices (runtime-spec, config-linux.md). mode, uid, gid: -1 where not given."""
 
     tag = "device"
@@ -116,7 +124,7 @@ class Device(Record):
         return self.path.startswith(GROUP_PREFIX) and self.type in ("c", "u")
 
 
-class IdMapping(Record):
+class IdMapping(Frozen):
     """One entry of linux.uidMappings or gidMappings."""
 
     container_id: int
@@ -124,7 +132,7 @@ class IdMapping(Record):
     size: int
 
 
-class Spec(Record):
+class Spec(Frozen):
     """The part of config.json that the hooks read. path: where it was read from; raw: all of it."""
 
     tag = "spec"
@@ -154,12 +162,14 @@ def read_state(data: bytes) -> State:
         return make_state(document)
     except Mismatch as mismatch:
         try:
-            return make_state(drop_annotations(document))
+            return make_state(drop_foreign_annotations(document))
         except Mismatch:
-            raise json_input.explain(document, mismatch, "state", "state on stdin", "bad-state", STATE_HINT) from None
+            raise json_input.make_schema_error(
+                document, mismatch, "state", "state on stdin", "bad-state", STATE_HINT
+            ) from None
 
 
-def drop_annotations(document: Any) -> Any:
+def drop_foreign_annotations(document: Any) -> Any:
     """Return a state without the annotations that are neither texts nor ours: a runtime copies what it was given."""
     annotations = document.get("annotations") if isinstance(document, dict) else None
     if not isinstance(annotations, dict):
@@ -168,9 +178,9 @@ def drop_annotations(document: Any) -> Any:
     return {**document, "annotations": kept}
 
 
-def mend_bundle(root: Root, state: State) -> State:
+def resolve_bundle(root: Root, state: State) -> State:
     """Return the state with the bundle that it should name; runtime_command.py says which runtimes get it wrong."""
-    if state.bundle != "/" and LOST_BYTE not in state.bundle:
+    if state.bundle != "/" and REPLACEMENT_CHARACTER not in state.bundle:
         return state
     from oci_hooks.runtime_command import find_bundle
 
@@ -199,15 +209,15 @@ def read_spec(root: Root, state: State) -> Spec:
         problem = InputError("bundle-unreadable", path, "does not fit into memory", BUNDLE_HINT)
     except (InputError, Mismatch) as error:
         problem = error
-    from oci_hooks.traces import find_request, look_for_request
+    from oci_hooks.traces import find_request, read_request_traces
 
     broken = isinstance(problem, Mismatch)
-    asks = find_request(data, is_traced) if broken else root.ask(look_for_request, path, is_traced)
+    asks = find_request(data, is_traced) if broken else root.ask(read_request_traces, path, is_traced)
     nothing = make_spec({}, path)
-    if is_sandbox(state, nothing) or (asks is False and not is_asked(state, nothing)):
+    if is_sandbox(state, nothing) or (asks is False and not asks_for_vfio(state, nothing)):
         return nothing
     if isinstance(problem, Mismatch):
-        raise json_input.explain(document, problem, "config", path, "bad-config", CONFIG_HINT) from None
+        raise json_input.make_schema_error(document, problem, "config", path, "bad-config", CONFIG_HINT) from None
     raise problem from None
 
 
@@ -216,15 +226,15 @@ def find_config(root: Root, state: State) -> str:
 
     Kata 1.x keeps it in /run/libcontainer/<id> instead of the bundle (dgibson/kata-vfio-tools).
     """
-    places = [f"{state.bundle.rstrip('/')}/config.json"]
+    locations = [f"{state.bundle.rstrip('/')}/config.json"]
     if "/" not in state.id and state.id not in (".", ".."):
-        places.append(f"/run/libcontainer/{state.id}/config.json")
-    found = next((place for place in places if root.exists(place)), "")
+        locations.append(f"/run/libcontainer/{state.id}/config.json")
+    found = next((location for location in locations if root.exists(location)), "")
     if found:
         return found
-    from oci_hooks.runtime_command import find_other_config
+    from oci_hooks.runtime_command import find_config_option
 
-    return find_other_config(root) or places[0]
+    return find_config_option(root) or locations[0]
 
 
 def find_annotation(state: State, spec: Spec, name: str) -> str | None:
@@ -233,7 +243,7 @@ def find_annotation(state: State, spec: Spec, name: str) -> str | None:
     return value if value is not None else spec.annotations.get(name)
 
 
-def is_asked(state: State, spec: Spec) -> bool:
+def asks_for_vfio(state: State, spec: Spec) -> bool:
     """Tell whether anything at all asks for VFIO: an annotation, or an entry of linux.devices."""
     names = (DEVICES_ANNOTATION, MAP_ANNOTATION)
     return bool(spec.vfio_devices) or any(find_annotation(state, spec, name) is not None for name in names)
@@ -242,58 +252,58 @@ def is_asked(state: State, spec: Spec) -> bool:
 def is_traced(annotations: dict[str, str], paths: list[str]) -> bool:
     """Tell whether a container that has these annotations, and devices of these paths, asks for VFIO."""
     state = State("", "", 0, "", annotations)
-    devices = tuple(Device(normalize(path), "c", -1, -1, -1, -1, -1) for path in paths)
+    devices = tuple(Device(normalize_device_path(path), "c", -1, -1, -1, -1, -1) for path in paths)
     spec = make_spec({}, "").replace(devices=devices)
-    return is_asked(state, spec) and not is_sandbox(state, spec)
+    return asks_for_vfio(state, spec) and not is_sandbox(state, spec)
 
 
 def is_sandbox(state: State, spec: Spec) -> bool:
     """Tell whether this is a pod's pause container."""
-    return any(find_annotation(state, spec, name) == value for name, value in SANDBOX_MARKS.items())
+    return any(find_annotation(state, spec, name) == value for name, value in SANDBOX_ANNOTATIONS.items())
 
 
 def make_state(document: object) -> State:
     """Return the state that a JSON document holds. Raises Mismatch."""
     if not isinstance(document, dict):
-        raise Mismatch("top level", f"expected object, found {name_kind(document)}")
-    take(document, "ociVersion", "string", "", "")
-    identity = take(document, "id", "string", "")
-    bundle = take(document, "bundle", "string", "")
-    pid = take_number(document, "pid", "", 0, low=0)
-    root = take(document, "root", "string", "", "")
-    if not identity or len(identity) > LONGEST_NAME or not is_name(identity):
-        raise Mismatch("id", f"expected a name of {LONGEST_NAME} characters at most, found {identity!r}")
-    if not bundle.startswith("/") or not is_name(bundle):
+        raise Mismatch("top level", f"expected object, found {name_json_type(document)}")
+    get_member(document, "ociVersion", "string", "", "")
+    identity = get_member(document, "id", "string", "")
+    bundle = get_member(document, "bundle", "string", "")
+    pid = get_int(document, "pid", "", 0, low=0)
+    root = get_member(document, "root", "string", "", "")
+    if not identity or len(identity) > MAX_NAME_LENGTH or not is_valid_path(identity):
+        raise Mismatch("id", f"expected a name of {MAX_NAME_LENGTH} characters at most, found {identity!r}")
+    if not bundle.startswith("/") or not is_valid_path(bundle):
         raise Mismatch("bundle", f"expected an absolute path, found {bundle!r}")
-    if not is_name(root):
+    if not is_valid_path(root):
         raise Mismatch("root", f"expected a path, found {root!r}")
-    status = take(document, "status", "string", "", "")
-    return State(identity, bundle, pid, status, take_strings(document, "annotations", ""), root)
+    status = get_member(document, "status", "string", "", "")
+    return State(identity, bundle, pid, status, get_strings(document, "annotations", ""), root)
 
 
 def make_spec(document: object, path: str) -> Spec:
     """Return what the hooks use of a config.json document. Raises Mismatch."""
     if not isinstance(document, dict):
-        raise Mismatch("top level", f"expected object, found {name_kind(document)}")
-    root = take(document, "root", "object", "", None)
-    root_path = take(root, "path", "string", "root.") if root is not None else ""
-    if root is not None and not (root_path and is_name(root_path)):
+        raise Mismatch("top level", f"expected object, found {name_json_type(document)}")
+    root = get_member(document, "root", "object", "", None)
+    root_path = get_member(root, "path", "string", "root.") if root is not None else ""
+    if root is not None and not (root_path and is_valid_path(root_path)):
         raise Mismatch("root.path", f"expected a path, found {root_path!r}")
-    process = take(document, "process", "object", "", {})
-    user = take(process, "user", "object", "process.", {})
-    linux = take(document, "linux", "object", "", {})
-    devices = take(linux, "devices", "array", "linux.", [])
-    namespaces = take(linux, "namespaces", "array", "linux.", [])
-    environment = take(process, "env", "array", "process.", [])
+    process = get_member(document, "process", "object", "", {})
+    user = get_member(process, "user", "object", "process.", {})
+    linux = get_member(document, "linux", "object", "", {})
+    devices = get_member(linux, "devices", "array", "linux.", [])
+    namespaces = get_member(linux, "namespaces", "array", "linux.", [])
+    environment = get_member(process, "env", "array", "process.", [])
     for index, text in enumerate(environment):
-        check_kind(text, "string", f"process.env[{index}]")
+        check_json_type(text, "string", f"process.env[{index}]")
     return Spec(
         path,
-        take_strings(document, "annotations", ""),
+        get_strings(document, "annotations", ""),
         root_path,
         tuple(make_device(entry, f"linux.devices[{index}]") for index, entry in enumerate(devices)),
-        take_number(user, "uid", "process.user.", 0, low=0, high=HIGHEST_ID),
-        take_number(user, "gid", "process.user.", 0, low=0, high=HIGHEST_ID),
+        get_int(user, "uid", "process.user.", 0, low=0, high=MAX_ID),
+        get_int(user, "gid", "process.user.", 0, low=0, high=MAX_ID),
         tuple(environment),
         tuple(make_namespace(entry, f"linux.namespaces[{index}]") for index, entry in enumerate(namespaces)),
         make_mappings(linux, "uidMappings"),
@@ -304,25 +314,25 @@ def make_spec(document: object, path: str) -> Spec:
 
 def make_device(entry: object, where: str) -> Device:
     """Return one entry of linux.devices. Raises Mismatch."""
-    values = check_kind(entry, "object", where)
-    path = take(values, "path", "string", f"{where}.")
-    kind = take(values, "type", "string", f"{where}.")
-    if not path.startswith("/") or not is_name(path):
+    values = check_json_type(entry, "object", where)
+    path = get_member(values, "path", "string", f"{where}.")
+    kind = get_member(values, "type", "string", f"{where}.")
+    if not path.startswith("/") or not is_valid_path(path):
         raise Mismatch(f"{where}.path", f"expected an absolute path, found {path!r}")
     if kind not in ("c", "b", "u", "p"):
         raise Mismatch(f"{where}.type", f"expected one of c, b, u, p, found {kind!r}")
     return Device(
-        normalize(path),
+        normalize_device_path(path),
         kind,
-        take_number(values, "major", f"{where}.", -1),
-        take_number(values, "minor", f"{where}.", -1),
-        take_number(values, "fileMode", f"{where}.", -1, low=0),
-        take_number(values, "uid", f"{where}.", -1, low=0, high=HIGHEST_ID),
-        take_number(values, "gid", f"{where}.", -1, low=0, high=HIGHEST_ID),
+        get_int(values, "major", f"{where}.", -1),
+        get_int(values, "minor", f"{where}.", -1),
+        get_int(values, "fileMode", f"{where}.", -1, low=0),
+        get_int(values, "uid", f"{where}.", -1, low=0, high=MAX_ID),
+        get_int(values, "gid", f"{where}.", -1, low=0, high=MAX_ID),
     )
 
 
-def normalize(path: str) -> str:
+def normalize_device_path(path: str) -> str:
     """Return a device's path as it is below the container's root, absolute and in its shortest form."""
     import os.path
 
@@ -332,19 +342,18 @@ def normalize(path: str) -> str:
 
 def make_namespace(entry: object, where: str) -> str:
     """Return the type of one entry of linux.namespaces. Raises Mismatch."""
-    kind: str = take(check_kind(entry, "object", where), "type", "string", f"{where}.")
+    kind: str = get_member(check_json_type(entry, "object", where), "type", "string", f"{where}.")
     return kind
 
 
 def make_mappings(linux: dict[str, Any], key: str) -> tuple[IdMapping, ...]:
     """Return linux.uidMappings or gidMappings. Raises Mismatch."""
     mappings = []
-    for index, entry in enumerate(take(linux, key, "array", "linux.", [])):
+    for index, entry in enumerate(get_member(linux, key, "array", "linux.", [])):
         where = f"linux.{key}[{index}]"
-        values = check_kind(entry, "object", where)
+        values = check_json_type(entry, "object", where)
         container_id, host_id, size = (
-            take_number(values, name, f"{where}.", None, low=0, high=HIGHEST_ID)
-            for name in ("containerID", "hostID", "size")
+            get_int(values, name, f"{where}.", None, low=0, high=MAX_ID) for name in ("containerID", "hostID", "size")
         )
         mappings.append(IdMapping(container_id, host_id, size))
     return tuple(mappings)

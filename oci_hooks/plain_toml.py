@@ -18,7 +18,7 @@ BLANK = " \t"
 BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 TRUTH = {"true": True, "false": False}
 # A float of more digits has no exact value, and an integer of more is nothing that a setting can be.
-MOST_DIGITS = 15
+MAX_DIGITS = 15
 
 
 class NotPlain(Exception):
@@ -107,7 +107,7 @@ def read_word(word: str) -> bool | int | float:
     """Return a boolean or a number. Raises NotPlain."""
     if word in TRUTH:
         return TRUTH[word]
-    if len(word) <= MOST_DIGITS:
+    if len(word) <= MAX_DIGITS:
         whole, dot, fraction = word.partition(".")
         if is_decimal(whole) and (whole == "0" or whole[0] != "0"):
             if not dot:

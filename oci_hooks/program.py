@@ -8,8 +8,8 @@ import os
 import time
 
 from oci_hooks.findings import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
-from oci_hooks.frozen import Record
-from oci_hooks.system import Deadline, NotingRoot, read_pipe, tagged
+from oci_hooks.frozen import Frozen
+from oci_hooks.system import Deadline, RecordingRoot, read_pipe, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ PHASES = ("prestart", "createRuntime", "poststop")
 STATE_LIMIT = 64 << 20
 
 
-class Arguments(Record):
+class Arguments(Frozen):
     """The command line. phase: "" when not given; bundle: "" for a state on stdin; the rest as their options say."""
 
     phase: str = ""
@@ -45,7 +45,7 @@ class Arguments(Record):
     annotations: tuple[str, ...] = ()
 
 
-class Hook(Record):
+class Hook(Frozen):
     """What makes a hook.
 
     name: of its executable; seconds: its deadline until the settings are read; work: the hook itself, which returns the
@@ -93,10 +93,10 @@ class Run:
         """Log and record as the container's annotations ask for."""
         from oci_hooks import oci
 
-        if is_on(oci.find_annotation(state, spec, oci.LOG_ANNOTATION)):
+        if is_enabled(oci.find_annotation(state, spec, oci.LOG_ANNOTATION)):
             self.is_verbose = True
         record = oci.find_annotation(state, spec, oci.RECORD_ANNOTATION)
-        if is_on(record) or record == "full":
+        if is_enabled(record) or record == "full":
             self.record_asked = str(record)
 
     def is_recorded(self, code: int) -> bool:
@@ -107,7 +107,7 @@ class Run:
         return code != EXIT_DONE or self.record == "always" or bool(self.record_asked)
 
 
-def is_on(value: str | None) -> bool:
+def is_enabled(value: str | None) -> bool:
     """Tell whether an annotation says yes."""
     return value is not None and value.strip().lower() in ("1", "true", "yes", "on", "debug")
 
@@ -115,7 +115,7 @@ def is_on(value: str | None) -> bool:
 # From a JSON document to a record ------------------------------------------------------------------------------------
 
 
-class Outcome(Record):
+class Outcome(Frozen):
     """What a run came to. findings: all that it has to say; error: an exception that nobody foresaw, a defect."""
 
     code: int
@@ -128,7 +128,7 @@ def run_hook(hook: Hook, argv: list[str]) -> int:
     """Run one hook and return its exit code; whatever goes wrong in it becomes findings. argv: its arguments."""
     # A run is over before there is garbage worth looking for.
     gc.disable()
-    guard_descriptors()
+    open_standard_descriptors()
     try:
         arguments = parse_arguments(hook.name, argv, hook.add_options)
     except InputError as error:
@@ -139,7 +139,7 @@ def run_hook(hook: Hook, argv: list[str]) -> int:
             print_json(hook.name, error.exit_code, error.findings, {})
         report(hook.name, "", error.findings, hook.kmsg)
         return error.exit_code
-    root = NotingRoot()
+    root = RecordingRoot()
     run = Run(hook.name, arguments, Deadline(hook.seconds), root)
     outcome = run_work(run, hook.work)
     if arguments.json and not run.is_answered:
@@ -166,7 +166,7 @@ def record_run(hook: Hook, run: Run, outcome: Outcome, notes: list[Note]) -> Non
     from oci_hooks.log import log_findings
 
     try:
-        from oci_hooks.record.writer import keep_record
+        from oci_hooks.record.writer import save_recording
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("oci_hooks"):
             raise
@@ -174,7 +174,7 @@ def record_run(hook: Hook, run: Run, outcome: Outcome, notes: list[Note]) -> Non
     if not run.record and find_record_mode(hook, run.arguments.settings) == "never":
         return
     # Not on stderr, which has what is wrong, and nothing else, for the runtime's message.
-    log_findings(hook.name, run.container, keep_record(summarize(run, outcome), notes), hook.kmsg)
+    log_findings(hook.name, run.container, save_recording(summarize(run, outcome), notes), hook.kmsg)
 
 
 def find_record_mode(hook: Hook, settings: str) -> str:
@@ -212,12 +212,12 @@ def run_work(run: Run, work: Callable[[Run], int]) -> Outcome:
         interrupted = Finding("error", "interrupted", "the hook", "interrupted by SIGINT", "run it again")
         code, error, findings = EXIT_REFUSED, None, run.findings + [interrupted]
     except Exception as defect:  # noqa: BLE001 - reported as a finding, and kept in the recording
-        code, findings = EXIT_REFUSED, run.findings + [make_internal(defect)]
+        code, findings = EXIT_REFUSED, run.findings + [make_internal_finding(defect)]
         error = None if isinstance(defect, OSError) and not run.arguments.debug else defect
     return Outcome(code, findings, time.monotonic() - begun, error)
 
 
-def make_internal(error: Exception) -> Finding:
+def make_internal_finding(error: Exception) -> Finding:
     """Return the finding for an exception that nobody foresaw: the system's, or a defect of ours."""
     if isinstance(error, OSError):
         hint = "check dmesg and that path; --debug shows the failing step"
@@ -233,7 +233,7 @@ def make_internal(error: Exception) -> Finding:
     return Finding("error", "internal", where, f"{type(error).__name__}: {error}", hint)
 
 
-def guard_descriptors() -> None:
+def open_standard_descriptors() -> None:
     """Give descriptors 0 to 2 something to point at, so that no file that is opened later takes their place."""
     for fd in (0, 1, 2):
         try:
@@ -282,7 +282,7 @@ def read_state(run: Run) -> State:
     from oci_hooks import oci
 
     if not run.arguments.bundle:
-        return oci.mend_bundle(run.root, oci.read_state(run.root.do(read_input, run.deadline)))
+        return oci.resolve_bundle(run.root, oci.read_state(run.root.do(read_input, run.deadline)))
     bundle = os.path.abspath(run.arguments.bundle)
     return oci.State(os.path.basename(bundle) or "bundle", bundle, run.arguments.pid, "", {})
 
@@ -311,8 +311,8 @@ def print_json(program: str, code: int, findings: Iterable[Finding], more: dict[
 
     from oci_hooks.log import write_stdout
 
-    told = [finding.as_dict() for finding in findings]
-    answer = {"version": 1, "program": program, "exit": code, "findings": told, **more}
+    reported = [finding.as_dict() for finding in findings]
+    answer = {"version": 1, "program": program, "exit": code, "findings": reported, **more}
     write_stdout(json.dumps(answer, indent=2) + "\n")
 
 

@@ -22,19 +22,19 @@ def find_bundle(root: Root, named: str) -> str:
     """
     if named != "/" and root.exists(f"{named}/config.json"):
         return named
-    found = find_option(read_words(root), "--bundle", "-b")
+    found = find_option(read_runtime_command(root), "--bundle", "-b")
     if not found and named != "/":
         found = root.read_link(f"/proc/{root.do(os.getppid)}/cwd")
     return found or named
 
 
-def find_other_config(root: Root) -> str:
+def find_config_option(root: Root) -> str:
     """Return the file that crun was told to read instead of the bundle's config.json (crun(1), --config), else ""."""
-    words = read_words(root)
+    words = read_runtime_command(root)
     return find_option(words, "--config", "-f") if words[0].rpartition("/")[2] == "crun" else ""
 
 
-def read_words(root: Root) -> list[str]:
+def read_runtime_command(root: Root) -> list[str]:
     """Return the command line of the process that runs this hook."""
     return root.read_text_or(f"/proc/{root.do(os.getppid)}/cmdline", "").split("\0")
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 # More than a screen of mistakes in one document helps nobody.
-MOST_FINDINGS = 10
+MAX_FINDINGS = 10
 # Mistakes that are looked at to find these.
-MOST_ERRORS = 1000
+MAX_ERRORS = 1000
 # Rules of a schema in words, for a value whose schema has no title.
 RULES = {
     "minimum": "a number not below {}",
@@ -39,7 +39,9 @@ def load_site_packages() -> None:
 
         # A virtual environment's, where the interpreter is one's.
         own = f"{sys.executable.rpartition('/bin/')[0]}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
-        sys.path += [place for place in (f"{own}/site-packages", *site.getsitepackages()) if place not in sys.path]
+        sys.path += [
+            location for location in (f"{own}/site-packages", *site.getsitepackages()) if location not in sys.path
+        ]
 
 
 def load_schema(name: str) -> dict[str, Any]:
@@ -65,14 +67,14 @@ def find_mistakes(document: Any, schema_name: str, subject: str, code: str, hint
 
     validator = jsonschema.Draft7Validator(load_schema(schema_name))
     # A document of a MiB has a million mistakes, each of some kB.
-    first = islice(validator.iter_errors(document), MOST_ERRORS)
+    first = islice(validator.iter_errors(document), MAX_ERRORS)
     errors = sorted(first, key=lambda error: [str(step) for step in error.path])
     findings = (
-        Finding("error", code, f"{subject}: {format_path(error.absolute_path)}", describe(error), hint)
+        Finding("error", code, f"{subject}: {format_path(error.absolute_path)}", describe_schema_error(error), hint)
         for error in errors
     )
     # jsonschema complains of each member that is lacking; one finding names them all.
-    return tuple(dict.fromkeys(findings))[:MOST_FINDINGS]
+    return tuple(dict.fromkeys(findings))[:MAX_FINDINGS]
 
 
 def format_path(steps: Iterable[object]) -> str:
@@ -83,7 +85,7 @@ def format_path(steps: Iterable[object]) -> str:
     return text or "top level"
 
 
-def describe(error: Any) -> str:
+def describe_schema_error(error: Any) -> str:
     """Return what one jsonschema ValidationError means, in the words of the hooks."""
     found = describe_value(error.instance)
     rule, wanted = error.validator, error.validator_value

@@ -12,7 +12,7 @@ import os
 import stat
 
 from oci_hooks.findings import Finding, InputError
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.plain_toml import read_toml
 
 TYPE_CHECKING = False
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 # A file with every key and a comment for each has some thousand bytes.
-MOST_BYTES = 64 << 10
+MAX_BYTES = 64 << 10
 # More than a screen of mistakes in one file helps nobody.
-MOST_FINDINGS = 10
+MAX_FINDINGS = 10
 # How the owner of a file looks in a user namespace that has no number for him (proc_sys_kernel(5), overflowuid).
 OVERFLOW_UID = 65534
 ALL_USERS = ["0", "0", "4294967295"]
@@ -45,7 +45,7 @@ def read_settings(root: Root, path: str, make: Callable[[Table], T], *, required
     settings = make(table)
     mistakes = table.list_mistakes()
     if mistakes:
-        findings = (make_finding(path, text, mistake) for mistake in mistakes[:MOST_FINDINGS])
+        findings = (make_finding(path, text, mistake) for mistake in mistakes[:MAX_FINDINGS])
         raise InputError.from_findings(tuple(findings))
     return settings
 
@@ -57,7 +57,7 @@ def read_text(root: Root, path: str, required: bool) -> str:
     """Return the text of a settings file; "" where there is none. Raises InputError."""
     try:
         check_file(root, path)
-        data = root.read_bytes(path, MOST_BYTES)
+        data = root.read_bytes(path, MAX_BYTES)
     except FileNotFoundError:
         if not required:
             return ""
@@ -89,8 +89,8 @@ def check_file(root: Root, path: str) -> None:
         raise InputError(
             "settings-unreadable", path, f"is {kind}, not a file", "replace it by a regular file, or remove it"
         )
-    if found.st_size > MOST_BYTES:
-        problem = f"has {found.st_size} bytes, above the limit of {MOST_BYTES} for a settings file"
+    if found.st_size > MAX_BYTES:
+        problem = f"has {found.st_size} bytes, above the limit of {MAX_BYTES} for a settings file"
         raise InputError("settings-unreadable", path, problem, "check that it is the right file, or shorten it")
     if found.st_uid and found.st_uid != root.do(os.geteuid) and not is_unmapped(root, found.st_uid):
         problem = f"belongs to user {found.st_uid}, who could change what the hook does as root"
@@ -129,7 +129,7 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
 # Values --------------------------------------------------------------------------------------------------------------
 
 
-class Mistake(Record):
+class Mistake(Frozen):
     """A value that is wrong. keys: tables and key, as in ("auto", "ids"); item: its number in a list, -1: none."""
 
     keys: tuple[str, ...]
@@ -170,10 +170,10 @@ class Table:
             return float(value)
         return self.default(key, default, expected, value)
 
-    def whole(self, key: str, default: int, most: int, expected: str) -> int:
-        """Return a whole number from 0 to `most`; 384.0 is one, as it is to JSON schemas."""
+    def whole(self, key: str, default: int, maximum: int, expected: str) -> int:
+        """Return a whole number from 0 to `maximum`; 384.0 is one, as it is to JSON schemas."""
         value = self.find(key)
-        if (type(value) is int or (type(value) is float and value.is_integer())) and 0 <= value <= most:
+        if (type(value) is int or (type(value) is float and value.is_integer())) and 0 <= value <= maximum:
             return int(value)
         return self.default(key, default, expected, value)
 

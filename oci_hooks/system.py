@@ -133,7 +133,7 @@ class Root:
             return ""
         return target
 
-    def link_name(self, path: str) -> str:
+    def read_link_name(self, path: str) -> str:
         """Return the last component of a link's target ("" without a link): sysfs says driver and group so."""
         return self.read_link(path).rpartition("/")[2]
 
@@ -154,7 +154,7 @@ class Root:
         real: str = self.ask(os.path.realpath, path)
         return real[len(self.top) :] if self.top and real.startswith(self.top + "/") else real
 
-    def is_held(self, path: str) -> bool:
+    def is_exclusively_open(self, path: str) -> bool:
         """Tell whether a block device's node can't be opened because it is in exclusive use. Nothing else is asked.
 
         Source: open(2), O_EXCL without O_CREAT: EBUSY when the device is mounted or otherwise used by the system.
@@ -261,7 +261,7 @@ class Note:
         self.inside = inside
 
 
-class NotingRoot(Root):
+class RecordingRoot(Root):
     """The live system, and a note of all that passed the door: what a record is made of.
 
     It stands here because every run has one: noting costs a microsecond, a module of its own would cost an open.
@@ -275,14 +275,14 @@ class NotingRoot(Root):
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
         """Return what a reading function says of a path, and note it. Raises OSError."""
-        return self.noted(self.add("ask", name_tag(question), (path,)), question, path, *more)
+        return self.call_noted(self.add("ask", name_tag(question), (path,)), question, path, *more)
 
     def do(self, function: Callable[..., T], *arguments: object) -> T:
         """Return what a step comes to, and note it."""
         entry = self.add("do", name_tag(function), arguments)
         self.depth += 1
         try:
-            return self.noted(entry, function, *arguments)
+            return self.call_noted(entry, function, *arguments)
         finally:
             self.depth -= 1
 
@@ -296,7 +296,7 @@ class NotingRoot(Root):
         self.notes.append(entry)
         return entry
 
-    def noted(self, entry: Note, function: Callable[..., T], *arguments: object) -> T:
+    def call_noted(self, entry: Note, function: Callable[..., T], *arguments: object) -> T:
         """Return what a function returns, noting that, or what it raises."""
         try:
             answer = function(*arguments)

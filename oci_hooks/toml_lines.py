@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 # An array or a string over more lines than this is not what anybody looks for.
-LONGEST_VALUE = 200
+MAX_VALUE_LINES = 200
 
 
 def find_line(text: str, keys: tuple[str, ...]) -> int:
@@ -35,7 +35,7 @@ def sets_key(lines: list[str], index: int, keys: tuple[str, ...]) -> bool:
     # Within a string or an array that began further up.
     if before is None or has_key(before, keys):
         return False
-    for end in range(index + 1, min(index + 1 + LONGEST_VALUE, len(lines)) + 1):
+    for end in range(index + 1, min(index + 1 + MAX_VALUE_LINES, len(lines)) + 1):
         after = parse_lines(lines[:end])
         if after is not None:
             return has_key(after, keys)

@@ -2,8 +2,8 @@
 """Whether a config.json that can't be read could ask for VFIO: traces of it in the bytes, whatever else they are.
 
 Runtimes run what the reader refuses: text behind the object, comments, objects nested by the thousand, members that are
-null. Such a container is stopped only where it could be one that asks. Both answers here err on that side: is_free says
-yes only where no reader of JSON can find VFIO, and read_traces finds at least what the reader would.
+null. Such a container is stopped only where it could be one that asks. Both answers here err on that side: lacks_vfio
+says yes only where no reader of JSON can find VFIO, and read_traces finds at least what the reader would.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ESCAPES = (b"\\u0076", b"\\u0066", b"\\u0069", b"\\u006f", b"\\u006F")
 OVERLAP = 5
 PIECE = 1 << 20
 # A file of which not even the bytes are looked at. A runtime keeps all of it in memory, several times.
-LARGEST_FILE = 1 << 30
+MAX_FILE_BYTES = 1 << 30
 # One that is followed, in memory, when the bytes alone are no answer.
-LARGEST_TEXT = 64 << 20
+MAX_TEXT_BYTES = 64 << 20
 
 
 @tagged("find-request")
-def look_for_request(path: str, asks: Asks) -> bool | None:
+def read_request_traces(path: str, asks: Asks) -> bool | None:
     """Tell whether a config.json asks for VFIO; None where nobody can say, as of an empty one. asks: see find_request.
 
     A question of its own to the system: a recording has the answer, and not the text, of which it leaves out most.
@@ -40,9 +40,9 @@ def look_for_request(path: str, asks: Asks) -> bool | None:
     from oci_hooks.system import read_file
 
     try:
-        if is_file_free(path):
+        if file_lacks_vfio(path):
             return False if os.stat(path).st_size else None
-        return find_request(read_file(path, LARGEST_TEXT), asks)
+        return find_request(read_file(path, MAX_TEXT_BYTES), asks)
     except (OSError, MemoryError):
         return None
 
@@ -52,7 +52,7 @@ def find_request(data: bytes, asks: Asks) -> bool | None:
 
     asks: tells it of annotations and paths of devices.
     """
-    if is_free(data):
+    if lacks_vfio(data):
         return False
     traces = read_traces(data)
     if traces is None:
@@ -60,7 +60,7 @@ def find_request(data: bytes, asks: Asks) -> bool | None:
     return asks(traces.annotations, traces.paths)
 
 
-def is_free(data: bytes) -> bool:
+def lacks_vfio(data: bytes) -> bool:
     """Tell whether a text surely has no "vfio" in any string, whatever else it is. Pure; nothing is imported.
 
     JSON has one other way to write a letter: its escape of six characters (RFC 8259, section 7).
@@ -70,16 +70,16 @@ def is_free(data: bytes) -> bool:
     return b"\\u00" not in data or not any(escape in data for escape in ESCAPES)
 
 
-def is_file_free(path: str) -> bool:
+def file_lacks_vfio(path: str) -> bool:
     """Tell the same of a file, piece by piece: one that is too large to be read. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         total, end = 0, b""
-        while total <= LARGEST_FILE:
+        while total <= MAX_FILE_BYTES:
             piece = os.read(fd, PIECE)
             if not piece:
                 return True
-            if not is_free(end + piece):
+            if not lacks_vfio(end + piece):
                 return False
             total += len(piece)
             end = (end + piece)[-OVERLAP:]
@@ -92,7 +92,7 @@ class Unreadable(Exception):
     """The text can't be followed."""
 
 
-class Traces:
+class RequestTraces:
     """What a text that is nearly JSON has where a container asks for VFIO. All of it: values of any kind count.
 
     annotations: by name, "" for a value that is no string; paths: every string below linux.devices.
@@ -121,34 +121,34 @@ def is_member(keys: list[str | None], *names: str) -> bool:
     return len(keys) >= len(names) and all(key is not None and key.casefold() == name for key, name in zip(keys, names))
 
 
-def read_traces(data: bytes) -> Traces | None:
+def read_traces(data: bytes) -> RequestTraces | None:
     """Return the traces in the first value of a text; None where that can't be followed to its end. Pure.
 
     It goes by brackets, colons and strings alone, without recursion; numbers and words may be anything. Comments are
     skipped, as yajl does, which crun reads with.
     """
     try:
-        return follow(data.decode("utf-8", "surrogateescape"))
+        return scan_text(data.decode("utf-8", "surrogateescape"))
     except Unreadable:
         return None
 
 
-def follow(text: str) -> Traces:
+def scan_text(text: str) -> RequestTraces:
     """Return the traces in the first value of a text. Raises Unreadable."""
     import re
 
-    traces = Traces()
+    traces = RequestTraces()
     # The way to where we are: a member's name, None in an array; the name of an object before its first member is "".
     keys: list[str | None] = []
     last: str | None = None
     mark: Any = re.compile(r"""[][{}:,"'/]""").search
     found = mark(text, 0)
     while found:
-        place, char = found.end(), found[0]
+        location, char = found.end(), found[0]
         if char == '"':
-            last, place = read_string(text, place, len(keys) <= 4)
+            last, location = read_string(text, location, len(keys) <= 4)
         elif char == "/":
-            place = skip_comment(text, place)
+            location = skip_comment(text, location)
         elif char in "{[":
             keys.append("" if char == "{" else None)
             last = None
@@ -165,7 +165,7 @@ def follow(text: str) -> Traces:
                 return traces
         else:
             raise Unreadable
-        found = mark(text, place)
+        found = mark(text, location)
     raise Unreadable
 
 

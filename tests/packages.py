@@ -113,19 +113,19 @@ class Root:
 
     def make_script(self, cwd: str) -> str:
         """Return the shell script that mounts it, and runs its arguments in it."""
-        top, work, place = (self.changes / name for name in ("top", "work", "root"))
-        for directory in (top, work, place):
+        top, work, location = (self.changes / name for name in ("top", "work", "root"))
+        for directory in (top, work, location):
             directory.mkdir(parents=True, exist_ok=True)
         layers = f"lowerdir={':'.join(map(str, self.layers))},upperdir={top},workdir={work}"
         lines = [
-            f"mount -t overlay -o {layers} root {place}",
-            f"mount -t proc proc {place}/proc",
-            f"mount --rbind /dev {place}/dev",
-            f"mount --rbind /sys {place}/sys",
+            f"mount -t overlay -o {layers} root {location}",
+            f"mount -t proc proc {location}/proc",
+            f"mount --rbind /dev {location}/dev",
+            f"mount --rbind /sys {location}/sys",
         ]
         for source, target in self.binds:
-            lines += [f"mkdir -p {place}{target}", f"mount --rbind {source} {place}{target}"]
-        return "\n".join([*lines, f'exec chroot {place} sh -c \'cd "$0" && exec "$@"\' {cwd} "$@"'])
+            lines += [f"mkdir -p {location}{target}", f"mount --rbind {source} {location}{target}"]
+        return "\n".join([*lines, f'exec chroot {location} sh -c \'cd "$0" && exec "$@"\' {cwd} "$@"'])
 
     def list_changes(self) -> set[str]:
         """Return the paths of everything that was made in it, or changed."""
@@ -137,18 +137,18 @@ class Root:
 @functools.cache
 def ensure_dist() -> Path:
     """Return a directory with the packages of the tree as it is at the first call, built if they are not there."""
-    place = find_cache() / f"dist-{stamp_tree()}"
-    if not place.exists():
-        with locked(place):
-            if not place.exists():
+    location = find_cache() / f"dist-{stamp_tree()}"
+    if not location.exists():
+        with locked(location):
+            if not location.exists():
                 say("building DEB and RPM packages")
                 started = time.monotonic()
                 forget_old("dist-*")
-                partial = make_partial(place)
+                partial = make_partial(location)
                 run([str(REPOSITORY / "packaging/build"), str(partial)])
-                partial.rename(place)
+                partial.rename(location)
                 say(f"  packages: done in {time.monotonic() - started:.0f} s")
-    return place
+    return location
 
 
 def stamp_tree() -> str:
@@ -171,19 +171,19 @@ def forget_old(pattern: str) -> None:
 
 def ensure_roots(names: Sequence[str] = tuple(ROOTS)) -> None:
     """Make the roots that are missing, side by side: most of the time is the mirror's."""
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(ensure_root, names))
+    with ThreadPoolExecutor() as candidates:
+        list(candidates.map(ensure_root, names))
 
 
 def ensure_root(name: str) -> Path:
     """Return a Debian root of this name, made once."""
     suite, installed, downloaded, requirements = {**ROOTS, **BARE_ROOTS}[name]
-    place = find_cache() / f"root-{name}-{make_stamp(suite, *installed, *downloaded, *requirements)}"
-    if not place.exists():
-        with locked(place):
-            if not place.exists():
-                make_root(place, suite, installed, downloaded, requirements)
-    return place
+    location = find_cache() / f"root-{name}-{make_stamp(suite, *installed, *downloaded, *requirements)}"
+    if not location.exists():
+        with locked(location):
+            if not location.exists():
+                make_root(location, suite, installed, downloaded, requirements)
+    return location
 
 
 def make_root(
@@ -225,17 +225,17 @@ def install_requirements(root: Path, requirements: Sequence[str]) -> None:
 def ensure_installed(name: str = "debian-12") -> tuple[Path, Path]:
     """Return the layers, topmost first, of a root in which apt has installed the DEBs and the runtimes."""
     base, dist = ensure_root(name), ensure_dist()
-    place = find_cache() / f"installed-{name}-{make_stamp(str(base), str(dist))}"
-    if not place.exists():
-        with locked(place):
-            if not place.exists():
+    location = find_cache() / f"installed-{name}-{make_stamp(str(base), str(dist))}"
+    if not location.exists():
+        with locked(location):
+            if not location.exists():
                 forget_old("installed-*")
-                partial = make_partial(place)
+                partial = make_partial(location)
                 runtimes = RUNTIMES if set(RUNTIMES) <= set(ROOTS[name][2]) else ()
                 install_debs(Root((base,), partial, ((dist, "/mnt/dist"),)), *RECOMMENDED, *runtimes)
-                (partial / "top").rename(place)
+                (partial / "top").rename(location)
                 shutil.rmtree(partial)
-    return place, base
+    return location, base
 
 
 def are_wanted_by(files: Sequence[Path]) -> bool:

@@ -250,20 +250,20 @@ def find_venv(name: str, requirements: Sequence[str]) -> Path:
 
 def ensure_venv(name: str, requirements: Sequence[str]) -> Path:
     """Return a virtual environment of the system's Python that has the requirements."""
-    place = find_venv(name, requirements)
+    location = find_venv(name, requirements)
     # A virtual environment knows its own path, so it is made in place and marked when it is whole.
-    mark = place / "complete"
+    mark = location / "complete"
     if mark.exists():
-        return place
-    with locked(place):
+        return location
+    with locked(location):
         if not mark.exists():
             what = f"making a virtual environment with {', '.join(requirements)}"
             with PROGRESS.step(f"virtual environment {name}", what):
-                shutil.rmtree(place, ignore_errors=True)
-                run([PYTHON, "-m", "venv", str(place)])
-                run_twice([str(place / "bin/pip"), "install", "--disable-pip-version-check", "-q", *requirements])
+                shutil.rmtree(location, ignore_errors=True)
+                run([PYTHON, "-m", "venv", str(location)])
+                run_twice([str(location / "bin/pip"), "install", "--disable-pip-version-check", "-q", *requirements])
                 mark.touch()
-    return place
+    return location
 
 
 def find_rootfs(name: str = "probe") -> Path:
@@ -274,13 +274,13 @@ def find_rootfs(name: str = "probe") -> Path:
 def ensure_rootfs(name: str = "probe") -> Path:
     """Return the root file system for containers of this name, made once with debootstrap."""
     packages = ROOTFS_PACKAGES[name]
-    place = find_rootfs(name)
-    if place.exists():
-        return place
-    with locked(place):
-        if not place.exists():
-            make_rootfs(place, packages)
-    return place
+    location = find_rootfs(name)
+    if location.exists():
+        return location
+    with locked(location):
+        if not location.exists():
+            make_rootfs(location, packages)
+    return location
 
 
 def make_rootfs(place: Path, packages: Sequence[str]) -> None:
@@ -345,12 +345,12 @@ def ensure_kernel(version: str = DEFAULT_KERNEL) -> Kernel:
     Not installed: that would run update-initramfs and touch /boot of a machine that only wants to run tests, and a
     kernel of another Debian release could not be installed at all.
     """
-    place = find_cache() / f"kernel-{version}"
-    if not place.exists():
-        with locked(place):
-            if not place.exists():
-                unpack_kernel(place, version)
-    (image,) = place.glob("boot/vmlinuz-*")
+    location = find_cache() / f"kernel-{version}"
+    if not location.exists():
+        with locked(location):
+            if not location.exists():
+                unpack_kernel(location, version)
+    (image,) = location.glob("boot/vmlinuz-*")
     return Kernel(version, image.name.split("-", 1)[1], image)
 
 
@@ -424,10 +424,10 @@ def is_rig_made() -> bool:
 
 def ensure_rig() -> tuple[Kernel, Path]:
     """Return the usual kernel and root file system, with all the rig needs beside them, made side by side."""
-    with ThreadPoolExecutor() as pool:
-        venv = pool.submit(ensure_venv, "rig", RIG_REQUIREMENTS)
-        kernel = pool.submit(ensure_kernel)
-        rootfs = pool.submit(ensure_rootfs)
+    with ThreadPoolExecutor() as candidates:
+        venv = candidates.submit(ensure_venv, "rig", RIG_REQUIREMENTS)
+        kernel = candidates.submit(ensure_kernel)
+        rootfs = candidates.submit(ensure_rootfs)
         venv.result()
         return kernel.result(), rootfs.result()
 

@@ -98,8 +98,8 @@ class Count:
 
     def print_failures(self) -> None:
         """Print what failed, once more: of a long run, many see the end only."""
-        told = [("FAILED, PASSED WHEN TRIED AGAIN", failure) for failure in self.again]
-        for what, failure in [*told, *(("FAILED", failure) for failure in self.failures)]:
+        reported = [("FAILED, PASSED WHEN TRIED AGAIN", failure) for failure in self.again]
+        for what, failure in [*reported, *(("FAILED", failure) for failure in self.failures)]:
             first, *rest = failure.words.splitlines()
             print("\n".join(["", f"{what} {first}", *(f"    {line}" for line in rest[-LINES_TOLD:])]))
         for skip in self.skips:
@@ -259,9 +259,9 @@ def run_jobs(jobs: Iterable[tuple[str, Job]]) -> list[tuple[str, Job, Count]]:
 
     An emulated machine keeps one processor busy: a test does one thing after another. Building packages does, too.
     """
-    pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
+    candidates = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
     try:
-        futures = [(kind, job, pool.submit(job, ())) for kind, job in jobs]
+        futures = [(kind, job, candidates.submit(job, ())) for kind, job in jobs]
         return [(kind, job, future.result()) for kind, job, future in futures]
     except KeyboardInterrupt:
         # At once, without waiting for the threads: the leashes take the machines down.
@@ -338,8 +338,8 @@ def hide_records() -> list[str]:
     """
     if os.geteuid():
         return []
-    place = "/var/lib/oci-vfio-hooks"
-    script = f'mkdir -p {place} && mount -t tmpfs -o mode=0755 none {place} && exec "$@"'
+    location = "/var/lib/oci-vfio-hooks"
+    script = f'mkdir -p {location} && mount -t tmpfs -o mode=0755 none {location} && exec "$@"'
     return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
 
 

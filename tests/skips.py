@@ -38,7 +38,7 @@ class Known:
 
 KNOWN = (
     Known(
-        "tests/unit/test_fuzz.py::test_guided_by_coverage",
+        "tests/unit/test_fuzz.py::test_fuzz_with_atheris",
         "no atheris for this interpreter",
         "atheris has wheels for few interpreters; the same targets run without its guidance",
     ),

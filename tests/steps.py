@@ -24,7 +24,7 @@ PR_SET_CHILD_SUBREAPER = 36
 CHANGES = {
     "os": ("write", "mknod", "unlink", "mkdir", "rmdir", "rename", "chown", "ftruncate"),
     "oci_hooks.guest.apply.bpf": ("load_program", "replace_program"),
-    "oci_hooks.guest.apply.mount_ns": ("call",),
+    "oci_hooks.guest.apply.mount_ns": ("call_libc",),
 }
 COUNT, LEADER, FIRED = slice(0, 8), slice(8, 16), slice(16, 24)
 

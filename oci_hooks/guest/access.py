@@ -7,18 +7,18 @@ import errno
 import os
 
 from oci_hooks.findings import StepError
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.guest.apply import cgroup
-    from oci_hooks.guest.apply.nodes import Target
+    from oci_hooks.guest.apply.nodes import Container
     from oci_hooks.guest.claims import ClaimDirectory
-    from oci_hooks.guest.undo_log import Journal
+    from oci_hooks.guest.undo_log import UndoLog
     from oci_hooks.system import Deadline, Root
 
 
-def load_what_follows() -> None:
+def preload_later_steps() -> None:
     """Import what making and permitting nodes needs; ctypes, for bpf(2), is the dearest import of a whole run."""
     import ctypes  # noqa: F401
 
@@ -26,7 +26,7 @@ def load_what_follows() -> None:
     from oci_hooks.guest.apply import bpf, cgroup, container_dev, device_filter, nodes, proof  # noqa: F401
 
 
-class Permission(Record):
+class GrantOptions(Frozen):
     """How to permit. widens_parents: see `plan_grant`; expects_user: the container may have its groups open."""
 
     widens_parents: bool
@@ -35,51 +35,51 @@ class Permission(Record):
 
 def grant_nodes(
     root: Root,
-    made: tuple[cgroup.Node, ...],
-    target: Target,
-    how: Permission,
+    made: tuple[cgroup.MadeNode, ...],
+    target: Container,
+    options: GrantOptions,
     claims: ClaimDirectory,
-    journal: Journal,
+    undo_log: UndoLog,
     deadline: Deadline,
 ) -> None:
     """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
     from oci_hooks.guest import permits
     from oci_hooks.guest.apply import cgroup, container_dev, permission, proof
 
-    reused = permits.take_numbers(claims, made, journal, deadline)
-    place = cgroup.find_cgroup(root, target.pid)
+    reused = permits.claim_numbers(claims, made, undo_log, deadline)
+    target_cgroup = cgroup.find_cgroup(root, target.pid)
     directory = root.do(container_dev.open_dev, target.pid, target.rootfs)
     try:
-        proofs = proof.prove(root, place, directory, made, deadline)
-        denied = [proof.node for proof in proofs if proof.is_denied]
+        checks = proof.verify_nodes(root, target_cgroup, directory, made, deadline)
+        denied = [check.node for check in checks if check.is_denied]
         if denied:
             opened = None
-            if permission.is_open_list(root, place):
-                opened = proof.find_access(root, place.replace(unified=""), directory, denied, deadline)
-            permits.give(claims, place, denied, how.widens_parents, opened, journal, deadline)
-            proofs = proof.prove(root, place, directory, made, deadline)
+            if permission.is_open_list(root, target_cgroup):
+                opened = proof.find_access(root, target_cgroup.replace(unified=""), directory, denied, deadline)
+            permits.allow_nodes(claims, target_cgroup, denied, options.widens_parents, opened, undo_log, deadline)
+            checks = proof.verify_nodes(root, target_cgroup, directory, made, deadline)
     finally:
         os.close(directory)
     # A group opens once at a time, and the device cgroup is asked before.
-    expects_user = how.expects_user and not reused
-    checked = [proof for proof in proofs if proof.error != errno.EBUSY or not expects_user]
-    check_proofs(root, place, tuple(checked))
+    expects_user = options.expects_user and not reused
+    checked = [check for check in checks if check.error != errno.EBUSY or not expects_user]
+    check_proofs(root, target_cgroup, tuple(checked))
 
 
-def check_proofs(root: Root, place: cgroup.Cgroup, proofs: tuple[cgroup.NodeProof, ...]) -> None:
+def check_proofs(root: Root, target_cgroup: cgroup.Cgroup, checks: tuple[cgroup.NodeCheck, ...]) -> None:
     """Raise StepError where a node did not open, or its group is not viable."""
     from oci_hooks.guest.apply import permission
 
-    if any(proof.is_denied for proof in proofs):
-        raise permission.explain_denial(root, place, proofs)
-    for proof in proofs:
-        path = f"/dev/{proof.node.name}"
-        if proof.error == errno.EBUSY:
+    if any(check.is_denied for check in checks):
+        raise permission.explain_denial(root, target_cgroup, checks)
+    for check in checks:
+        path = f"/dev/{check.node.name}"
+        if check.error == errno.EBUSY:
             raise StepError("group-busy", path, "another process has it open", f"find it with: fuser -v {path}")
-        if proof.error:
+        if check.error:
             hint = "check that the file system of the container's /dev is not mounted with the option nodev"
-            raise StepError("not-openable", path, f"cannot be opened: {os.strerror(proof.error)}", hint)
-        if not proof.is_viable:
+            raise StepError("not-openable", path, f"cannot be opened: {os.strerror(check.error)}", hint)
+        if not check.is_viable:
             problem = "the group is not viable: one of its devices is bound to a driver that is not for VFIO"
             hint = f"list its devices with: ls /sys/kernel/iommu_groups/{path.rpartition('/')[2]}/devices"
             raise StepError("group-not-viable", path, problem, hint)

@@ -15,8 +15,8 @@ from oci_hooks.guest.apply import drivers
 from oci_hooks.guest.apply.modprobe import load_drivers
 from oci_hooks.guest.claims import ClaimDirectory, Owner
 from oci_hooks.guest.decision import wait_for_claim, wait_for_hook
-from oci_hooks.guest.id_mapping import find_mappings
-from oci_hooks.guest.recovery import UNDO_SECONDS, put_back, take_back
+from oci_hooks.guest.id_mapping import resolve_id_mappings
+from oci_hooks.guest.recovery import UNDO_SECONDS, take_back, undo_claim
 from oci_hooks.guest.session import Session
 from oci_hooks.guest.signals import interruptible, reset_signals
 from oci_hooks.linux.processes import read_start_time
@@ -26,7 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.guest.request import Request
     from oci_hooks.guest.settings import GuestSettings
-    from oci_hooks.guest.undo_log import Journal
+    from oci_hooks.guest.undo_log import UndoLog
     from oci_hooks.oci import Spec, State
     from oci_hooks.program import Run
     from oci_hooks.system import Root
@@ -43,13 +43,13 @@ def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSe
     owner = Owner(state.id, state.pid, start, state.bundle)
     directory = ClaimDirectory(root=root)
     directory.prepare()
-    session = Session(run, state, find_mappings(root, state, spec), request, settings, directory, owner)
-    journal, wanted = wait_for_claim(session)
+    session = Session(run, state, resolve_id_mappings(root, state, spec), request, settings, directory, owner)
+    undo_log, wanted = wait_for_claim(session)
     try:
         with interruptible():
-            carry_out(session, wanted, journal)
+            apply_plan(session, wanted, undo_log)
     except BaseException as error:
-        findings = take_back(session, journal)
+        findings = take_back(session, undo_log)
         if isinstance(error, HookError):
             # What could not be done often can't be undone either, for the same reason: said once.
             error.findings += tuple(finding for finding in findings if finding not in error.findings)
@@ -57,22 +57,22 @@ def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSe
             session.run.findings.extend(findings)
         raise
     finally:
-        journal.close()
+        undo_log.close()
 
 
-def carry_out(session: Session, wanted: plan.Plan, journal: Journal) -> None:
+def apply_plan(session: Session, wanted: plan.Plan, undo_log: UndoLog) -> None:
     """Do what the plan says, each step noted in the journal before it is done. Raises HookError."""
     root, deadline = session.root, session.run.deadline
     rootfs = root.do(find_rootfs, session.state, session.spec)
     load_drivers(root, deadline)
-    drivers.bind_devices(root, wanted.rebinds, journal, deadline, access.load_what_follows)
+    drivers.bind_devices(root, wanted.rebinds, undo_log, deadline, access.preload_later_steps)
     from oci_hooks.guest.apply import nodes
 
-    target = nodes.Target(session.state.pid, rootfs)
-    made = nodes.expose_nodes(root, wanted, target, journal)
-    permission = access.Permission(session.settings.widen_parent_cgroups, expects_user=journal.kept > 0)
-    access.grant_nodes(root, made, target, permission, session.directory, journal, deadline)
-    journal.note("done")
+    target = nodes.Container(session.state.pid, rootfs)
+    made = nodes.expose_nodes(root, wanted, target, undo_log)
+    permission = access.GrantOptions(session.settings.widen_parent_cgroups, expects_user=undo_log.kept > 0)
+    access.grant_nodes(root, made, target, permission, session.directory, undo_log, deadline)
+    undo_log.add("done")
 
 
 @tagged("find-rootfs")
@@ -91,7 +91,7 @@ def release(root: Root, state: State, deadline: Deadline, settings: str = "") ->
     settings: path of the file, if named on the command line.
     """
     directory = ClaimDirectory(root=root)
-    path = directory.journal_path(state.id)
+    path = directory.undo_log_path(state.id)
     reset_signals()
     extend_deadline(root, deadline, settings)
     directory.prepare()
@@ -103,7 +103,7 @@ def release(root: Root, state: State, deadline: Deadline, settings: str = "") ->
                 return []
             ownership.check_release(root, state, claim)
             if not claim.at_work:
-                findings = put_back(root, claim, max(deadline.remaining(), UNDO_SECONDS), lock)
+                findings = undo_claim(root, claim, max(deadline.remaining(), UNDO_SECONDS), lock)
                 if findings is not None:
                     return findings
         finally:

@@ -15,10 +15,10 @@ import os
 import stat
 
 from oci_hooks.findings import Refusal
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.guest.homes import Home, is_occupied
 from oci_hooks.guest.locks import take_lock, try_lock
-from oci_hooks.guest.undo_log import FORMAT, JOURNAL_LIMIT, OWNER, Entry, Journal, parse_journal, quote, unquote
+from oci_hooks.guest.undo_log import FORMAT, OWNER, UNDO_LOG_LIMIT, Entry, UndoLog, parse_undo_log, quote, unquote
 from oci_hooks.linux.processes import read_start_time
 from oci_hooks.system import Descriptor, Root, step, tagged
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 STATE_DIRECTORY = "/run/oci-vfio-hooks"
 # What the file of an id that is too long for a file name begins with; of no other id does it.
-HASHED = "sha256-"
+HASH_PREFIX = "sha256-"
 # The hook's own lack of something, which is no defect of a claim.
-LACKS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
-class Owner(Record):
+class Owner(Frozen):
     """Whose a claim is. container: its id; pid, start: its init process (start in clock ticks since boot); bundle: the
     path of its bundle; home: its cgroups."""
 
@@ -48,7 +48,7 @@ class Owner(Record):
     home: Home = Home()
 
 
-class Claim(Record):
+class Claim(Frozen):
     """A container's journal as it stands. container: its id; pid, start, bundle, home: as of an Owner; groups: what it
     has; entries: all of the journal; done: its hook succeeded; at_work: its hook still runs; problem: why it can't be
     put back, "" where it can: of such a claim the rest is what could be read."""
@@ -113,15 +113,15 @@ class ClaimDirectory:
             raise
         return fd
 
-    def journal_path(self, container: str) -> str:
+    def undo_log_path(self, container: str) -> str:
         """Return where a container's journal lies, whatever its id is made of."""
         name = quote(container)
-        if name.startswith((".", HASHED)):
+        if name.startswith((".", HASH_PREFIX)):
             name = f"%{ord(name[0]):02x}{name[1:]}"
         if len(name) > 200:
             import hashlib
 
-            name = HASHED + hashlib.sha256(container.encode("utf-8", "surrogateescape")).hexdigest()
+            name = HASH_PREFIX + hashlib.sha256(container.encode("utf-8", "surrogateescape")).hexdigest()
         return f"{self.path}/claims/{name}"
 
     @step("read-claims")
@@ -158,68 +158,68 @@ class ClaimDirectory:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 at_work = not try_lock(fd)
-                data = read_head(fd, JOURNAL_LIMIT + 1)
+                data = read_head(fd, UNDO_LOG_LIMIT + 1)
             finally:
                 os.close(fd)
         except FileNotFoundError:
             return None
         except OSError as error:
-            if error.errno in LACKS:
+            if error.errno in RESOURCE_ERRNOS:
                 raise
             return make_claim(path, [], False).replace(problem=f"cannot be read: {error.strerror}")
-        claim = make_claim(path, parse_journal(data), at_work)
+        claim = make_claim(path, parse_undo_log(data), at_work)
         return claim.replace(problem=self.find_problem(claim, data))
 
     def find_problem(self, claim: Claim, data: bytes) -> str:
         """Return why a claim can't be put back, "" where it can. data: of its file."""
-        if len(data) > JOURNAL_LIMIT:
-            return f"is longer than {JOURNAL_LIMIT} bytes"
+        if len(data) > UNDO_LOG_LIMIT:
+            return f"is longer than {UNDO_LOG_LIMIT} bytes"
         if not data.startswith(FORMAT.encode() + b"\n"):
             return f"does not have the format of this version of the hook, {FORMAT}"
         if tuple(entry.kind for entry in claim.entries[: len(OWNER)]) != OWNER:
             return "is damaged: it does not begin with the entries of its container"
-        if self.journal_path(claim.container) != claim.path:
+        if self.undo_log_path(claim.container) != claim.path:
             return f"is damaged: it names another container, {claim.container}"
         return ""
 
     @step("read-undo-log")
-    def read_entries(self, journal: Journal) -> tuple[Entry, ...]:
+    def read_entries(self, undo_log: UndoLog) -> tuple[Entry, ...]:
         """Return the entries that this run has added to a journal, also to one that somebody has removed."""
-        return tuple(parse_journal(os.pread(journal.fd, JOURNAL_LIMIT, journal.kept)))
+        return tuple(parse_undo_log(os.pread(undo_log.fd, UNDO_LOG_LIMIT, undo_log.kept)))
 
     @step("read-whole-undo-log")
-    def read_all_entries(self, journal: Journal) -> tuple[Entry, ...]:
+    def read_all_entries(self, undo_log: UndoLog) -> tuple[Entry, ...]:
         """Return all entries of a journal, also those of earlier runs of this container's hook."""
-        return tuple(parse_journal(os.pread(journal.fd, JOURNAL_LIMIT, 0)))
+        return tuple(parse_undo_log(os.pread(undo_log.fd, UNDO_LOG_LIMIT, 0)))
 
     @step("open-undo-log")
-    def open_journal(self, owner: Owner, groups: tuple[str, ...]) -> Journal:
+    def open_undo_log(self, owner: Owner, groups: tuple[str, ...]) -> UndoLog:
         """Write a new claim and return its journal, locked. Call it with the machine-wide lock held.
 
         An older journal of the same container is replaced: it must have been undone, or taken over, before.
         """
-        path = self.journal_path(owner.container)
+        path = self.undo_log_path(owner.container)
         draft = f"{self.path}/claims/.{os.getpid()}"
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            journal = Journal(fd, path)
-            journal.write(f"{FORMAT}\n".encode())
-            journal.note("container", owner.container)
-            journal.note("bundle", owner.bundle)
-            journal.note("init", owner.pid, owner.start)
-            journal.note("cgroup", *owner.home.as_dict().values())
+            undo_log = UndoLog(fd, path)
+            undo_log.write(f"{FORMAT}\n".encode())
+            undo_log.add("container", owner.container)
+            undo_log.add("bundle", owner.bundle)
+            undo_log.add("init", owner.pid, owner.start)
+            undo_log.add("cgroup", *owner.home.as_dict().values())
             for name in groups:
-                journal.note("group", name)
+                undo_log.add("group", name)
             # Nobody ever sees a claim that is not whole, or not locked.
             os.rename(draft, path)
         except BaseException:
             os.close(fd)
             os.unlink(draft)
             raise
-        return journal
+        return undo_log
 
-    def note_revoked(self, claim: Claim, numbers: str) -> None:
+    def add_revoked(self, claim: Claim, numbers: str) -> None:
         """Note in a claim that its container has some device numbers no more. Raises OSError.
 
         Call it with the machine-wide lock held, also while a hook is at work on the claim: an entry is one write.
@@ -230,7 +230,7 @@ class ClaimDirectory:
             return
         size = os.fstat(fd).st_size
         try:
-            Journal(fd, claim.path, torn=is_torn(fd), size=size).note("revoked", numbers)
+            UndoLog(fd, claim.path, torn=ends_mid_line(fd), size=size).add("revoked", numbers)
         except OSError:
             # A part of a line would spoil the next one, which the hook at work would write right behind it.
             os.ftruncate(fd, size)
@@ -239,7 +239,7 @@ class ClaimDirectory:
             os.close(fd)
 
     @step("reopen-undo-log")
-    def reopen_journal(self, claim: Claim) -> Journal | None:
+    def reopen_undo_log(self, claim: Claim) -> UndoLog | None:
         """Return the journal of an existing claim, locked; None where a hook, or a blocked step of one, has it.
 
         None too where it has just gone: a hook that fails removes its claim without the machine-wide lock.
@@ -250,7 +250,7 @@ class ClaimDirectory:
             return None
         if try_lock(fd):
             size = os.fstat(fd).st_size
-            return Journal(fd, claim.path, size if claim.done else 0, is_torn(fd), size)
+            return UndoLog(fd, claim.path, size if claim.done else 0, ends_mid_line(fd), size)
         os.close(fd)
         return None
 
@@ -282,26 +282,26 @@ def name_container(path: str) -> str:
         return name
 
 
-def read_head(fd: int, most: int) -> bytes:
+def read_head(fd: int, maximum: int) -> bytes:
     """Return the first bytes of a file. Raises OSError."""
     data = b""
-    while len(data) < most:
-        more = os.read(fd, most - len(data))
+    while len(data) < maximum:
+        more = os.read(fd, maximum - len(data))
         if not more:
             break
         data += more
     return data
 
 
-def is_torn(fd: int) -> bool:
+def ends_mid_line(fd: int) -> bool:
     """Check whether a journal's last line has no end."""
     return os.pread(fd, 1, max(os.fstat(fd).st_size - 1, 0)) != b"\n"
 
 
-def list_owners(claims: list[Claim], but: str) -> Iterator[tuple[str, str]]:
-    """Yield (group, container) for every claim but one. but: its path."""
+def list_owners(claims: list[Claim], excluding: str) -> Iterator[tuple[str, str]]:
+    """Yield (group, container) for every claim but one. excluding: its path."""
     for claim in claims:
-        if claim.path != but:
+        if claim.path != excluding:
             for group in claim.groups:
                 yield group, claim.container
 

@@ -10,32 +10,32 @@ from oci_hooks.guest import access, ownership, plan, selection
 from oci_hooks.guest.claims import Claim
 from oci_hooks.guest.homes import find_home
 from oci_hooks.guest.locks import take_lock
-from oci_hooks.guest.recovery import repair
+from oci_hooks.guest.recovery import repair_claims
 from oci_hooks.guest.session import Session
 from oci_hooks.guest.undo_log import parse_instance
 from oci_hooks.linux import pci
-from oci_hooks.linux.instances import name_instance
-from oci_hooks.linux.usage import Uses
+from oci_hooks.linux.instances import make_instance
+from oci_hooks.linux.usage import UsageFinder
 from oci_hooks.system import Deadline, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.guest.selection import Choice
-    from oci_hooks.guest.undo_log import Entry, Journal
+    from oci_hooks.guest.selection import ChosenGroup
+    from oci_hooks.guest.undo_log import Entry, UndoLog
     from oci_hooks.linux.uevents import Listener
 
 # What binding takes once the device is there; waiting for it must leave so much.
 BIND_SECONDS = 1.0
 
 
-def wait_for_claim(session: Session) -> tuple[Journal, plan.Plan]:
+def wait_for_claim(session: Session) -> tuple[UndoLog, plan.Plan]:
     """Decide what the container gets, waiting for devices that are not there yet. Raises Refusal."""
     listener = None
     root, deadline = session.root, session.run.deadline
     while True:
         try:
             claimed = claim_groups(session)
-        except selection.NotYet as missing:
+        except selection.NotAvailableYet as missing:
             if listener is None:
                 from oci_hooks.linux.uevents import Listener
 
@@ -43,12 +43,12 @@ def wait_for_claim(session: Session) -> tuple[Journal, plan.Plan]:
                     # Nothing is missed: it listens now, and the next look comes after.
                     listener = root.do(Listener)
                     # Nobody waits for it now; when the device is there, its driver keeps it for a while anyway.
-                    access.load_what_follows()
+                    access.preload_later_steps()
                 except HookError as error:
                     # What is missing is the news; that it can't be waited for comes after.
                     error.findings = missing.findings + error.findings
                     raise
-            elif not root.do(wait, listener, deadline):
+            elif not root.do(wait_for_event, listener, deadline):
                 raise missing.after(root.do(deadline.elapsed)) from None
         else:
             if claimed:
@@ -56,87 +56,89 @@ def wait_for_claim(session: Session) -> tuple[Journal, plan.Plan]:
 
 
 @tagged("wait-for-event")
-def wait(listener: Listener, deadline: Deadline) -> str:
+def wait_for_event(listener: Listener, deadline: Deadline) -> str:
     """Return what happened to a device or a group; "" when too little time is left to bind one."""
     seconds = deadline.remaining() - BIND_SECONDS
     # Where events come faster than they are looked after there always is one: only the clock ends that.
     return listener.wait(seconds) if seconds > 0 else ""
 
 
-def claim_groups(session: Session) -> tuple[Journal, plan.Plan] | None:
+def claim_groups(session: Session) -> tuple[UndoLog, plan.Plan] | None:
     """Decide once, and write the claim; None where another hook of the same container had to be waited for."""
     deadline = session.run.deadline
     lock = session.directory.lock(deadline)
     try:
         session.directory.remove_drafts()
-        claims = repair(session, session.directory.read_claims(), lock)
+        claims = repair_claims(session, session.directory.read_claims(), lock)
         own = next((claim for claim in claims if claim.path == session.claim_path), None)
         if not own or not own.at_work:
-            ownership.check_own(own, session.owner)
+            ownership.check_own_claim(own, session.owner)
             if len(claims) > bool(own):
                 from oci_hooks.guest import permits
 
-                permits.revoke_dead(session.directory, claims, but=session.claim_path)
-            wanted = plan.make_plan(session.root, choose(session, claims), session.spec, make_options(session))
+                permits.revoke_stale_numbers(session.directory, claims, excluding=session.claim_path)
+            wanted = plan.make_plan(
+                session.root, select_groups(session, claims), session.spec, make_plan_options(session)
+            )
             session.root.note("plan", wanted)
-            journal = open_claim(session, own, wanted.groups)
-            if journal is not None:
-                return journal, wanted
+            undo_log = open_claim(session, own, wanted.groups)
+            if undo_log is not None:
+                return undo_log, wanted
     finally:
         os.close(lock)
     session.root.do(wait_for_hook, own, deadline)
     return None
 
 
-def make_options(session: Session) -> plan.PlanOptions:
+def make_plan_options(session: Session) -> plan.PlanOptions:
     """Return what settings and request say about nodes."""
     return plan.PlanOptions(session.settings.owner, session.request.wants_cdev, session.settings.map)
 
 
-def choose(session: Session, claims: list[Claim]) -> tuple[Choice, ...]:
-    """Return the groups for the container, from what the machine has now. Raises NotYet, Refusal."""
+def select_groups(session: Session, claims: list[Claim]) -> tuple[ChosenGroup, ...]:
+    """Return the groups for the container, from what the machine has now. Raises NotAvailableYet, Refusal."""
     settings = session.settings
     # Both have to say so: guest.toml for this hook, the kernel's switch for the whole guest.
     noiommu = settings.allow_noiommu and session.root.read_text_or(pci.NOIOMMU_SWITCH, "N") == "Y"
-    picture, live = pci.look(session.root, noiommu, instances=True), pci.list_live_groups(session.root)
-    picture, live = pci.name_bare_groups(picture, live, noiommu)
-    pool = selection.Pool(
-        picture,
-        ownership.find_owners(claims, picture, session.claim_path),
+    inventory, live = pci.scan(session.root, noiommu, instances=True), pci.list_live_groups(session.root)
+    inventory, live = pci.resolve_noiommu_groups(inventory, live, noiommu)
+    candidates = selection.Candidates(
+        inventory,
+        ownership.find_owners(claims, inventory, session.claim_path),
         live,
-        Uses(session.root, session.run.deadline).find,
+        UsageFinder(session.root, session.run.deadline).find,
         settings.never,
         settings.auto_ids,
         settings.auto_classes,
         settings.force,
     )
-    choices = selection.choose_groups(session.request, pool)
+    choices = selection.choose_groups(session.request, candidates)
     own = [entry for claim in claims if claim.path == session.claim_path for entry in claim.entries]
-    noted = [entry for entry in reversed(own) if entry.kind == "device" and is_there(picture, entry)]
+    noted = [entry for entry in reversed(own) if entry.kind == "device" and is_same_device(inventory, entry)]
     before = {entry.words[0]: entry.words[1] for entry in noted}
-    return tuple(choice.replace(drivers_before=before) for choice in choices)
+    return tuple(chosen.replace(drivers_before=before) for chosen in choices)
 
 
-def is_there(picture: pci.Picture, entry: Entry) -> bool:
+def is_same_device(inventory: pci.Inventory, entry: Entry) -> bool:
     """Check whether the device that an entry notes is at its address, not another one."""
-    device = picture.devices.get(entry.words[0])
-    return device is not None and name_instance(device) == parse_instance(entry)
+    device = inventory.devices.get(entry.words[0])
+    return device is not None and make_instance(device) == parse_instance(entry)
 
 
-def open_claim(session: Session, own: Claim | None, groups: tuple[str, ...]) -> Journal | None:
+def open_claim(session: Session, own: Claim | None, groups: tuple[str, ...]) -> UndoLog | None:
     """Return the container's journal with its groups noted: a new one, or that of an earlier run of the hook.
 
     None where somebody has that one meanwhile: it is not replaced, it knows which drivers the devices had.
     """
     if own is None:
         home = find_home(session.root, session.owner.pid)
-        return session.directory.open_journal(session.owner.replace(home=home), groups)
-    journal = session.directory.reopen_journal(own)
-    if journal is not None:
+        return session.directory.open_undo_log(session.owner.replace(home=home), groups)
+    undo_log = session.directory.reopen_undo_log(own)
+    if undo_log is not None:
         for name in groups:
             if name not in own.groups:
-                journal.note("group", name)
-    return journal
+                undo_log.add("group", name)
+    return undo_log
 
 
 @tagged("wait-for-hook")

@@ -6,8 +6,8 @@ from __future__ import annotations
 from oci_hooks.findings import make_one_line
 from oci_hooks.guest import ownership, plan
 from oci_hooks.guest.claims import ClaimDirectory, Owner
-from oci_hooks.guest.decision import choose, make_options
-from oci_hooks.guest.id_mapping import find_mappings
+from oci_hooks.guest.decision import make_plan_options, select_groups
+from oci_hooks.guest.id_mapping import resolve_id_mappings
 from oci_hooks.guest.session import Session
 from oci_hooks.guest.undo_log import HEADS, describe_undo
 
@@ -24,12 +24,12 @@ def print_plan(run: Run, state: State, spec: Spec, request: Request, settings: G
     root = run.root
     directory = ClaimDirectory(root=root)
     owner = Owner(state.id, state.pid, 0, state.bundle)
-    session = Session(run, state, find_mappings(root, state, spec), request, settings, directory, owner)
+    session = Session(run, state, resolve_id_mappings(root, state, spec), request, settings, directory, owner)
     claims = [claim for claim in directory.read_claims() if not claim.is_stale(root)]
     for claim in claims:
         if claim.path == session.claim_path:
             ownership.check_readable(claim)
-    wanted = plan.make_plan(root, choose(session, claims), session.spec, make_options(session))
+    wanted = plan.make_plan(root, select_groups(session, claims), session.spec, make_plan_options(session))
     root.note("plan", wanted)
     print_actions(run, plan.list_actions(wanted))
 
@@ -37,7 +37,7 @@ def print_plan(run: Run, state: State, spec: Spec, request: Request, settings: G
 def print_release(run: Run, state: State) -> None:
     """Print what a release would put back, and do nothing."""
     directory = ClaimDirectory(root=run.root)
-    claim = directory.read_claim(directory.journal_path(state.id))
+    claim = directory.read_claim(directory.undo_log_path(state.id))
     if claim:
         ownership.check_readable(claim)
     entries = [entry for entry in reversed(claim.entries) if entry.kind not in HEADS] if claim else []

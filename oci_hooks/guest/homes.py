@@ -7,7 +7,7 @@ the kernel does not kill the other processes with it.
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux.pci import read_inode
 
 TYPE_CHECKING = False
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 # Directories that are looked into below a cgroup. A container may have made any number of them.
-MOST_DIRECTORIES = 1000
+MAX_DIRECTORIES = 1000
 
 
-class Home(Record):
+class Home(Frozen):
     """The cgroups that are one container's alone.
 
     unified, devices: directories of the version 2 hierarchy and of the version 1 devices hierarchy, each "" where there
@@ -39,16 +39,16 @@ def find_home(root: Root, pid: int) -> Home:
     """Return the cgroups of a container. pid: its init. Raises StepError where they can't be found."""
     from oci_hooks.guest.apply import cgroup
 
-    place = cgroup.find_cgroup(root, pid)
-    unified, devices = (path if path not in place.shared else "" for path in (place.unified, place.devices))
+    location = cgroup.find_cgroup(root, pid)
+    unified, devices = (path if path not in location.shared else "" for path in (location.unified, location.devices))
     unified_inode, devices_inode = (read_inode(root, path) if path else 0 for path in (unified, devices))
     return Home(unified, unified_inode, devices, devices_inode)
 
 
 def is_occupied(root: Root, home: Home) -> bool:
     """Check whether a process is left in a container's cgroups, or below them."""
-    places = ((home.unified, home.unified_inode), (home.devices, home.devices_inode))
-    return any(path and has_process(root, path, inode) for path, inode in places)
+    locations = ((home.unified, home.unified_inode), (home.devices, home.devices_inode))
+    return any(path and has_process(root, path, inode) for path, inode in locations)
 
 
 def has_process(root: Root, path: str, inode: int) -> bool:
@@ -78,7 +78,7 @@ def list_processes(root: Root, path: str) -> Iterator[int]:
     while waiting:
         path = waiting.pop()
         looked += 1
-        if looked > MOST_DIRECTORIES:
+        if looked > MAX_DIRECTORIES:
             yield 0
             return
         for word in root.read_text_or(f"{path}/cgroup.procs", "").split():

@@ -43,7 +43,7 @@ def read_record_mode(path: str) -> str:
 
 def work(run: Run) -> int:
     """Do what the state asks for: bind, release, or nothing. Returns the exit code."""
-    from oci_hooks.oci import is_asked, read_spec
+    from oci_hooks.oci import asks_for_vfio, read_spec
 
     arguments = run.arguments
     if arguments.bundle and not arguments.pid and not arguments.dry_run and arguments.phase != "poststop":
@@ -53,7 +53,7 @@ def work(run: Run) -> int:
     if arguments.phase == "poststop" or state.status == "stopped":
         return release_groups(run, state)
     spec = read_spec(run.root, state)
-    if not is_asked(state, spec):
+    if not asks_for_vfio(state, spec):
         return EXIT_DONE
     from oci_hooks.guest.request import read_request
 
@@ -64,7 +64,7 @@ def work(run: Run) -> int:
             run.root.note("request", request)
             bind_groups(run, state, spec, request)
     except Exception:
-        end_if_wanted(run, state)
+        kill_if_configured(run, state)
         raise
     return EXIT_DONE
 
@@ -84,12 +84,12 @@ def bind_groups(run: Run, state: State, spec: Spec, request: Request) -> None:
     bind(run, state, spec, request, settings)
 
 
-def end_if_wanted(run: Run, state: State) -> None:
+def kill_if_configured(run: Run, state: State) -> None:
     """End the container where guest.toml has `on_failure = "kill"`: it asked for VFIO and does not get it.
 
     Kata's agent ignores a hook's exit code, and would start it without its devices.
     """
-    from oci_hooks.guest.apply.kill import end_container
+    from oci_hooks.guest.apply.kill import kill_container
     from oci_hooks.guest.settings import read_guest_settings
 
     try:
@@ -98,7 +98,7 @@ def end_if_wanted(run: Run, state: State) -> None:
         # What it says can't be read, which is told already or not what failed.
         return
     if settings.on_failure == "kill" and not run.arguments.dry_run:
-        end_container(run.root, state)
+        kill_container(run.root, state)
 
 
 def release_groups(run: Run, state: State) -> int:
@@ -108,7 +108,7 @@ def release_groups(run: Run, state: State) -> int:
     from oci_hooks.guest.claims import ClaimDirectory
 
     # Most containers have none, and do not pay for what puts it back.
-    if not run.root.do(os.path.exists, ClaimDirectory(root=run.root).journal_path(state.id)):
+    if not run.root.do(os.path.exists, ClaimDirectory(root=run.root).undo_log_path(state.id)):
         return EXIT_DONE
     from oci_hooks.guest.binding import release
     from oci_hooks.guest.dry_run import print_release

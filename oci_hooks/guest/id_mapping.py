@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 NO_ID = 0xFFFFFFFF
 
 
-def find_mappings(root: Root, state: State, spec: Spec) -> Spec:
+def resolve_id_mappings(root: Root, state: State, spec: Spec) -> Spec:
     """Return the spec with the id mappings of the user namespace that the container's init is in (user_namespaces(7)).
 
     config.json holds none, or a made-up one, where the namespace is joined by its path, as a pod's containers do.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from oci_hooks.system import Deadline
 
 # How long after an alarm that went unheard the next one comes.
-RING_SECONDS = 0.1
+ALARM_SECONDS = 0.1
 
 
 def try_lock(fd: int) -> bool:
@@ -51,8 +51,8 @@ class alarm:  # noqa: N801 - reads as a statement
     def __enter__(self) -> None:
         import signal
 
-        signal.signal(signal.SIGALRM, self.ring)
-        signal.setitimer(signal.ITIMER_REAL, max(self.deadline.remaining(), 0.001), RING_SECONDS)
+        signal.signal(signal.SIGALRM, self.handle_alarm)
+        signal.setitimer(signal.ITIMER_REAL, max(self.deadline.remaining(), 0.001), ALARM_SECONDS)
 
     def __exit__(self, *_: object) -> None:
         import signal
@@ -60,7 +60,7 @@ class alarm:  # noqa: N801 - reads as a statement
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     @staticmethod
-    def ring(*_: object) -> None:
+    def handle_alarm(*_: object) -> None:
         """Handle SIGALRM."""
         import signal
 

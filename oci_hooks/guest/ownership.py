@@ -10,14 +10,14 @@ from oci_hooks.guest.homes import find_home
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.guest.claims import Claim, Owner
-    from oci_hooks.linux.pci import Picture
+    from oci_hooks.linux.pci import Inventory
     from oci_hooks.oci import State
     from oci_hooks.system import Root
 
 UNREADABLE_HINT = "end its container, restore its devices by hand (driverctl unset-override), and remove the file"
 
 
-def is_over(root: Root, claim: Claim, own: str, pid: int) -> bool:
+def has_ended(root: Root, claim: Claim, own: str, pid: int) -> bool:
     """Check whether a claim has to be undone. own, pid: the path of this container's claim, and its init.
 
     The claim of an earlier container of the same id is over, too, when this one is in the very same cgroup: which of
@@ -30,7 +30,7 @@ def is_over(root: Root, claim: Claim, own: str, pid: int) -> bool:
     return claim.home == find_home(root, pid)
 
 
-def check_own(claim: Claim | None, owner: Owner) -> None:
+def check_own_claim(claim: Claim | None, owner: Owner) -> None:
     """Raise Refusal where the claim under a container's id can't be read, or is another, living container's."""
     if claim is None:
         return
@@ -71,17 +71,17 @@ def check_release(root: Root, state: State, claim: Claim) -> None:
         raise Refusal("container-alive", subject, f"{other}still has processes and keeps its devices", hint)
 
 
-def find_owners(claims: list[Claim], picture: Picture, own: str) -> dict[str, str]:
+def find_owners(claims: list[Claim], inventory: Inventory, own: str) -> dict[str, str]:
     """Return which container has which group, by all claims but one. own: the path of that one.
 
     What can't be read of a claim may be any device that is bound to a VFIO driver and that no other claim has.
     """
-    owners = dict(list_owners(claims, but=own))
+    owners = dict(list_owners(claims, excluding=own))
     known = {group for claim in claims for group in claim.groups}
     for claim in claims:
         if claim.problem and claim.path != own:
             named = {entry.words[0] for entry in claim.entries if entry.kind == "device"}
-            for device in picture.devices.values():
+            for device in inventory.devices.values():
                 if device.address in named or (device.owned_by_vfio and device.group not in known):
                     owners.setdefault(device.group, claim.container)
     return owners

@@ -4,8 +4,8 @@
 Permission is a matter of device numbers, and of cgroups that containers have in common:
 
 * The kernel gives a number out anew when its device is gone. A container that was permitted it, and still has a node of
-  it, would open the next one's device. So what is dead is revoked before devices are bound (`revoke_dead`), and what
-  the kernel gave out for this container all the same, from whoever had it, right after (`take_numbers`).
+  it, would open the next one's device. So what is dead is revoked before devices are bound (`revoke_stale_numbers`),
+  and what the kernel gave out for this container all the same, from whoever had it, right after (`claim_numbers`).
 * A parent that was widened, with version 1, stays so until no claim needs it.
 
 All of this is done with the machine-wide lock held: cgroups' rules are read, changed and written back, and nobody else
@@ -19,7 +19,7 @@ import os
 from oci_hooks.findings import Finding, HookError, Refusal, StepError
 from oci_hooks.guest.apply import container_dev, nodes, permission
 from oci_hooks.guest.homes import list_processes
-from oci_hooks.guest.undo_log import parse_instance, parse_journal
+from oci_hooks.guest.undo_log import parse_instance, parse_undo_log
 from oci_hooks.linux import pci
 from oci_hooks.linux.instances import read_instance
 from oci_hooks.oci import CDEV_PREFIX
@@ -30,33 +30,33 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from oci_hooks.guest.apply.bpf_program import Numbers
-    from oci_hooks.guest.apply.cgroup import Cgroup, Node
+    from oci_hooks.guest.apply.cgroup import Cgroup, MadeNode
     from oci_hooks.guest.apply.permission import Grant
     from oci_hooks.guest.claims import Claim, ClaimDirectory
     from oci_hooks.guest.homes import Home
-    from oci_hooks.guest.undo_log import Entry, Journal
+    from oci_hooks.guest.undo_log import Entry, UndoLog
     from oci_hooks.system import Deadline, Root
 
 DEVICES_BY_NUMBER = "/sys/dev/char"
 CDEV_DIRECTORY = CDEV_PREFIX[len("/dev/") :]
 
 
-def list_others(claims: Iterable[Claim], but: str) -> list[Claim]:
-    """Return all claims but one. but: its path."""
-    return [claim for claim in claims if claim.path != but]
+def list_others(claims: Iterable[Claim], excluding: str) -> list[Claim]:
+    """Return all claims but one. excluding: its path."""
+    return [claim for claim in claims if claim.path != excluding]
 
 
 # Giving --------------------------------------------------------------------------------------------------------------
 
 
 @step("allow-nodes")
-def give(
+def allow_nodes(
     claims: ClaimDirectory,
-    place: Cgroup,
-    denied: list[Node],
+    target_cgroup: Cgroup,
+    denied: list[MadeNode],
     widen_parents: bool,
     opened: Mapping[Numbers, str] | None,
-    journal: Journal,
+    undo_log: UndoLog,
     deadline: Deadline,
 ) -> None:
     """Permit nodes to a container's cgroup, noted in its journal first. Raises StepError, Refusal [lock-timeout].
@@ -65,20 +65,20 @@ def give(
     """
     lock = claims.lock(deadline)
     try:
-        check_kept(claims, journal, denied)
-        others = list_others(claims.read_claims(), journal.path)
-        check_alone(claims.root, place, others)
+        check_not_revoked(claims, undo_log, denied)
+        others = list_others(claims.read_claims(), undo_log.path)
+        check_alone(claims.root, target_cgroup, others)
         grants = read_grants(others)
-        grant = permission.plan_grant(claims.root, place, denied, widen_parents, grants, opened)
-        permission.permit(claims.root, grant, lambda: journal.note("permit", *permission.format_grant(grant)))
+        grant = permission.plan_grant(claims.root, target_cgroup, denied, widen_parents, grants, opened)
+        permission.allow(claims.root, grant, lambda: undo_log.add("permit", *permission.format_grant(grant)))
     finally:
         os.close(lock)
 
 
-def check_alone(root: Root, place: Cgroup, others: Iterable[Claim]) -> None:
+def check_alone(root: Root, target_cgroup: Cgroup, others: Iterable[Claim]) -> None:
     """Raise StepError where a container is in the cgroup of another one: what one is permitted the other is."""
     # With both hierarchies the kernel asks both, so that one in which the container is alone is enough.
-    own = [path for path in (place.devices, place.unified) if path and path not in place.shared]
+    own = [path for path in (target_cgroup.devices, target_cgroup.unified) if path and path not in target_cgroup.shared]
     for claim in others:
         home = claim.home
         homes = ((home.unified, home.unified_inode), (home.devices, home.devices_inode))
@@ -88,9 +88,9 @@ def check_alone(root: Root, place: Cgroup, others: Iterable[Claim]) -> None:
             raise StepError("permit-failed", own[0], problem, "give each container its own linux.cgroupsPath")
 
 
-def check_kept(claims: ClaimDirectory, journal: Journal, wanted: Iterable[Node]) -> None:
+def check_not_revoked(claims: ClaimDirectory, undo_log: UndoLog, wanted: Iterable[MadeNode]) -> None:
     """Raise StepError where a number was revoked since it was taken: its device is gone, and perhaps another has it."""
-    kept = permission.list_numbers(claims.read_all_entries(journal))
+    kept = permission.list_numbers(claims.read_all_entries(undo_log))
     for node in wanted:
         if node.major != permission.MISC_MAJOR and (node.major, node.minor) not in kept:
             raise explain_gone(f"/dev/{node.name}")
@@ -104,14 +104,14 @@ def explain_gone(subject: str) -> StepError:
 # Device numbers -------------------------------------------------------------------------------------------------------
 
 
-def revoke_dead(claims: ClaimDirectory, held: list[Claim], but: str) -> None:
+def revoke_stale_numbers(claims: ClaimDirectory, held: list[Claim], excluding: str) -> None:
     """Revoke the device numbers that no device has any more, before the kernel gives them out for another one.
 
-    held: all claims; but: path of the one whose container is about to get devices. Call it with the machine-wide lock
-    held. What can't be revoked is no error yet: who gets the number is refused (`take_numbers`).
+    held: all claims; excluding: path of the one whose container is about to get devices. Call it with the machine-wide
+    lock held. What can't be revoked is no error yet: who gets the number is refused (`claim_numbers`).
     """
     root = claims.root
-    for claim in list_others(held, but):
+    for claim in list_others(held, excluding):
         numbers = permission.list_numbers(claim.entries)
         if not numbers or not root.exists(DEVICES_BY_NUMBER):
             continue
@@ -124,7 +124,7 @@ def revoke_dead(claims: ClaimDirectory, held: list[Claim], but: str) -> None:
 
 
 @step("claim-numbers")
-def take_numbers(claims: ClaimDirectory, made: tuple[Node, ...], journal: Journal, deadline: Deadline) -> bool:
+def claim_numbers(claims: ClaimDirectory, made: tuple[MadeNode, ...], undo_log: UndoLog, deadline: Deadline) -> bool:
     """Make device numbers one container's alone: they are revoked from all others. Return whether any had to be.
 
     made: the container's nodes, whose devices are bound. It is noted in the journal that it has these numbers. Raises
@@ -133,13 +133,13 @@ def take_numbers(claims: ClaimDirectory, made: tuple[Node, ...], journal: Journa
     taken = {(node.major, node.minor): node for node in made if node.major != permission.MISC_MAJOR}
     lock = claims.lock(deadline)
     try:
-        others = list_others(claims.read_claims(), journal.path)
+        others = list_others(claims.read_claims(), undo_log.path)
         # Noted first, checked then: if its device goes after that, whoever gets the number finds it noted.
-        missing = taken.keys() - permission.list_numbers(claims.read_all_entries(journal))
+        missing = taken.keys() - permission.list_numbers(claims.read_all_entries(undo_log))
         if missing:
-            journal.note("numbers", format_numbers(missing))
+            undo_log.add("numbers", format_numbers(missing))
         if others:
-            check_own(claims.root, claims.read_entries(journal), taken.values())
+            check_own_devices(claims.root, claims.read_entries(undo_log), taken.values())
         found: dict[Numbers, Claim] = {}
         for claim in others:
             numbers = permission.list_numbers(claim.entries).intersection(taken)
@@ -159,15 +159,17 @@ def take_numbers(claims: ClaimDirectory, made: tuple[Node, ...], journal: Journa
     return bool(found)
 
 
-def check_own(root: Root, entries: Iterable[Entry], made: Iterable[Node]) -> None:
+def check_own_devices(root: Root, entries: Iterable[Entry], made: Iterable[MadeNode]) -> None:
     """Raise StepError where a container's devices are gone, so that its numbers may be another's."""
     for entry in entries:
         if entry.kind == "device" and read_instance(root, entry.words[0]) != parse_instance(entry):
             raise explain_gone(entry.words[0])
     for node in made:
         name = node.name.rpartition("/")[2]
-        place = f"/sys/class/vfio-dev/{name}" if node.name.startswith(CDEV_DIRECTORY) else f"{pci.VFIO_CLASS}/{name}"
-        if pci.read_numbers(root, place) != (node.major, node.minor):
+        target_cgroup = (
+            f"/sys/class/vfio-dev/{name}" if node.name.startswith(CDEV_DIRECTORY) else f"{pci.VFIO_CLASS}/{name}"
+        )
+        if pci.read_numbers(root, target_cgroup) != (node.major, node.minor):
             raise explain_gone(f"/dev/{node.name}")
 
 
@@ -179,7 +181,7 @@ def revoke_from(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all
         problem = f"cannot be revoked from container {claim.container}, which had it for a device that was unplugged: "
         hint = f"end container {claim.container}, then start this one again"
         subject = f"device number {format_numbers(numbers)}"
-        raise StepError("permission-left", subject, problem + name_reason(error), hint) from None
+        raise StepError("permission-left", subject, problem + describe_reason(error), hint) from None
 
 
 def revoke_numbers(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all_claims: Iterable[Claim]) -> None:
@@ -190,8 +192,8 @@ def revoke_numbers(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], 
     root = claims.root
     others = read_grants(list_others(all_claims, claim.path))
     for grant in permission.list_grants(claim.entries):
-        permission.forbid(root, drop_replaced(root, grant.without(set(grant.nodes) - numbers), claim.home), others)
-    note_revoked(claims, claim, numbers)
+        permission.disallow(root, drop_replaced(root, grant.without(set(grant.nodes) - numbers), claim.home), others)
+    record_revoked(claims, claim, numbers)
     if claim.is_alive(root):
         try:
             remove_nodes(claim.entries, claim.pid, numbers)
@@ -200,12 +202,12 @@ def revoke_numbers(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], 
             return
 
 
-def note_revoked(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers]) -> None:
+def record_revoked(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers]) -> None:
     """Note that numbers were revoked, where there is room for it: else it is done once more the next time."""
     try:
-        claims.note_revoked(claim, format_numbers(numbers))
+        claims.add_revoked(claim, format_numbers(numbers))
     except (OSError, StepError):
-        # A hook that is at work on that claim relies on the note (`check_kept`).
+        # A hook that is at work on that claim relies on the note (`check_not_revoked`).
         if claim.at_work:
             raise
 
@@ -228,7 +230,7 @@ def remove_from_mount(entry: Entry, pid: int, numbers: set[Numbers]) -> None:
     try:
         directory = container_dev.open_path(dev, entry.words[1])
         try:
-            if not container_dev.is_guests_own(directory):
+            if not container_dev.is_guest_dev(directory):
                 for name in os.listdir(directory):
                     for each in numbers:
                         container_dev.remove_node(directory, name, each)
@@ -246,25 +248,25 @@ def format_numbers(numbers: Iterable[Numbers]) -> str:
 # Taking back ---------------------------------------------------------------------------------------------------------
 
 
-def take_back(
-    claims: ClaimDirectory, journal: Journal, entries: tuple[Entry, ...], deadline: Deadline
+def undo_grants(
+    claims: ClaimDirectory, undo_log: UndoLog, entries: tuple[Entry, ...], deadline: Deadline
 ) -> list[Finding]:
     """Revoke what a run of the hook permitted, and return what could not be. entries: those of this run.
 
     What an earlier run permitted, which succeeded, the container keeps.
     """
-    if not is_permitting(entries):
+    if not has_grant(entries):
         return []
     try:
         lock = claims.lock(deadline)
     except Refusal as refusal:
-        problem = f"cannot revoke the container's device permissions: {name_reason(refusal)}"
+        problem = f"cannot revoke the container's device permissions: {describe_reason(refusal)}"
         hint = "the next run of the hook in this guest tries again"
-        return [Finding("error", "permission-left", journal.path, problem, hint)]
+        return [Finding("error", "permission-left", undo_log.path, problem, hint)]
     try:
-        own = claims.read_claim(journal.path)
-        others = read_grants(list_others(claims.read_claims(), journal.path))
-        earlier = permission.list_grants(parse_journal(os.pread(journal.fd, journal.kept, 0)))
+        own = claims.read_claim(undo_log.path)
+        others = read_grants(list_others(claims.read_claims(), undo_log.path))
+        earlier = permission.list_grants(parse_undo_log(os.pread(undo_log.fd, undo_log.kept, 0)))
         return revoke(claims.root, entries, own.home if own else None, (*others, *earlier))
     finally:
         os.close(lock)
@@ -272,14 +274,14 @@ def take_back(
 
 def revoke_claim(claims: ClaimDirectory, claim: Claim) -> list[Finding]:
     """Revoke all that a claim's container was permitted, and return what could not be, as of `revoke`."""
-    if not is_permitting(claim.entries):
+    if not has_grant(claim.entries):
         return []
     # As they are now: one that was put back a moment ago needs nothing any more.
     others = list_others(claims.read_claims(), claim.path)
     return revoke(claims.root, claim.entries, claim.home, read_grants(others))
 
 
-def is_permitting(entries: Iterable[Entry]) -> bool:
+def has_grant(entries: Iterable[Entry]) -> bool:
     """Check whether entries note a permission."""
     return any(entry.kind == "permit" for entry in entries)
 
@@ -295,9 +297,9 @@ def revoke(root: Root, entries: Iterable[Entry], home: Home | None, others: tupl
     findings: list[Finding] = []
     for grant in reversed(permission.list_grants(entries, spoilt)):
         try:
-            permission.forbid(root, drop_replaced(root, grant, home), others)
+            permission.disallow(root, drop_replaced(root, grant, home), others)
         except StepError as error:
-            findings += explain_left(root, grant, error)
+            findings += explain_unrevoked(root, grant, error)
     for entry in spoilt:
         hint = "end the container: its device permissions end with its cgroup"
         subject = f"undo log entry {' '.join((entry.kind, *entry.words))}"
@@ -317,7 +319,7 @@ def drop_replaced(root: Root, grant: Grant, home: Home | None) -> Grant:
     return grant.replace(devices=tuple(kept))
 
 
-def explain_left(root: Root, grant: Grant, error: StepError) -> tuple[Finding, ...]:
+def explain_unrevoked(root: Root, grant: Grant, error: StepError) -> tuple[Finding, ...]:
     """Return what it means that a grant can't be taken back: with no process left in its cgroup, nobody has it."""
     own = (grant.unified, *(widening.path for widening in grant.devices[-1:]))
     processes = sorted({pid for path in own if path for pid in list_processes(root, path)})
@@ -325,15 +327,15 @@ def explain_left(root: Root, grant: Grant, error: StepError) -> tuple[Finding, .
     if not processes:
         problem = f"device numbers {format_numbers(grant.nodes)} cannot be revoked; no process is left to use them: "
         hint = "remove this cgroup if the runtime does not: the permission ends with it"
-        return (Finding("error", "undo-failed", subject, problem + name_reason(error), hint),)
+        return (Finding("error", "undo-failed", subject, problem + describe_reason(error), hint),)
     # 0 stands for what was not looked through.
     pids = " ".join(map(str, filter(None, processes))) or "PID (see cgroup.procs in it and below it)"
     problem = f"device numbers {format_numbers(grant.nodes)} cannot be revoked from its processes {pids}: "
     hint = f"end them with: kill -9 {pids}; the next run of the hook in this guest tries again"
-    return (Finding("error", "permission-left", subject, problem + name_reason(error), hint),)
+    return (Finding("error", "permission-left", subject, problem + describe_reason(error), hint),)
 
 
-def name_reason(error: HookError) -> str:
+def describe_reason(error: HookError) -> str:
     """Return why a permission cannot be revoked: subject and problem of an error."""
     return f"{error.findings[0].subject}: {error.findings[0].problem}"
 

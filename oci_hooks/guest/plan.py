@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from oci_hooks.findings import Refusal
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.guest.id_mapping import map_id
 from oci_hooks.guest.settings import NodeOwner
-from oci_hooks.linux.instances import Instance, name_instance
+from oci_hooks.linux.instances import Instance, make_instance
 from oci_hooks.linux.pci import NOIOMMU_GROUP, read_override
 from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX, IOMMUFD_NODE
 
@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from oci_hooks.guest.selection import Choice
+    from oci_hooks.guest.selection import ChosenGroup
     from oci_hooks.linux.pci import PciDevice
     from oci_hooks.oci import Device, Spec
     from oci_hooks.system import Root
@@ -25,7 +25,7 @@ DEFAULT_MODE = 0o600
 MAP_PATH = "/dev/vfio/devices.json"
 
 
-class Rebind(Record):
+class Rebind(Frozen):
     """A PCI function to bind to another driver. driver: the one before, "" without; override: the one before;
     instance: which device it is, that is at its address now."""
 
@@ -37,7 +37,7 @@ class Rebind(Record):
     instance: Instance = Instance()
 
 
-class Node(Record):
+class Node(Frozen):
     """A device node to make in the container's /dev.
 
     kind: "control", "group", "iommu" or "cdev"; subject: the VFIO group of a group's node, the BDF of a cdev's, else
@@ -61,7 +61,7 @@ class Node(Record):
         return names.get(self.kind, f"{CDEV_PREFIX}vfio? of {self.subject}")
 
 
-class MapEntry(Record):
+class MapEntry(Frozen):
     """What /dev/vfio/devices.json says of a device: the driver that it had, its BDF on the host ("" if not known)."""
 
     tag = "map-entry"
@@ -74,7 +74,7 @@ class MapEntry(Record):
     host_address: str
 
 
-class Plan(Record):
+class Plan(Frozen):
     """What has to be done for one container.
 
     groups: names, in order; rebinds, nodes: in order; stale: nodes with the host's numbers that the runtime made from
@@ -92,7 +92,7 @@ class Plan(Record):
     map: tuple[MapEntry, ...]
 
 
-class PlanOptions(Record):
+class PlanOptions(Frozen):
     """What settings and annotation say about nodes."""
 
     owner: NodeOwner = NodeOwner()
@@ -100,20 +100,20 @@ class PlanOptions(Record):
     writes_map: bool = True
 
 
-def make_plan(root: Root, choices: tuple[Choice, ...], spec: Spec, options: PlanOptions) -> Plan:
+def make_plan(root: Root, choices: tuple[ChosenGroup, ...], spec: Spec, options: PlanOptions) -> Plan:
     """Return the plan for the groups that a container gets. Raises Refusal where a device goes away meanwhile."""
-    devices = [device for choice in choices for device in choice.group.endpoints]
+    devices = [device for chosen in choices for device in chosen.group.endpoints]
     rebinds = [make_rebind(root, device) for device in devices if not device.owned_by_vfio]
     entries = {entry.path: entry for entry in spec.devices}
-    nodes = [make_node("control", "", entries.get(CONTROL_NODE), spec, options)]
-    nodes += [make_node("group", choice.group.name, choice.entry, spec, options) for choice in choices]
+    nodes = [plan_node("control", "", entries.get(CONTROL_NODE), spec, options)]
+    nodes += [plan_node("group", chosen.group.name, chosen.entry, spec, options) for chosen in choices]
     if options.wants_cdev:
-        nodes.append(make_node("iommu", "", entries.get(IOMMUFD_NODE), spec, options))
-        nodes += [make_node("cdev", device.address, None, spec, options) for device in devices]
+        nodes.append(plan_node("iommu", "", entries.get(IOMMUFD_NODE), spec, options))
+        nodes += [plan_node("cdev", device.address, None, spec, options) for device in devices]
     paths = {node.path for node in nodes}
     stale = tuple(entry for entry in spec.vfio_devices if entry.path not in paths)
-    groups = tuple(choice.group.name for choice in choices)
-    known = tuple(make_map(choices)) if options.writes_map else ()
+    groups = tuple(chosen.group.name for chosen in choices)
+    known = tuple(make_map_entries(choices)) if options.writes_map else ()
     return Plan(groups, tuple(rebinds), tuple(nodes), stale, "user" in spec.namespaces, known)
 
 
@@ -124,28 +124,28 @@ def make_rebind(root: Root, device: PciDevice) -> Rebind:
     except OSError as error:
         problem = f"was unplugged while the hook read its state ({error.strerror})"
         raise Refusal("device-gone", device.address, problem, "start the container again") from None
-    return Rebind(device.address, device.driver, override, name_instance(device))
+    return Rebind(device.address, device.driver, override, make_instance(device))
 
 
-def make_map(choices: tuple[Choice, ...]) -> Iterator[MapEntry]:
+def make_map_entries(choices: tuple[ChosenGroup, ...]) -> Iterator[MapEntry]:
     """Yield what the map says of each device."""
-    for choice in choices:
-        for device in choice.group.endpoints:
-            driver = choice.drivers_before.get(device.address, device.driver)
-            host = choice.host_addresses.get(device.address, "")
-            yield MapEntry(device.address, device.vendor, device.device, choice.group.name, driver, host)
+    for chosen in choices:
+        for device in chosen.group.endpoints:
+            driver = chosen.drivers_before.get(device.address, device.driver)
+            host = chosen.host_addresses.get(device.address, "")
+            yield MapEntry(device.address, device.vendor, device.device, chosen.group.name, driver, host)
 
 
-def make_node(kind: str, subject: str, entry: Device | None, spec: Spec, options: PlanOptions) -> Node:
+def plan_node(kind: str, subject: str, entry: Device | None, spec: Spec, options: PlanOptions) -> Node:
     """Return a node with owner and mode of its linux.devices entry, else guest.toml's, else the container's user."""
     owner = options.owner
-    mode = pick(entry.mode if entry else -1, owner.mode, DEFAULT_MODE) & 0o777
-    uid = pick(entry.uid if entry else -1, owner.uid, spec.uid)
-    gid = pick(entry.gid if entry else -1, owner.gid, spec.gid)
+    mode = first_given(entry.mode if entry else -1, owner.mode, DEFAULT_MODE) & 0o777
+    uid = first_given(entry.uid if entry else -1, owner.uid, spec.uid)
+    gid = first_given(entry.gid if entry else -1, owner.gid, spec.gid)
     return Node(kind, subject, mode, map_id(uid, spec.uid_mappings), map_id(gid, spec.gid_mappings))
 
 
-def pick(*values: int) -> int:
+def first_given(*values: int) -> int:
     """Return the first value that is given, which -1 is not."""
     return next(value for value in values if value != -1)
 

@@ -12,7 +12,7 @@ from oci_hooks.system import Deadline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.guest.undo_log import Journal
+    from oci_hooks.guest.undo_log import UndoLog
     from oci_hooks.system import Root
 
 # Putting back has to be possible when all of the deadline was used up on the way there.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 UNDO_SECONDS = 1.5
 
 
-def repair(session: Session, claims: list[Claim], lock: int) -> list[Claim]:
+def repair_claims(session: Session, claims: list[Claim], lock: int) -> list[Claim]:
     """Put back what killed hooks and ended containers left, and return the claims that hold.
 
     One that could not be put back holds too: its devices are not to be had.
@@ -31,11 +31,11 @@ def repair(session: Session, claims: list[Claim], lock: int) -> list[Claim]:
             warning = ownership.warn_unreadable(claim)
             # Once, however often it is looked again.
             session.run.findings.extend([warning] if warning not in session.run.findings else [])
-        if not ownership.is_over(session.root, claim, session.claim_path, session.owner.pid):
+        if not ownership.has_ended(session.root, claim, session.claim_path, session.owner.pid):
             held.append(claim)
             continue
         # It is not this container's fault, and may not be in its way: nor may it take all of the time.
-        findings = put_back(session.root, claim, session.run.deadline.remaining() / 2, lock)
+        findings = undo_claim(session.root, claim, session.run.deadline.remaining() / 2, lock)
         for finding in findings or ():
             session.run.report(finding.replace(level="warning"))
         if findings is None or is_unfinished(findings):
@@ -43,7 +43,7 @@ def repair(session: Session, claims: list[Claim], lock: int) -> list[Claim]:
     return held
 
 
-def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Finding] | None:
+def undo_claim(root: Root, claim: Claim, seconds: float, lock: int) -> list[Finding] | None:
     """Undo a claim that no hook is at work on, and remove it. Call it with the machine-wide lock held.
 
     seconds: how long that may take. None where somebody has the journal, or it is gone.
@@ -51,8 +51,8 @@ def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Findin
     from oci_hooks.guest import permits
 
     directory = ClaimDirectory(root=root)
-    journal = directory.reopen_journal(claim)
-    if journal is None:
+    undo_log = directory.reopen_undo_log(claim)
+    if undo_log is None:
         return None
     try:
         # A child that hangs must keep the journal's lock, and let go of the machine's.
@@ -65,25 +65,25 @@ def put_back(root: Root, claim: Claim, seconds: float, lock: int) -> list[Findin
             root.do(remove_claim, claim.path)
         return findings
     finally:
-        journal.close()
+        undo_log.close()
 
 
-def take_back(session: Session, journal: Journal) -> list[Finding]:
+def take_back(session: Session, undo_log: UndoLog) -> list[Finding]:
     """Undo what this run of the hook has done, and remove the claim."""
     from oci_hooks.guest import permits
 
-    entries = session.directory.read_entries(journal)
+    entries = session.directory.read_entries(undo_log)
     deadline = Deadline(max(session.run.deadline.remaining(), UNDO_SECONDS))
-    findings = permits.take_back(session.directory, journal, entries, deadline)
+    findings = permits.undo_grants(session.directory, undo_log, entries, deadline)
     if not is_unfinished(findings):
         findings += drivers.undo(session.root, entries, session.state.pid, deadline)
     if is_unfinished(findings):
         return findings
-    if not journal.kept:
-        session.root.do(remove_claim, journal.path)
+    if not undo_log.kept:
+        session.root.do(remove_claim, undo_log.path)
     else:
         # The container has what an earlier run gave it, and may be using it.
-        session.root.do(journal.forget_run)
+        session.root.do(undo_log.forget_run)
     return findings
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from oci_hooks import json_input, oci
 from oci_hooks.findings import InputError
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux.pci import HEX, is_hex_list, normalize_address
 
 TYPE_CHECKING = False
@@ -18,7 +18,7 @@ MAP_SYNTAX = 'write [{"host-group": 12, "devices": [{"host-address": "0000:3b:00
 TEXT_LIMIT = 64 << 10
 
 
-class Selector(Record):
+class Selector(Frozen):
     """One way to name devices.
 
     kind: "address", "id", "class", "path" or "auto"; value: the address (BDF), `vvvv:dddd`, the class code's first
@@ -36,7 +36,7 @@ class Selector(Record):
         return self.value if self.kind in ("address", "auto") else f"{self.kind}:{self.value}"
 
 
-class Request(Record):
+class Request(Frozen):
     """What one container asks for.
 
     source: where it says so, for errors; selectors: from an annotation; entries: from linux.devices, when there is no
@@ -165,7 +165,7 @@ def expect(value: Any, kind: Any, source: str, where: str) -> Any:
     """Return the value if it is of this kind. Raises InputError [bad-annotation] with its place in the map."""
     if not isinstance(value, kind):
         names = {list: "array", dict: "object", str: "string"}
-        problem = f"expected {names[kind]}, found {json_input.name_kind(value)}"
+        problem = f"expected {names[kind]}, found {json_input.name_json_type(value)}"
         raise InputError("bad-annotation", f"{source}: {where}", problem, MAP_SYNTAX)
     return value
 

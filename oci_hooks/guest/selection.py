@@ -8,7 +8,7 @@ rest by counting. A group is taken whole or not at all.
 from __future__ import annotations
 
 from oci_hooks.findings import Refusal
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux.pci import NOIOMMU_GROUP, NOIOMMU_PREFIX
 from oci_hooks.oci import DEVICES_ANNOTATION
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from oci_hooks.guest.request import Request, Selector
-    from oci_hooks.linux.pci import IommuGroup, PciDevice, Picture
+    from oci_hooks.linux.pci import Inventory, IommuGroup, PciDevice
     from oci_hooks.oci import Device
 
 LIST_HINT = "list the devices of this guest with: lspci -Dnnk"
@@ -26,7 +26,7 @@ VIOMMU_HINT = (
 )
 
 
-class NotYet(Refusal):
+class NotAvailableYet(Refusal):
     """Nothing is there to choose, or too little: a hot-plugged device may still arrive."""
 
     def after(self, seconds: float) -> Refusal:
@@ -35,7 +35,7 @@ class NotYet(Refusal):
         return Refusal(finding.code, finding.subject, f"{finding.problem}; waited {seconds:.1f} s for it", finding.hint)
 
 
-class Pool(Record):
+class Candidates(Frozen):
     """What this container may choose from.
 
     auto_ids, auto_classes: prefixes of `vvvv:dddd` and of the class code that `auto` and counting are confined to, all
@@ -44,7 +44,7 @@ class Pool(Record):
     be touched; forced: BDFs for which guest.toml overrules them.
     """
 
-    picture: Picture
+    inventory: Inventory
     claims: Mapping[str, str]
     live: Mapping[tuple[int, int], str]
     uses: Callable[[PciDevice], list[str]]
@@ -54,7 +54,7 @@ class Pool(Record):
     forced: tuple[str, ...] = ()
 
 
-class Choice(Record):
+class ChosenGroup(Frozen):
     """A group for the container.
 
     entry: the linux.devices entry it stands for, where one is known; host_addresses: guest BDF -> BDF on the host;
@@ -67,18 +67,18 @@ class Choice(Record):
     drivers_before: dict[str, str] = {}  # noqa: RUF012 - never changed
 
 
-def choose_groups(request: Request, pool: Pool) -> tuple[Choice, ...]:
+def choose_groups(request: Request, candidates: Candidates) -> tuple[ChosenGroup, ...]:
     """Return the groups that the container gets, in the order of their names.
 
-    Raises NotYet where something is missing that may still come, Refusal where it is there and can't be had.
+    Raises NotAvailableYet where something is missing that may still come, Refusal where it is there and can't be had.
     """
-    choices = choose_named(request, pool) if request.selectors else choose_listed(request, pool)
-    for choice in choices.values():
-        check_group(choice.group, pool)
-    return tuple(choices[name] for name in sorted(choices, key=order_group))
+    choices = choose_named(request, candidates) if request.selectors else choose_listed(request, candidates)
+    for chosen in choices.values():
+        check_group_available(chosen.group, candidates)
+    return tuple(choices[name] for name in sorted(choices, key=make_sort_key))
 
 
-def order_group(name: str) -> tuple[int, str]:
+def make_sort_key(name: str) -> tuple[int, str]:
     """Return a key that sorts group names as numbers."""
     return (int(name) if name.isdigit() else 1 << 62, name)
 
@@ -86,20 +86,20 @@ def order_group(name: str) -> tuple[int, str]:
 # By the annotation ---------------------------------------------------------------------------------------------------
 
 
-def choose_named(request: Request, pool: Pool) -> dict[str, Choice]:
+def choose_named(request: Request, candidates: Candidates) -> dict[str, ChosenGroup]:
     """Return the groups of the devices that the annotation names, by name of the group."""
-    choices: dict[str, Choice] = {}
+    choices: dict[str, ChosenGroup] = {}
     entries = iter(request.entries)
     for selector in request.selectors:
         if selector.kind == "auto":
-            groups = find_candidates(pool)
+            groups = find_candidates(candidates)
             if not groups:
-                check_iommu(pool)
-                problem = f"auto matches no free device{list_rejected(pool)}{tell_no_iommu(pool)}"
-                raise NotYet("nothing-to-take", request.source, problem, choose_hint(pool, LIST_HINT))
+                check_iommu(candidates)
+                problem = f"auto matches no free device{format_rejected(candidates)}{explain_no_iommu(candidates)}"
+                raise NotAvailableYet("nothing-to-take", request.source, problem, choose_hint(candidates, LIST_HINT))
             devices = [group.endpoints[0] for group in groups]
         else:
-            devices = find_selected(selector, request, pool)
+            devices = find_selected(selector, request, candidates)
         for device in devices:
             if not device.group:
                 raise Refusal(
@@ -110,44 +110,47 @@ def choose_named(request: Request, pool: Pool) -> dict[str, Choice]:
             hosts = dict(known.host_addresses) if known else {}
             if selector.host_address:
                 hosts[device.address] = selector.host_address
-            choices[device.group] = Choice(pool.picture.groups[device.group], entry, hosts)
+            choices[device.group] = ChosenGroup(candidates.inventory.groups[device.group], entry, hosts)
     return choices
 
 
-def find_selected(selector: Selector, request: Request, pool: Pool) -> list[PciDevice]:
-    """Return the devices that one selector of the annotation means. Raises NotYet or Refusal."""
-    found = [device for device in pool.picture.devices.values() if matches(selector, device)]
+def find_selected(selector: Selector, request: Request, candidates: Candidates) -> list[PciDevice]:
+    """Return the devices that one selector of the annotation means. Raises NotAvailableYet or Refusal."""
+    found = [device for device in candidates.inventory.devices.values() if matches(selector, device)]
     if not found:
-        raise NotYet(
+        raise NotAvailableYet(
             "no-such-device",
             request.source,
-            f"{selector} matches no PCI device in this guest{list_free(pool)}",
+            f"{selector} matches no PCI device in this guest{format_candidates(candidates)}",
             LIST_HINT,
         )
     if selector.kind in ("address", "path"):
         for bridge in (device for device in found if device.is_bridge):
             raise Refusal(
-                "bridge", describe(bridge), "is a bridge, which the hook never binds", "name the device behind it"
+                "bridge",
+                describe_device(bridge),
+                "is a bridge, which the hook never binds",
+                "name the device behind it",
             )
         if len(found) > 1:
             # One path without its root complex means one device; which of them, only the user knows.
-            problem = f"{selector} matches several devices: {', '.join(describe(device) for device in found)}"
+            problem = f"{selector} matches several devices: {', '.join(describe_device(device) for device in found)}"
             root = ":".join([split_path(found[0].path)[0], selector.value])
             raise Refusal("ambiguous", request.source, problem, f"add the PCI root complex: path:{root}")
         return found
     # A kind of device is asked for, so its bridges and what other containers have are passed over.
     endpoints = [d for d in found if not d.is_bridge]
     if selector.kind == "class":
-        endpoints = [d for d in endpoints if not is_never(d, pool)]
+        endpoints = [d for d in endpoints if not is_on_never_list(d, candidates)]
     if not endpoints:
-        devices = ", ".join(describe(device) for device in found)
+        devices = ", ".join(describe_device(device) for device in found)
         problem = f"{selector} matches only bridges and devices reserved for the guest itself: {devices}"
         raise Refusal("never-taken", request.source, problem, "to bind one of them anyway, name it by its address")
-    free = [d for d in endpoints if d.group not in pool.claims]
+    free = [d for d in endpoints if d.group not in candidates.claims]
     if not free:
-        owner = pool.claims[endpoints[0].group]
+        owner = candidates.claims[endpoints[0].group]
         hint = "select another device for each container"
-        raise Refusal("claimed", describe(endpoints[0]), f"belongs to container {owner}", hint)
+        raise Refusal("claimed", describe_device(endpoints[0]), f"belongs to container {owner}", hint)
     return free
 
 
@@ -185,89 +188,99 @@ def split_path(path: str) -> tuple[str, str]:
 # By linux.devices ----------------------------------------------------------------------------------------------------
 
 
-def choose_listed(request: Request, pool: Pool) -> dict[str, Choice]:
+def choose_listed(request: Request, candidates: Candidates) -> dict[str, ChosenGroup]:
     """Return the groups that linux.devices stands for, by name of the group."""
-    choices: dict[str, Choice] = {}
+    choices: dict[str, ChosenGroup] = {}
     rest: list[Device] = []
     for entry in request.entries:
-        name = pool.live.get((entry.major, entry.minor), "")
+        name = candidates.live.get((entry.major, entry.minor), "")
         # Numbers of another container's group are the host's by accident, unless the path says that group too.
-        if name in pool.picture.groups and (name not in pool.claims or says_group(entry, name)):
-            choices.setdefault(name, Choice(pool.picture.groups[name], entry))
+        if name in candidates.inventory.groups and (name not in candidates.claims or names_group(entry, name)):
+            choices.setdefault(name, ChosenGroup(candidates.inventory.groups[name], entry))
         else:
             rest.append(entry)
     if rest:
-        choices.update(choose_counted(request, rest, set(choices), pool))
+        choices.update(choose_by_count(request, rest, set(choices), candidates))
     return choices
 
 
-def says_group(entry: Device, name: str) -> bool:
+def names_group(entry: Device, name: str) -> bool:
     """Tell whether an entry has the path of a group's node, which has a number of its own without an IOMMU."""
     node = entry.path.rpartition("/")[2]
     return node == name or (node.startswith(NOIOMMU_PREFIX) and name.startswith(NOIOMMU_GROUP))
 
 
-def choose_counted(request: Request, entries: list[Device], taken: set[str], pool: Pool) -> dict[str, Choice]:
+def choose_by_count(
+    request: Request, entries: list[Device], taken: set[str], candidates: Candidates
+) -> dict[str, ChosenGroup]:
     """Return as many candidate groups as there are entries with the host's numbers, if that is all there are."""
-    candidates = [group for group in find_candidates(pool) if group.name not in taken]
-    hinted = [g for g in candidates if any(device.address in request.hints for device in g.members)]
+    free_groups = [group for group in find_candidates(candidates) if group.name not in taken]
+    hinted = [g for g in free_groups if any(device.address in request.hints for device in g.members)]
     known = {device.address for group in hinted for device in group.members}
     # One address that is no candidate here shows that the variables still hold the host's addresses.
-    if len(candidates) > len(entries) == len(hinted) and known.issuperset(request.hints):
-        candidates = hinted
-    if len(candidates) == len(entries):
-        return {group.name: Choice(group, entry) for group, entry in zip(candidates, entries)}
+    if len(free_groups) > len(entries) == len(hinted) and known.issuperset(request.hints):
+        free_groups = hinted
+    if len(free_groups) == len(entries):
+        return {group.name: ChosenGroup(group, entry) for group, entry in zip(free_groups, entries)}
     paths = ", ".join(entry.path for entry in entries)
-    if len(candidates) > len(entries):
-        problem = f"{paths} could be any of {'; '.join(describe_group(group) for group in candidates)}"
-        example = ",".join(group.endpoints[0].address for group in candidates[: len(entries)])
+    if len(free_groups) > len(entries):
+        problem = f"{paths} could be any of {'; '.join(describe_group(group) for group in free_groups)}"
+        example = ",".join(group.endpoints[0].address for group in free_groups[: len(entries)])
         raise Refusal(
             "ambiguous", request.source, problem, f'select by annotation: "{DEVICES_ANNOTATION}": "{example}"'
         )
-    check_iommu(pool)
-    found = "; ".join(describe_group(group) for group in candidates) or "none"
-    asked = f"{paths}: {count(len(entries), 'group')} requested"
-    raise NotYet(
+    check_iommu(candidates)
+    found = "; ".join(describe_group(group) for group in free_groups) or "none"
+    asked = f"{paths}: {format_count(len(entries), 'group')} requested"
+    raise NotAvailableYet(
         "no-candidate",
         request.source,
-        f"{asked}, free in this guest: {found}{list_rejected(pool)}{tell_no_iommu(pool)}",
+        f"{asked}, free in this guest: {found}{format_rejected(candidates)}{explain_no_iommu(candidates)}",
         choose_hint(
-            pool, f'if the devices are in this guest, select by annotation: "{DEVICES_ANNOTATION}": "0000:02:00.0"'
+            candidates,
+            f'if the devices are in this guest, select by annotation: "{DEVICES_ANNOTATION}": "0000:02:00.0"',
         ),
     )
 
 
-def check_iommu(pool: Pool) -> None:
+def check_iommu(candidates: Candidates) -> None:
     """Raise Refusal [viommu-off] where there are endpoints that could be meant, but no IOMMU group at all."""
-    bare = [d for d in pool.picture.devices.values() if not d.is_bridge and not is_never(d, pool)]
-    if bare and not pool.picture.groups:
-        subject = ", ".join(describe(device) for device in bare)
+    bare = [d for d in candidates.inventory.devices.values() if not d.is_bridge and not is_on_never_list(d, candidates)]
+    if bare and not candidates.inventory.groups:
+        subject = ", ".join(describe_device(device) for device in bare)
         raise Refusal("viommu-off", subject, "this guest has no IOMMU groups", VIOMMU_HINT)
 
 
-def find_candidates(pool: Pool) -> list[IommuGroup]:
+def find_candidates(candidates: Candidates) -> list[IommuGroup]:
     """Return the unclaimed groups that may be taken without being named, in the order of their numbers."""
-    groups = [g for g in pool.picture.groups.values() if g.name not in pool.claims and is_candidate(g, pool)]
-    return sorted(groups, key=lambda group: order_group(group.name))
+    groups = [
+        g
+        for g in candidates.inventory.groups.values()
+        if g.name not in candidates.claims and is_candidate(g, candidates)
+    ]
+    return sorted(groups, key=lambda group: make_sort_key(group.name))
 
 
-def is_candidate(group: IommuGroup, pool: Pool) -> bool:
+def is_candidate(group: IommuGroup, candidates: Candidates) -> bool:
     """Tell whether a group has an endpoint, and none that is on the never-list or in use."""
     return bool(group.endpoints) and not any(
-        is_never(device, pool) or not is_wanted(device, pool) or pool.uses(device) for device in group.endpoints
+        is_on_never_list(device, candidates) or not is_auto_allowed(device, candidates) or candidates.uses(device)
+        for device in group.endpoints
     )
 
 
-def is_wanted(device: PciDevice, pool: Pool) -> bool:
+def is_auto_allowed(device: PciDevice, candidates: Candidates) -> bool:
     """Tell whether guest.toml lets `auto` and counting take this kind of device."""
-    if not pool.auto_ids and not pool.auto_classes:
+    if not candidates.auto_ids and not candidates.auto_classes:
         return True
-    return device.id.startswith(pool.auto_ids or ("-",)) or device.class_code.startswith(pool.auto_classes or ("-",))
+    return device.id.startswith(candidates.auto_ids or ("-",)) or device.class_code.startswith(
+        candidates.auto_classes or ("-",)
+    )
 
 
-def is_never(device: PciDevice, pool: Pool) -> bool:
+def is_on_never_list(device: PciDevice, candidates: Candidates) -> bool:
     """Tell whether a device is on the never-list: `id:vvvv[:dddd]`, `class:cc[cccc]`, `root:cccc` for a root bus."""
-    for rule in pool.never:
+    for rule in candidates.never:
         kind, _, prefix = rule.partition(":")
         if kind == "id" and device.id.startswith(prefix):
             return True
@@ -283,61 +296,61 @@ def is_never(device: PciDevice, pool: Pool) -> bool:
 # Guards --------------------------------------------------------------------------------------------------------------
 
 
-def check_group(group: IommuGroup, pool: Pool) -> None:
+def check_group_available(group: IommuGroup, candidates: Candidates) -> None:
     """Raise Refusal where a group is another container's, or one of its devices must not be touched."""
-    if group.name in pool.claims:
-        problem = f"belongs to container {pool.claims[group.name]}"
+    if group.name in candidates.claims:
+        problem = f"belongs to container {candidates.claims[group.name]}"
         raise Refusal("claimed", f"group {group.name}", problem, "it becomes free when that container ends")
     if not group.endpoints:
-        bridges = ", ".join(describe(device) for device in group.members)
+        bridges = ", ".join(describe_device(device) for device in group.members)
         raise Refusal("bridge", f"group {group.name}", f"contains only bridges: {bridges}", "name a device behind them")
     for device in group.endpoints:
-        uses = [] if device.address in pool.forced else pool.uses(device)
+        uses = [] if device.address in candidates.forced else candidates.uses(device)
         if uses:
             rest = "" if len(group.endpoints) == 1 else f" (group {group.name} can only be bound as a whole)"
-            raise Refusal("in-use", describe(device), "; ".join(uses) + rest, "stop using it first")
+            raise Refusal("in-use", describe_device(device), "; ".join(uses) + rest, "stop using it first")
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
-def describe(device: PciDevice) -> str:
+def describe_device(device: PciDevice) -> str:
     """Return a device in a few words: address, ids, driver."""
     return f"{device.address} ({device.id}, {device.driver or 'no driver'})"
 
 
 def describe_group(group: IommuGroup) -> str:
     """Return a group in a few words."""
-    return f"group {group.name}: {' + '.join(describe(device) for device in group.endpoints)}"
+    return f"group {group.name}: {' + '.join(describe_device(device) for device in group.endpoints)}"
 
 
-def list_free(pool: Pool) -> str:
+def format_candidates(candidates: Candidates) -> str:
     """Return the candidates as an addition to a message."""
-    free = "; ".join(describe_group(group) for group in find_candidates(pool))
+    free = "; ".join(describe_group(group) for group in find_candidates(candidates))
     return f"; free devices: {free}" if free else "; no device is free"
 
 
-def list_rejected(pool: Pool) -> str:
+def format_rejected(candidates: Candidates) -> str:
     """Return why endpoints that are not on the never-list can't be had, as an addition to a message."""
     reasons = []
-    for group in sorted(pool.picture.groups.values(), key=lambda group: order_group(group.name)):
-        claim = [f"belongs to container {pool.claims[group.name]}"] if group.name in pool.claims else []
+    for group in sorted(candidates.inventory.groups.values(), key=lambda group: make_sort_key(group.name)):
+        claim = [f"belongs to container {candidates.claims[group.name]}"] if group.name in candidates.claims else []
         for device in group.endpoints:
-            if not is_never(device, pool):
-                reasons += [f"{describe(device)} {reason}" for reason in (claim or pool.uses(device))]
+            if not is_on_never_list(device, candidates):
+                reasons += [f"{describe_device(device)} {reason}" for reason in (claim or candidates.uses(device))]
     return f" ({'; '.join(reasons)})" if reasons else ""
 
 
-def tell_no_iommu(pool: Pool) -> str:
+def explain_no_iommu(candidates: Candidates) -> str:
     """Return that there is no IOMMU group, as an addition to a message: a device that arrives now will have none."""
-    return "" if pool.picture.groups else "; this guest has no IOMMU groups"
+    return "" if candidates.inventory.groups else "; this guest has no IOMMU groups"
 
 
-def choose_hint(pool: Pool, hint: str) -> str:
+def choose_hint(candidates: Candidates, hint: str) -> str:
     """Return the hint, or what to do first where there is no IOMMU group."""
-    return hint if pool.picture.groups else VIOMMU_HINT
+    return hint if candidates.inventory.groups else VIOMMU_HINT
 
 
-def count(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """Return "1 group", "2 groups"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

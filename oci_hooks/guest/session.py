@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.guest.claims import ClaimDirectory, Owner
 
 TYPE_CHECKING = False
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 
-class Session(Record):
+class Session(Frozen):
     """What one run of the hook works with. owner: the container, as its claim notes it, but for its cgroups."""
 
     run: Run
@@ -34,4 +34,4 @@ class Session(Record):
     @property
     def claim_path(self) -> str:
         """Where this container's claim is, or would be."""
-        return self.directory.journal_path(self.owner.container)
+        return self.directory.undo_log_path(self.owner.container)

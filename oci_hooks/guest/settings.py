@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux.pci import HEX, is_hex_list, normalize_address
 from oci_hooks.system import USUAL_SECONDS
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 GUEST_SETTINGS = "/etc/oci-vfio-hooks/guest.toml"
 # (uid_t)-1 means "leave as it is" to chown(2).
-MOST_ID = 0xFFFFFFFE
+MAX_ID = 0xFFFFFFFE
 # What a virtual machine itself is made of: virtio and QEMU's own devices, bridges, system management bus, base system
 # peripherals, and on the root bus the chipset's SATA and ISA functions.
 NEVER = ("id:1af4", "id:1b36", "class:06", "class:0c05", "class:08", "root:0106", "root:0601")
 
 
-class NodeOwner(Record):
+class NodeOwner(Frozen):
     """Owner and mode that guest.toml sets for nodes; -1 where it does not."""
 
     mode: int = -1
@@ -28,11 +28,11 @@ class NodeOwner(Record):
     gid: int = -1
 
 
-class GuestSettings(Record):
+class GuestSettings(Frozen):
     """Settings of the guest hook; schemas/guest-settings.json describes the file.
 
     deadline: seconds; on_failure: "report" or "kill"; record: "failure", "always" or "never"; force: BDFs that are
-    taken although they are in use; auto_ids, auto_classes, never: see selection.Pool; owner: of nodes.
+    taken although they are in use; auto_ids, auto_classes, never: see selection.Candidates; owner: of nodes.
     """
 
     deadline: float = USUAL_SECONDS
@@ -62,10 +62,10 @@ def make_guest_settings(table: Table) -> GuestSettings:
     """Return the settings in guest.toml, of which each key is taken here; schemas/guest-settings.json says the same."""
     usual = GuestSettings()
     auto, node = table.table("auto"), table.table("node")
-    most = "a number above 0, at most 3600"
+    maximum = "a number above 0, at most 3600"
     force = table.texts("force", (), is_address, "an address as sysfs writes it, e.g. 0000:02:00.0")
     return GuestSettings(
-        deadline=table.number("deadline", usual.deadline, lambda seconds: 0 < seconds <= 3600, most),
+        deadline=table.number("deadline", usual.deadline, lambda seconds: 0 < seconds <= 3600, maximum),
         on_failure=table.word("on_failure", usual.on_failure, "report", "kill"),
         allow_noiommu=table.switch("allow_noiommu", usual.allow_noiommu),
         widen_parent_cgroups=table.switch("widen_parent_cgroups", usual.widen_parent_cgroups),
@@ -77,8 +77,8 @@ def make_guest_settings(table: Table) -> GuestSettings:
         never=auto.texts("never", NEVER, is_kind, "id:VENDOR, id:VENDOR:DEVICE, class:CLASS or root:CLASS"),
         owner=NodeOwner(
             node.whole("mode", usual.owner.mode, 0o777, "permission bits from 0o000 to 0o777"),
-            node.whole("uid", usual.owner.uid, MOST_ID, f"a number from 0 to {MOST_ID}"),
-            node.whole("gid", usual.owner.gid, MOST_ID, f"a number from 0 to {MOST_ID}"),
+            node.whole("uid", usual.owner.uid, MAX_ID, f"a number from 0 to {MAX_ID}"),
+            node.whole("gid", usual.owner.gid, MAX_ID, f"a number from 0 to {MAX_ID}"),
         ),
     )
 

@@ -11,7 +11,7 @@ import errno
 import os
 
 from oci_hooks.findings import StepError
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux.instances import Instance
 from oci_hooks.system import tagged
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = "oci-vfio-hooks 2"
 # Bytes that a journal may have: written and read alike. It has a line a device and a node; this is a thousand devices.
-JOURNAL_LIMIT = 1 << 20
+UNDO_LOG_LIMIT = 1 << 20
 
 # Kinds of entry with the words that follow.
 KINDS = {
@@ -58,7 +58,7 @@ NUMBERS = frozenset({"pid", "start", "inode", "unified_inode", "devices_inode", 
 DIGITS = 20
 
 
-class Entry(Record):
+class Entry(Frozen):
     """One line of a journal. kind: a key of KINDS; words: as many as it says there."""
 
     tag = "entry"
@@ -71,7 +71,7 @@ class Entry(Record):
         return int(self.words[index])
 
 
-class Journal:
+class UndoLog:
     """A journal open for appending.
 
     fd: its descriptor, whose lock says that the hook is still at work; kept: how many bytes of it an earlier run of the
@@ -88,15 +88,15 @@ class Journal:
         self.torn = torn
         self.size = size
 
-    def note(self, kind: str, *words: object) -> None:
+    def add(self, kind: str, *words: object) -> None:
         """Append one entry, in a single write. Raises OSError, StepError: what is not noted whole must not be done."""
         self.write(format_entry(kind, *words))
 
     def write(self, line: bytes) -> None:
         """Append one line. Raises OSError; StepError where nobody would read it."""
         line = b"\n" * self.torn + line
-        if self.size + len(line) > JOURNAL_LIMIT:
-            problem = f"the container's undo log would exceed {JOURNAL_LIMIT} bytes"
+        if self.size + len(line) > UNDO_LOG_LIMIT:
+            problem = f"the container's undo log would exceed {UNDO_LOG_LIMIT} bytes"
             hint = "request fewer devices in its annotations and linux.devices"
             raise StepError("claim-too-large", self.path, problem, hint)
         written = os.write(self.fd, line)
@@ -134,7 +134,7 @@ def format_entry(kind: str, *words: object) -> bytes:
     return ("\t".join([kind, *(quote(str(word)) for word in words)]) + "\n").encode("utf-8", "surrogateescape")
 
 
-def parse_journal(data: bytes) -> list[Entry]:
+def parse_undo_log(data: bytes) -> list[Entry]:
     """Return a journal's entries, without a line that is torn or spoilt and without kinds of a later version."""
     entries = []
     # What stands behind the last newline is torn, or empty.

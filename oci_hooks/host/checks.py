@@ -10,17 +10,17 @@ from __future__ import annotations
 import os
 
 from oci_hooks.findings import Finding
-from oci_hooks.host.runtime import is_own, list_own_family
+from oci_hooks.host.runtime import belongs_to_sandbox, list_sandbox_processes
 from oci_hooks.linux.pci import IOMMU_GROUPS, VFIO_CLASS
-from oci_hooks.linux.processes import SCAN_SPARE, ask_kernel, find_holders, list_open_paths
+from oci_hooks.linux.processes import SCAN_SPARE, find_holders, list_open_paths, read_group_status
 from oci_hooks.linux.vfio import CDEV_CLASS
 from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX, IOMMUFD_NODE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.host.runtime import Asker
+    from oci_hooks.host.runtime import Runtime
     from oci_hooks.host.targets import Target
-    from oci_hooks.linux.pci import Picture
+    from oci_hooks.linux.pci import Inventory
     from oci_hooks.linux.vfio import Member, VfioGroup
     from oci_hooks.oci import State
     from oci_hooks.system import Deadline, Root
@@ -32,7 +32,7 @@ IOMMU_TABLES = {"DMAR": "intel_iommu=on", "IVRS": "amd_iommu=on", "IORT": "iommu
 # The host ------------------------------------------------------------------------------------------------------------
 
 
-def check_iommu(root: Root, picture: Picture) -> tuple[Finding, ...]:
+def check_iommu(root: Root, inventory: Inventory) -> tuple[Finding, ...]:
     """iommu-off: the kernel made no IOMMU group at all, so there is nothing that vfio could pass."""
     if root.list_names(IOMMU_GROUPS):
         return ()
@@ -48,7 +48,7 @@ def check_iommu(root: Root, picture: Picture) -> tuple[Finding, ...]:
             f"the firmware reports an IOMMU ({table}): boot with {argument}, e.g. grubby --update-kernel=ALL "
             f"--args={argument}"
         )
-    elif picture.devices and "acpi" in root.list_names("/sys/firmware"):
+    elif inventory.devices and "acpi" in root.list_names("/sys/firmware"):
         hint = (
             "enable VT-d, AMD-Vi or SMMU in the firmware setup; if this is a virtual machine, give it a virtual IOMMU"
         )
@@ -65,7 +65,7 @@ def check_iommu(root: Root, picture: Picture) -> tuple[Finding, ...]:
     )
 
 
-def check_host_nodes(root: Root, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+def check_host_control_node(root: Root, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
     """control-node-missing, on the host: without it no hypervisor and no program can set up the group."""
     findings = []
     legacy = any(target.group and target.group.number and not target.cdev for target in targets)
@@ -88,7 +88,7 @@ def check_host_nodes(root: Root, targets: tuple[Target, ...]) -> tuple[Finding, 
 # One entry of linux.devices ------------------------------------------------------------------------------------------
 
 
-def check_numbers(target: Target, asker: Asker) -> tuple[Finding, ...]:
+def check_device_numbers(target: Target, runtime: Runtime) -> tuple[Finding, ...]:
     """node-mismatch: the entry's numbers are not those of the group that its path names.
 
     The numbers decide. Where they are no device's at all, Kata's Go runtime goes by the path (config.GetHostPath).
@@ -109,7 +109,7 @@ def check_numbers(target: Target, asker: Asker) -> tuple[Finding, ...]:
             f"ls -l {GROUP_PREFIX}{target.name}"
         )
         # In a guest the node gets the guest's name. Without one the program finds a node that is not its device's.
-        level = "warning" if asker.is_kata else "error"
+        level = "warning" if runtime.is_kata else "error"
         return (Finding(level, "node-mismatch", entry.path, problem, hint),)
     right = f"{group.number[0]}:{group.number[1]}" if group.number and not target.cdev else "another one"
     node = group.node if not target.cdev else CDEV_PREFIX + target.cdev
@@ -120,7 +120,7 @@ def check_numbers(target: Target, asker: Asker) -> tuple[Finding, ...]:
             f"number is {right}"
         )
         return (Finding("error", "node-mismatch", entry.path, problem, hint),)
-    level = "warning" if asker.kind in ("kata-go", "kata-1", "kata") else "error"
+    level = "warning" if runtime.kind in ("kata-go", "kata-1", "kata") else "error"
     problem = (
         f"config.json lists it with device number {numbers}, which no device of this host has; here its number "
         f"is {right}"
@@ -128,7 +128,7 @@ def check_numbers(target: Target, asker: Asker) -> tuple[Finding, ...]:
     return (Finding(level, "node-mismatch", entry.path, problem, hint),)
 
 
-def check_presence(root: Root, target: Target) -> tuple[Finding, ...]:
+def check_group_exists(root: Root, target: Target) -> tuple[Finding, ...]:
     """group-missing: nothing on this host is what the entry means."""
     entry = target.entry
     if target.found_by or not root.list_names(IOMMU_GROUPS):
@@ -142,11 +142,11 @@ def check_presence(root: Root, target: Target) -> tuple[Finding, ...]:
     return (Finding("error", "group-missing", f"{kind} {target.name}", problem, hint),)
 
 
-def check_noiommu(target: Target, asker: Asker) -> tuple[Finding, ...]:
+def check_noiommu(target: Target, runtime: Runtime) -> tuple[Finding, ...]:
     """noiommu-group: no hypervisor takes one; a program in a plain container may, with CAP_SYS_RAWIO."""
     if target.group is None or not target.group.noiommu:
         return ()
-    if asker.is_kata:
+    if runtime.is_kata:
         problem = "is a no-IOMMU group, which no hypervisor can pass to a virtual machine"
         hint = "enable the host's IOMMU and write N to /sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
         return (Finding("error", "noiommu-group", target.subject, problem, hint),)
@@ -155,7 +155,7 @@ def check_noiommu(target: Target, asker: Asker) -> tuple[Finding, ...]:
     return (Finding("warning", "noiommu-group", target.subject, problem, hint),)
 
 
-def check_kind(target: Target) -> tuple[Finding, ...]:
+def check_mediated(target: Target) -> tuple[Finding, ...]:
     """mediated-device: members that are no PCI functions of their own are named as what they are."""
     if target.group is None:
         return ()
@@ -184,27 +184,27 @@ def check_viability(target: Target) -> tuple[Finding, ...]:
     if group is None or group.noiommu or not group.passable:
         return ()
     if group.blocking:
-        others = [member for member in group.members if member.standing != "blocking"]
+        others = [member for member in group.members if member.viability != "blocking"]
         problem = ", ".join(f"{member.name} is bound to {member.driver}" for member in group.blocking)
         if others:
             problem += f" (other members: {', '.join(name_member(member) for member in others)})"
         return (Finding("error", "group-not-viable", target.subject, problem, make_bind_hint(group.blocking)),)
     if group.number is None and not target.cdev:
-        unbound = [member for member in group.passable if member.pci and member.standing == "unbound"]
+        unbound = [member for member in group.passable if member.pci and member.viability == "unbound"]
         problem = (
             "no device of the group is bound to vfio-pci "
             f"({', '.join(name_member(member) for member in group.members)})"
         )
         hint = make_bind_hint(tuple(unbound)) if unbound else "load the driver: modprobe vfio-pci"
-        if any(member.standing == "vfio" for member in group.members):
+        if any(member.viability == "vfio" for member in group.members):
             problem = "a device of the group is bound to a VFIO driver, but VFIO created no group for it"
             hint = f"the kernel may be built without group nodes (CONFIG_VFIO_GROUP); list {CDEV_PREFIX}* instead"
         return (Finding("error", "group-not-viable", target.subject, problem, hint),)
     return ()
 
 
-def check_kernel_word(
-    root: Root, target: Target, asker: Asker, state: State, deadline: Deadline
+def check_group_status(
+    root: Root, target: Target, runtime: Runtime, state: State, deadline: Deadline
 ) -> tuple[Finding, ...]:
     """group-busy, group-denied, group-not-viable: what the kernel answers when the group is opened.
 
@@ -213,13 +213,13 @@ def check_kernel_word(
     group = target.group
     if group is None or group.number is None or group.noiommu or target.cdev or group.blocking:
         return ()
-    word = ask_kernel(root, group.node)
+    word = read_group_status(root, group.node)
     if word == "busy":
-        return check_holders(root, group, asker, state, deadline)
+        return check_holders(root, group, runtime, state, deadline)
     if word == "not-viable":
         members = ", ".join(name_member(member) for member in group.members)
         problem = f"the kernel reports that the group is not viable ({members})"
-        unknown = tuple(member for member in group.members if member.standing == "unknown")
+        unknown = tuple(member for member in group.members if member.viability == "unknown")
         links = f"{IOMMU_GROUPS}/{group.iommu_group}/devices/*/driver"
         hint = make_bind_hint(unknown) if unknown else f"check the drivers of its devices: ls -l {links}; dmesg"
         return (Finding("error", "group-not-viable", target.subject, problem, hint),)
@@ -234,21 +234,23 @@ def check_kernel_word(
         )
         hint = f"create the node: mknod -m 0600 {group.node} c {group.number[0]} {group.number[1]}"
         # Plain runtimes make the container's node from the numbers and never look at the host's.
-        level = "error" if asker.is_kata else "warning"
+        level = "error" if runtime.is_kata else "warning"
         return (Finding(level, "group-missing", target.subject, problem, hint),)
     return ()
 
 
-def check_holders(root: Root, group: VfioGroup, asker: Asker, state: State, deadline: Deadline) -> tuple[Finding, ...]:
+def check_holders(
+    root: Root, group: VfioGroup, runtime: Runtime, state: State, deadline: Deadline
+) -> tuple[Finding, ...]:
     """group-busy: a process has the group open, and it is not the container's own sandbox."""
     nodes = (group.node, *(CDEV_PREFIX + name for name in list_member_cdevs(root, group)))
-    holders, looked, total = find_holders(root, nodes, deadline, list_own_family(root, asker, state))
-    if any(is_own(root, asker, state, holder) for holder in holders):
+    holders, looked, total = find_holders(root, nodes, deadline, list_sandbox_processes(root, runtime, state))
+    if any(belongs_to_sandbox(root, runtime, state, holder) for holder in holders):
         return ()
     subject = f"group {group.name}"
     if not holders:
         # It may have been let go in between, or be held where the hook can't see: in doubt, for the container.
-        if ask_kernel(root, group.node) != "busy":
+        if read_group_status(root, group.node) != "busy":
             return ()
         problem = "is in use by a process that is not visible to the hook (another PID namespace?)"
         if looked < total:
@@ -269,15 +271,15 @@ def list_member_cdevs(root: Root, group: VfioGroup) -> list[str]:
     return [name for member in group.members for name in root.list_names(f"{directory}/{member.name}/vfio-dev")]
 
 
-def is_attached(root: Root, target: Target, asker: Asker, deadline: Deadline) -> bool:
+def is_attached(root: Root, target: Target, runtime: Runtime, deadline: Deadline) -> bool:
     """Tell whether the container's own sandbox has the group open already: cold plug, or a hook after hot plug."""
     group = target.group
-    if group is None or asker.hypervisor is None:
+    if group is None or runtime.hypervisor is None:
         return False
     nodes = {group.node, *(CDEV_PREFIX + name for name in list_member_cdevs(root, group))}
     if deadline.remaining() < SCAN_SPARE:
         return False
-    return bool(nodes & set(list_open_paths(root, asker.hypervisor.process.pid)))
+    return bool(nodes & set(list_open_paths(root, runtime.hypervisor.process.pid)))
 
 
 # The container's own permission --------------------------------------------------------------------------------------

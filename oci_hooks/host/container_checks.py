@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.host.runtime import Asker
+    from oci_hooks.host.runtime import Runtime
     from oci_hooks.host.targets import Target
     from oci_hooks.oci import Spec
     from oci_hooks.system import Root
@@ -41,8 +41,13 @@ def has_bind_mount(spec: Spec, path: str) -> bool:
         bound = mount.get("type") == "bind" or (
             isinstance(options, list) and {"bind", "rbind"} & set(map(str, options))
         )
-        place = mount.get("destination")
-        if bound and isinstance(place, str) and place != "/" and (path + "/").startswith(place.rstrip("/") + "/"):
+        location = mount.get("destination")
+        if (
+            bound
+            and isinstance(location, str)
+            and location != "/"
+            and (path + "/").startswith(location.rstrip("/") + "/")
+        ):
             return True
     return False
 
@@ -79,7 +84,7 @@ def is_allowed(rules: list[dict[str, Any]], major: int, minor: int) -> bool:
     return all(allowed.values())
 
 
-def check_memlock(root: Root, spec: Spec, asker: Asker) -> tuple[Finding, ...]:
+def check_memlock(root: Root, spec: Spec, runtime: Runtime) -> tuple[Finding, ...]:
     """memlock: neither CAP_IPC_LOCK nor a large RLIMIT_MEMLOCK, so mapping memory for the device will fail."""
     process = spec.raw.get("process")
     process = process if isinstance(process, dict) else {}
@@ -93,7 +98,7 @@ def check_memlock(root: Root, spec: Spec, asker: Asker) -> tuple[Finding, ...]:
     soft = limits[-1].get("soft") if limits else None
     if soft is None:
         # Without an entry the runtime's own limit is inherited; inside a Kata guest that is the agent's, out of sight.
-        if asker.is_kata:
+        if runtime.is_kata:
             return ()
         soft = read_own_memlock(root)
     if not isinstance(soft, int) or soft >= SMALL_MEMLOCK:

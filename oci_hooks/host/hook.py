@@ -79,9 +79,9 @@ def read_record_mode(path: str) -> str:
 def work(run: Run) -> int:
     """Do what the arguments ask for and return the exit code."""
     if run.arguments.kata_config is not None:
-        from oci_hooks.host.kata.ask import ask
+        from oci_hooks.host.kata.ask import print_kata_config
 
-        return ask(run)
+        return print_kata_config(run)
     if run.arguments.all or run.arguments.groups:
         from oci_hooks.host.survey import survey
 
@@ -100,24 +100,24 @@ def work(run: Run) -> int:
 def check_container(run: Run, state: State, spec: Spec) -> int:
     """Check everything that a container with VFIO devices needs, and return the exit code."""
     from oci_hooks.host import suite
-    from oci_hooks.host.runtime import find_asker
-    from oci_hooks.host.settings import take_settings
+    from oci_hooks.host.runtime import detect_runtime
+    from oci_hooks.host.settings import load_settings
     from oci_hooks.host.targets import find_targets
-    from oci_hooks.linux.pci import look
+    from oci_hooks.linux.pci import scan
 
-    settings, root = take_settings(run), run.root
-    asker = find_asker(root, state, spec, settings.kata_mode, bool(run.arguments.bundle))
-    picture = look(root)
-    targets = find_targets(root, picture, spec.vfio_devices)
-    findings = suite.check_host(root, picture, targets)
+    settings, root = load_settings(run), run.root
+    runtime = detect_runtime(root, state, spec, settings.kata_mode, bool(run.arguments.bundle))
+    inventory = scan(root)
+    targets = find_targets(root, inventory, spec.vfio_devices)
+    findings = suite.check_host(root, inventory, targets)
     for target in targets:
-        findings += suite.check_target(root, target, asker, state, run.deadline)
-    if asker.is_kata:
-        findings += suite.check_sandbox(root, state, spec, asker, targets, settings, run.deadline)
+        findings += suite.check_target(root, target, runtime, state, run.deadline)
+    if runtime.is_kata:
+        findings += suite.check_kata_sandbox(root, state, spec, runtime, targets, settings, run.deadline)
     else:
-        findings = suite.excuse_privileged(findings + suite.check_plain(root, spec, asker, targets), spec)
-    told = suite.settle(findings, settings)
-    code = suite.choose_exit(told)
-    for finding in (*told, *suite.admit_weakness(asker, code)):
+        findings = suite.downgrade_privileged(findings + suite.check_plain_runtime(root, spec, runtime, targets), spec)
+    reported = suite.apply_overrides(findings, settings)
+    code = suite.choose_exit_code(reported)
+    for finding in (*reported, *suite.warn_failure_ignored(runtime, code)):
         run.report(finding)
     return code

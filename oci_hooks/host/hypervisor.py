@@ -7,7 +7,7 @@ runtime-rs cmdline_generator.rs).
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux.processes import Process, read_process
 
 TYPE_CHECKING = False
@@ -21,7 +21,7 @@ OTHER_NAMES = ("firecracker", "stratovirt", "openvmm")
 QEMU_IOMMUS = ("intel-iommu", "virtio-iommu", "virtio-iommu-pci", "virtio-iommu-device", "amd-iommu", "arm-smmuv3")
 
 
-class Hypervisor(Record):
+class Hypervisor(Frozen):
     """A running virtual machine monitor.
 
     kind: "qemu", "clh", or the executable's name; viommu: "on", "off", or "" where its command line can't tell;
@@ -39,7 +39,7 @@ def find_hypervisor(root: Root, pid: int) -> Hypervisor | None:
     if pid <= 0:
         return None
     process = read_process(root, pid)
-    kind = name_kind(process.name)
+    kind = name_hypervisor_kind(process.name)
     if kind == "qemu":
         return read_qemu(process)
     if kind == "clh":
@@ -47,7 +47,7 @@ def find_hypervisor(root: Root, pid: int) -> Hypervisor | None:
     return Hypervisor(process, kind, "", "") if kind else None
 
 
-def name_kind(name: str) -> str:
+def name_hypervisor_kind(name: str) -> str:
     """Return what kind of hypervisor an executable is; "" for anything else."""
     if name.startswith(QEMU_NAMES) and not name.startswith(("qemu-img", "qemu-nbd", "qemu-io", "qemu-ga", "qemu-pr")):
         return "qemu"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.host import hypervisor as vmm
-from oci_hooks.linux.processes import Process, list_ancestors, list_family, read_process
+from oci_hooks.linux.processes import Process, list_family, list_process_ancestors, read_process
 from oci_hooks.oci import CRI_PREFIXES, HANDLER_ANNOTATIONS, KATA_PREFIX, SANDBOX_ID_ANNOTATIONS, find_annotation
 
 TYPE_CHECKING = False
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHIM_NAMES = ("containerd-shim-kata", "kata-runtime", "shim-kata", "kata-shim")
 
 
-class Asker(Record):
+class Runtime(Frozen):
     """Who runs the hook.
 
     kind: "kata-go", "kata-rs", "kata-1" (1.x to 2.3, no annotations), "kata" (not known which) or "plain";
@@ -51,14 +51,14 @@ class Asker(Record):
         return {"kata-go": "go", "kata-1": "go", "kata-rs": "rs"}.get(self.kind, "")
 
 
-def find_asker(root: Root, state: State, spec: Spec, mode: str, by_hand: bool) -> Asker:
+def detect_runtime(root: Root, state: State, spec: Spec, mode: str, by_hand: bool) -> Runtime:
     """Return who runs the hook. mode: "auto", "always" or "never" from host.toml; by_hand: a person does."""
     hypervisor = vmm.find_hypervisor(root, state.pid)
     parent = None if by_hand else find_shim(root, root.do(os.getppid))
     handler = next((value for name in HANDLER_ANNOTATIONS if (value := find_annotation(state, spec, name))), "")
     names = list(state.annotations) + list(spec.annotations)
-    return Asker(
-        name_kind(state, parent, hypervisor, mode, by_hand, names, handler),
+    return Runtime(
+        name_runtime_kind(state, parent, hypervisor, mode, by_hand, names, handler),
         parent,
         hypervisor,
         next((value for name in SANDBOX_ID_ANNOTATIONS if (value := find_annotation(state, spec, name))), state.id),
@@ -68,7 +68,7 @@ def find_asker(root: Root, state: State, spec: Spec, mode: str, by_hand: bool) -
     )
 
 
-def name_kind(
+def name_runtime_kind(
     state: State,
     shim: Process | None,
     hypervisor: Hypervisor | None,
@@ -77,7 +77,7 @@ def name_kind(
     annotations: list[str],
     handler: str,
 ) -> str:
-    """Return Asker.kind."""
+    """Return Runtime.kind."""
     if mode == "never":
         return "plain"
     marked = any(name.startswith(KATA_PREFIX) for name in annotations)
@@ -96,7 +96,7 @@ def find_shim(root: Root, parent: int) -> Process | None:
 
     parent: the process that started the hook; another program may stand between the two, as oci-add-hooks does.
     """
-    for pid in list_ancestors(root, parent)[:4]:
+    for pid in list_process_ancestors(root, parent)[:4]:
         process = read_process(root, pid)
         first = process.arguments[0].rpartition("/")[2] if process.arguments else ""
         if process.name.startswith(SHIM_NAMES) or first.startswith(SHIM_NAMES):
@@ -104,25 +104,25 @@ def find_shim(root: Root, parent: int) -> Process | None:
     return None
 
 
-def is_own(root: Root, asker: Asker, state: State, holder: Process) -> bool:
+def belongs_to_sandbox(root: Root, runtime: Runtime, state: State, holder: Process) -> bool:
     """Tell whether a process that holds a group belongs to the container's own sandbox.
 
     It is the state's process or a child of it, a child of the shim, or a hypervisor that was started for this sandbox:
     Kata's QEMU has its id in -name, Cloud Hypervisor in the path of its socket.
     """
-    chain = list_ancestors(root, holder.pid)
-    if state.pid > 0 and set(chain) & set(list_ancestors(root, state.pid)[:1]):
+    chain = list_process_ancestors(root, holder.pid)
+    if state.pid > 0 and set(chain) & set(list_process_ancestors(root, state.pid)[:1]):
         return True
-    if asker.shim and asker.shim.pid in chain:
+    if runtime.shim and runtime.shim.pid in chain:
         return True
-    return bool(vmm.name_kind(holder.name)) and any(
+    return bool(vmm.name_hypervisor_kind(holder.name)) and any(
         f"sandbox-{identity}" in argument.split(",") or f"/{identity}/" in argument
         for argument in holder.arguments[1:]
-        for identity in {asker.sandbox, state.id}
+        for identity in {runtime.sandbox, state.id}
     )
 
 
-def list_own_family(root: Root, asker: Asker, state: State) -> tuple[int, ...]:
+def list_sandbox_processes(root: Root, runtime: Runtime, state: State) -> tuple[int, ...]:
     """Return the processes that most likely are the own sandbox: those of the state and of the shim, with children."""
-    shim = asker.shim.pid if asker.shim else 0
+    shim = runtime.shim.pid if runtime.shim else 0
     return tuple(dict.fromkeys((*list_family(root, state.pid), *list_family(root, shim))))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.system import USUAL_SECONDS
 
 TYPE_CHECKING = False
@@ -17,7 +17,7 @@ LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
 CODE = LETTERS | frozenset("0123456789-")
 
 
-class HostSettings(Record):
+class HostSettings(Frozen):
     """Settings of the host check; schemas/host-settings.json describes the file.
 
     mode: "enforce", or "warn" for no error at all; deadline: seconds; record: "failure", "always" or "never";
@@ -75,7 +75,7 @@ def is_path(text: str) -> bool:
     return text.startswith("/") and "\0" not in text
 
 
-def take_settings(run: Run) -> HostSettings:
+def load_settings(run: Run) -> HostSettings:
     """Return the settings of host.toml, or of the file that the command line names. Raises InputError."""
 
     settings = read_host_settings(run.root, run.arguments.settings)

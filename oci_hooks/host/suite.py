@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-    from oci_hooks.host.runtime import Asker
+    from oci_hooks.host.runtime import Runtime
     from oci_hooks.host.settings import HostSettings
     from oci_hooks.host.targets import Target
-    from oci_hooks.linux.pci import Picture
+    from oci_hooks.linux.pci import Inventory
     from oci_hooks.oci import Spec, State
     from oci_hooks.system import Deadline, Root
 
@@ -36,7 +36,7 @@ def run_check(subject: str, check: Callable[..., tuple[Finding, ...]], *values: 
         return (Finding("warning", "check-failed", subject, problem, hint),)
 
 
-def settle(findings: Iterable[Finding], settings: HostSettings) -> tuple[Finding, ...]:
+def apply_overrides(findings: Iterable[Finding], settings: HostSettings) -> tuple[Finding, ...]:
     """Return the findings as host.toml wants them, errors first, each once.
 
     settings: `mode` for all checks ("enforce" or "warn"), `checks` for single ones by their code: "warn" tells an error
@@ -44,14 +44,14 @@ def settle(findings: Iterable[Finding], settings: HostSettings) -> tuple[Finding
     """
     kept = []
     for finding in findings:
-        level = choose_level(finding, settings.mode, settings.find_mode(finding.code))
+        level = override_level(finding, settings.mode, settings.find_mode(finding.code))
         changed = finding.replace(level=level)
         if level and changed not in kept:
             kept.append(changed)
     return tuple(sorted(kept, key=lambda finding: ORDER.index(finding.level)))
 
 
-def choose_level(finding: Finding, general: str, own: str) -> str:
+def override_level(finding: Finding, general: str, own: str) -> str:
     """Return a finding's level under the modes; "" to leave it out."""
     if own == "ignore":
         return ""
@@ -62,7 +62,7 @@ def choose_level(finding: Finding, general: str, own: str) -> str:
     return finding.level
 
 
-def excuse_privileged(findings: Iterable[Finding], spec: Spec) -> list[Finding]:
+def downgrade_privileged(findings: Iterable[Finding], spec: Spec) -> list[Finding]:
     """Return the findings with no error among them if the container was merely given every node of the host.
 
     Docker, podman and Kubernetes list all of the host's devices for a privileged container, VFIO groups included: there
@@ -73,49 +73,49 @@ def excuse_privileged(findings: Iterable[Finding], spec: Spec) -> list[Finding]:
     return [finding.replace(level="warning") if finding.level == "error" else finding for finding in findings]
 
 
-def choose_exit(findings: Iterable[Finding]) -> int:
+def choose_exit_code(findings: Iterable[Finding]) -> int:
     """Return the exit code: refused as soon as one finding is an error."""
     return EXIT_REFUSED if any(finding.level == "error" for finding in findings) else EXIT_DONE
 
 
-def check_host(root: Root, picture: Picture, targets: tuple[Target, ...]) -> list[Finding]:
+def check_host(root: Root, inventory: Inventory, targets: tuple[Target, ...]) -> list[Finding]:
     """Return what is wrong with the host itself."""
 
-    findings = [*run_check("control node", checks.check_host_nodes, root, targets)]
+    findings = [*run_check("control node", checks.check_host_control_node, root, targets)]
     if any(target.group is None and not target.found_by for target in targets):
-        findings += run_check("host IOMMU", checks.check_iommu, root, picture)
+        findings += run_check("host IOMMU", checks.check_iommu, root, inventory)
     return findings
 
 
-def check_target(root: Root, target: Target, asker: Asker, state: State, deadline: Deadline) -> list[Finding]:
+def check_target(root: Root, target: Target, runtime: Runtime, state: State, deadline: Deadline) -> list[Finding]:
     """Return what is wrong with one entry of linux.devices and the group that it means."""
 
     return [
-        *run_check("group existence", checks.check_presence, root, target),
-        *run_check("device number", checks.check_numbers, target, asker),
-        *run_check("no-IOMMU mode", checks.check_noiommu, target, asker),
-        *run_check("mediated devices", checks.check_kind, target),
+        *run_check("group existence", checks.check_group_exists, root, target),
+        *run_check("device number", checks.check_device_numbers, target, runtime),
+        *run_check("no-IOMMU mode", checks.check_noiommu, target, runtime),
+        *run_check("mediated devices", checks.check_mediated, target),
         *run_check("group members", checks.check_empty, target),
         *run_check("group viability", checks.check_viability, target),
-        *run_check("group status", checks.check_kernel_word, root, target, asker, state, deadline),
+        *run_check("group status", checks.check_group_status, root, target, runtime, state, deadline),
     ]
 
 
-def check_plain(root: Root, spec: Spec, asker: Asker, targets: tuple[Target, ...]) -> list[Finding]:
+def check_plain_runtime(root: Root, spec: Spec, runtime: Runtime, targets: tuple[Target, ...]) -> list[Finding]:
     """Return what a container of a plain runtime lacks itself: there is no guest between it and the host."""
 
     return [
         *run_check("control node", container_checks.check_control_node, spec, targets),
         *run_check("device rules", container_checks.check_device_rules, spec, targets),
-        *run_check("locked memory limit", container_checks.check_memlock, root, spec, asker),
+        *run_check("locked memory limit", container_checks.check_memlock, root, spec, runtime),
     ]
 
 
-def check_sandbox(
+def check_kata_sandbox(
     root: Root,
     state: State,
     spec: Spec,
-    asker: Asker,
+    runtime: Runtime,
     targets: tuple[Target, ...],
     settings: HostSettings,
     deadline: Deadline,
@@ -123,25 +123,25 @@ def check_sandbox(
     """Return what Kata's configuration, or the hypervisor that runs, makes impossible."""
     from oci_hooks.host.kata.checks import check_kata
     from oci_hooks.host.kata.lookup import find_config
-    from oci_hooks.host.kata.sandbox import view_sandbox
+    from oci_hooks.host.kata.sandbox import inspect_sandbox
 
     annotations = {**spec.annotations, **state.annotations}
-    found = find_config(root, asker, annotations, settings.kata_config)
-    attached = all(checks.is_attached(root, target, asker, deadline) for target in targets)
-    view = view_sandbox(root, asker, found, annotations, attached)
-    findings = [*run_check("Kata configuration", check_kata, view, spec, targets)]
-    if view.wanted:
-        findings += run_check("locked memory limit", container_checks.check_memlock, root, spec, asker)
-        if view.mode == "vfio":
+    found = find_config(root, runtime, annotations, settings.kata_config)
+    attached = all(checks.is_attached(root, target, runtime, deadline) for target in targets)
+    sandbox = inspect_sandbox(root, runtime, found, annotations, attached)
+    findings = [*run_check("Kata configuration", check_kata, sandbox, spec, targets)]
+    if sandbox.wanted:
+        findings += run_check("locked memory limit", container_checks.check_memlock, root, spec, runtime)
+        if sandbox.mode == "vfio":
             findings += run_check("control node", container_checks.check_control_node, spec, targets)
     return findings
 
 
-def admit_weakness(asker: Asker, code: int) -> tuple[Finding, ...]:
+def warn_failure_ignored(runtime: Runtime, code: int) -> tuple[Finding, ...]:
     """Return the warning that a refusal has no effect, where the runtime is known to ignore it."""
     from oci_hooks.findings import Finding
 
-    if code == EXIT_DONE or asker.kind != "kata-rs":
+    if code == EXIT_DONE or runtime.kind != "kata-rs":
         return ()
     problem = "ignores the failure of this hook and starts the sandbox anyway"
     hint = "reject such pods earlier, e.g. by an admission webhook, or use Kata's Go runtime"

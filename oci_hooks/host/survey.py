@@ -7,10 +7,10 @@ Exit codes are the hook's own, and those of a Node Problem Detector plugin: 0 we
 from __future__ import annotations
 
 from oci_hooks.findings import Finding, InputError
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.host import checks
 from oci_hooks.host.targets import Target
-from oci_hooks.linux.pci import NOIOMMU_PREFIX, look
+from oci_hooks.linux.pci import NOIOMMU_PREFIX, scan
 from oci_hooks.linux.processes import SCAN_SPARE, list_open_paths, list_pids, read_process
 from oci_hooks.linux.vfio import list_groups, read_group
 from oci_hooks.log import write_stdout
@@ -20,9 +20,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.host.kata.sandbox import KataView
+    from oci_hooks.host.kata.sandbox import Sandbox
     from oci_hooks.host.settings import HostSettings
-    from oci_hooks.linux.pci import Picture
+    from oci_hooks.linux.pci import Inventory
     from oci_hooks.linux.processes import SCAN_SPARE, Process
     from oci_hooks.linux.vfio import Member, VfioGroup
     from oci_hooks.program import Run
@@ -49,8 +49,8 @@ CLASS_NAMES = {
 NPD_LENGTH = 80
 
 
-class Line(Record):
-    """A group in the listing. state: one of the words of name_state; holders: who has it open."""
+class GroupLine(Frozen):
+    """A group in the listing. state: one of the words of describe_state; holders: who has it open."""
 
     group: VfioGroup
     state: str
@@ -59,35 +59,35 @@ class Line(Record):
 
 def survey(run: Run) -> int:
     """Tell of all groups, or of those that the arguments name, and return the exit code. Raises InputError."""
-    from oci_hooks.host.settings import take_settings
-    from oci_hooks.host.suite import choose_exit, settle
+    from oci_hooks.host.settings import load_settings
+    from oci_hooks.host.suite import apply_overrides, choose_exit_code
 
-    settings, root = take_settings(run), run.root
-    picture = look(root)
-    holders = map_holders(root, run.deadline)
+    settings, root = load_settings(run), run.root
+    inventory = scan(root)
+    holders = list_group_holders(root, run.deadline)
     if run.arguments.groups:
-        groups = tuple(read_group(root, picture, name_group(text)) for text in run.arguments.groups)
-        findings = [finding for group in groups for finding in check_named(root, picture, group, run.deadline)]
+        groups = tuple(read_group(root, inventory, parse_group(text)) for text in run.arguments.groups)
+        findings = [finding for group in groups for finding in check_named(root, inventory, group, run.deadline)]
     else:
-        groups = list_groups(root, picture)
-        findings = [*checks.check_iommu(root, picture), *find_half_bound(groups)]
+        groups = list_groups(root, inventory)
+        findings = [*checks.check_iommu(root, inventory), *find_half_bound(groups)]
     lines = tuple(make_line(root, group, holders) for group in groups)
-    views = () if settings.kata_mode == "never" else view_configs(root, settings)
-    findings += [finding for view in views for finding in check_view(view)]
-    told = settle(findings, settings)
-    for finding in told:
+    sandboxes = () if settings.kata_mode == "never" else inspect_configs(root, settings)
+    findings += [finding for sandbox in sandboxes for finding in check_config_conflicts(sandbox)]
+    reported = apply_overrides(findings, settings)
+    for finding in reported:
         run.report(finding)
     run.details["groups"] = [describe_line(line) for line in lines]
-    run.details["kata"] = [describe_view(view) for view in views]
+    run.details["kata"] = [describe_config(sandbox) for sandbox in sandboxes]
     if not run.arguments.json:
-        write_stdout(format_answer(run.arguments.format, lines, views, told))
-    return choose_exit(told)
+        write_stdout(format_answer(run.arguments.format, lines, sandboxes, reported))
+    return choose_exit_code(reported)
 
 
 # Groups --------------------------------------------------------------------------------------------------------------
 
 
-def name_group(text: str) -> str:
+def parse_group(text: str) -> str:
     """Return the group's name in "12" or "/dev/vfio/12". Raises InputError."""
     name = text[len(GROUP_PREFIX) :] if text.startswith(GROUP_PREFIX) else text
     if not (name.isdigit() or (name.startswith(NOIOMMU_PREFIX) and name[len(NOIOMMU_PREFIX) :].isdigit())):
@@ -96,7 +96,7 @@ def name_group(text: str) -> str:
     return name
 
 
-def check_named(root: Root, picture: Picture, group: VfioGroup, deadline: Deadline) -> list[Finding]:
+def check_named(root: Root, inventory: Inventory, group: VfioGroup, deadline: Deadline) -> list[Finding]:
     """Return what would stand in the way of a container that asks for this group."""
     from oci_hooks.host.suite import check_host, check_target
 
@@ -104,15 +104,15 @@ def check_named(root: Root, picture: Picture, group: VfioGroup, deadline: Deadli
     is_there = bool(group.iommu_group or group.number)
     found_by = "numbers" if group.number else "name" if is_there else ""
     target = Target(entry, group if is_there else None, "", found_by)
-    findings = check_host(root, picture, (target,))
-    return findings + check_target(root, target, make_nobody(), State("", "/", 0, "", {}), deadline)
+    findings = check_host(root, inventory, (target,))
+    return findings + check_target(root, target, make_no_runtime(), State("", "/", 0, "", {}), deadline)
 
 
-def make_nobody() -> Any:
+def make_no_runtime() -> Any:
     """Return the asker of a check that no runtime started."""
-    from oci_hooks.host.runtime import Asker
+    from oci_hooks.host.runtime import Runtime
 
-    return Asker("plain", None, None, "", "", False, True)
+    return Runtime("plain", None, None, "", "", False, True)
 
 
 def find_half_bound(groups: tuple[VfioGroup, ...]) -> list[Finding]:
@@ -120,7 +120,7 @@ def find_half_bound(groups: tuple[VfioGroup, ...]) -> list[Finding]:
     return [
         finding
         for group in groups
-        if group.blocking and any(member.standing == "vfio" for member in group.members)
+        if group.blocking and any(member.viability == "vfio" for member in group.members)
         for finding in checks.check_viability(Target(make_entry(group), group, "", "numbers"))
     ]
 
@@ -131,7 +131,7 @@ def make_entry(group: VfioGroup) -> Device:
     return Device(group.node, "c", major, minor, -1, -1, -1)
 
 
-def map_holders(root: Root, deadline: Deadline) -> dict[str, tuple[Process, ...]]:
+def list_group_holders(root: Root, deadline: Deadline) -> dict[str, tuple[Process, ...]]:
     """Return who has which VFIO node open, by its path."""
     holders: dict[str, tuple[Process, ...]] = {}
     for pid in list_pids(root):
@@ -143,16 +143,16 @@ def map_holders(root: Root, deadline: Deadline) -> dict[str, tuple[Process, ...]
     return holders
 
 
-def make_line(root: Root, group: VfioGroup, holders: dict[str, tuple[Process, ...]]) -> Line:
+def make_line(root: Root, group: VfioGroup, holders: dict[str, tuple[Process, ...]]) -> GroupLine:
     """Return a group's line of the listing."""
     nodes = (group.node, *(f"{GROUP_PREFIX}devices/{name}" for name in checks.list_member_cdevs(root, group)))
     held_by = tuple(dict.fromkeys(process for node in nodes for process in holders.get(node, ())))
-    return Line(group, name_state(group, held_by), held_by)
+    return GroupLine(group, describe_state(group, held_by), held_by)
 
 
-def name_state(group: VfioGroup, holders: tuple[Process, ...]) -> str:
+def describe_state(group: VfioGroup, holders: tuple[Process, ...]) -> str:
     """Return a group's state in a word or two."""
-    prepared = any(member.standing == "vfio" for member in group.members)
+    prepared = any(member.viability == "vfio" for member in group.members)
     facts = (
         (not group.iommu_group and not group.number, "missing"),
         (bool(holders), "in use"),
@@ -168,49 +168,51 @@ def name_state(group: VfioGroup, holders: tuple[Process, ...]) -> str:
 # Kata ----------------------------------------------------------------------------------------------------------------
 
 
-def view_configs(root: Root, settings: HostSettings) -> tuple[KataView, ...]:
+def inspect_configs(root: Root, settings: HostSettings) -> tuple[Sandbox, ...]:
     """Return Kata's configurations on this host: those that container engines name, and the default one."""
-    from oci_hooks.host.kata.config import find_default_places, load_config, make_place
+    from oci_hooks.host.kata.config import find_default_files, load_config, make_config_file
     from oci_hooks.host.kata.handlers import list_kata_handlers
-    from oci_hooks.host.kata.lookup import Found
-    from oci_hooks.host.kata.sandbox import view_sandbox
+    from oci_hooks.host.kata.lookup import ConfigLookup
+    from oci_hooks.host.kata.sandbox import inspect_sandbox
 
     named = settings.kata_config
-    candidates = [make_place(root, named, "named in host.toml")] if named else []
+    candidates = [make_config_file(root, named, "named in host.toml")] if named else []
     for handler in list_kata_handlers(root):
-        candidates.append(make_place(root, handler.config_path, f"runtime {handler.name} of {handler.engine}"))
+        candidates.append(make_config_file(root, handler.config_path, f"runtime {handler.name} of {handler.engine}"))
     for flavour in ("go", "rs"):
-        candidates += find_default_places(root, flavour, "")[:1]
-    places = {place.real: place for place in reversed(candidates) if place}
-    configs = [load_config(root, place, "", {}) for place in reversed(list(places.values()))]
-    return tuple(view_sandbox(root, make_nobody(), Found(config, True), {}, False) for config in configs)
+        candidates += find_default_files(root, flavour, "")[:1]
+    locations = {location.real: location for location in reversed(candidates) if location}
+    configs = [load_config(root, location, "", {}) for location in reversed(list(locations.values()))]
+    return tuple(inspect_sandbox(root, make_no_runtime(), ConfigLookup(config, True), {}, False) for config in configs)
 
 
-def check_view(view: KataView) -> list[Finding]:
+def check_config_conflicts(sandbox: Sandbox) -> list[Finding]:
     """Return what contradicts itself in a configuration, as far as that can be told without a container."""
     from oci_hooks.host.kata import checks as kata_checks
 
     return [
-        *kata_checks.check_config(view),
-        *(kata_checks.check_viommu(view, False) if view.wanted else ()),
-        *kata_checks.check_viommu_support(view, False),
-        *(finding for finding in kata_checks.check_port(view) if finding.code == "port-conflict"),
+        *kata_checks.check_config(sandbox),
+        *(kata_checks.check_viommu(sandbox, False) if sandbox.wanted else ()),
+        *kata_checks.check_viommu_support(sandbox, False),
+        *(finding for finding in kata_checks.check_port(sandbox) if finding.code == "port-conflict"),
     ]
 
 
 # Formats -------------------------------------------------------------------------------------------------------------
 
 
-def format_answer(name: str, lines: tuple[Line, ...], views: tuple[KataView, ...], told: tuple[Finding, ...]) -> str:
+def format_answer(
+    name: str, lines: tuple[GroupLine, ...], sandboxes: tuple[Sandbox, ...], reported: tuple[Finding, ...]
+) -> str:
     """Return the listing in a format: "nfd", "npd", else a table."""
     if name == "nfd":
-        return format_labels(lines, views)
+        return format_labels(lines, sandboxes)
     if name == "npd":
-        return format_problem(lines, told)
-    return format_table(lines, views)
+        return format_problem(lines, reported)
+    return format_table(lines, sandboxes)
 
 
-def format_table(lines: tuple[Line, ...], views: tuple[KataView, ...]) -> str:
+def format_table(lines: tuple[GroupLine, ...], sandboxes: tuple[Sandbox, ...]) -> str:
     """Return groups, and Kata's configurations, in columns for a person."""
     rows: list[tuple[str, ...]] = [("GROUP", "STATE", "DEVICE", "ID", "CLASS", "DRIVER", "IN USE BY")]
     for line in lines:
@@ -222,9 +224,9 @@ def format_table(lines: tuple[Line, ...], views: tuple[KataView, ...]) -> str:
         if not line.group.members:
             rows.append((*first, "-", "-", "-", "-", held_by))
     text = format_columns(rows)
-    if views:
+    if sandboxes:
         text += "\n" + format_columns(
-            [("KATA", "HYPERVISOR", "VFIO_MODE", "ENABLE_IOMMU", "PORT"), *map(row_of, views)]
+            [("KATA", "HYPERVISOR", "VFIO_MODE", "ENABLE_IOMMU", "PORT"), *map(format_config_row, sandboxes)]
         )
     return text
 
@@ -235,9 +237,9 @@ def describe_member(member: Member) -> tuple[str, str, str, str]:
     return member.name, member.pci.id if member.pci else "-", kind, member.driver or "-"
 
 
-def row_of(view: KataView) -> tuple[str, ...]:
+def format_config_row(sandbox: Sandbox) -> tuple[str, ...]:
     """Return the columns of one of Kata's configurations."""
-    values = describe_view(view)
+    values = describe_config(sandbox)
     return (
         values["path"],
         values["hypervisor"],
@@ -253,7 +255,7 @@ def format_columns(rows: list[tuple[str, ...]]) -> str:
     return "".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() + "\n" for row in rows)
 
 
-def format_labels(lines: tuple[Line, ...], views: tuple[KataView, ...]) -> str:
+def format_labels(lines: tuple[GroupLine, ...], sandboxes: tuple[Sandbox, ...]) -> str:
     """Return labels for Node Feature Discovery's local source, a line each (features.d)."""
     ready = [line.group for line in lines if line.state == "ready"]
     labels = {
@@ -267,14 +269,14 @@ def format_labels(lines: tuple[Line, ...], views: tuple[KataView, ...]) -> str:
             if member.pci:
                 name = f"vfio.device-{member.pci.vendor}-{member.pci.device}"
                 labels[name] = str(int(labels.get(name, "0")) + 1)
-    if views:
-        labels["vfio.kata-viommu"] = str(any(describe_view(view)["enable_iommu"] for view in views)).lower()
+    if sandboxes:
+        labels["vfio.kata-viommu"] = str(any(describe_config(sandbox)["enable_iommu"] for sandbox in sandboxes)).lower()
     return "".join(f"{name}={value}\n" for name, value in labels.items())
 
 
-def format_problem(lines: tuple[Line, ...], told: tuple[Finding, ...]) -> str:
+def format_problem(lines: tuple[GroupLine, ...], reported: tuple[Finding, ...]) -> str:
     """Return one line for Node Problem Detector: the first error, or how many groups are ready."""
-    errors = [finding for finding in told if finding.level == "error"]
+    errors = [finding for finding in reported if finding.level == "error"]
     if not errors:
         return f"{sum(line.state == 'ready' for line in lines)} VFIO groups ready\n"
     more = f" (+{len(errors) - 1})" if len(errors) > 1 else ""
@@ -282,7 +284,7 @@ def format_problem(lines: tuple[Line, ...], told: tuple[Finding, ...]) -> str:
     return text[: NPD_LENGTH - len(more)] + more + "\n"
 
 
-def describe_line(line: Line) -> dict[str, Any]:
+def describe_line(line: GroupLine) -> dict[str, Any]:
     """Return a group for --json."""
     group = line.group
     return {
@@ -295,7 +297,7 @@ def describe_line(line: Line) -> dict[str, Any]:
                 "name": member.name,
                 "bus": member.bus,
                 "driver": member.driver or None,
-                "standing": member.standing,
+                "standing": member.viability,
                 "id": member.pci.id if member.pci else None,
                 "class": member.pci.class_code if member.pci else None,
             }
@@ -305,9 +307,9 @@ def describe_line(line: Line) -> dict[str, Any]:
     }
 
 
-def describe_view(view: KataView) -> dict[str, Any]:
+def describe_config(sandbox: Sandbox) -> dict[str, Any]:
     """Return one of Kata's configurations for --json."""
-    config = view.config
+    config = sandbox.config
     if config is None:
         return {}
     hot, cold, root = (config.hypervisor_setting(key) for key in ("hot_plug_vfio", "cold_plug_vfio", "pcie_root_port"))

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux.pci import (
-    Picture,
+    Inventory,
     list_live_groups,
 )
 from oci_hooks.linux.vfio import list_cdevs, read_cdev_group, read_group
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 
-class Target(Record):
+class Target(Frozen):
     """What an entry of linux.devices means on this host.
 
     entry: the entry; group: the group meant, None where there is none; cdev: name of the VFIO device's own node
@@ -43,16 +43,16 @@ class Target(Record):
         return f"group {self.group.name}" if self.group else self.entry.path
 
 
-def find_targets(root: Root, picture: Picture, entries: tuple[Device, ...]) -> tuple[Target, ...]:
+def find_targets(root: Root, inventory: Inventory, entries: tuple[Device, ...]) -> tuple[Target, ...]:
     """Return what each entry of linux.devices means on this host."""
     groups = list_live_groups(root)
     cdevs = list_cdevs(root)
-    return tuple(find_target(root, picture, entry, groups, cdevs) for entry in entries)
+    return tuple(find_target(root, inventory, entry, groups, cdevs) for entry in entries)
 
 
 def find_target(
     root: Root,
-    picture: Picture,
+    inventory: Inventory,
     entry: Device,
     groups: dict[tuple[int, int], str],
     cdevs: dict[tuple[int, int], str],
@@ -61,15 +61,15 @@ def find_target(
     number = (entry.major, entry.minor)
     name = entry.path.rpartition("/")[2]
     if number in groups:
-        return Target(entry, read_group(root, picture, groups[number]), "", "numbers")
+        return Target(entry, read_group(root, inventory, groups[number]), "", "numbers")
     if number in cdevs:
-        return Target(entry, read_cdev_group(root, picture, cdevs[number]), cdevs[number], "numbers")
-    taken_by = root.link_name(f"/sys/dev/char/{entry.major}:{entry.minor}")
+        return Target(entry, read_cdev_group(root, inventory, cdevs[number]), cdevs[number], "numbers")
+    taken_by = root.read_link_name(f"/sys/dev/char/{entry.major}:{entry.minor}")
     if entry.path.startswith(CDEV_PREFIX):
         found = name in cdevs.values()
-        group = read_cdev_group(root, picture, name) if found else None
+        group = read_cdev_group(root, inventory, name) if found else None
         return Target(entry, group, name, "name" if found else "", taken_by)
-    group = read_group(root, picture, name)
+    group = read_group(root, inventory, name)
     if group.number is None and not group.iommu_group:
         return Target(entry, None, "", "", taken_by)
     return Target(entry, group, "", "name", taken_by)

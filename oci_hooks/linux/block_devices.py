@@ -50,7 +50,7 @@ def read_loops(root: Root, blocks: dict[str, str]) -> dict[str, tuple[str, ...]]
 def find_backing(root: Root, loop: str, path: str, blocks: dict[str, str]) -> str:
     """Return "major:minor" of the block device below a loop device, "0:0" of a file. path: as sysfs names it."""
     try:
-        number = root.ask(ask_backing, f"/dev/{loop}")
+        number = root.ask(read_backing_device, f"/dev/{loop}")
     except OSError:
         # Without a node to ask: what has that name now.
         name = name_block(root, path.replace(" (deleted)", ""), blocks)
@@ -59,7 +59,7 @@ def find_backing(root: Root, loop: str, path: str, blocks: dict[str, str]) -> st
 
 
 @tagged("loop-backing")
-def ask_backing(path: str) -> int:
+def read_backing_device(path: str) -> int:
     """Return the number of the block device below a loop device, 0 for a file (loop(4)). Raises OSError.
 
     path: the loop device's node.

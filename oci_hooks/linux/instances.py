@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux.pci import PCI_DEVICES, parse_ids, parse_uevent
 
 TYPE_CHECKING = False
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GONE = (errno.ENOENT, errno.ENODEV)
 
 
-class Instance(Record):
+class Instance(Frozen):
     """One PCI function, while it is plugged in. inode: of its directory; the rest as of a PciDevice."""
 
     tag = "instance"
@@ -33,7 +33,7 @@ class Instance(Record):
     class_code: str = ""
 
 
-def name_instance(device: PciDevice) -> Instance:
+def make_instance(device: PciDevice) -> Instance:
     """Return which device a PCI function is."""
     return Instance(device.inode, device.vendor, device.device, device.class_code)
 

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 
-class Mount(Record):
+class Mount(Frozen):
     """One line of mountinfo.
 
     number: "major:minor" of the file system, an anonymous one for btrfs, overlay and the like; top: the directory of
@@ -42,8 +42,8 @@ def parse_mounts(text: str, having: str = "") -> list[Mount]:
         if having not in line:
             continue
         # A number of optional fields ends with a lone dash.
-        place, _, rest = line.partition(" - ")
-        fields, types = place.split(" "), rest.split(" ")
+        location, _, rest = line.partition(" - ")
+        fields, types = location.split(" "), rest.split(" ")
         if len(fields) >= 5 and len(types) >= 3:
             top, point = unescape(fields[3]), unescape(fields[4])
             mounts.append(Mount(fields[2], top, point, types[0], unescape(types[1]), tuple(types[2].split(","))))

@@ -37,12 +37,12 @@ ADDRESS_HEADER, ROUTE_HEADER, NEXTHOP_HEADER = "=BBBBI", "=BBBBBBBBI", "=BBBBI"
 # linux/err.h: error numbers end here.
 MAX_ERRNO = 4095
 # Some sixty thousand routes. A router with more has its interfaces in use, whatever the rest says.
-LONGEST_DUMP = 4 << 20
+MAX_DUMP_BYTES = 4 << 20
 # A dump during which something changed may lack an entry; one that is there all the time is in one of so many.
-TRIES = 3
+ATTEMPTS = 3
 
 
-class Found:
+class NetworkUse:
     """What dumps came to. addresses: interface's index -> its first address; routed: indexes, 0 for "any"."""
 
     def __init__(self) -> None:
@@ -51,12 +51,12 @@ class Found:
 
 
 def read_network(root: Root) -> list[list[str]]:
-    """Return what the kernel reports of addresses and routes, as ask_network has it. Raises OSError."""
-    return root.ask(ask_network, "/proc/net")
+    """Return what the kernel reports of addresses and routes, as dump_network has it. Raises OSError."""
+    return root.ask(dump_network, "/proc/net")
 
 
 @tagged("network")
-def ask_network(path: str) -> list[list[str]]:
+def dump_network(path: str) -> list[list[str]]:
     """Return what makes interfaces used: ["address", interface, address] and ["route", interface, ""].
 
     Left out is what every interface gets that is up: its link-local address, the routes to fe80::/10 and multicast. An
@@ -68,7 +68,7 @@ def ask_network(path: str) -> list[list[str]]:
     # The socket module proper imports enum and selectors.
     import _socket
 
-    found = Found()
+    found = NetworkUse()
     sock = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW | _socket.SOCK_CLOEXEC, _socket.NETLINK_ROUTE)
     try:
         for request, header in (
@@ -76,13 +76,13 @@ def ask_network(path: str) -> list[list[str]]:
             (RTM_GETROUTE, ROUTE_HEADER),
             (RTM_GETNEXTHOP, NEXTHOP_HEADER),
         ):
-            for _ in range(TRIES):
+            for _ in range(ATTEMPTS):
                 sock.send(make_request(request, calcsize(header)))
                 if read_dump(iter(lambda: sock.recv(65536), b""), found):
                     break
     finally:
         sock.close()
-    return name_found(found, _socket.if_indextoname)
+    return name_interfaces(found, _socket.if_indextoname)
 
 
 def make_request(kind: int, size: int) -> bytes:
@@ -90,7 +90,7 @@ def make_request(kind: int, size: int) -> bytes:
     return pack(HEADER, calcsize(HEADER) + size, kind, NLM_F_REQUEST | NLM_F_DUMP, 0, 0) + bytes(size)
 
 
-def read_dump(chunks: Iterator[bytes], found: Found) -> bool:
+def read_dump(chunks: Iterator[bytes], found: NetworkUse) -> bool:
     """Take in the answers to one request, and tell whether nothing changed meanwhile. Raises OSError.
 
     A kernel that lacks what was asked for (nexthop objects before 5.3) has none of it.
@@ -102,22 +102,22 @@ def read_dump(chunks: Iterator[bytes], found: Found) -> bool:
             if kind == NLMSG_DONE:
                 return whole
             if kind == NLMSG_ERROR:
-                code = -take("=i", body)[0]
+                code = -unpack_head("=i", body)[0]
                 if code == EOPNOTSUPP:
                     return True
                 # What else is there is no error number, and no C int.
                 code = code if 0 < code <= MAX_ERRNO else EIO
                 raise OSError(code, os.strerror(code), "netlink")
-            if total <= LONGEST_DUMP:
-                take_message(kind, body, found)
+            if total <= MAX_DUMP_BYTES:
+                add_message(kind, body, found)
         total += len(chunk)
-        if total > LONGEST_DUMP:
+        if total > MAX_DUMP_BYTES:
             # Read to its end all the same: the next dump comes through the same socket.
             found.routed.add(0)
     return whole
 
 
-def take(form: str, data: bytes) -> tuple[int, ...]:
+def unpack_head(form: str, data: bytes) -> tuple[int, ...]:
     """Return the numbers at the beginning of the data. Raises OSError [EBADMSG] where it is too short."""
     if len(data) < calcsize(form):
         raise OSError(EBADMSG, os.strerror(EBADMSG), "netlink")
@@ -127,7 +127,7 @@ def take(form: str, data: bytes) -> tuple[int, ...]:
 def split_messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
     """Yield type, flags and what follows the header of each message. Raises OSError."""
     while data:
-        length, kind, flags, _, _ = take(HEADER, data)
+        length, kind, flags, _, _ = unpack_head(HEADER, data)
         if not calcsize(HEADER) <= length <= len(data):
             raise OSError(EBADMSG, os.strerror(EBADMSG), "netlink")
         yield kind, flags, data[calcsize(HEADER) : length]
@@ -138,7 +138,7 @@ def split_attributes(data: bytes) -> dict[int, bytes]:
     """Return attributes by their types. Raises OSError."""
     attributes = {}
     while data:
-        length, kind = take(ATTRIBUTE, data)
+        length, kind = unpack_head(ATTRIBUTE, data)
         if not calcsize(ATTRIBUTE) <= length <= len(data):
             raise OSError(EBADMSG, os.strerror(EBADMSG), "netlink")
         attributes[kind & NLA_TYPE_MASK] = data[calcsize(ATTRIBUTE) : length]
@@ -146,20 +146,20 @@ def split_attributes(data: bytes) -> dict[int, bytes]:
     return attributes
 
 
-def take_message(kind: int, body: bytes, found: Found) -> None:
+def add_message(kind: int, body: bytes, found: NetworkUse) -> None:
     """Take in one address, route or nexthop. Raises OSError."""
     if kind == RTM_NEWADDR:
-        family, _, _, scope, index = take(ADDRESS_HEADER, body)
+        family, _, _, scope, index = unpack_head(ADDRESS_HEADER, body)
         if (family, scope) != (AF_INET6, RT_SCOPE_LINK):
             attributes = split_attributes(body[calcsize(ADDRESS_HEADER) :])
             address = attributes.get(IFA_LOCAL) or attributes.get(IFA_ADDRESS) or b""
             found.addresses.setdefault(index, format_address(family, address))
     elif kind == RTM_NEWROUTE:
-        take_route(body, found)
+        add_route(body, found)
     elif kind == RTM_NEWNEXTHOP:
         attributes = split_attributes(body[calcsize(NEXTHOP_HEADER) :])
         if NHA_OIF in attributes:
-            found.routed.add(take("=I", attributes[NHA_OIF])[0])
+            found.routed.add(unpack_head("=I", attributes[NHA_OIF])[0])
 
 
 def format_address(family: int, address: bytes) -> str:
@@ -171,18 +171,18 @@ def format_address(family: int, address: bytes) -> str:
     return f"{address.hex() or '?'} of family {family}"
 
 
-def take_route(body: bytes, found: Found) -> None:
+def add_route(body: bytes, found: NetworkUse) -> None:
     """Take in the interfaces of one route, of whatever table and family. Raises OSError."""
-    family, length, _, _, _, _, _, kind, flags = take(ROUTE_HEADER, body)
+    family, length, _, _, _, _, _, kind, flags = unpack_head(ROUTE_HEADER, body)
     attributes = split_attributes(body[calcsize(ROUTE_HEADER) :])
     if flags & RTM_F_CLONED or (family == AF_INET6 and is_automatic(kind, length, attributes.get(RTA_DST, b""))):
         return
     if RTA_OIF in attributes:
-        found.routed.add(take("=I", attributes[RTA_OIF])[0])
+        found.routed.add(unpack_head("=I", attributes[RTA_OIF])[0])
     # struct rtnexthop: its length with its attributes, flags, hops, interface.
     hops = attributes.get(RTA_MULTIPATH, b"")
     while hops:
-        size, _, _, index = take(NEXTHOP, hops)
+        size, _, _, index = unpack_head(NEXTHOP, hops)
         found.routed.add(index)
         hops = hops[max((size + 3) & ~3, calcsize(NEXTHOP)) :]
 
@@ -193,7 +193,7 @@ def is_automatic(kind: int, length: int, destination: bytes) -> bool:
     return link or destination[:1] == b"\xff" or kind == RTN_ANYCAST or (kind == RTN_LOCAL and length == 128)
 
 
-def name_found(found: Found, name_index: Callable[[int], str]) -> list[list[str]]:
+def name_interfaces(found: NetworkUse, name_index: Callable[[int], str]) -> list[list[str]]:
     """Return what was found, by the names of interfaces. name_index: returns one, or raises OSError."""
     lines = []
     for kind, index, words in (

@@ -37,7 +37,7 @@ UDEV_NAMES = ("systemd-udevd", "udevd", "udevadm")
 # How thoroughly processes are looked at: descriptors; mapped memory of PCI functions, too; all that they have mapped.
 DESCRIPTORS, RESOURCES, MAPPINGS = range(3)
 # After how many descriptors of one process it is looked at the clock again.
-DESCRIPTORS_A_LOOK = 256
+DESCRIPTORS_PER_SCAN = 256
 # What is looked for when no device node is: the memory and ports of a function.
 RESOURCE = "/resource"
 
@@ -93,14 +93,16 @@ class Openers:
         raw = device.driver in RAW_DRIVERS
         if not own and not raw:
             return []
-        answer = self.look(choose_depth(own, raw))
+        answer = self.scan(choose_depth(own, raw))
         things = {key: f"holds {name_node(self.root, path)}" for key, path in own.items()}
         for key, _, _ in answer["open"]:
             if key.startswith(f"{device.address}{RESOURCE}"):
                 things[key] = f"holds the PCI resource {key.rpartition('/')[2]}"
-        return self.tell(things, answer) or tell_unseen(list(things.values()) or ["holds PCI resources"], answer)
+        return self.describe(things, answer) or describe_unseen(
+            list(things.values()) or ["holds PCI resources"], answer
+        )
 
-    def look(self, depth: int) -> dict[str, Any]:
+    def scan(self, depth: int) -> dict[str, Any]:
         """Return what list_openers does, at least so thoroughly. Raises OSError."""
         known = next((answer for level, answer in self.answers.items() if level >= depth), None)
         if known is None:
@@ -113,7 +115,7 @@ class Openers:
             self.answers[depth] = known
         return known
 
-    def tell(self, things: dict[str, str], answer: dict[str, Any]) -> list[str]:
+    def describe(self, things: dict[str, str], answer: dict[str, Any]) -> list[str]:
         """Return who has these things open. things: key -> words."""
         reasons = []
         for key, words in things.items():
@@ -136,7 +138,7 @@ def choose_depth(own: dict[str, str], raw: bool) -> int:
     return RESOURCES if raw else DESCRIPTORS
 
 
-def tell_unseen(things: list[str], answer: dict[str, Any]) -> list[str]:
+def describe_unseen(things: list[str], answer: dict[str, Any]) -> list[str]:
     """Return that things may be open, where not every process could be looked at; else nothing."""
     looked, total, hidden = answer["looked"], answer["total"], answer["hidden"]
     if looked < total:
@@ -206,7 +208,7 @@ def list_openers(proc: str, wanted: frozenset[str], depth: int, seconds: float) 
         looked += 1
         if pid != own:
             try:
-                things = set(list_things(f"{proc}/{pid}", depth, seen, end))
+                things = set(list_open_nodes(f"{proc}/{pid}", depth, seen, end))
             except TimeoutError:
                 looked -= 1
                 break
@@ -220,36 +222,38 @@ def list_openers(proc: str, wanted: frozenset[str], depth: int, seconds: float) 
     return {"open": found, "looked": looked, "total": len(pids), "hidden": hidden}
 
 
-def list_things(place: str, depth: int, seen: dict[tuple[bytes, bytes], str], end: float) -> Iterator[tuple[str, str]]:
+def list_open_nodes(
+    location: str, depth: int, seen: dict[tuple[bytes, bytes], str], end: float
+) -> Iterator[tuple[str, str]]:
     """Yield what a process has open or mapped. Raises OSError, TimeoutError.
 
-    place: its directory; seen: mapped files known so far; end: the moment, of time.monotonic(), to give up at.
+    location: its directory; seen: mapped files known so far; end: the moment, of time.monotonic(), to give up at.
     """
-    names = os.listdir(f"{place}/fd")
+    names = os.listdir(f"{location}/fd")
     if not names:
         # A process whose first thread has ended shows its files only with the other threads.
-        threads = os.listdir(f"{place}/task")
+        threads = os.listdir(f"{location}/task")
         for thread in threads if len(threads) > 1 else ():
-            names = os.listdir(f"{place}/task/{thread}/fd")
+            names = os.listdir(f"{location}/task/{thread}/fd")
             if names:
-                place = f"{place}/task/{thread}"
+                location = f"{location}/task/{thread}"
                 break
     for number, name in enumerate(names, 1):
         # One process may have a million of them.
-        if not number % DESCRIPTORS_A_LOOK and time.monotonic() >= end:
+        if not number % DESCRIPTORS_PER_SCAN and time.monotonic() >= end:
             raise TimeoutError
-        key = name_open(f"{place}/fd/{name}", depth)
+        key = name_open_file(f"{location}/fd/{name}", depth)
         if key:
             yield key, "open"
     if depth >= RESOURCES:
-        with open(f"{place}/maps", "rb") as file:
+        with open(f"{location}/maps", "rb") as file:
             text = file.read()
         if depth >= MAPPINGS or RESOURCE.encode() in text:
-            for key in list_mapped(place, text, seen):
+            for key in list_mapped(location, text, seen):
                 yield key, "mapped"
 
 
-def name_open(path: str, depth: int) -> str:
+def name_open_file(path: str, depth: int) -> str:
     """Return the node, or the resource, that a descriptor is of; "" for anything else. path: of the link in /proc.
 
     Raises PermissionError where this process may not know what it is of.
@@ -257,9 +261,9 @@ def name_open(path: str, depth: int) -> str:
     try:
         # By its number: a node may have any name, in any mount namespace.
         status = os.stat(path)
-        place = path.rpartition("/fd/")[0]
+        location = path.rpartition("/fd/")[0]
         if depth >= RESOURCES and stat.S_ISREG(status.st_mode):
-            return name_resource(place, os.readlink(path), status.st_ino, name_device(status.st_dev))
+            return name_resource(location, os.readlink(path), status.st_ino, name_device(status.st_dev))
     except PermissionError:
         # The link can be read where it is only the file system (FUSE) that refuses; no node is on one.
         os.readlink(path)
@@ -281,10 +285,10 @@ def name_device(device: int) -> str:
     return f"{os.major(device)}:{os.minor(device)}"
 
 
-def name_resource(place: str, path: str, inode: int, device: str) -> str:
+def name_resource(location: str, path: str, inode: int, device: str) -> str:
     """Return "0000:01:00.0/resource0" of an open file of sysfs, "" for anything else.
 
-    place: the process's directory in /proc; path: what it names the file; inode, device: the file's, as name_device
+    location: the process's directory in /proc; path: what it names the file; inode, device: the file's, as name_device
     writes it. Any process may have a file of such a name: it counts only if it is the kernel's, whose inode number is
     the same in each network namespace's sysfs.
     """
@@ -294,17 +298,17 @@ def name_resource(place: str, path: str, inode: int, device: str) -> str:
         return ""
     name = f"{above.rpartition('/')[2]}{found}{number}"
     try:
-        real = os.stat(f"{place.rpartition('/proc/')[0]}{PCI_DEVICES}/{name}")
+        real = os.stat(f"{location.rpartition('/proc/')[0]}{PCI_DEVICES}/{name}")
     except (OSError, ValueError):
         return ""
-    return name if real.st_ino == inode and may_be_sysfs(place, device) else ""
+    return name if real.st_ino == inode and may_be_sysfs(location, device) else ""
 
 
-def may_be_sysfs(place: str, device: str) -> bool:
+def may_be_sysfs(location: str, device: str) -> bool:
     """Check whether a file system is sysfs, or none of which it is known that the process has mounted it."""
     number = device.encode()
     try:
-        with open(f"{place}/mountinfo", "rb") as file:
+        with open(f"{location}/mountinfo", "rb") as file:
             lines = [line.split(b" ") for line in file.read().split(b"\n")]
     except OSError:
         # What can't be known is not free.
@@ -314,7 +318,7 @@ def may_be_sysfs(place: str, device: str) -> bool:
     return not kinds or kinds == {b"sysfs"}
 
 
-def list_mapped(place: str, text: bytes, seen: dict[tuple[bytes, bytes], str]) -> Iterator[str]:
+def list_mapped(location: str, text: bytes, seen: dict[tuple[bytes, bytes], str]) -> Iterator[str]:
     """Yield nodes and resources that a process has mapped. text: its maps; seen: device and inode -> what it is."""
     for line in text.split(b"\n"):
         # Addresses, permissions, offset, file system's number, inode, path.
@@ -322,17 +326,17 @@ def list_mapped(place: str, text: bytes, seen: dict[tuple[bytes, bytes], str]) -
         if len(fields) == 6 and fields[5].startswith(b"/"):
             file = (fields[3], fields[4])
             if file not in seen:
-                seen[file] = name_mapped(place, fields)
+                seen[file] = name_mapped(location, fields)
             if seen[file]:
                 yield seen[file]
 
 
-def name_mapped(place: str, fields: list[bytes]) -> str:
+def name_mapped(location: str, fields: list[bytes]) -> str:
     """Return the node or resource behind one mapping, "" for anything else. fields: of its line in maps."""
     name = os.fsdecode(fields[5])
     first, _, last = os.fsdecode(fields[0]).partition("-")
     # The file itself, else (the kernel wants a privilege for that) what has its name now.
-    for file in (f"{place}/map_files/{first.lstrip('0')}-{last.lstrip('0')}", f"{place}/root{name}"):
+    for file in (f"{location}/map_files/{first.lstrip('0')}-{last.lstrip('0')}", f"{location}/root{name}"):
         try:
             number = name_number(os.stat(file))
         except (OSError, ValueError):
@@ -342,6 +346,6 @@ def name_mapped(place: str, fields: list[bytes]) -> str:
         break
     try:
         major, minor = (int(word, 16) for word in fields[3].split(b":"))
-        return name_resource(place, name, int(fields[4]), f"{major}:{minor}")
+        return name_resource(location, name, int(fields[4]), f"{major}:{minor}")
     except ValueError:
         return ""

@@ -7,7 +7,7 @@ A BDF is written `dddd:bb:ss.f`, in lower case hexadecimal, as sysfs names it.
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ KNOWN_DRIVERS = {"": False, "vfio-pci": True}
 DEV_LENGTH = 22
 
 
-class PciDevice(Record):
+class PciDevice(Frozen):
     """One PCI function.
 
     address: BDF; vendor, device: four hexadecimal digits; class_code: six hexadecimal digits (class, subclass,
@@ -73,7 +73,7 @@ class PciDevice(Record):
         return f"{self.vendor}:{self.device}"
 
 
-class IommuGroup(Record):
+class IommuGroup(Frozen):
     """An IOMMU group and the PCI functions in it, in the order of their addresses."""
 
     name: str
@@ -85,14 +85,14 @@ class IommuGroup(Record):
         return tuple(member for member in self.members if not member.is_bridge)
 
 
-class Picture(Record):
+class Inventory(Frozen):
     """Every PCI function and every IOMMU group with one, at one moment."""
 
     devices: dict[str, PciDevice]
     groups: dict[str, IommuGroup]
 
 
-def look(root: Root, noiommu: bool = False, instances: bool = False) -> Picture:
+def scan(root: Root, noiommu: bool = False, instances: bool = False) -> Inventory:
     """Return the picture of a machine: one pass over its PCI devices. Raises OSError where sysfs can't be read.
 
     noiommu: give each endpoint without a group a group of its own, `noiommu:BDF`, as vfio's no-IOMMU mode does;
@@ -107,16 +107,16 @@ def look(root: Root, noiommu: bool = False, instances: bool = False) -> Picture:
             if noiommu and not device.group and not device.is_bridge:
                 device = device.replace(group=NOIOMMU_GROUP + address)
             devices[address] = device
-    return make_picture(devices)
+    return make_inventory(devices)
 
 
-def make_picture(devices: dict[str, PciDevice]) -> Picture:
+def make_inventory(devices: dict[str, PciDevice]) -> Inventory:
     """Return the picture of these PCI functions."""
     members: dict[str, list[PciDevice]] = {}
     for device in devices.values():
         if device.group:
             members.setdefault(device.group, []).append(device)
-    return Picture(devices, {name: IommuGroup(name, tuple(group)) for name, group in members.items()})
+    return Inventory(devices, {name: IommuGroup(name, tuple(group)) for name, group in members.items()})
 
 
 def read_device(
@@ -144,7 +144,7 @@ def read_device(
         address,
         *parse_ids(uevent),
         driver,
-        root.link_name(f"{path}/iommu_group"),
+        root.read_link_name(f"{path}/iommu_group"),
         "/sys/" + target.lstrip("./") if target else path,
         drivers[driver],
         inode,
@@ -172,7 +172,7 @@ def parse_ids(uevent: dict[str, str]) -> tuple[str, str, str]:
 
 def read_driver(root: Root, address: str) -> str:
     """Return the name of the driver a PCI function is bound to now, "" without one."""
-    return root.link_name(f"{PCI_DEVICES}/{address}/driver")
+    return root.read_link_name(f"{PCI_DEVICES}/{address}/driver")
 
 
 def read_override(root: Root, address: str) -> str:
@@ -204,9 +204,9 @@ def list_live_groups(root: Root) -> dict[tuple[int, int], str]:
     return {number: name for number, name in numbers if number is not None}
 
 
-def name_bare_groups(
-    picture: Picture, live: dict[tuple[int, int], str], noiommu: bool
-) -> tuple[Picture, dict[tuple[int, int], str]]:
+def resolve_noiommu_groups(
+    inventory: Inventory, live: dict[tuple[int, int], str], noiommu: bool
+) -> tuple[Inventory, dict[tuple[int, int], str]]:
     """Return picture and live groups with a device that is bound without an IOMMU in the group it had before.
 
     vfio's no-IOMMU mode gives it group N and node noiommu-N, for as long as it is bound. noiommu: as for look; without
@@ -214,14 +214,14 @@ def name_bare_groups(
     """
     nodes = {name: number for number, name in live.items() if name.startswith(NOIOMMU_PREFIX)}
     if not nodes:
-        return picture, live
-    devices, named = dict(picture.devices), dict(live)
-    for address, device in picture.devices.items():
+        return inventory, live
+    devices, named = dict(inventory.devices), dict(live)
+    for address, device in inventory.devices.items():
         node = NOIOMMU_PREFIX + device.group
         if node in nodes:
             named[nodes[node]] = NOIOMMU_GROUP + address
             devices[address] = device.replace(group=NOIOMMU_GROUP + address if noiommu else "")
-    return make_picture(devices), named
+    return make_inventory(devices), named
 
 
 def is_viable_member(device: PciDevice) -> bool:

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.system import Root, tagged
 
 TYPE_CHECKING = False
@@ -28,7 +28,7 @@ VFIO_GROUP_FLAGS_VIABLE = 1
 SCAN_SPARE = 0.5
 
 
-class Process(Record):
+class Process(Frozen):
     """A process. pid: as this process sees it; name: of its executable; arguments: its command line."""
 
     tag = "process"
@@ -41,18 +41,18 @@ class Process(Record):
         return f"{self.name} (pid {self.pid})"
 
 
-def ask_kernel(root: Root, node: str) -> str:
+def read_group_status(root: Root, node: str) -> str:
     """Return the kernel's word on a group, by opening its node for a moment.
 
     node: path of the group's node. Returns "viable", "not-viable", "busy", "denied", "missing", or "unknown" where no
     answer could be had.
     """
-    return root.ask(ask_group, node)
+    return root.ask(open_group_node, node)
 
 
 @tagged("group-status")
-def ask_group(path: str) -> str:
-    """Return what the kernel says of the group whose node is at this path; words as in ask_kernel."""
+def open_group_node(path: str) -> str:
+    """Return what the kernel says of the group whose node is at this path; words as in read_group_status."""
     import struct
 
     words = {
@@ -149,7 +149,7 @@ def read_program(root: Root, pid: int) -> str:
 
     Not from its command line: that is in its own memory, and a page of it may never come (FUSE, userfaultfd).
     """
-    executable = root.link_name(f"/proc/{pid}/exe").replace(" (deleted)", "")
+    executable = root.read_link_name(f"/proc/{pid}/exe").replace(" (deleted)", "")
     return executable or root.read_text_or(f"/proc/{pid}/comm", "").rstrip("\n")
 
 
@@ -163,7 +163,7 @@ def read_status(root: Root, pid: int, key: str) -> int:
     return 0
 
 
-def list_ancestors(root: Root, pid: int) -> tuple[int, ...]:
+def list_process_ancestors(root: Root, pid: int) -> tuple[int, ...]:
     """Return a process, its parent and so on up to init; a thread's id stands for its process."""
     chain: list[int] = []
     current = read_status(root, pid, "Tgid") or pid

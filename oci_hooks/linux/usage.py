@@ -8,7 +8,7 @@ Sources: Documentation/ABI (sysfs-block, sysfs-class-net, sysfs-bus-pci), proc(5
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux import netlink
 from oci_hooks.linux.block_devices import BLOCK_CLASS, describe_holder, name_block, read_loops
 from oci_hooks.linux.mounts import parse_mounts, unescape
@@ -37,15 +37,15 @@ VIRTIO_USES = {
 }
 
 # Directories of a device in sysfs with nothing but attributes in them.
-NO_DEVICES = frozenset({"power", "msi_irqs", "queues", "statistics", "trace"})
+NO_SHARED_DEVICES = frozenset({"power", "msi_irqs", "queues", "statistics", "trace"})
 IFF_UP = 1
 # Types of interfaces (include/uapi/linux/if_arp.h) that udev and NetworkManager bring up by themselves: ARPHRD_ETHER,
 # ARPHRD_INFINIBAND. Of any other type (CAN has no addresses at all) one that is up was brought up by somebody.
-QUIET_TYPES = ("1", "32")
+UNCONFIGURED_TYPES = ("1", "32")
 ARPHRD_CAN = "280"
 
 
-class Usage(Record):
+class Usage(Frozen):
     """What this machine uses, at one moment.
 
     blocks, interfaces: name -> path below /sys, links resolved; subsystems: NVMe subsystem -> where its controllers'
@@ -64,7 +64,7 @@ class Usage(Record):
     nodes: dict[str, str]
 
 
-class Uses:
+class UsageFinder:
     """The uses of one machine's devices. Looked at once, when first asked: most runs ask for one or two devices.
 
     deadline: of the run. What could not be looked at in time is in use.
@@ -79,18 +79,18 @@ class Uses:
     def find(self, device: PciDevice) -> list[str]:
         """Return why a PCI function must not be touched, in words; empty where it is free. Raises OSError."""
         if self.usage is None or self.openers is None:
-            self.usage = look_at_usage(self.root)
+            self.usage = scan_usage(self.root)
             self.openers = Openers(self.root, self.usage.nodes, self.deadline)
         return find_uses(self.root, device, self.usage, self.openers)
 
 
-def look_at_usage(root: Root) -> Usage:
+def scan_usage(root: Root) -> Usage:
     """Return what the machine uses: one pass over its block devices, interfaces, mounts and routes. Raises OSError."""
-    blocks = list_places(root, BLOCK_CLASS)
+    blocks = list_class_links(root, BLOCK_CLASS)
     addressed, routed = read_network(root)
     return Usage(
         blocks,
-        list_places(root, NET_CLASS),
+        list_class_links(root, NET_CLASS),
         {name: read_controllers(root, name) for name in root.list_names(NVME_SUBSYSTEMS)},
         read_mounted(root, blocks),
         read_swaps(root, blocks),
@@ -114,10 +114,10 @@ def find_uses(root: Root, device: PciDevice, usage: Usage, openers: Openers) -> 
         *find_block_uses(root, device, usage),
         *find_network_uses(root, device, usage),
     ]
-    return reasons or openers.find(device, list_tops(device, usage)) or find_held(root, device, usage)
+    return reasons or openers.find(device, list_roots(device, usage)) or find_exclusive_disks(root, device, usage)
 
 
-def list_places(root: Root, directory: str) -> dict[str, str]:
+def list_class_links(root: Root, directory: str) -> dict[str, str]:
     """Return the names in a class's directory and where in /sys their links point."""
     links = ((name, root.read_link(f"{directory}/{name}")) for name in root.list_names(directory))
     # A class's directory may hold a file too (bonding_masters).
@@ -149,7 +149,7 @@ def find_virtio_uses(root: Root, device: PciDevice) -> list[str]:
         return []
     path = f"{PCI_DEVICES}/{device.address}"
     names = (name for name in root.list_names(path) if name.startswith("virtio"))
-    drivers = (root.link_name(f"{path}/{name}/driver") for name in names)
+    drivers = (root.read_link_name(f"{path}/{name}/driver") for name in names)
     return [VIRTIO_USES[driver] for driver in drivers if driver in VIRTIO_USES]
 
 
@@ -194,26 +194,30 @@ def find_block_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
     return [
         f"holds /dev/{name.replace('!', '/')}, {use}"
         for name in names
-        for use in find_name_uses(root, name, usage, loops)
+        for use in find_block_device_uses(root, name, usage, loops)
     ]
 
 
-def find_held(root: Root, device: PciDevice, usage: Usage) -> list[str]:
+def find_exclusive_disks(root: Root, device: PciDevice, usage: Usage) -> list[str]:
     """Return which disks of a PCI function can't be had exclusively.
 
     Only the kernel knows of a further disk of a btrfs, ZFS, bcache, or a mount in another namespace.
     """
     nodes = [f"/dev/{name.replace('!', '/')}" for name in list_blocks(device, usage)]
-    return [f"holds {node}, which the kernel or a program uses exclusively" for node in nodes if root.is_held(node)]
+    return [
+        f"holds {node}, which the kernel or a program uses exclusively"
+        for node in nodes
+        if root.is_exclusively_open(node)
+    ]
 
 
 def list_blocks(device: PciDevice, usage: Usage) -> list[str]:
     """Return the names of the disks and partitions that a PCI function holds."""
-    above = list_tops(device, usage)
+    above = list_roots(device, usage)
     return [name for name, path in usage.blocks.items() if path.startswith(above)]
 
 
-def list_tops(device: PciDevice, usage: Usage) -> tuple[str, ...]:
+def list_roots(device: PciDevice, usage: Usage) -> tuple[str, ...]:
     """Return the directories of sysfs below which everything of a PCI function is, each with a slash at its end."""
     # With multipath, namespaces hang below the subsystem, and only a link tells of the controller.
     shared = [
@@ -224,7 +228,7 @@ def list_tops(device: PciDevice, usage: Usage) -> tuple[str, ...]:
     return (f"{device.path}/", *shared)
 
 
-def find_name_uses(root: Root, name: str, usage: Usage, loops: dict[str, tuple[str, ...]]) -> list[str]:
+def find_block_device_uses(root: Root, name: str, usage: Usage, loops: dict[str, tuple[str, ...]]) -> list[str]:
     """Return how one block device is in use, as "mounted on /" or "under LVM volume vg-root (dm-0), mounted on /"."""
     path = f"{BLOCK_CLASS}/{name}"
     number = root.read_text_or(f"{path}/dev", "none")
@@ -236,8 +240,8 @@ def find_name_uses(root: Root, name: str, usage: Usage, loops: dict[str, tuple[s
         # An active volume is in use even when nothing of it is mounted: it would lose its disk.
         what = describe_holder(root, holder)
         inside = f"{usage.blocks.get(holder, holder)}/"
-        parts = (holder, *(part for part, place in usage.blocks.items() if place.startswith(inside)))
-        above = [use for part in parts for use in find_name_uses(root, part, usage, loops)]
+        parts = (holder, *(part for part, location in usage.blocks.items() if location.startswith(inside)))
+        above = [use for part in parts for use in find_block_device_uses(root, part, usage, loops)]
         uses += [f"under {what}, {use}" for use in above] or [f"part of {what}"]
     return uses
 
@@ -289,10 +293,10 @@ def find_interface_uses(root: Root, name: str, usage: Usage) -> list[str]:
         return [f"with address {usage.addressed[name]}"]
     if name in usage.routed or "" in usage.routed:
         return ["with a route"]
-    kind = root.read_text_or(f"{path}/type", QUIET_TYPES[0])
-    if kind not in QUIET_TYPES:
+    kind = root.read_text_or(f"{path}/type", UNCONFIGURED_TYPES[0])
+    if kind not in UNCONFIGURED_TYPES:
         return ["as a CAN interface" if kind == ARPHRD_CAN else f"as an interface of type {kind}"]
-    master = root.link_name(f"{path}/master")
+    master = root.read_link_name(f"{path}/master")
     if master:
         return [f"as a member of {master}"]
     uppers = [entry[len("upper_") :] for entry in root.list_names(path) if entry.startswith("upper_")]
@@ -323,17 +327,17 @@ def list_empty_networks(path: str) -> list[str]:
     found = []
     waiting = [path]
     while waiting:
-        place = waiting.pop()
+        location = waiting.pop()
         try:
-            entries = list(os.scandir(place))
+            entries = list(os.scandir(location))
         except FileNotFoundError:
             # What goes while it is looked at has no interface any more; the device itself is the caller's to judge.
-            if place == path:
+            if location == path:
                 raise
             continue
-        if place.endswith("/net"):
-            found += [place] if not entries else []
+        if location.endswith("/net"):
+            found += [location] if not entries else []
         else:
             below = (entry for entry in entries if entry.is_dir(follow_symlinks=False))
-            waiting += [entry.path for entry in below if entry.name not in NO_DEVICES]
+            waiting += [entry.path for entry in below if entry.name not in NO_SHARED_DEVICES]
     return found

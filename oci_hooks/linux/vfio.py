@@ -8,14 +8,14 @@ Documentation/driver-api/vfio.rst, ABI/testing/sysfs-kernel-iommu_groups and sys
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux.pci import (
     IOMMU_GROUPS,
     NOIOMMU_NAME,
     NOIOMMU_PREFIX,
     PCI_DRIVERS,
     VFIO_CLASS,
-    Picture,
+    Inventory,
     is_viable_member,
     read_group_number,
     read_numbers,
@@ -32,18 +32,18 @@ CDEV_CLASS = "/sys/class/vfio-dev"
 CORE_HOLDERS = "/sys/module/vfio_pci_core/holders"
 
 
-class Member(Record):
+class Member(Frozen):
     """One device of an IOMMU group.
 
     name: BDF of a PCI function, UUID of a mediated device, else its name in sysfs; bus: "pci", "mdev", "ap", "ccw"
-    or the name of its subsystem; driver: "" without one; standing: "vfio", "unbound", "harmless" (no obstacle to
+    or the name of its subsystem; driver: "" without one; viability: "vfio", "unbound", "harmless" (no obstacle to
     viability), "blocking", or "unknown" where only the kernel can tell; pci: the function, None on other buses.
     """
 
     name: str
     bus: str
     driver: str
-    standing: str
+    viability: str
     pci: PciDevice | None = None
 
     @property
@@ -52,7 +52,7 @@ class Member(Record):
         return self.pci is None or not (self.pci.is_bridge or self.pci.class_code[:4] == "0600")
 
 
-class VfioGroup(Record):
+class VfioGroup(Frozen):
     """An IOMMU group as VFIO sees it.
 
     name: as in /dev/vfio: "12", "noiommu-0"; iommu_group: number in /sys/kernel/iommu_groups, "" where there is none;
@@ -74,7 +74,7 @@ class VfioGroup(Record):
     @property
     def blocking(self) -> tuple[Member, ...]:
         """The members that keep the group from being viable."""
-        return tuple(member for member in self.members if member.standing == "blocking")
+        return tuple(member for member in self.members if member.viability == "blocking")
 
     @property
     def passable(self) -> tuple[Member, ...]:
@@ -99,13 +99,13 @@ def list_cdevs(root: Root) -> dict[tuple[int, int], str]:
     return {number: name for number, name in zip(numbers, names) if number is not None}
 
 
-def read_cdev_group(root: Root, picture: Picture, cdev: str) -> VfioGroup | None:
+def read_cdev_group(root: Root, inventory: Inventory, cdev: str) -> VfioGroup | None:
     """Return the group that a VFIO device is in, None where it has none."""
-    name = root.link_name(f"{CDEV_CLASS}/{cdev}/device/iommu_group")
-    return read_group(root, picture, name) if name else None
+    name = root.read_link_name(f"{CDEV_CLASS}/{cdev}/device/iommu_group")
+    return read_group(root, inventory, name) if name else None
 
 
-def read_group(root: Root, picture: Picture, name: str) -> VfioGroup:
+def read_group(root: Root, inventory: Inventory, name: str) -> VfioGroup:
     """Return a group by its name in /dev/vfio; one that is nowhere has neither an IOMMU group nor a number."""
     number = read_group_number(root, name)
     # A group without IOMMU is called noiommu-0 in /dev/vfio, after the number of an IOMMU group that vfio made for it.
@@ -113,34 +113,34 @@ def read_group(root: Root, picture: Picture, name: str) -> VfioGroup:
     if not iommu_group.isdigit() or not root.exists(f"{IOMMU_GROUPS}/{iommu_group}"):
         return VfioGroup(name, "", number, (), name.startswith(NOIOMMU_PREFIX))
     noiommu = name != iommu_group or root.read_text_or(f"{IOMMU_GROUPS}/{iommu_group}/name", "") == NOIOMMU_NAME
-    return VfioGroup(name, iommu_group, number, read_members(root, picture, iommu_group), noiommu)
+    return VfioGroup(name, iommu_group, number, read_members(root, inventory, iommu_group), noiommu)
 
 
-def read_members(root: Root, picture: Picture, iommu_group: str) -> tuple[Member, ...]:
+def read_members(root: Root, inventory: Inventory, iommu_group: str) -> tuple[Member, ...]:
     """Return the devices in an IOMMU group, on whatever bus they are."""
     directory = f"{IOMMU_GROUPS}/{iommu_group}/devices"
-    return tuple(read_member(root, picture, f"{directory}/{name}", name) for name in root.list_names(directory))
+    return tuple(read_member(root, inventory, f"{directory}/{name}", name) for name in root.list_names(directory))
 
 
-def read_member(root: Root, picture: Picture, path: str, name: str) -> Member:
+def read_member(root: Root, inventory: Inventory, path: str, name: str) -> Member:
     """Return one device of a group. path: where sysfs shows it; name: its name there."""
-    pci = picture.devices.get(name)
+    pci = inventory.devices.get(name)
     if pci is not None:
-        return Member(name, "pci", pci.driver, judge_pci(root, pci), pci)
-    driver = root.link_name(f"{path}/driver")
-    bus = root.link_name(f"{path}/subsystem")
-    place = root.real_path(path)
+        return Member(name, "pci", pci.driver, classify_pci(root, pci), pci)
+    driver = root.read_link_name(f"{path}/driver")
+    bus = root.read_link_name(f"{path}/subsystem")
+    location = root.real_path(path)
     if bus == "mdev":
         # The same names that Kata goes by (pkg/device/drivers/utils.go, GetVFIODeviceType).
-        bus = "ap" if "/vfio_ap" in place else "ccw" if "/css" in place else "mdev"
+        bus = "ap" if "/vfio_ap" in location else "ccw" if "/css" in location else "mdev"
         return Member(name, bus, driver, "vfio" if driver else "unbound")
     if not driver:
         return Member(name, bus, driver, "unbound")
     return Member(name, bus, driver, "vfio" if driver.startswith("vfio") else "unknown")
 
 
-def judge_pci(root: Root, device: PciDevice) -> str:
-    """Return what a PCI function means for its group's viability, as in Member.standing."""
+def classify_pci(root: Root, device: PciDevice) -> str:
+    """Return what a PCI function means for its group's viability, as in Member.viability."""
     if device.owned_by_vfio or is_variant_driver(root, device.driver):
         return "vfio"
     if not device.driver:
@@ -152,12 +152,12 @@ def is_variant_driver(root: Root, driver: str) -> bool:
     """Tell whether a PCI driver is one of vfio's variants: its module builds on vfio_pci_core."""
     if not driver:
         return False
-    module = root.link_name(f"{PCI_DRIVERS}/{driver}/module")
+    module = root.read_link_name(f"{PCI_DRIVERS}/{driver}/module")
     return bool(module) and root.exists(f"{CORE_HOLDERS}/{module}")
 
 
-def list_groups(root: Root, picture: Picture) -> tuple[VfioGroup, ...]:
+def list_groups(root: Root, inventory: Inventory) -> tuple[VfioGroup, ...]:
     """Return every IOMMU group of the host, in the order of their numbers, no-IOMMU groups with their own names."""
     names = {name[len(NOIOMMU_PREFIX) :]: name for name in root.list_names(VFIO_CLASS) if name[:1] == "n"}
     numbers = sorted((name for name in root.list_names(IOMMU_GROUPS) if name.isdigit()), key=int)
-    return tuple(read_group(root, picture, names.get(number, number)) for number in numbers)
+    return tuple(read_group(root, inventory, names.get(number, number)) for number in numbers)

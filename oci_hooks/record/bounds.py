@@ -15,37 +15,37 @@ if TYPE_CHECKING:
     from types import FrameType
 
 # A record.json, events.jsonl, state.json and config.json: nothing else is in a recording, and none of them twice.
-MOST_MEMBERS = 4
+MAX_MEMBERS = 4
 # Two documents of four MiB that gzip can't shrink.
-MOST_PACKED_BYTES = 8 << 20
+MAX_PACKED_BYTES = 8 << 20
 # The members at their largest: 1 + 16 + 4 + 4 MiB, and the tar's headers.
-MOST_BYTES = 26 << 20
+MAX_BYTES = 26 << 20
 # record.json: findings of two thousand characters, arguments, versions, a traceback.
-MOST_SUMMARY_BYTES = 1 << 20
+MAX_SUMMARY_BYTES = 1 << 20
 # A state on stdin is refused above four MiB (program.py); a longer config.json is named in a recording, not kept.
-MOST_DOCUMENT_BYTES = 4 << 20
+MAX_DOCUMENT_BYTES = 4 << 20
 # Twenty thousand events of 800 bytes; those of a real run have 200 on average.
-MOST_EVENT_BYTES = 16 << 20
+MAX_EVENT_BYTES = 16 << 20
 # What one file held: a sysfs attribute is a page, and nothing that the hooks understand is longer than this.
-MOST_ANSWER_BYTES = 1 << 18
+MAX_ANSWER_BYTES = 1 << 18
 # JSON writes a character of an answer with six bytes at most; and something for the rest of the event.
-MOST_LINE_BYTES = 7 * MOST_ANSWER_BYTES
+MAX_LINE_BYTES = 7 * MAX_ANSWER_BYTES
 # A machine with a thousand PCI functions makes ten thousand.
-MOST_EVENTS = 20_000
+MAX_EVENTS = 20_000
 # JSON values in all events, in a document: 25 for each event. A value takes 100 bytes of memory.
-MOST_VALUES = 500_000
+MAX_VALUES = 500_000
 # JSON values in record.json: jsonschema looks at each, which takes 50 microseconds.
-MOST_SUMMARY_VALUES = 20_000
+MAX_SUMMARY_VALUES = 20_000
 # Objects and arrays inside each other: a plan with its nodes has 7.
-MOST_DEPTH = 32
+MAX_DEPTH = 32
 # Whole numbers of the kernel have 64 bits; no wider one goes through C.
-MOST_NUMBER = (1 << 64) - 1
+MAX_NUMBER = (1 << 64) - 1
 # errno(3): the kernel's numbers end at MAX_ERRNO.
-MOST_ERRNO = 4095
+MAX_ERRNO = 4095
 # Reading and running again the largest recording takes five on a slow machine.
-MOST_SECONDS = 20
+MAX_SECONDS = 20
 # On top of what the process has: ten times what the largest recording takes unpacked.
-MOST_MEMORY_BYTES = 512 << 20
+MAX_MEMORY_BYTES = 512 << 20
 
 
 class RecordError(Exception):
@@ -55,11 +55,11 @@ class RecordError(Exception):
 
 
 class RecordTooLarge(RecordError):
-    """A recording is above a bound. name: the bound's, as the constants of this module; most: its value."""
+    """A recording is above a bound. name: the bound's, as the constants of this module; maximum: its value."""
 
-    def __init__(self, name: str, most: int, where: str = "") -> None:
+    def __init__(self, name: str, maximum: int, where: str = "") -> None:
         words = name.lower().replace("_", " ")
-        super().__init__(f"{where or 'the recording'} exceeds the limit of {most} {words} ({name})")
+        super().__init__(f"{where or 'the recording'} exceeds the limit of {maximum} {words} ({name})")
         self.name = name
 
 
@@ -68,10 +68,10 @@ class OutOfTime(BaseException):
 
 
 def check_bound(found: int, name: str, where: str = "") -> None:
-    """Raise RecordTooLarge where a number is above a bound. name: the constant of this module, without MOST_."""
-    most: int = globals()[f"MOST_{name}"]
-    if found > most:
-        raise RecordTooLarge(name, most, where)
+    """Raise RecordTooLarge where a number is above a bound. name: the constant of this module, without MAX_."""
+    maximum: int = globals()[f"MAX_{name}"]
+    if found > maximum:
+        raise RecordTooLarge(name, maximum, where)
 
 
 def check_value(value: object, where: str) -> int:
@@ -104,7 +104,7 @@ def estimate_values(data: bytes) -> int:
 
 
 class bounded:  # noqa: N801 - reads as a statement
-    """While this holds, the process has MOST_SECONDS and MOST_MEMORY_BYTES more. Raises RecordTooLarge at its end.
+    """While this holds, the process has MAX_SECONDS and MAX_MEMORY_BYTES more. Raises RecordTooLarge at its end.
 
     For what can't be counted beforehand: how long a hook takes with the answers of a stranger. Only in a main thread,
     which is the one that signals come to.
@@ -124,11 +124,11 @@ class bounded:  # noqa: N801 - reads as a statement
         self.limits = resource.getrlimit(resource.RLIMIT_AS)
         with open("/proc/self/statm", "rb") as file:
             now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        most = now + MOST_MEMORY_BYTES
-        if self.limits[0] == resource.RLIM_INFINITY or most < self.limits[0]:
-            resource.setrlimit(resource.RLIMIT_AS, (most, self.limits[1]))
+        maximum = now + MAX_MEMORY_BYTES
+        if self.limits[0] == resource.RLIM_INFINITY or maximum < self.limits[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (maximum, self.limits[1]))
         self.handler = signal.signal(signal.SIGALRM, self.end)
-        signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
 
     def end(self, _number: int, _frame: FrameType | None) -> None:
         """Take SIGALRM."""
@@ -143,6 +143,6 @@ class bounded:  # noqa: N801 - reads as a statement
             signal.signal(signal.SIGALRM, self.handler)
             resource.setrlimit(resource.RLIMIT_AS, self.limits)
         if kind is OutOfTime:
-            raise RecordTooLarge("SECONDS", MOST_SECONDS) from None
+            raise RecordTooLarge("SECONDS", MAX_SECONDS) from None
         if kind is not None and issubclass(kind, MemoryError):
-            raise RecordTooLarge("MEMORY_BYTES", MOST_MEMORY_BYTES) from None
+            raise RecordTooLarge("MEMORY_BYTES", MAX_MEMORY_BYTES) from None

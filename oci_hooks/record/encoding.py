@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 
 from oci_hooks.findings import Finding, HookError, InputError, Refusal, StepError
-from oci_hooks.frozen import Record
-from oci_hooks.record.bounds import MOST_NUMBER
+from oci_hooks.frozen import Frozen
+from oci_hooks.record.bounds import MAX_NUMBER
 from oci_hooks.system import Descriptor
 
 TYPE_CHECKING = False
@@ -44,7 +44,7 @@ class Opaque:
 
 def encode(value: object) -> Any:
     """Return a value as JSON; what can't be kept is only named."""
-    if type(value) is int and abs(value) > MOST_NUMBER:
+    if type(value) is int and abs(value) > MAX_NUMBER:
         return {KIND: "opaque", "type": "a whole number of more than 64 bits"}
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -59,7 +59,7 @@ def encode_object(value: Any) -> dict[str, Any]:
     """Return a value that JSON does not have."""
     if isinstance(value, bytes):
         return {KIND: "bytes", "text": value.decode("utf-8", "surrogateescape")}
-    if isinstance(value, Record):
+    if isinstance(value, Frozen):
         return {KIND: value.tag, **{key: encode(item) for key, item in value.as_dict().items()}}
     if isinstance(value, os.stat_result):
         return {KIND: "stat", **{name: getattr(value, name) for name in STAT_FIELDS}}
@@ -78,7 +78,7 @@ def encode_arguments(values: tuple[object, ...]) -> list[Any]:
             kept.append(encode(value))
         elif isinstance(value, (list, tuple)) and value:
             kept.append(encode_arguments(tuple(value)))
-        elif isinstance(value, Record) and value.tag not in DOCUMENTS:
+        elif isinstance(value, Frozen) and value.tag not in DOCUMENTS:
             kept.append(encode(value))
     return kept
 

@@ -64,7 +64,7 @@ SETTINGS = {
     "/etc/oci-vfio-hooks/host.toml": "host-settings",
 }
 # Programs whose command lines decide something; of others the name is enough, where a finding has it.
-TOLD_PROGRAMS = ("qemu", "cloud-hypervisor", "clh", "firecracker", "stratovirt", "containerd-shim-kata", "crun", "runc")
+KEPT_PROGRAMS = ("qemu", "cloud-hypervisor", "clh", "firecracker", "stratovirt", "containerd-shim-kata", "crun", "runc")
 VFIO_NODES = (GROUP_PREFIX, IOMMUFD_NODE)
 # Options of QEMU, Cloud Hypervisor and crun, and of the properties of their values those that decide.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -93,15 +93,15 @@ KIND_OF_FILE_SYSTEM = re.compile(r"[a-z0-9_]{1,20}", re.ASCII)
 MOUNT_OPTIONS = ("rw", "ro", "devices")
 
 
-class Teller:
+class Redactor:
     """What is told of one run.
 
-    told: the text of its findings; names: ids of container and sandbox, by which a hypervisor is known; settings: reads
-    what is kept of the hooks' own settings.
+    reported: the text of its findings; names: ids of container and sandbox, by which a hypervisor is known; settings:
+    reads what is kept of the hooks' own settings.
     """
 
-    def __init__(self, told: str, names: tuple[str, ...], settings: dict[str, dict[str, Any]]) -> None:
-        self.told = told
+    def __init__(self, reported: str, names: tuple[str, ...], settings: dict[str, dict[str, Any]]) -> None:
+        self.told = reported
         self.names = tuple(name for name in names if name)
         self.settings = settings
 
@@ -109,13 +109,13 @@ class Teller:
 
     def hide_events(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the reads of a run with what the hooks go by."""
-        kept = [event for event in events if self.is_told(event)]
+        kept = [event for event in events if self.is_kept(event)]
         links = {event["path"] for event in kept if is_open_file(split(event))}
         pids = {parts[2] for parts in map(split, kept) if is_process(parts) and (parts[3] != "fd" or len(parts) > 4)}
         shown = (self.hide_event(event, pids, links) for event in kept)
         return [event for event in shown if event is not None]
 
-    def is_told(self, event: dict[str, Any]) -> bool:
+    def is_kept(self, event: dict[str, Any]) -> bool:
         """Tell whether an event is no process's open file, or one that is a VFIO node or named in a finding."""
         if not is_open_file(split(event)):
             return True
@@ -208,20 +208,20 @@ class Teller:
 
     def hide_mount(self, line: str) -> str:
         """Return a line of mountinfo: of cgroups all, of devices which, and the place that a finding names."""
-        place, dash, rest = line.partition(" - ")
-        fields, types = place.split(" "), rest.split(" ")
+        location, dash, rest = line.partition(" - ")
+        fields, types = location.split(" "), rest.split(" ")
         if not dash or len(fields) < 5 or len(types) < 3:
             return line and LEFT_OUT
         kind = types[0] if KIND_OF_FILE_SYSTEM.fullmatch(types[0]) else "other"
         of_cgroups, of_device = kind in ("cgroup", "cgroup2"), types[1].startswith("/dev/")
         top = fields[3] if of_cgroups else "/"
-        point = fields[4] if of_cgroups or self.is_told_place(fields[4]) else NOWHERE
+        point = fields[4] if of_cgroups or self.is_reported_place(fields[4]) else NOWHERE
         options = [word for word in types[2].split(",") if word in MOUNT_OPTIONS]
         source = types[1] if of_device else NOWHERE
         first = [field if re.fullmatch(r"[\d:]+", field, re.ASCII) else "0" for field in fields[:3]]
         return " ".join([*first, top, point, "rw", "-", kind, source, ",".join(options) or "rw"])
 
-    def is_told_place(self, field: str) -> bool:
+    def is_reported_place(self, field: str) -> bool:
         """Tell whether a finding names a mount point, as it stands in mountinfo."""
         from oci_hooks.linux.mounts import unescape
 
@@ -233,17 +233,17 @@ class Teller:
         if len(fields) != 6:
             return line and LEFT_OUT
         digits = fields[0]
-        told = ":".join(digits[start : start + 4] for start in range(0, 32, 4)) in self.told
-        return " ".join([digits if told else "0" * 32, *fields[1:]])
+        reported = ":".join(digits[start : start + 4] for start in range(0, 32, 4)) in self.told
+        return " ".join([digits if reported else "0" * 32, *fields[1:]])
 
     # Processes -------------------------------------------------------------------------------------------------------
 
     def hide_command(self, words: list[str]) -> list[str]:
         """Return the command line of a process: of a hypervisor or runtime what decides, else the told program."""
         program = words[0].rpartition("/")[2]
-        if not program.startswith(TOLD_PROGRAMS):
+        if not program.startswith(KEPT_PROGRAMS):
             return [program if program and program in self.told else LEFT_OUT]
-        kept = [next(name for name in TOLD_PROGRAMS if program.startswith(name)) if " " in program else program]
+        kept = [next(name for name in KEPT_PROGRAMS if program.startswith(name)) if " " in program else program]
         option = ""
         for word in words[1:]:
             if word.startswith("-") and len(word) > 1:
@@ -278,7 +278,7 @@ class Teller:
         return ",".join(kept)
 
 
-def make_teller(run: Summary, members: dict[str, bytes]) -> Teller:
+def make_redactor(run: Summary, members: dict[str, bytes]) -> Redactor:
     """Return what decides how much of the machine's files and processes is kept."""
     names = [run.container]
     for data in members.values():
@@ -290,8 +290,8 @@ def make_teller(run: Summary, members: dict[str, bytes]) -> Teller:
     settings = {path: load_schema(name) for path, name in SETTINGS.items()}
     if run.arguments["settings"]:
         settings[run.arguments["settings"]] = load_schema(f"{run.program.split('-')[1]}-settings")
-    told = "\n".join(f"{finding.subject}: {finding.problem}; {finding.hint}" for finding in run.findings)
-    return Teller(told, tuple(names), settings)
+    reported = "\n".join(f"{finding.subject}: {finding.problem}; {finding.hint}" for finding in run.findings)
+    return Redactor(reported, tuple(names), settings)
 
 
 # Paths ----------------------------------------------------------------------------------------------------------------

@@ -190,11 +190,11 @@ def hide_toml(text: str, find: Callable[[dict[str, Any]], list[tuple[Keys, Keys,
     kept = find(values)
     lines = [""] * (text.count("\n") + 1)
     for keys, names, value in kept:
-        place = max(find_line(text, keys) - 1, 0)
+        location = max(find_line(text, keys) - 1, 0)
         # Of several on one line the later ones come further down.
-        while place < len(lines) and lines[place]:
-            place += 1
-        lines[place : place + 1] = [f"{'.'.join(map(format_key, names))} = {write_value(value)}"]
+        while location < len(lines) and lines[location]:
+            location += 1
+        lines[location : location + 1] = [f"{'.'.join(map(format_key, names))} = {write_value(value)}"]
     hidden = "\n".join(lines)
     try:
         again = find(read_toml(hidden))

@@ -39,7 +39,7 @@ def hide_reading(answer: Any) -> Any:
     return {
         **answer,
         "values": values,
-        "marks": [[keys, places] for keys, places in answer["marks"] if is_kept(keys)],
+        "marks": [[keys, locations] for keys, locations in answer["marks"] if is_kept(keys)],
         "tables": [
             [keys, value if value is None else keep_setting(value, keys[-1])]
             for keys, value in answer["tables"]
@@ -62,23 +62,23 @@ def hide_problem(problem: dict[str, Any], words: frozenset[str]) -> dict[str, An
     return {**problem, "place": hide_place(problem["place"], words), "text": hide_words(problem["text"], words)}
 
 
-def hide_place(place: str, words: frozenset[str]) -> str:
+def hide_place(location: str, words: frozenset[str]) -> str:
     """Return where a problem is: a file, which the recording names anyway, or an annotation that Kata has."""
-    if place.startswith("annotation "):
-        name = place.partition(" ")[2]
+    if location.startswith("annotation "):
+        name = location.partition(" ")[2]
         known = name.startswith((RUNTIME_PREFIX, AGENT_PREFIX)) and name.rpartition(".")[2] in words
-        return place if known or name.startswith(HYPERVISOR_PREFIX) else f"annotation {LEFT_OUT}"
-    return place if FILE.fullmatch(place) else hide_words(place, words)
+        return location if known or name.startswith(HYPERVISOR_PREFIX) else f"annotation {LEFT_OUT}"
+    return location if FILE.fullmatch(location) else hide_words(location, words)
 
 
 def hide_kata(finding: Finding) -> Finding:
     """Return a finding of CODES without what its problem quotes; the release stands at its end."""
     words = list_words()
-    place = hide_place(finding.subject, words)
+    location = hide_place(finding.subject, words)
     head, mark, release = finding.problem.rpartition("; ")
     if mark and release.endswith(" refuses to start a sandbox with it"):
-        return finding.replace(subject=place, problem=f"{hide_words(head, words)}{mark}{release}")
-    return finding.replace(subject=place, problem=hide_words(finding.problem, words))
+        return finding.replace(subject=location, problem=f"{hide_words(head, words)}{mark}{release}")
+    return finding.replace(subject=location, problem=hide_words(finding.problem, words))
 
 
 def hide_words(text: str, words: frozenset[str]) -> str:

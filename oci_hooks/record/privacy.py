@@ -12,7 +12,7 @@ import json
 import os.path
 import re
 
-from oci_hooks.json_input import is_name
+from oci_hooks.json_input import is_valid_path
 from oci_hooks.linux.pci import normalize_address
 from oci_hooks.oci import (
     CONFIG_PATH_ANNOTATION,
@@ -26,8 +26,8 @@ from oci_hooks.oci import (
     KATA_PREFIX,
     MAP_ANNOTATION,
     RUNTIME_PREFIX,
+    SANDBOX_ANNOTATIONS,
     SANDBOX_ID_ANNOTATIONS,
-    SANDBOX_MARKS,
 )
 from oci_hooks.record import hidewords
 from oci_hooks.record.hidetext import HYPERVISOR_KEYS, LEFT_OUT, hide_kernel, hide_text
@@ -47,7 +47,7 @@ DECIDING = (
     RUNTIME_PREFIX + "vfio_mode",
     *(HYPERVISOR_PREFIX + key for key in HYPERVISOR_KEYS),
     CONTAINER_TYPE_ANNOTATION,
-    *SANDBOX_MARKS,
+    *SANDBOX_ANNOTATIONS,
     *SANDBOX_ID_ANNOTATIONS,
     *CONTAINER_NAME_ANNOTATIONS,
     *HANDLER_ANNOTATIONS,
@@ -191,9 +191,9 @@ def keep_device_path(path: str) -> str:
     Of another it stays whether it is absolute, and a name.
     """
     plain = "/" + os.path.normpath(path).lstrip("/") if path else ""
-    if is_name(path) and (plain + "/" == VFIO or plain.startswith(VFIO) or plain in HOST_ONLY_NODES):
+    if is_valid_path(path) and (plain + "/" == VFIO or plain.startswith(VFIO) or plain in HOST_ONLY_NODES):
         return path
-    return f"{path[:1] if path[:1] == '/' else ''}{shape(path)}{'' if is_name(path) else chr(0)}"
+    return f"{path[:1] if path[:1] == '/' else ''}{shape(path)}{'' if is_valid_path(path) else chr(0)}"
 
 
 def keep_destination(path: str) -> str:

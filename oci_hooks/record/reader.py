@@ -12,7 +12,7 @@ import os
 import stat
 import zlib
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.record import bounds
 from oci_hooks.record.bounds import RecordError, check_bound, check_value
 from oci_hooks.record.encoding import NotationError, make_finding
@@ -37,10 +37,10 @@ BLOCK = 512
 NAME, SIZE, CHECKSUM, TYPE, PREFIX = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157), slice(345, 500)
 PLAIN_FILES = (b"0", b"\0")
 # Decimal digits of a whole number of 64 bits.
-LONGEST_NUMBER = 20
+MAX_DIGITS = 20
 
 
-class RunRecord(Record):
+class Recording(Frozen):
     """A run as it was recorded.
 
     about: record.json; events: in their order; documents: state.json and config.json, where they were read; findings:
@@ -54,7 +54,7 @@ class RunRecord(Record):
     findings: tuple[Finding, ...]
 
 
-def read_record(path: str | os.PathLike[str]) -> RunRecord:
+def read_record(path: str | os.PathLike[str]) -> Recording:
     """Return the record in a file. Raises RecordError (RecordTooLarge where it is above a bound), OSError."""
     path = os.fspath(path)
     try:
@@ -64,7 +64,7 @@ def read_record(path: str | os.PathLike[str]) -> RunRecord:
         raise
 
 
-def make_record(path: str, members: dict[str, bytes]) -> RunRecord:
+def make_record(path: str, members: dict[str, bytes]) -> Recording:
     """Return the record that some files are. Raises RecordError."""
     about = parse(members, "record.json")
     check_version(about)
@@ -77,7 +77,7 @@ def make_record(path: str, members: dict[str, bytes]) -> RunRecord:
         findings = tuple(make_finding(finding) for finding in about["findings"])
     except NotationError as error:
         raise RecordError(f"record.json: a finding {error}") from None
-    return RunRecord(path, about, tuple(read_events(members.get("events.jsonl", b""))), documents, findings)
+    return Recording(path, about, tuple(read_events(members.get("events.jsonl", b""))), documents, findings)
 
 
 def read_packed(path: str) -> bytes:
@@ -87,7 +87,7 @@ def read_packed(path: str) -> bytes:
     with open(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise RecordError("is not a regular file, so it is not a recording")
-        return file.read(bounds.MOST_PACKED_BYTES + 1)
+        return file.read(bounds.MAX_PACKED_BYTES + 1)
 
 
 def unpack(packed: bytes) -> bytes:
@@ -96,7 +96,7 @@ def unpack(packed: bytes) -> bytes:
     # 16 + 15: gzip, whose header and checksum zlib then reads.
     decompressor = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
-        data = decompressor.decompress(packed, bounds.MOST_BYTES + 1)
+        data = decompressor.decompress(packed, bounds.MAX_BYTES + 1)
     except zlib.error as error:
         raise RecordError(f"is damaged, or not a recording: {error}") from None
     check_bound(len(data), "BYTES")
@@ -112,18 +112,18 @@ def read_members(data: bytes) -> dict[str, bytes]:
     extended headers that give names and sizes) is refused before anything reads it.
     """
     members: dict[str, bytes] = {}
-    place = 0
-    while data[place : place + BLOCK].strip(b"\0"):
+    location = 0
+    while data[location : location + BLOCK].strip(b"\0"):
         check_bound(len(members) + 1, "MEMBERS")
-        name, size = read_header(data[place : place + BLOCK])
+        name, size = read_header(data[location : location + BLOCK])
         if name in members:
             raise RecordError(f"holds {name!r} twice")
         check_bound(size, MEMBERS[name], name)
-        place += BLOCK
-        members[name] = data[place : place + size]
+        location += BLOCK
+        members[name] = data[location : location + size]
         if len(members[name]) != size:
             raise RecordError(f"is damaged: {name} ends too early")
-        place += -(-size // BLOCK) * BLOCK
+        location += -(-size // BLOCK) * BLOCK
     return members
 
 
@@ -171,7 +171,7 @@ def is_event(event: Any) -> bool:
         kinds == 1
         and "at" in event
         and all(type(event[key]) in EVENT_TYPES.get(key, ANY) for key in event)
-        and (0 <= event.get("errno", 0) <= bounds.MOST_ERRNO)
+        and (0 <= event.get("errno", 0) <= bounds.MAX_ERRNO)
     )
 
 
@@ -202,15 +202,15 @@ def load(data: bytes, name: str) -> Any:
     try:
         return json.loads(data, parse_int=read_int, parse_float=read_float, parse_constant=read_float)
     except RecursionError:
-        raise bounds.RecordTooLarge("DEPTH", bounds.MOST_DEPTH, name) from None
+        raise bounds.RecordTooLarge("DEPTH", bounds.MAX_DEPTH, name) from None
     except ValueError as error:
         raise RecordError(f"{name} is damaged: {error}") from None
 
 
 def read_int(text: str) -> int:
     """Return a whole number. Raises RecordTooLarge."""
-    if len(text.lstrip("-")) > LONGEST_NUMBER:
-        raise bounds.RecordTooLarge("NUMBER", bounds.MOST_NUMBER, "a number")
+    if len(text.lstrip("-")) > MAX_DIGITS:
+        raise bounds.RecordTooLarge("NUMBER", bounds.MAX_NUMBER, "a number")
     return int(text)
 
 
@@ -240,18 +240,18 @@ def check_version(about: Any) -> None:
         )
 
 
-def check_schema(value: Any, place: str = "about") -> None:
-    """Raise RecordError unless record.json, or one event, is as schemas/record.json says. place: "events[7]"."""
+def check_schema(value: Any, location: str = "about") -> None:
+    """Raise RecordError unless record.json, or one event, is as schemas/record.json says. location: "events[7]"."""
     try:
         import jsonschema
     except ImportError:
         raise RecordError("cannot be validated: install python3-jsonschema (apt install python3-jsonschema)") from None
 
-    from oci_hooks.schema import describe, format_path, load_schema
+    from oci_hooks.schema import describe_schema_error, format_path, load_schema
 
     parts = load_schema("record")["properties"]
-    schema = parts["about"] if place == "about" else parts["events"]["items"]
+    schema = parts["about"] if location == "about" else parts["events"]["items"]
     error = next(jsonschema.Draft7Validator(schema).iter_errors(value), None)
     if error is not None:
         steps = format_path(error.absolute_path) if error.absolute_path else ""
-        raise RecordError(f"{place}{'.' if steps else ''}{steps}: {describe(error)}")
+        raise RecordError(f"{location}{'.' if steps else ''}{steps}: {describe_schema_error(error)}")

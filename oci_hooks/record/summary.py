@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from oci_hooks.findings import Finding
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 
-class Summary(Record):
+class Summary(Frozen):
     """What a recording has of a run besides its steps.
 
     program: the executable's name; container: its id, "" where not known; arguments: the command line, by name; code:

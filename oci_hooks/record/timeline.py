@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 from oci_hooks.findings import make_one_line
-from oci_hooks.record.bounds import MOST_ERRNO
+from oci_hooks.record.bounds import MAX_ERRNO
 from oci_hooks.record.encoding import KIND
 
 TYPE_CHECKING = False
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
-    from oci_hooks.record.reader import RunRecord
+    from oci_hooks.record.reader import Recording
     from oci_hooks.system import Note
 
 
@@ -27,7 +27,7 @@ def list_steps(notes: Iterable[Note]) -> Iterator[str]:
             yield from format_event(event)
 
 
-def format_run(record: RunRecord, reads: bool) -> str:
+def format_run(record: Recording, reads: bool) -> str:
     """Return a run as a timeline. reads: each question with its answer, not only how many there were."""
     lines = [*format_head(record), ""]
     asked: list[dict[str, Any]] = []
@@ -44,7 +44,7 @@ def format_run(record: RunRecord, reads: bool) -> str:
     return "".join(f"{make_one_line(line)}\n" for line in lines)
 
 
-def format_head(record: RunRecord) -> list[str]:
+def format_head(record: Recording) -> list[str]:
     """Return who ran, when, where, and with which versions."""
     about = record.about
     versions = ", ".join(f"{name} {value}" for name, value in sorted(about["versions"].items()) if value)
@@ -57,7 +57,7 @@ def format_head(record: RunRecord) -> list[str]:
     ]
 
 
-def format_findings(record: RunRecord) -> list[str]:
+def format_findings(record: Recording) -> list[str]:
     """Return what the run said."""
     return [finding.as_line() for finding in record.findings] or ["succeeded without findings"]
 
@@ -122,8 +122,8 @@ def format_value(value: Any) -> str:
     }
     if kind in short:
         return short[kind]()
-    if kind in TOLD:
-        return TOLD[kind](value)
+    if kind in FORMATS:
+        return FORMATS[kind](value)
     pairs = ((key, format_value(item)) for key, item in value.items() if key != KIND)
     words = " ".join(f"{key}={text}" for key, text in pairs if text)
     return f"{kind.rpartition('.')[2]}({words})" if isinstance(kind, str) else words
@@ -131,38 +131,38 @@ def format_value(value: Any) -> str:
 
 def name_errno(number: object) -> str:
     """Return the words for an errno; of what is none, what it is."""
-    return os.strerror(number) if type(number) is int and 0 <= number <= MOST_ERRNO else f"errno {number}"
+    return os.strerror(number) if type(number) is int and 0 <= number <= MAX_ERRNO else f"errno {number}"
 
 
-def tell_job(job: dict[str, Any]) -> str:
+def format_job(job: dict[str, Any]) -> str:
     """Return the writes for one device."""
     writes = [f"{write['path'].rpartition('/')[2]}={write['data'].strip()}" for write in job["writes"]]
     return f"{job['address']} {' '.join(writes)}"
 
 
-def tell_result(result: dict[str, Any]) -> str:
+def format_result(result: dict[str, Any]) -> str:
     """Return how a device's writes ended."""
     return f"{result['address']} {name_errno(result['code']) if result['code'] else 'ok'}"
 
 
-def tell_proof(proof: dict[str, Any]) -> str:
+def format_check(check: dict[str, Any]) -> str:
     """Return what opening a node inside the container came to."""
-    error = proof["error"]
-    return f"{proof['node']['name']} {name_errno(error) if error else 'opens' if proof['is_viable'] else 'not viable'}"
+    error = check["error"]
+    return f"{check['node']['name']} {name_errno(error) if error else 'opens' if check['is_viable'] else 'not viable'}"
 
 
-def tell_claim(claim: dict[str, Any]) -> str:
+def format_claim(claim: dict[str, Any]) -> str:
     """Return who has which groups."""
     return f"{claim['container']} has {', '.join(claim['groups'])}"
 
 
 # How records of the hooks are told, where their fields are more than anybody wants to read.
-TOLD: dict[object, Callable[[dict[str, Any]], str]] = {
+FORMATS: dict[object, Callable[[dict[str, Any]], str]] = {
     "cgroup": lambda value: str(value["unified"] or value["devices"]),
     "grant": lambda value: ", ".join(f"{major}:{minor}" for major, minor in value["nodes"]),
     "made-node": lambda value: str(value["name"]),
-    "node-proof": tell_proof,
-    "claim": tell_claim,
+    "node-proof": format_check,
+    "claim": format_claim,
     "entry": lambda value: " ".join([value["kind"], *value["words"]]),
     "place": lambda value: f"{value['directory']}/{value['name']}".lstrip("/"),
     "container": lambda value: str(value["rootfs"]),
@@ -171,8 +171,8 @@ TOLD: dict[object, Callable[[dict[str, Any]], str]] = {
     "plan": lambda _: "",
     "rebind": lambda value: f"{value['address']} from {value['driver'] or 'no driver'}",
     "selector": lambda value: f"{value['kind']} {value['value']}",
-    "job": tell_job,
-    "job-result": tell_result,
+    "job": format_job,
+    "job-result": format_result,
 }
 
 
@@ -184,7 +184,7 @@ def shorten(text: str) -> str:
 # Short accounts -------------------------------------------------------------------------------------------------------
 
 
-def format_explanation(record: RunRecord) -> str:
+def format_explanation(record: Recording) -> str:
     """Return the shortest account of a run, for a ticket."""
     about = record.about
     verdict = {0: "succeeded", 1: "refused or failed", 2: "could not use its input"}
@@ -201,7 +201,7 @@ def format_explanation(record: RunRecord) -> str:
     return "".join(f"{make_one_line(line)}\n" for line in lines)
 
 
-def format_request(record: RunRecord) -> str:
+def format_request(record: Recording) -> str:
     """Return what the container asked for, in the words of the request."""
     for event in record.events:
         if event.get("note") == "request" and isinstance(event.get("answer"), dict):
@@ -212,16 +212,16 @@ def format_request(record: RunRecord) -> str:
     return "unknown, the run ended before reading it"
 
 
-def format_row(record: RunRecord) -> tuple[str, ...]:
+def format_row(record: Recording) -> tuple[str, ...]:
     """Return a record's columns in the list: file, when, program, container, what came of it."""
     about = record.about
-    told = (finding.code for finding in record.findings if finding.level != "info")
-    said = ", ".join(dict.fromkeys(told)) or "succeeded"
+    reported = (finding.code for finding in record.findings if finding.level != "info")
+    output = ", ".join(dict.fromkeys(reported)) or "succeeded"
     name, when = make_one_line(os.path.basename(record.path)), make_one_line(about["time"], 30)
-    return (name, when, about["program"], make_one_line(about["container"], 40) or "-", make_one_line(said, 60))
+    return (name, when, about["program"], make_one_line(about["container"], 40) or "-", make_one_line(output, 60))
 
 
-def list_facts(record: RunRecord) -> Iterator[str]:
+def list_facts(record: Recording) -> Iterator[str]:
     """Yield what two runs are compared by: versions, the first answer to each question, decisions, findings."""
     about = record.about
     yield f"program {about['program']} {about['hook']}"

@@ -30,14 +30,14 @@ DIRECTORY = "/var/lib/oci-vfio-hooks/records"
 # For a guest whose image is mounted read-only.
 SPARE_DIRECTORY = "/run/oci-vfio-hooks/records"
 SUFFIX = ".tar.gz"
-NEWEST = 20
+KEPT_RECORDINGS = 20
 # Of the environment of a hook, which is trusted for nothing: what is told when something is wrong with the interpreter.
 VARIABLES = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONHOME", "PYTHONPATH")
 # Programs that are asked for their version: those that start hooks, and say it without doing anything.
 RUNTIMES = ("runc", "crun", "youki", "kata-agent", "kata-runtime", "containerd-shim-kata-v2")
 
 
-def keep_record(run: Summary, notes: list[Note]) -> list[Finding]:
+def save_recording(run: Summary, notes: list[Note]) -> list[Finding]:
     """Write the record of a run, and return what there is to say of it: where it is, or why it is not."""
     try:
         data = pack(make_members(run, notes))
@@ -68,7 +68,7 @@ def make_members(run: Summary, notes: list[Note]) -> dict[str, bytes]:
     events = list_events(notes, members, run.full)
     findings = run.findings
     if not run.full:
-        events = hidehost.make_teller(run, members).hide_events(events)
+        events = hidehost.make_redactor(run, members).hide_events(events)
         findings = [privacy.hide_finding(finding) for finding in findings]
     about = {
         "version": VERSION,
@@ -102,7 +102,7 @@ def write_events(events: Iterable[dict[str, Any]]) -> bytes:
         line = f"{json.dumps(event)}\n".encode()
         size += len(line)
         values += bounds.check_value(event, "an event")
-        if len(lines) == bounds.MOST_EVENTS or size > bounds.MOST_EVENT_BYTES or values > bounds.MOST_VALUES:
+        if len(lines) == bounds.MAX_EVENTS or size > bounds.MAX_EVENT_BYTES or values > bounds.MAX_VALUES:
             break
         lines.append(line)
     return b"".join(lines)
@@ -129,10 +129,10 @@ def list_events(notes: list[Note], members: dict[str, bytes], full: bool) -> lis
             event.update({"inside": True} if note.inside else {})
         event.update(encode_answer(note, members, full))
         if note.kind == "ask":
-            key, said = (note.name, note.arguments[0]), (event.get("answer"), event.get("errno"))
-            if before.get(key) == said:
+            key, output = (note.name, note.arguments[0]), (event.get("answer"), event.get("errno"))
+            if before.get(key) == output:
                 continue
-            before[key] = said
+            before[key] = output
         events.append(event)
     return events
 
@@ -147,10 +147,10 @@ def encode_answer(note: Note, members: dict[str, bytes], full: bool) -> dict[str
     document = name_document(note)
     if document and isinstance(answer, bytes):
         data = answer if full else privacy.hide_document(answer, document)
-        fits = len(data) <= bounds.MOST_DOCUMENT_BYTES and bounds.estimate_values(data) <= bounds.MOST_VALUES
+        fits = len(data) <= bounds.MAX_DOCUMENT_BYTES and bounds.estimate_values(data) <= bounds.MAX_VALUES
         if fits and members.setdefault(document, data) == data:
             return {"answer": {encoding.KIND: "member", "name": document}}
-    if isinstance(answer, bytes) and len(answer) > bounds.MOST_ANSWER_BYTES:
+    if isinstance(answer, bytes) and len(answer) > bounds.MAX_ANSWER_BYTES:
         return {"answer": {encoding.KIND: "opaque", "type": f"{len(answer)} bytes"}}
     return {"answer": encoding.encode(answer)}
 
@@ -296,7 +296,7 @@ def save_in(directory: str, data: bytes, name: str) -> str:
         os.unlink(draft)
         raise
     records = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX))
-    for old in records[:-NEWEST]:
+    for old in records[:-KEPT_RECORDINGS]:
         # Another hook may be at the same.
         try:
             os.unlink(f"{directory}/{old}")

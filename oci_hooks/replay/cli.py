@@ -17,7 +17,7 @@ from oci_hooks.log import write_stderr, write_stdout
 from oci_hooks.record import timeline
 from oci_hooks.record.bounds import RecordError, RecordTooLarge, bounded
 from oci_hooks.record.encoding import NotationError
-from oci_hooks.record.reader import RunRecord, read_record
+from oci_hooks.record.reader import Recording, read_record
 from oci_hooks.record.writer import DIRECTORY, SPARE_DIRECTORY, SUFFIX
 
 TYPE_CHECKING = False
@@ -141,7 +141,7 @@ def find_paths(arguments: Namespace) -> list[str]:
     return sorted((path for path in paths if not os.path.basename(path).startswith(".")), key=os.path.basename)
 
 
-def find_record(arguments: Namespace, word: str) -> RunRecord:
+def find_record(arguments: Namespace, word: str) -> Recording:
     """Return the record that a word on the command line means. Raises RecordError, OSError."""
     if os.path.isfile(word):
         return read_record(word)
@@ -211,13 +211,13 @@ def run_record(arguments: Namespace) -> int:
 
     again = rerun(record)
     different = compare(record, again)
-    lines = [*(different or timeline.format_findings(record)), *(f"# {text}" for text in again.strange)]
+    lines = [*(different or timeline.format_findings(record)), *(f"# {text}" for text in again.unexpected)]
     lines += [] if different else ["the same as recorded"]
     write_stdout("".join(f"{make_one_line(line, 10_000)}\n" for line in lines))
     return EXIT_DIFFERENT if different else EXIT_SAME
 
 
-def run_on_this_machine(record: RunRecord, arguments: Namespace) -> int:
+def run_on_this_machine(record: Recording, arguments: Namespace) -> int:
     """Run a record's hook with this machine behind the door, and print what it says."""
     import tempfile
 

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from oci_hooks.findings import Finding
-from oci_hooks.guest.apply.cgroup import Node, NodeProof
+from oci_hooks.guest.apply.cgroup import MadeNode, NodeCheck
 from oci_hooks.guest.apply.sysfs_writer import Result
 from oci_hooks.guest.claims import Claim
 from oci_hooks.guest.homes import Home
-from oci_hooks.guest.undo_log import Entry, Journal
+from oci_hooks.guest.undo_log import Entry, UndoLog
 from oci_hooks.host.kata.model import Problem
 from oci_hooks.linux.processes import Process
 from oci_hooks.record.encoding import UNDO_LOG, open_nothing
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from oci_hooks.record.encoding import Kinds
 
 
-def make_journal(path: str, kept: int) -> Journal:
+def make_undo_log(path: str, kept: int) -> UndoLog:
     """Return a journal whose entries go nowhere."""
-    return Journal(open_nothing(), str(path), int(kept))
+    return UndoLog(open_nothing(), str(path), int(kept))
 
 
-RECORDS = (Claim, Entry, Finding, Home, Node, NodeProof, Problem, Process, Result)
-KINDS: Kinds = {**{record.tag: record for record in RECORDS}, UNDO_LOG: make_journal}
+RECORDS = (Claim, Entry, Finding, Home, MadeNode, NodeCheck, Problem, Process, Result)
+KINDS: Kinds = {**{record.tag: record for record in RECORDS}, UNDO_LOG: make_undo_log}

@@ -14,12 +14,12 @@ import stat
 import sys
 
 from oci_hooks.findings import make_one_line
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.program import Arguments, Run, run_work
 from oci_hooks.record import encoding
 from oci_hooks.record.privacy import hide_finding
 from oci_hooks.replay.kinds import KINDS
-from oci_hooks.system import USUAL_SECONDS, Deadline, NotingRoot, Root, name_tag
+from oci_hooks.system import USUAL_SECONDS, Deadline, RecordingRoot, Root, name_tag
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from oci_hooks.program import Outcome
-    from oci_hooks.record.reader import RunRecord
+    from oci_hooks.record.reader import Recording
 
     T = TypeVar("T")
 
@@ -60,21 +60,21 @@ CHANGES = (
 CODE = (".py", ".pyc", ".so", ".pth", ".cfg", ".json", "/METADATA", ".zip", ".egg-link")
 
 
-class Rerun(Record):
+class Rerun(Frozen):
     """What running a record again came to.
 
-    outcome: of the run; decisions: what it decided, as JSON; strange: what the record has no answer to.
+    outcome: of the run; decisions: what it decided, as JSON; unexpected: what the record has no answer to.
     """
 
     outcome: Outcome
     decisions: list[Any]
-    strange: list[str]
+    unexpected: list[str]
 
 
-class RecordedRoot(Root):
+class ReplayRoot(Root):
     """The machine of a record. Answers what was asked there, in the state that it was in after the steps so far."""
 
-    def __init__(self, record: RunRecord) -> None:
+    def __init__(self, record: Recording) -> None:
         super().__init__()
         self.documents = record.documents
         self.steps = [
@@ -87,7 +87,7 @@ class RecordedRoot(Root):
         self.listings = {path: event for (ask, path), ((_, event), *_) in self.answers.items() if ask == "listdir"}
         self.next_step = 0
         self.decisions: list[Any] = []
-        self.strange: list[str] = []
+        self.unexpected: list[str] = []
         self.damage: encoding.NotationError | None = None
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
@@ -95,7 +95,7 @@ class RecordedRoot(Root):
         known = self.answers.get((name_tag(question), path))
         if known is None:
             if not self.is_known_absent(path):
-                self.strange.append(f"asked {name_tag(question)} of {path}: not in the recording, assumed absent")
+                self.unexpected.append(f"asked {name_tag(question)} of {path}: not in the recording, assumed absent")
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         event = self.pick(known)
         if "errno" in event:
@@ -130,7 +130,7 @@ class RecordedRoot(Root):
                     raise self.decode_error(event["error"])
                 answer: T = self.decode(event.get("answer"))
                 return answer
-        self.strange.append(f"did {name_tag(function)}: not in the recording, assumed done")
+        self.unexpected.append(f"did {name_tag(function)}: not in the recording, assumed done")
         return None  # type: ignore[return-value]
 
     def note(self, what: str, value: object) -> None:
@@ -157,7 +157,7 @@ class RecordedRoot(Root):
             raise
 
 
-class LiveRoot(NotingRoot):
+class LiveRoot(RecordingRoot):
     """This machine, with the state of a record."""
 
     def __init__(self, state: bytes) -> None:
@@ -184,19 +184,19 @@ class LiveRoot(NotingRoot):
 # Running --------------------------------------------------------------------------------------------------------------
 
 
-def rerun(record: RunRecord) -> Rerun:
+def rerun(record: Recording) -> Rerun:
     """Run the record's hook on the recorded machine. Nothing on this one is changed. Raises NotationError."""
-    root = RecordedRoot(record)
+    root = ReplayRoot(record)
     # The plan of a dry run is in its decisions; printed, it would stand among the differences.
     run = make_run(record, root, make_arguments(record).replace(json=True))
     with sealed():
         outcome = run_work(run, find_work(record.about["program"]))
     if root.damage:
         raise root.damage
-    return Rerun(outcome, root.decisions, root.strange)
+    return Rerun(outcome, root.decisions, root.unexpected)
 
 
-def run_live(record: RunRecord, bundle: str, pid: int | None, apply: bool) -> tuple[Run, Outcome]:
+def run_live(record: Recording, bundle: str, pid: int | None, apply: bool) -> tuple[Run, Outcome]:
     """Run the record's hook on this machine, with its state and config.json; a dry run unless `apply`.
 
     bundle: a directory that holds the config.json; pid: instead of the state's.
@@ -216,13 +216,13 @@ def run_live(record: RunRecord, bundle: str, pid: int | None, apply: bool) -> tu
     return run, run_work(run, find_work(record.about["program"]))
 
 
-def make_arguments(record: RunRecord) -> Arguments:
+def make_arguments(record: Recording) -> Arguments:
     """Return the command line of a record."""
     values = {name: value for name, value in record.about["arguments"].items() if name in Arguments.field_names()}
     return Arguments(**{**values, "groups": tuple(values.get("groups", ()))})
 
 
-def make_run(record: RunRecord, root: Root, arguments: Arguments) -> Run:
+def make_run(record: Recording, root: Root, arguments: Arguments) -> Run:
     """Return the run of a hook that is run again."""
     return Run(record.about["program"], arguments, Deadline(USUAL_SECONDS), root)
 
@@ -241,35 +241,35 @@ def find_work(program: str) -> Callable[[Run], int]:
 # Comparing ------------------------------------------------------------------------------------------------------------
 
 
-def find_differences(record: RunRecord) -> list[str]:
+def find_differences(record: Recording) -> list[str]:
     """Return how findings and plan of a record that is run again differ, as a unified diff; empty: not at all."""
     return compare(record, rerun(record))
 
 
-def compare(record: RunRecord, again: Rerun) -> list[str]:
+def compare(record: Recording, again: Rerun) -> list[str]:
     """Return a unified diff of a record and what running it again came to."""
     import difflib
 
-    before, now = list(tell_record(record)), list(tell_rerun(again))
+    before, now = list(format_record(record)), list(format_rerun(again))
     lines = difflib.unified_diff(before, now, "recorded", "replayed", lineterm="", n=2)
     return [make_one_line(line, 10_000) for line in lines]
 
 
-def tell_record(record: RunRecord) -> Iterator[str]:
+def format_record(record: Recording) -> Iterator[str]:
     """Yield the lines by which a record is compared: decisions, findings, exit code."""
-    yield from tell_decisions([[event["note"], event.get("answer")] for event in record.events if "note" in event])
+    yield from format_decisions([[event["note"], event.get("answer")] for event in record.events if "note" in event])
     yield from (hide_finding(finding).as_line() for finding in record.findings)
     yield f"exit {record.about['exit']}"
 
 
-def tell_rerun(again: Rerun) -> Iterator[str]:
+def format_rerun(again: Rerun) -> Iterator[str]:
     """Yield the same lines for what a run came to now."""
-    yield from tell_decisions(again.decisions)
+    yield from format_decisions(again.decisions)
     yield from (hide_finding(finding).as_line() for finding in again.outcome.findings)
     yield f"exit {again.outcome.code}"
 
 
-def tell_decisions(decisions: list[Any]) -> Iterator[str]:
+def format_decisions(decisions: list[Any]) -> Iterator[str]:
     """Yield decisions, a line a value."""
     import json
 
@@ -295,8 +295,8 @@ class sealed:  # noqa: N801 - reads as a statement
         self.holds = False
         # Where Python loads modules from, also this package's schemas.
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        places = (*sys.path, sys.prefix, sys.base_prefix, package)
-        self.places = tuple({f"{os.path.abspath(place)}/" for place in places})
+        locations = (*sys.path, sys.prefix, sys.base_prefix, package)
+        self.places = tuple({f"{os.path.abspath(location)}/" for location in locations})
 
     def __enter__(self) -> None:
         # An audit hook can't be taken away again, only told to look elsewhere.

@@ -104,9 +104,9 @@ def measure(command: Sequence[str], state: bytes, address: str, directory: Path)
     command: the hook; directory: the container's /dev/vfio, which must be there.
     """
     created = watch(directory)
-    with NamedTemporaryFile() as said, listen() as events:
+    with NamedTemporaryFile() as output, listen() as events:
         try:
-            _, pid = start(command, state, said.name)
+            _, pid = start(command, state, output.name)
             wait_for_listener(pid)
             plug()
             wait_for_device(events, address)
@@ -114,7 +114,7 @@ def measure(command: Sequence[str], state: bytes, address: str, directory: Path)
             while not any(name.isdigit() for name in read_created(created)):
                 pass
             seconds = time.perf_counter() - begun
-            check_exit(command, os.waitpid(pid, 0)[1], said.name)
+            check_exit(command, os.waitpid(pid, 0)[1], output.name)
         finally:
             os.close(created)
     guest.settle()

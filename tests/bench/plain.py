@@ -61,7 +61,9 @@ def write_bundle(directory: Path, groups: Sequence[tuple[str, int, int]] = ()) -
             "capabilities": {"bounding": ["CAP_IPC_LOCK"], "effective": ["CAP_IPC_LOCK"]},
             "rlimits": [UNLIMITED],
         },
-        "mounts": [{"destination": place, "type": "tmpfs", "source": "tmpfs"} for place in ("/proc", "/dev", "/sys")],
+        "mounts": [
+            {"destination": location, "type": "tmpfs", "source": "tmpfs"} for location in ("/proc", "/dev", "/sys")
+        ],
         "annotations": {"io.podman.annotations.autoremove": "FALSE", "org.opencontainers.image.stopSignal": "15"},
         "linux": {
             "devices": listed,

@@ -67,15 +67,15 @@ def take_turns(cases: Iterable[Case], runs: int, about: str) -> Samples:
     """Return seconds of each case, as many as there are runs, after one run that is not counted."""
     cases = list(cases)
     samples: Samples = {case.name: [] for case in cases}
-    started = told = time.monotonic()
+    started = reported = time.monotonic()
     for number in range(runs + 1):
         for case in cases:
             seconds = case.take()
             if number:
                 samples[case.name].append(seconds)
-        if time.monotonic() - told > PATIENCE:
-            told = time.monotonic()
-            say(f"{about}: turn {number} of {runs} is over after {told - started:.0f} s")
+        if time.monotonic() - reported > PATIENCE:
+            reported = time.monotonic()
+            say(f"{about}: turn {number} of {runs} is over after {reported - started:.0f} s")
     say(f"{about}: {len(cases)} cases, {runs} runs each, {time.monotonic() - started:.0f} s")
     return samples
 
@@ -92,11 +92,11 @@ def weigh(cases: Iterable[Case], runs: int) -> Samples:
 
 def time_command(command: Sequence[str], stdin: bytes) -> float:
     """Return the seconds of one run of a command. Raises BenchError where it fails, with what it said."""
-    with NamedTemporaryFile() as said:
-        begun, pid = start(command, stdin, said.name)
+    with NamedTemporaryFile() as output:
+        begun, pid = start(command, stdin, output.name)
         _, status = os.waitpid(pid, 0)
         seconds = time.perf_counter() - begun
-        check_exit(command, status, said.name)
+        check_exit(command, status, output.name)
     return seconds
 
 

@@ -102,13 +102,13 @@ def ensure_image() -> Image:
     layers = packages.ensure_installed()
     kernel = provision.ensure_kernel()
     sources = [path.read_text() for path in (HERE / "image.py", HERE / "init", HERE / "agent")]
-    place = provision.find_cache() / f"chain-{make_stamp(str(layers[0]), kernel.release, *sources)}"
-    if not place.exists():
-        with locked(place):
-            if not place.exists():
+    location = provision.find_cache() / f"chain-{make_stamp(str(layers[0]), kernel.release, *sources)}"
+    if not location.exists():
+        with locked(location):
+            if not location.exists():
                 packages.forget_old("chain-*")
-                make_image(place, layers, kernel)
-    return Image(place)
+                make_image(location, layers, kernel)
+    return Image(location)
 
 
 def make_image(place: Path, layers: tuple[Path, ...], kernel: provision.Kernel) -> None:

@@ -215,11 +215,11 @@ class InnerVm:
 
     def explain(self, error: OSError, lines: list[str] | None = None) -> VmError:
         """Return an error that says all that is known."""
-        said = [f"the inner machine: {error}", *(lines or [])]
+        output = [f"the inner machine: {error}", *(lines or [])]
         for file in (self.stderr, self.console):
             if file.exists():
-                said += file.read_text(errors="replace").splitlines()[-CONSOLE_LINES:]
-        return VmError("\n    ".join(said))
+                output += file.read_text(errors="replace").splitlines()[-CONSOLE_LINES:]
+        return VmError("\n    ".join(output))
 
     def stop(self) -> None:
         """Take the machine down."""

@@ -50,7 +50,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Stopped on the host --------------------------------------------------------------------------------------------------
 
 
-def test_host_check_stops_it_before_there_is_a_vm(nics: Nics, tmp_path: Path) -> None:
+def test_host_check_kata_1_viommu_off_refused_before_vm_starts(nics: Nics, tmp_path: Path) -> None:
     """(b) Kata 1.x to 3.0 runs the hook first: no QEMU is started, and what to change is named by file and line."""
     bundle = host.write_bundle(tmp_path / "b", host.make_config(["/bin/true"], nics.wired))
     runtime = make_runtime(tmp_path, enable_iommu=False, hooks_first=True)
@@ -64,7 +64,7 @@ def test_host_check_stops_it_before_there_is_a_vm(nics: Nics, tmp_path: Path) ->
     assert list_hypervisors() == []
 
 
-def test_host_check_stops_a_group_that_is_not_viable(nics: Nics, tmp_path: Path) -> None:
+def test_host_check_group_not_viable_refused(nics: Nics, tmp_path: Path) -> None:
     """(c) One function of a card has its driver still: QEMU could not have opened the group, and would not say why."""
     bundle = host.write_bundle(tmp_path / "c", host.make_config(["/bin/true"], nics.pair))
     guest.bind_native(nics.pair[1])
@@ -79,7 +79,7 @@ def test_host_check_stops_a_group_that_is_not_viable(nics: Nics, tmp_path: Path)
 # Without a virtual IOMMU ----------------------------------------------------------------------------------------------
 
 
-def test_host_check_stops_a_vm_that_is_up(nics: Nics, tmp_path: Path, scratch: Path) -> None:
+def test_host_check_kata_3_viommu_off_refused_with_vm_running(nics: Nics, tmp_path: Path, scratch: Path) -> None:
     """(b) Kata since 3.1 has QEMU up before the hook runs: its command line is the truth, and it is taken down."""
     bundle = host.write_bundle(tmp_path / "b", host.make_config(["/bin/true"], nics.wired))
     runtime = make_runtime(make_directory(scratch / "1"), enable_iommu=False)
@@ -89,7 +89,7 @@ def test_host_check_stops_a_vm_that_is_up(nics: Nics, tmp_path: Path, scratch: P
     assert list_hypervisors() == []
 
 
-def test_guest_hook_says_that_there_is_no_iommu(nics: Nics, tmp_path: Path, scratch: Path) -> None:
+def test_guest_hook_without_viommu_refused(nics: Nics, tmp_path: Path, scratch: Path) -> None:
     """(b) Nobody has checked, and the virtual machine is up: the hook in the guest stops the container."""
     config = host.make_config(["/bin/true"], nics.wired, check=False)
     bundle = host.write_bundle(tmp_path / "b", config)
@@ -133,7 +133,7 @@ def forward(container: GuestContainer, *wanted: str) -> dict[str, testpmd.Counte
     return testpmd.read_counters(done.output)
 
 
-def test_packets_between_two_nics(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
+def test_guest_hook_forwards_packets_between_two_nics(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
     """(a) config.json lists the host's groups; the container finds the guest's, and its program forwards packets."""
     config = host.make_config(["/bin/sh", "-c", f"{TELL}; exec {host.FORWARD}"], nics.wired)
     before = inside.list_nics()
@@ -146,7 +146,7 @@ def test_packets_between_two_nics(sandbox: Sandbox, inside: Inside, nics: Nics) 
     assert inside.list_nics() == before
 
 
-def test_packets_in_the_way_of_katas_agent(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
+def test_guest_hook_crun_image_hook_forwards_packets(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
     """(a) The same under crun, with the hook from the guest image: the agent hands on no devices, only annotations."""
     paths = ",".join(f"path:{path}" for path in sandbox.paths)
     config = host.make_config(["/bin/sh", "-c", f"exec {host.FORWARD}"], nics.wired, {host.PATHS: paths})
@@ -154,14 +154,14 @@ def test_packets_in_the_way_of_katas_agent(sandbox: Sandbox, inside: Inside, nic
     assert testpmd.is_forwarding(forward(container))
 
 
-def test_nothing_is_forwarded_without_the_hook(sandbox: Sandbox, nics: Nics) -> None:
+def test_without_hook_no_packets_forwarded(sandbox: Sandbox, nics: Nics) -> None:
     """(a) Left out, the same program in the same container has no port."""
     config = host.make_config(["/bin/sh", "-c", f"exec {host.FORWARD}"], nics.wired, bind=False)
     counters = forward(GuestContainer(sandbox, "none", config, Manner("runc")), "No probed ethernet devices")
     assert not testpmd.is_forwarding(counters), counters
 
 
-def test_native_driver_comes_back(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
+def test_release_restores_native_driver(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
     """(f) While the container lives its NICs are vfio-pci's; when it has ended, their interfaces are there again."""
     before = inside.list_nics()
     command = f"for nic in {' '.join(before)}; do readlink /sys/bus/pci/devices/$nic/driver; done"
@@ -175,7 +175,7 @@ def test_native_driver_comes_back(sandbox: Sandbox, inside: Inside, nics: Nics) 
     assert inside.list_claims() == []
 
 
-def test_two_containers_choose_each_for_itself(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
+def test_two_containers_one_vfio_one_native_driver(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
     """(e) One has its NIC as VFIO and sends by it; the other, beside it, receives that by its NIC's own driver.
 
     Kata's vfio_mode is one for both of them; here it is "guest-kernel", and only one has the hook's annotation.
@@ -205,7 +205,7 @@ def test_two_containers_choose_each_for_itself(sandbox: Sandbox, inside: Inside,
     inside.ask(f"{native.command('delete', '--force')}; ip link set {interface} down")
 
 
-def test_nic_comes_while_the_container_is_created(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
+def test_guest_hook_waits_for_hotplugged_nic(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
     """(g) Kata plugs a container's devices in while it creates it; the hook waits for the one its annotation names."""
     path = sandbox.vm.find_path(sandbox.vm.free_slots[0])
     config = host.make_config(["/bin/sh", "-c", TELL], [nics.spare], {host.PATHS: f"path:{path}"})
@@ -222,7 +222,7 @@ def test_nic_comes_while_the_container_is_created(sandbox: Sandbox, inside: Insi
     assert address in done.output
 
 
-def test_group_of_two_functions(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
+def test_guest_hook_multifunction_card_bound_whole(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
     """(d) A card with two functions is one group in the host and one in the guest, and the container gets it whole."""
     before = inside.list_nics()
     path = sandbox.vm.plug(list(nics.pair))

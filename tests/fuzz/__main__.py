@@ -47,8 +47,8 @@ def main(arguments: list[str]) -> int:
     workers = len(os.sched_getaffinity(0))
     share = max(1, options.seconds * workers // len(names))
     limit = [f"-runs={options.runs // len(names)}"] if options.runs else [f"-max_total_time={share}"]
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        counts = list(pool.map(lambda name: fuzz(python, name, limit), names))
+    with ThreadPoolExecutor(max_workers=workers) as candidates:
+        counts = list(candidates.map(lambda name: fuzz(python, name, limit), names))
     say(f"{sum(map(abs, counts))} executions, {len(names)} targets, {sum(count < 0 for count in counts)} failed")
     return 1 if any(count < 0 for count in counts) else 0
 
@@ -70,15 +70,15 @@ def fuzz(python: Path, name: str, limit: list[str]) -> int:
         # A reader that takes many seconds for four thousand bytes is a defect too.
         command += [*limit, "-max_len=4096", "-timeout=25", "-print_final_stats=1", f"-artifact_prefix={corpus}/found-"]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, errors="replace", check=False)
-        said = done.stdout + done.stderr
+        output = done.stdout + done.stderr
         for path in Path(corpus).glob("found-*"):
             kept.mkdir(parents=True, exist_ok=True)
             (kept / path.name[len("found-") :][:20]).write_bytes(path.read_bytes())
-    executions = int((DONE.findall(said) or ["0"])[-1])
-    covered = (COVERED.findall(said) or ["0"])[-1]
+    executions = int((DONE.findall(output) or ["0"])[-1])
+    covered = (COVERED.findall(output) or ["0"])[-1]
     say(f"{name:13} {executions:9} executions, {covered} edges{'' if done.returncode == 0 else ', FAILED'}")
     if done.returncode:
-        say("\n".join(line for line in said.splitlines() if not line.startswith(("#", "INFO")))[-3000:])
+        say("\n".join(line for line in output.splitlines() if not line.startswith(("#", "INFO")))[-3000:])
     return -max(executions, 1) if done.returncode else executions
 
 

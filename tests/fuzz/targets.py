@@ -229,9 +229,9 @@ def fuzz_kata(data: bytes) -> None:
     annotations = {f"io.katacontainers.config.hypervisor.{key}": text for key in ("enable_iommu", "kernel_params")}
     root = MemoryRoot(files)
     for flavour in ("go", "rs"):
-        place = kata_config.make_place(root, f"{top}/configuration.toml", "test")
-        assert place is not None
-        config = kata_config.load_config(root, place, flavour, annotations)
+        location = kata_config.make_config_file(root, f"{top}/configuration.toml", "test")
+        assert location is not None
+        config = kata_config.load_config(root, location, flavour, annotations)
         for setting in (
             config.hypervisor_setting("enable_iommu", False),
             config.runtime_setting("vfio_mode"),
@@ -253,11 +253,11 @@ def fuzz_sysfs(data: bytes) -> None:
     }
     links = {f"{DEVICE}/iommu_group": "../../../kernel/iommu_groups/4", DEVICE: "../../../devices/pci0000:01/x"}
     root = MemoryRoot(files, links)
-    picture = pci.look(root)
+    inventory = pci.scan(root)
     pci.list_live_groups(root)
     pci.read_override(root, ADDRESS)
-    uses = usage.Uses(root, Deadline(1))
-    for device in picture.devices.values():
+    uses = usage.UsageFinder(root, Deadline(1))
+    for device in inventory.devices.values():
         uses.find(device)
 
 
@@ -275,7 +275,7 @@ def fuzz_proc(data: bytes) -> None:
     }
     root = MemoryRoot(files)
     mounts.read_mounts(root)
-    usage.look_at_usage(root)
+    usage.scan_usage(root)
     openers.find_consoles(root, {"char 4:68": "/sys/devices/x/tty/ttyS4"})
     for name in openers.list_mapped("/nonexistent", maps, {}):
         assert openers.RESOURCE in name
@@ -289,7 +289,7 @@ def fuzz_proc(data: bytes) -> None:
 def fuzz_netlink(data: bytes) -> None:
     """Dumps of rtnetlink: whatever is not one ends in EBADMSG, or in the error that it says."""
     try:
-        netlink.read_dump(iter([data[:2048], data[2048:]]), netlink.Found())
+        netlink.read_dump(iter([data[:2048], data[2048:]]), netlink.NetworkUse())
     except OSError:
         return
 
@@ -297,19 +297,19 @@ def fuzz_netlink(data: bytes) -> None:
 def fuzz_devices_list(data: bytes) -> None:
     """devices.list of version 1."""
     root = MemoryRoot({"/g/devices.list": data})
-    device_list.find_missing(device_list.read_rules(root, "/g"), cgroup.Node("12", 511, 7))
+    device_list.find_missing(device_list.read_rules(root, "/g"), cgroup.MadeNode("12", 511, 7))
 
 
 def fuzz_journal(data: bytes) -> None:
     """A claim: whatever lies there is read as some entries, and a hook makes of them what it can."""
-    entries = undo_log.parse_journal(data)
+    entries = undo_log.parse_undo_log(data)
     claim = claims.make_claim("/run/claims/c%20", entries, False)
     claims.ClaimDirectory("/run").find_problem(claim, data)
     for entry in entries:
         if entry.kind == "device":
             parse_instance(entry)
         line = undo_log.format_entry(entry.kind, *entry.words)
-        assert undo_log.parse_journal(line) == [entry]
+        assert undo_log.parse_undo_log(line) == [entry]
         if entry.kind == "permit":
             try:
                 parse_grant(entry)
@@ -362,7 +362,7 @@ def read_like_the_hooks(data: bytes, name: str) -> object:
         return (found.id, found.bundle, found.pid, oci.is_sandbox(found, oci.make_spec({}, "")))
     state = oci.State("c", "/b", 1, "", {})
     kept = (found.root_path, found.vfio_devices, found.uid, found.gid, found.uid_mappings, found.gid_mappings)
-    return (*kept, request.read_hints(found), oci.is_asked(state, found), oci.is_sandbox(state, found))
+    return (*kept, request.read_hints(found), oci.asks_for_vfio(state, found), oci.is_sandbox(state, found))
 
 
 def fuzz_kept(data: bytes) -> None:
@@ -377,7 +377,7 @@ def fuzz_teller(data: bytes) -> None:
     """What a recording keeps of the files of a machine: whatever is in them."""
     number, _, text = data.partition(b"\0")
     own = "/etc/oci-vfio-hooks/guest.toml"
-    teller = hidehost.Teller("x", ("c",), {own: schema.load_schema("guest-settings")})
+    teller = hidehost.Redactor("x", ("c",), {own: schema.load_schema("guest-settings")})
     paths = (*(f"/proc/7/{name}" for name in teller.proc_files()), "/proc/cmdline", own, "/etc/x.toml")
     path = paths[sum(number) % len(paths)]
     hidden = teller.hide_file(path, text.decode("utf-8", "surrogateescape"))

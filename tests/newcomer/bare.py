@@ -95,15 +95,15 @@ class Bare:
 
     def make_script(self) -> str:
         """Return the shell script that makes the root `/` and runs its arguments there, not as the first process."""
-        top, work, place = (self.changes / name for name in ("top", "work", "root"))
+        top, work, location = (self.changes / name for name in ("top", "work", "root"))
         layers = f"lowerdir={':'.join(map(str, self.layers))},upperdir={top},workdir={work}"
         return "\n".join(
             [
-                f"mount -t overlay -o {layers} root {place}",
-                f"mount -t proc proc {place}/proc",
-                f"mount --rbind /dev {place}/dev",
-                f"mount --rbind /sys {place}/sys",
-                f"cd {place}",
+                f"mount -t overlay -o {layers} root {location}",
+                f"mount -t proc proc {location}/proc",
+                f"mount --rbind /dev {location}/dev",
+                f"mount --rbind /sys {location}/sys",
+                f"cd {location}",
                 "pivot_root . .",
                 "umount -l .",
                 f'exec sh -c \'cd {CLONE}; "$@"; exit $?\' sh "$@"',

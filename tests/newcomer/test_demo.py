@@ -61,14 +61,14 @@ def run_first_time(machines: MakeBare) -> Tried:
     return Tried(machine, done)
 
 
-def test_every_row_is_as_it_should_be(tried: Tried) -> None:
+def test_demo_every_row_as_expected(tried: Tried) -> None:
     rows = ROW.findall(tried.first.stdout)
     assert [(row[0], row[1]) for row in rows] == [(name, case) for name in ("runc", "crun") for case in CASES]
     assert [row for row in rows if row[3] != "yes"] == [], tried.first.quote()
     assert tried.first.code == 0, tried.first.quote()
 
 
-def test_it_says_what_it_installs_before_it_does(tried: Tried) -> None:
+def test_demo_lists_packages_before_install(tried: Tried) -> None:
     """How many packages and MB, what else, where the log is, how to go on, each long step with its seconds."""
     out = tried.first.stdout
     sizes = re.search(r"installing (\d+) Debian packages \((\S+ \S?B) to load, (\S+ \S?B) on disk\)", out)
@@ -85,7 +85,7 @@ def test_it_says_what_it_installs_before_it_does(tried: Tried) -> None:
     assert "examples/demo crun b" in out
 
 
-def test_each_program_that_it_runs_is_of_a_package_that_it_names(tried: Tried) -> None:
+def test_demo_programs_belong_to_named_packages(tried: Tried) -> None:
     """A package that is left out of the list, but comes with another one today, is missed here."""
     assert find_unnamed(provision.RIG_PACKAGES) == []
     owners = tried.machine.run("dpkg-query", "-S", *PROGRAMS, code=None).stdout
@@ -97,28 +97,28 @@ def test_each_program_that_it_runs_is_of_a_package_that_it_names(tried: Tried) -
     assert [name for name in PROGRAMS for layer in tried.machine.layers if os.path.lexists(f"{layer}{name}")] == []
 
 
-def test_a_second_run_installs_nothing_and_never_falls_silent(tried: Tried) -> None:
+def test_demo_second_run_installs_nothing_keeps_output(tried: Tried) -> None:
     """On a terminal, with the rows as JSON: nothing else is on standard output."""
     script = f"{DEMO} --json crun b >/root/rows.json"
     started = time.monotonic()
     with tried.machine.start("script", "-qefc", script, "/dev/null") as process:
-        said, silence = watch(process, DEMO_LIMIT)
-    assert process.returncode == 0, said[-3000:]
+        output, silence = watch(process, DEMO_LIMIT)
+    assert process.returncode == 0, output[-3000:]
     rows = json.loads((tried.machine.changes / "top/root/rows.json").read_text())
     assert [(row["runtime"], row["case"], row["right"]) for row in rows] == [
         ("crun", case, True) for case in CASES[1:3]
     ]
-    assert "installing" not in said
-    assert "making" not in said
+    assert "installing" not in output
+    assert "making" not in output
     assert time.monotonic() - started < tried.first.seconds
     assert silence < SILENCE
-    assert "... virtual machine" in said
+    assert "... virtual machine" in output
 
 
 def watch(process: subprocess.Popen[str], limit: float) -> tuple[str, float]:
     """Return what a process prints until it ends, and the longest time for which it printed nothing (seconds)."""
     assert process.stdout is not None
-    said, silence = b"", 0.0
+    output, silence = b"", 0.0
     heard = started = time.monotonic()
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -129,24 +129,24 @@ def watch(process: subprocess.Popen[str], limit: float) -> tuple[str, float]:
             silence, heard = max(silence, time.monotonic() - heard), time.monotonic()
             if not data:
                 process.wait(timeout=60)
-                return said.decode(errors="replace"), silence
-            said += data
+                return output.decode(errors="replace"), silence
+            output += data
     process.kill()
-    raise AssertionError(f"did not end in {limit:.0f} s: {said[-3000:]!r}")
+    raise AssertionError(f"did not end in {limit:.0f} s: {output[-3000:]!r}")
 
 
-def test_ctrl_c_leaves_nothing(tried: Tried) -> None:
+def test_demo_sigint_leaves_nothing(tried: Tried) -> None:
     """While the machine boots: the process group gets SIGINT, as from a terminal."""
     script = f"trap : INT; {DEMO}; echo code $?; {LOOK}"
     process = tried.machine.start("sh", "-c", script)
     try:
-        said = wait_for(process, "booting")
+        output = wait_for(process, "booting")
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert out.strip().splitlines()[-1] == "code 130", said + out + err
+    assert out.strip().splitlines()[-1] == "code 130", output + out + err
     assert "demo: interrupted" in err
     assert "Traceback" not in err
 
@@ -154,17 +154,17 @@ def test_ctrl_c_leaves_nothing(tried: Tried) -> None:
 def wait_for(process: subprocess.Popen[str], word: str) -> str:
     """Return what a process prints up to a line with this word, and wait until QEMU runs below it."""
     assert process.stdout is not None
-    said = ""
+    output = ""
     for line in process.stdout:
-        said += line
+        output += line
         if word in line:
             break
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if any("qemu-system" in read_program(pid) for pid in find_family(process.pid, PROC)):
-            return said
+            return output
         time.sleep(0.5)
-    raise AssertionError(f"no virtual machine was started: {said}")
+    raise AssertionError(f"no virtual machine was started: {output}")
 
 
 def read_program(pid: int) -> str:
@@ -179,41 +179,44 @@ def refuse(machine: Bare, before: str, command: str = DEMO) -> str:
     """Return the one line that the demo prints where it can't run. before: the shell's lines that make it so."""
     script = f"{before}\nexec {command}"
     done = machine.run("unshare", "--mount", "sh", "-ec", script, limit=300, code=2)
-    said = [line for line in done.stderr.splitlines() if line]
-    assert len(said) == 1, done.quote()
+    output = [line for line in done.stderr.splitlines() if line]
+    assert len(output) == 1, done.quote()
     assert done.stdout == ""
-    return said[0]
+    return output[0]
 
 
-def test_without_qemu_for_this_machine(tried: Tried) -> None:
+def test_demo_without_qemu_for_architecture(tried: Tried) -> None:
     """The package is there, its program isn't; and a machine of another kind."""
-    said = refuse(tried.machine, "mount --bind /dev/null /usr/bin/qemu-system-x86_64")
-    assert said.startswith("demo: qemu-system-x86_64 is not there: apt-get install")
-    said = refuse(tried.machine, "", f"setarch i686 {DEMO}")
-    assert said.startswith("demo: this machine is i686")
+    output = refuse(tried.machine, "mount --bind /dev/null /usr/bin/qemu-system-x86_64")
+    assert output.startswith("demo: qemu-system-x86_64 is not there: apt-get install")
+    output = refuse(tried.machine, "", f"setarch i686 {DEMO}")
+    assert output.startswith("demo: this machine is i686")
 
 
-def test_without_root(tried: Tried) -> None:
+def test_demo_without_root(tried: Tried) -> None:
     user = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", "env", "HOME=/tmp/home"]
-    said = refuse(tried.machine, "chmod 0755 /root", shlex.join([*user, DEMO]))
-    assert said == "demo: needs root, for apt and for the virtual machine's process namespace: sudo examples/demo"
+    output = refuse(tried.machine, "chmod 0755 /root", shlex.join([*user, DEMO]))
+    assert output == "demo: needs root, for apt and for the virtual machine's process namespace: sudo examples/demo"
 
 
-def test_without_room(tried: Tried) -> None:
+def test_demo_without_disk_space(tried: Tried) -> None:
     """A cache that is empty, on a file system of 64 MiB."""
-    said = refuse(tried.machine, "mount -t tmpfs -o size=64m none /root/.cache")
-    assert re.fullmatch(r"demo: /root/.cache/oci-vfio-hooks has 6\d MiB free: 2048 MiB are needed the first time", said)
+    output = refuse(tried.machine, "mount -t tmpfs -o size=64m none /root/.cache")
+    assert re.fullmatch(
+        r"demo: /root/.cache/oci-vfio-hooks has 6\d MiB free: 2048 MiB are needed the first time", output
+    )
 
 
-def test_without_apt(machines: MakeBare) -> None:
+def test_demo_without_apt(machines: MakeBare) -> None:
     """With a Python that is too small, which is met before anything runs in it, and with the whole one."""
     machine = machines("bare-python")
     hide = "mount --bind /dev/null /usr/bin/apt-get"
     assert refuse(machine, hide).startswith("demo: there is no apt-get here to install Python with")
     user = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", DEMO]
-    said = refuse(machine, "chmod 0755 /root", shlex.join(user))
+    output = refuse(machine, "chmod 0755 /root", shlex.join(user))
     assert (
-        said == "demo: Python's library is missing; install it as root: apt-get install --no-install-recommends python3"
+        output
+        == "demo: Python's library is missing; install it as root: apt-get install --no-install-recommends python3"
     )
     machine.run("sh", "-ec", "apt-get update -q; apt-get install -y -q --no-install-recommends python3")
     assert refuse(machine, hide).startswith("demo: there is no apt-get here: install qemu-system-x86, busybox-static")

@@ -45,7 +45,7 @@ def build(machines: MakeBare) -> Bare:
     return machine
 
 
-def test_building_asks_for_what_control_names_and_no_more(built: Bare) -> None:
+def test_build_needs_exactly_the_packages_in_control(built: Bare) -> None:
     """dpkg is content with debian/control's own build dependencies; its usual compilers are not needed."""
     built.run("dpkg-checkbuilddeps", "-I", "packaging/debian/control")
     built.run("dpkg-query", "-s", "build-essential", code=1)
@@ -78,7 +78,7 @@ def answer_apt(line: str) -> str:
     return line.replace("apt install", "apt install -y --no-install-recommends").replace("apt purge", "apt purge -y")
 
 
-def test_debs_are_installed_and_used(installed: Installed) -> None:
+def test_debs_install_and_run(installed: Installed) -> None:
     machine = installed.machine
     assert len(find_lines("apt update && apt install ./dist")) == 2
     for line in find_lines("vfio-guest-bind"):
@@ -112,7 +112,7 @@ DOCUMENTED = {
 }
 
 
-def test_lines_of_the_documents(installed: Installed) -> None:
+def test_documented_commands_run(installed: Installed) -> None:
     """As they are written, with a bundle in place of the path."""
     shown = {lines.strip_remark(line.text) for path in lines.list_documents() for line in lines.read_lines(path)}
     machine = installed.machine
@@ -131,17 +131,17 @@ def test_lines_of_the_documents(installed: Installed) -> None:
     machine.run("vfio-guest-bind", "--settings", "/root/image/etc/oci-vfio-hooks/guest.toml", "--version")
 
 
-def test_lines_that_put_examples_in_place(installed: Installed) -> None:
+def test_documented_example_commands_run(installed: Installed) -> None:
     """In the directory where the package has them, as the README says."""
-    place = "/usr/share/doc/oci-vfio-hooks/examples"
-    for document, directory in (("README.md", place), ("kubernetes/README.md", f"{place}/kubernetes")):
+    location = "/usr/share/doc/oci-vfio-hooks/examples"
+    for document, directory in (("README.md", location), ("kubernetes/README.md", f"{location}/kubernetes")):
         for line in lines.read_lines(REPOSITORY / "examples" / document):
             if line.text.startswith("install ") and "/etc/docker/" not in line.text and "detector" not in line.text:
                 installed.machine.run("sh", "-ec", f"mkdir -p /etc/systemd/system; cd {directory}\n{line.text}")
     installed.machine.run("test", "-x", "/usr/local/sbin/vfio-labels")
 
 
-def test_purging_leaves_nothing(installed: Installed) -> None:
+def test_purge_leaves_nothing(installed: Installed) -> None:
     """What the lines above have put in place is the user's, and goes first."""
     machine = installed.machine
     made = (
@@ -153,7 +153,7 @@ def test_purging_leaves_nothing(installed: Installed) -> None:
     assert left == set()
 
 
-def test_pip_into_a_directory_of_its_own(machines: MakeBare) -> None:
+def test_pip_install_into_virtual_environment(machines: MakeBare) -> None:
     machine = machines("bare")
     for line in find_lines("apt update && apt install python3-venv", "python3 -m venv", "/opt/oci-vfio-hooks/bin/pip"):
         machine.run("sh", "-c", answer_apt(line), limit=LIMIT)
@@ -162,17 +162,17 @@ def test_pip_into_a_directory_of_its_own(machines: MakeBare) -> None:
     use_hooks(machine, "/opt/oci-vfio-hooks/bin")
 
 
-def test_a_python_without_its_library_is_named(machines: MakeBare) -> None:
+def test_hooks_python_minimal_reported(machines: MakeBare) -> None:
     """python3-minimal has an interpreter, and not what the hooks import: no defect of theirs, and no traceback."""
     machine = machines("bare-python")
     for hook in HOOKS:
-        said = call(machine, f"echo '{{}}' | hooks/{hook}", 1)
-        assert re.match(rf"{hook}: error: \[internal\] .*'json'; this Python has not its whole library", said), said
-        assert said.count("\n") == 1
-    said = call(machine, "hooks/vfio-hook-replay list", 1)
-    assert re.fullmatch(r"vfio-hook-replay: No module named '\w+'; install Python with its whole library.*\n", said), (
-        said
-    )
+        output = call(machine, f"echo '{{}}' | hooks/{hook}", 1)
+        assert re.match(rf"{hook}: error: \[internal\] .*'json'; this Python has not its whole library", output), output
+        assert output.count("\n") == 1
+    output = call(machine, "hooks/vfio-hook-replay list", 1)
+    assert re.fullmatch(
+        r"vfio-hook-replay: No module named '\w+'; install Python with its whole library.*\n", output
+    ), output
 
 
 def list_files(machine: Bare) -> set[str]:
@@ -181,11 +181,11 @@ def list_files(machine: Bare) -> set[str]:
 
 
 def use_hooks(machine: Bare, place: str) -> None:
-    """Run both hooks of a place: version, settings good and bad, a state that is none, and what others recorded."""
+    """Run both hooks of a location: version, settings good and bad, a state that is none, and what others recorded."""
     for hook in HOOKS:
         assert machine.run(f"{place}/{hook}", "--version").stdout == f"{hook} {__version__}\n"
-        said = call(machine, f"echo '{{}}' | {place}/{hook}", 2)
-        assert re.match(rf"{hook}: error: \[bad-state\] ", said), said
+        output = call(machine, f"echo '{{}}' | {place}/{hook}", 2)
+        assert re.match(rf"{hook}: error: \[bad-state\] ", output), output
         use_record(machine, place, hook)
     # The settings of the examples, each key in use.
     machine.run("sh", "-ec", "mkdir -p /etc/oci-vfio-hooks; cp examples/settings/*.toml /etc/oci-vfio-hooks/")
@@ -194,9 +194,9 @@ def use_hooks(machine: Bare, place: str) -> None:
         use_record(machine, place, hook)
         script = f"echo 'dedline = 3' >/root/bad.toml; {prepare(hook)} {place}/{hook} --settings /root/bad.toml"
         options = "--dry-run" if side == "guest" else ""
-        said = call(machine, f"{script} --bundle /root/d {options}", 2)
-        assert "dedline" in said
-        assert re.search(rf"{hook}: error: \[bad-settings\] ", said), f"{side}: {said}"
+        output = call(machine, f"{script} --bundle /root/d {options}", 2)
+        assert "dedline" in output
+        assert re.search(rf"{hook}: error: \[bad-settings\] ", output), f"{side}: {output}"
     machine.run("rm", "-r", "/etc/oci-vfio-hooks")
 
 
@@ -215,13 +215,13 @@ def use_tool(machine: Bare, place: str) -> None:
 def use_record(machine: Bare, place: str, hook: str) -> None:
     """Run a hook with a recorded state on this machine, where no device is."""
     options = "--dry-run" if hook == "vfio-guest-bind" else ""
-    said = call(machine, f"{prepare(hook)} examples/replay/replay-state /root/d {place}/{hook} {options}", 1)
-    assert re.search(rf"{hook}: error: \[[a-z-]+\] ", said), said
-    assert "settings" not in said
+    output = call(machine, f"{prepare(hook)} examples/replay/replay-state /root/d {place}/{hook} {options}", 1)
+    assert re.search(rf"{hook}: error: \[[a-z-]+\] ", output), output
+    assert "settings" not in output
 
 
 def call(machine: Bare, script: str, code: int) -> str:
     """Run a line of the shell and return what it wrote to standard error; no traceback is ever among it."""
-    said = machine.run("sh", "-c", script, code=code).stderr
-    assert "Traceback" not in said
-    return said
+    output = machine.run("sh", "-c", script, code=code).stderr
+    assert "Traceback" not in output
+    return output

@@ -13,7 +13,7 @@ from tests.runner import KINDS
 LIMIT = 1200.0
 
 
-def test_tests_run_names_all_that_it_needs(machines: MakeBare) -> None:
+def test_tests_run_lists_all_packages(machines: MakeBare) -> None:
     """`tests/run`, up to where the first test would run: collecting imports every module of the tests."""
     (line,) = (line for line in lines.read_section("Try it") if line.startswith("tests/run"))
     machine = machines("bare")

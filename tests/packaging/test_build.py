@@ -47,7 +47,7 @@ def unpack(dist: Path, kind: str, package: str, place: Path) -> None:
         run("sh", "-ec", 'rpm2cpio "$1" | cpio -idm --quiet', "sh", rpm, cwd=place)
 
 
-def test_versions_agree() -> None:
+def test_build_versions_agree() -> None:
     changelog = (REPOSITORY / "packaging/debian/changelog").read_text()
     assert changelog.startswith(f"oci-vfio-hooks ({__version__}-1) ")
     spec = (REPOSITORY / "packaging/rpm/oci-vfio-hooks.spec").read_text()
@@ -58,7 +58,7 @@ def test_versions_agree() -> None:
 
 @pytest.mark.parametrize("kind", ["deb", "rpm"])
 @pytest.mark.parametrize("package", list(EXECUTABLES))
-def test_executables_are_as_in_the_tree(dist: Path, tmp_path: Path, kind: str, package: str) -> None:
+def test_build_executables_unchanged(dist: Path, tmp_path: Path, kind: str, package: str) -> None:
     unpack(dist, kind, package, tmp_path / "payload")
     for name in EXECUTABLES[package]:
         path = tmp_path / "payload" / name
@@ -92,7 +92,7 @@ def test_links_of_the_installed_readme_lead_somewhere(dist: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["deb", "rpm"])
-def test_the_whole_module_is_there(dist: Path, tmp_path: Path, kind: str) -> None:
+def test_build_contains_whole_package(dist: Path, tmp_path: Path, kind: str) -> None:
     unpack(dist, kind, "python3-oci-vfio-hooks", tmp_path / "payload")
     (package,) = (tmp_path / "payload").rglob("oci_hooks")
     wanted = {path.relative_to(REPOSITORY / "oci_hooks") for path in (REPOSITORY / "oci_hooks").rglob("*.py")}
@@ -104,7 +104,7 @@ def test_the_whole_module_is_there(dist: Path, tmp_path: Path, kind: str) -> Non
     assert compiled == ({path.stem for path in wanted if path.suffix == ".py"} if kind == "rpm" else set())
 
 
-def test_debs_need_python_and_recommend_what_the_hooks_import(dist: Path) -> None:
+def test_debs_depend_on_python_recommend_libraries(dist: Path) -> None:
     def read(package: str, field: str) -> list[str]:
         text = run("dpkg-deb", "-f", dist / f"{package}_{__version__}-1_all.deb", field)
         return sorted(text.strip().split(", "))
@@ -120,7 +120,7 @@ def test_debs_need_python_and_recommend_what_the_hooks_import(dist: Path) -> Non
         assert read(package, "Recommends") == [""]
 
 
-def test_rpms_need_python_and_recommend_what_the_hooks_import(dist: Path) -> None:
+def test_rpms_require_python_recommend_libraries(dist: Path) -> None:
     def read(package: str, what: str = "--requires") -> set[str]:
         lines = run("rpm", "-qp", what, dist / f"{package}-{__version__}-1.noarch.rpm").splitlines()
         # What every RPM needs of rpm itself, and of itself.
@@ -137,18 +137,18 @@ def test_rpms_need_python_and_recommend_what_the_hooks_import(dist: Path) -> Non
         assert read(package) == {*MORE[package], "/usr/bin/python3", f"python3-oci-vfio-hooks = {__version__}-1"}
 
 
-def test_lintian_has_nothing_to_say(dist: Path) -> None:
+def test_lintian_clean(dist: Path) -> None:
     command = ["lintian", "--allow-root", "--pedantic", "-I"]
     assert run(*command, *dist.glob("*.deb")) == ""
 
 
-def test_rpmlint_has_nothing_to_say(dist: Path) -> None:
-    said = run("rpmlint", "-r", REPOSITORY / "packaging/rpm/rpmlintrc", *dist.glob("*.rpm"))
-    assert re.search(r" 0 errors, 0 warnings, 0 badness", said), said
-    assert not re.search(r"^\S+: [EW]: ", said, re.MULTILINE), said
+def test_rpmlint_clean(dist: Path) -> None:
+    output = run("rpmlint", "-r", REPOSITORY / "packaging/rpm/rpmlintrc", *dist.glob("*.rpm"))
+    assert re.search(r" 0 errors, 0 warnings, 0 badness", output), output
+    assert not re.search(r"^\S+: [EW]: ", output, re.MULTILINE), output
 
 
-def test_overrides_are_explained() -> None:
+def test_lint_overrides_have_comments() -> None:
     files = [*REPOSITORY.glob("packaging/debian/*.lintian-overrides"), REPOSITORY / "packaging/rpm/rpmlintrc"]
     assert len(files) == 4
     for path in files:
@@ -157,7 +157,7 @@ def test_overrides_are_explained() -> None:
             assert line.startswith("#") or not line or before, f"{path}: {line}: why?"
 
 
-def test_two_builds_give_the_same_bytes(dist: Path, tmp_path: Path) -> None:
+def test_build_is_reproducible(dist: Path, tmp_path: Path) -> None:
     # The source tarball is a tree without git, at another place; another user's umask, language, zone and day.
     tree = tmp_path / "somewhere else"
     tree.mkdir()

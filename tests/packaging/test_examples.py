@@ -114,7 +114,7 @@ def load(path: Path) -> Any:
 @pytest.mark.parametrize(
     ("pattern", "schema"), [("hooks.d/*.json", HOOKS_D), ("cdi/*.json", CDI), ("config.json/*.json", CONFIG)]
 )
-def test_json_is_as_its_readers_want_it(pattern: str, schema: dict[str, Any]) -> None:
+def test_examples_json_matches_reader_schema(pattern: str, schema: dict[str, Any]) -> None:
     paths = sorted(EXAMPLES.glob(pattern))
     assert paths
     for path in paths:
@@ -122,7 +122,7 @@ def test_json_is_as_its_readers_want_it(pattern: str, schema: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("name", ["vfio-host-check", "vfio-guest-bind"])
-def test_hooks_d_matches_our_annotations_and_no_others(name: str) -> None:
+def test_examples_hooks_d_matches_only_own_annotations(name: str) -> None:
     ((pattern, value),) = load(EXAMPLES / f"hooks.d/{name}.json")["when"]["annotations"].items()
     for key in ("io.katacontainers.x.vfio", "io.katacontainers.x.vfio.devices", "io.katacontainers.x.vfio.record"):
         assert re.search(pattern, key)
@@ -133,7 +133,7 @@ def test_hooks_d_matches_our_annotations_and_no_others(name: str) -> None:
     assert not re.search(r"\(\?", pattern)
 
 
-def test_settings_show_every_default() -> None:
+def test_examples_settings_show_every_default() -> None:
     host, guest = ((EXAMPLES / f"settings/{name}.toml").read_text() for name in ("host", "guest"))
     # As they are installed, they say nothing.
     assert tomllib.loads(host) == tomllib.loads(guest) == {}
@@ -156,7 +156,7 @@ def settings_schema(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("side", ["host", "guest"])
-def test_containerd_base_spec(side: str) -> None:
+def test_examples_containerd_base_spec(side: str) -> None:
     base = {"ociVersion": "1.0.2", "process": {"cwd": "/"}, "hooks": {"poststop": [{"path": "/other"}]}}
     fragment = EXAMPLES / f"config.json/{side}.json"
     done = subprocess.run(
@@ -178,7 +178,7 @@ def test_containerd_base_spec(side: str) -> None:
 @pytest.mark.parametrize(
     "call", [["--root", "/r", "create", "--bundle", "BUNDLE", "c"], ["create", "--bundle=BUNDLE", "c"], ["create", "c"]]
 )
-def test_docker_wrapper_adds_hooks_once_and_is_the_runtime(tmp_path: Path, call: list[str]) -> None:
+def test_docker_wrapper_adds_hooks_once_execs_runtime(tmp_path: Path, call: list[str]) -> None:
     wrapper = tmp_path / "vfio-runc"
     hooks = EXAMPLES / "config.json/guest.json"
     text = (EXAMPLES / "docker/vfio-runc").read_text()
@@ -195,7 +195,7 @@ def test_docker_wrapper_adds_hooks_once_and_is_the_runtime(tmp_path: Path, call:
         assert config == {"hooks": {"prestart": [present], **load(hooks)["hooks"]}, "process": {}}
 
 
-def test_docker_wrapper_touches_nothing_else(tmp_path: Path) -> None:
+def test_docker_wrapper_leaves_rest_of_config(tmp_path: Path) -> None:
     wrapper = tmp_path / "vfio-runc"
     wrapper.write_text((EXAMPLES / "docker/vfio-runc").read_text().replace('"/usr/bin/runc"', '"/bin/echo"'))
     wrapper.chmod(0o755)
@@ -205,7 +205,7 @@ def test_docker_wrapper_touches_nothing_else(tmp_path: Path) -> None:
     assert f"{Path(runtime['path']).parent}/" in (EXAMPLES / "README.md").read_text()
 
 
-def test_every_example_is_in_the_readme_and_every_file_there_is() -> None:
+def test_examples_match_readme_list() -> None:
     readme = (EXAMPLES / "README.md").read_text()
     for line in re.findall(r"^    (.*)$", readme, re.MULTILINE):
         for word in re.findall(r"(?<![\w/])(?:hooks\.d|cdi|containerd|config\.json|docker|settings)/[\w.-]+", line):

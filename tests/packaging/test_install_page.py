@@ -31,8 +31,8 @@ def test_every_line_of_the_page_works(dist: Path, bare: MakeRoot, tmp_path: Path
     # What the lines promise is there.
     for command in ("vfio-host-check", "vfio-guest-bind", "vfio-hook-replay"):
         root.run(command, "--help")
-    said = root.run("/opt/oci-vfio-hooks/bin/vfio-guest-bind", text="{}", code=2).stderr
-    assert "missing required key id, bundle" in said
+    output = root.run("/opt/oci-vfio-hooks/bin/vfio-guest-bind", text="{}", code=2).stderr
+    assert "missing required key id, bundle" in output
 
 
 def run_line(line: str, root: Root, tree: Path, tmp_path: Path) -> str:
@@ -72,15 +72,15 @@ def run_line(line: str, root: Root, tree: Path, tmp_path: Path) -> str:
 
 def run_pip_line(words: list[str], root: Root, tree: Path) -> str:
     """Run a line with pip on this machine, which knows its way to PyPI, at the place that the root has it."""
-    place = root.changes / "top"
+    location = root.changes / "top"
     if words[0] == "python3":
         # The interpreter is the root's, at the same path here.
-        subprocess.run(["/usr/bin/python3", *words[1:-1], "--copies", str(place) + words[-1]], check=True)
+        subprocess.run(["/usr/bin/python3", *words[1:-1], "--copies", str(location) + words[-1]], check=True)
         return "here"
-    pip = [str(place / "opt/oci-vfio-hooks/bin/python3"), "-m", "pip", *words[1:]]
+    pip = [str(location / "opt/oci-vfio-hooks/bin/python3"), "-m", "pip", *words[1:]]
     subprocess.run(pip, cwd=tree, check=True, capture_output=True)
     # Where it says where it is, it says where the root has it.
-    for path in (place / "opt/oci-vfio-hooks/bin").iterdir():
+    for path in (location / "opt/oci-vfio-hooks/bin").iterdir():
         if path.read_bytes().startswith(b"#!"):
-            path.write_text(path.read_text().replace(str(place), ""))
+            path.write_text(path.read_text().replace(str(location), ""))
     return "here"

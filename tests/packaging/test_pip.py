@@ -52,18 +52,18 @@ def plant(venv: Path, top: Path) -> dict[str, str]:
     (site,) = venv.glob("lib/python3*/site-packages")
     user = top / "user" / site.relative_to(venv)
     user.mkdir(parents=True)
-    for place in (site, user, trap):
-        mark = f"open({str(top / 'sprung')!r}, 'a').write({str(place)!r})"
-        (place / "evil.pth").write_text(f"import sys; {mark}\n")
+    for location in (site, user, trap):
+        mark = f"open({str(top / 'sprung')!r}, 'a').write({str(location)!r})"
+        (location / "evil.pth").write_text(f"import sys; {mark}\n")
         for name in ("sitecustomize", "usercustomize"):
-            (place / f"{name}.py").write_text(mark + "\n")
+            (location / f"{name}.py").write_text(mark + "\n")
     names = ("PYTHONPATH", "PYTHONHOME", "HOME", "PYTHONPYCACHEPREFIX", "PYTHONPLATLIBDIR")
     more = {"PYTHONUSERBASE": str(top / "user"), "PYTHONSTARTUP": str(trap / "sitecustomize.py"), "PYTHONINSPECT": "1"}
     return {**dict.fromkeys(names, str(trap)), **more, "VIRTUAL_ENV": str(venv), "PATH": f"{venv}/bin:/usr/bin:/bin"}
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_nothing_runs_before_the_hook(venv: Path, tmp_path: Path, hook: str) -> None:
+def test_pip_no_code_runs_before_hook(venv: Path, tmp_path: Path, hook: str) -> None:
     environment = plant(venv, tmp_path)
     # The traps work: this interpreter falls into them.
     subprocess.run([f"{venv}/bin/python3", "-c", "pass"], env={"PYTHONPATH": str(tmp_path / "trap")}, check=True)
@@ -99,12 +99,12 @@ def test_nothing_runs_before_the_hook(venv: Path, tmp_path: Path, hook: str) -> 
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_pip_leaves_the_executable_as_it_is(venv: Path, hook: str) -> None:
+def test_pip_keeps_executable_bytes(venv: Path, hook: str) -> None:
     path = venv / "bin" / hook
     assert path.read_bytes() == (REPOSITORY / "hooks" / hook).read_bytes()
     assert path.stat().st_mode & 0o111
 
 
-def test_pip_takes_them_away_again(venv: Path) -> None:
+def test_pip_uninstall_removes_executables(venv: Path) -> None:
     subprocess.run([f"{venv}/bin/pip", "uninstall", "-q", "-y", "oci-vfio-hooks"], check=True, capture_output=True)
     assert not [path for path in (venv / "bin").iterdir() if path.name.startswith("vfio-")]

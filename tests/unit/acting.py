@@ -26,7 +26,7 @@ from oci_hooks.guest import hook as guest_hook
 from oci_hooks.guest.apply import cgroup, proof, sysfs_writer
 from oci_hooks.linux.pci import PCI_DEVICES
 from oci_hooks.record import writer as record_writer
-from oci_hooks.system import NotingRoot
+from oci_hooks.system import RecordingRoot
 from tests.steps import CHANGES
 from tests.unit.machine import Machine
 from tests.vm.calls import be_hook, import_hook
@@ -103,34 +103,34 @@ class Kernel:
 
     def unbind(self, address: str) -> int:
         """Take a function from its driver."""
-        place = self.place(address)
-        if not (place / "driver").is_symlink():
+        location = self.place(address)
+        if not (location / "driver").is_symlink():
             return errno.ENODEV
-        (place / "driver").unlink()
-        self.tell(place, "")
+        (location / "driver").unlink()
+        self.add_finding(location, "")
         return 0
 
     def probe(self, address: str) -> int:
         """Bind a function to the driver of its override, or its own."""
-        place = self.place(address)
-        if not place.exists():
+        location = self.place(address)
+        if not location.exists():
             return errno.ENODEV
-        if (place / "driver").is_symlink():
+        if (location / "driver").is_symlink():
             return 0
-        override = (place / "driver_override").read_text().strip()
+        override = (location / "driver_override").read_text().strip()
         driver = NATIVE if override == "(null)" else override
         code = self.refuses(address, driver)
         if code:
             return code
-        (place / "driver").symlink_to(self.top / f"sys/bus/pci/drivers/{driver}")
-        self.tell(place, driver)
+        (location / "driver").symlink_to(self.top / f"sys/bus/pci/drivers/{driver}")
+        self.add_finding(location, driver)
         return 0
 
     def place(self, address: str) -> Path:
         """Return where a function lies."""
         return self.top / f"{PCI_DEVICES}/{address}".lstrip("/")
 
-    def tell(self, place: Path, driver: str) -> None:
+    def add_finding(self, place: Path, driver: str) -> None:
         """Have the function's uevent and its VFIO group follow its driver."""
         lines = [line for line in (place / "uevent").read_text().splitlines() if not line.startswith("DRIVER=")]
         (place / "uevent").write_text("\n".join([f"DRIVER={driver}"] * bool(driver) + lines) + "\n")
@@ -144,7 +144,7 @@ class Kernel:
             shutil.rmtree(node)
 
 
-class PlacedRoot(NotingRoot):
+class PlacedRoot(RecordingRoot):
     """The door of a hook's run, to a made machine. top: the directory where that lies."""
 
     def __init__(self, top: str) -> None:
@@ -254,16 +254,16 @@ class ActingMachine(Machine):
     def enter(self) -> None:
         """Make this process one on this machine."""
         setattr(sysfs_writer, "write_attribute", self.kernel.write_attribute)  # noqa: B010
-        setattr(proof, "try_node", answer_open)  # noqa: B010
+        setattr(proof, "verify_node", answer_open)  # noqa: B010
         # Where so many are at work at once, the usual time may be short.
         setattr(guest_hook, "SECONDS", 20.0)  # noqa: B010
         setattr(system.Deadline, "extend", lambda *_: None)  # noqa: B010
         setattr(log, "write_kmsg", lambda *_: None)  # noqa: B010
-        setattr(program, "NotingRoot", self.make_root)  # noqa: B010
+        setattr(program, "RecordingRoot", self.make_root)  # noqa: B010
         for name in ("DIRECTORY", "SPARE_DIRECTORY"):
             setattr(record_writer, name, str(self.place("/var/lib/records")))
 
-    def make_root(self) -> NotingRoot:
+    def make_root(self) -> RecordingRoot:
         """Return the door to this machine."""
         return PlacedRoot(str(self.top))
 
@@ -292,8 +292,8 @@ class ActingMachine(Machine):
 
     def list_claims(self) -> list[str]:
         """Return the names of claims."""
-        place = self.place("/run/oci-vfio-hooks/claims")
-        return sorted(name for name in os.listdir(place) if name[0] != ".") if place.is_dir() else []
+        location = self.place("/run/oci-vfio-hooks/claims")
+        return sorted(name for name in os.listdir(location) if name[0] != ".") if location.is_dir() else []
 
     def take_stock(self) -> dict[str, Any]:
         """Return all that the hook changes: drivers, overrides, groups, nodes, claims."""
@@ -316,17 +316,17 @@ class ActingMachine(Machine):
 
     def take_away(self, address: str) -> None:
         """Remove what sysfs has of a function."""
-        place = self.place(f"{PCI_DEVICES}/{address}")
-        if not place.is_symlink():
+        location = self.place(f"{PCI_DEVICES}/{address}")
+        if not location.is_symlink():
             return
-        if (place / "driver").is_symlink():
+        if (location / "driver").is_symlink():
             self.kernel.unbind(address)
-        group = self.place(f"/sys/kernel/iommu_groups/{os.path.basename(os.readlink(place / 'iommu_group'))}")
+        group = self.place(f"/sys/kernel/iommu_groups/{os.path.basename(os.readlink(location / 'iommu_group'))}")
         (group / "devices" / address).unlink()
         if not os.listdir(group / "devices"):
             shutil.rmtree(group)
-        shutil.rmtree(os.path.realpath(place))
-        place.unlink()
+        shutil.rmtree(os.path.realpath(location))
+        location.unlink()
 
     def end(self) -> None:
         """Take the containers away."""
@@ -334,8 +334,8 @@ class ActingMachine(Machine):
             container.end()
 
 
-def answer_open(directory: int, node: cgroup.Node, _flags: int = os.O_RDWR) -> tuple[int, bool]:
-    """Stand in for proof.try_node: a node with the right numbers opens."""
+def answer_open(directory: int, node: cgroup.MadeNode, _flags: int = os.O_RDWR) -> tuple[int, bool]:
+    """Stand in for proof.verify_node: a node with the right numbers opens."""
     try:
         found = os.stat(node.name, dir_fd=directory, follow_symlinks=False)
     except OSError as error:

@@ -63,9 +63,9 @@ def nearly(draw: st.DrawFn, whole: Any) -> Any:
     place, or right in a way that nobody thought of. Most changes keep the kind and go to its edges."""
     document = {"top level": copy.deepcopy(whole)}
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
-        place: list[Any] = ["top level", *draw(st.sampled_from(list_places(document["top level"])))]
+        location: list[Any] = ["top level", *draw(st.sampled_from(list_places(document["top level"])))]
         owner: Any = document
-        above, last = place[:-1], place[-1]
+        above, last = location[:-1], location[-1]
         for step in above:
             owner = owner[step]
         how = draw(st.sampled_from(["edge", "edge", "edge", "edge", "anything", "nothing"]))

@@ -22,16 +22,16 @@ class HostTree:
 
     def write(self, path: str, content: str | bytes = "") -> Path:
         """Write a file and the directories above it."""
-        place = self.top / path.lstrip("/")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(content.encode() if isinstance(content, str) else content)
-        return place
+        location = self.top / path.lstrip("/")
+        location.parent.mkdir(parents=True, exist_ok=True)
+        location.write_bytes(content.encode() if isinstance(content, str) else content)
+        return location
 
     def link(self, path: str, target: str) -> None:
         """Make a symbolic link; an absolute target lies in this tree."""
-        place = self.top / path.lstrip("/")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(str(self.top) + target if target.startswith("/") else target)
+        location = self.top / path.lstrip("/")
+        location.parent.mkdir(parents=True, exist_ok=True)
+        location.symlink_to(str(self.top) + target if target.startswith("/") else target)
 
     def pci(
         self, address: str, driver: str = "", group: str = "", class_code: str = "020000", vfio_dev: str = ""
@@ -86,9 +86,9 @@ class HostTree:
             self.write(f"/proc/{parent}/task/{parent}/children", f"{known}{pid} ")
         (self.top / f"proc/{pid}/exe").symlink_to(arguments[0])
         for number, path in enumerate(opened, 3):
-            place = self.top / f"proc/{pid}/fd/{number}"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(path)
+            location = self.top / f"proc/{pid}/fd/{number}"
+            location.parent.mkdir(parents=True, exist_ok=True)
+            location.symlink_to(path)
 
     def thread(self, tid: int, pid: int) -> None:
         """Add the id of a thread, as /proc shows it when asked by name."""

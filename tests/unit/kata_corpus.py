@@ -58,9 +58,9 @@ def lay_out(case: Case, top: Path) -> Path:
             continue
         data = content.encode("utf-8") if isinstance(content, str) else base64.b64decode(content["base64"])
         for word in set(re.findall(rb"/KATA/([A-Za-z0-9_./+-]*[A-Za-z0-9_+-])", data)):
-            place = kata / word.decode()
-            if not place.exists():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_bytes(b"content")
+            location = kata / word.decode()
+            if not location.exists():
+                location.parent.mkdir(parents=True, exist_ok=True)
+                location.write_bytes(b"content")
         path.write_bytes(data.replace(b"/KATA/", f"{kata}/".encode()))
     return top / str(case["main"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from oci_hooks.linux.instances import read_instance
-from oci_hooks.linux.pci import PCI_DEVICES, Picture, look
+from oci_hooks.linux.pci import PCI_DEVICES, Inventory, scan
 from oci_hooks.system import Root
 
 NIC = "0000:01:00.0"
@@ -28,9 +28,9 @@ class Machine:
 
     def write(self, path: str, text: str = "") -> None:
         """Make a file and the directories above it."""
-        place = self.place(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(text)
+        location = self.place(path)
+        location.parent.mkdir(parents=True, exist_ok=True)
+        location.write_text(text)
 
     def read(self, path: str) -> str:
         """Return a file's content."""
@@ -70,6 +70,6 @@ class Machine:
         """Give a group the node that vfio makes when a device of it is bound."""
         self.write(f"/sys/class/vfio/{group}/dev", numbers + "\n")
 
-    def look(self) -> Picture:
+    def look(self) -> Inventory:
         """Return the picture of the machine."""
-        return look(self.root)
+        return scan(self.root)

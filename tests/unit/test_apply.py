@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.findings import Finding, StepError
-from oci_hooks.guest.access import load_what_follows
+from oci_hooks.guest.access import preload_later_steps
 from oci_hooks.guest.apply import drivers, permission, sysfs_writer
 from oci_hooks.guest.apply.permission import Grant, Widening
 from oci_hooks.guest.plan import Rebind
-from oci_hooks.guest.undo_log import Entry, Journal, parse_journal
+from oci_hooks.guest.undo_log import Entry, UndoLog, parse_undo_log
 from oci_hooks.linux.instances import Instance, read_instance
 from oci_hooks.linux.pci import PCI_DEVICES
 from oci_hooks.system import Deadline
@@ -39,15 +39,15 @@ def make_machine(tmp_path: Path) -> Machine:
 
 
 @pytest.fixture(name="journal")
-def make_journal(tmp_path: Path) -> Journal:
+def make_journal(tmp_path: Path) -> UndoLog:
     """Return an open journal."""
     path = tmp_path / "journal"
-    return Journal(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), str(path))
+    return UndoLog(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), str(path))
 
 
-def read_entries(journal: Journal) -> list[Entry]:
+def read_entries(journal: UndoLog) -> list[Entry]:
     """Return what was noted."""
-    return parse_journal(Path(journal.path).read_bytes())
+    return parse_undo_log(Path(journal.path).read_bytes())
 
 
 def identify(machine: Machine, address: str) -> Instance:
@@ -55,11 +55,11 @@ def identify(machine: Machine, address: str) -> Instance:
     return read_instance(machine.root, address) or Instance()
 
 
-def bind(machine: Machine, journal: Journal, *rebinds: Rebind, seconds: float = 10) -> Finding:
+def bind(machine: Machine, journal: UndoLog, *rebinds: Rebind, seconds: float = 10) -> Finding:
     """Bind, and return what was said of it: on this machine it fails."""
     rebinds = tuple(rebind.replace(instance=identify(machine, rebind.address)) for rebind in rebinds or (NATIVE,))
     with pytest.raises(StepError) as caught:
-        drivers.bind_devices(machine.root, rebinds, journal, Deadline(seconds), load_what_follows)
+        drivers.bind_devices(machine.root, rebinds, journal, Deadline(seconds), preload_later_steps)
     (finding,) = caught.value.findings
     assert finding.hint
     return finding
@@ -76,7 +76,7 @@ def undo(machine: Machine, entries: list[Entry], seconds: float = 10) -> list[Fi
     return drivers.undo(machine.root, entries, 0, Deadline(seconds))
 
 
-def test_a_device_that_does_not_bind_is_told_and_its_override_put_back(machine: Machine, journal: Journal) -> None:
+def test_bind_refused_by_driver_restores_override(machine: Machine, journal: UndoLog) -> None:
     finding = bind(machine, journal)
     assert (finding.code, finding.subject) == ("bind-failed", NIC)
     assert "vfio-pci did not bind to the device, which now is bound to e1000e" in finding.problem
@@ -89,9 +89,7 @@ def test_a_device_that_does_not_bind_is_told_and_its_override_put_back(machine: 
     assert machine.read(f"{DEVICE}/driver_override") == "\nfio-pci\n"  # a file keeps what an attribute does not
 
 
-def test_it_is_noted_before_anything_is_written(
-    machine: Machine, journal: Journal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bind_writes_undo_entry_first(machine: Machine, journal: UndoLog, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Entry]] = []
 
     def look(*_: object) -> list[sysfs_writer.Result]:
@@ -105,22 +103,22 @@ def test_it_is_noted_before_anything_is_written(
     ]
 
 
-def test_nothing_is_written_where_it_can_not_be_noted(machine: Machine) -> None:
-    journal = Journal(os.open("/dev/full", os.O_WRONLY), "/dev/full")
+def test_bind_undo_log_unwritable_writes_nothing(machine: Machine) -> None:
+    undo_log = UndoLog(os.open("/dev/full", os.O_WRONLY), "/dev/full")
     with pytest.raises(OSError, match="No space"):
-        drivers.bind_devices(machine.root, (Rebind(NIC, "e1000e", ""),), journal, Deadline(10), load_what_follows)
+        drivers.bind_devices(machine.root, (Rebind(NIC, "e1000e", ""),), undo_log, Deadline(10), preload_later_steps)
     assert machine.read(f"{DEVICE}/driver_override") == "(null)\n"
 
 
-def test_a_probe_is_tried_again_and_given_up(machine: Machine, journal: Journal) -> None:
+def test_probe_busy_retried_until_limit(machine: Machine, journal: UndoLog) -> None:
     machine.place(f"{DEVICE}/driver").unlink()
     finding = bind(machine, journal, Rebind(NIC, "", ""))
     assert finding.code == "bind-failed"
     assert "which now has no driver" in finding.problem
 
 
-def test_without_tenacity_a_probe_is_tried_once_more(
-    machine: Machine, journal: Journal, monkeypatch: pytest.MonkeyPatch
+def test_probe_without_tenacity_retried_once(
+    machine: Machine, journal: UndoLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tenacity", None)
     machine.place(f"{DEVICE}/driver").unlink()
@@ -130,13 +128,13 @@ def test_without_tenacity_a_probe_is_tried_once_more(
     assert "apt install python3-tenacity" in finding.hint
 
 
-def test_an_unplugged_device_is_told(machine: Machine, journal: Journal) -> None:
+def test_bind_unplugged_device_fails(machine: Machine, journal: UndoLog) -> None:
     machine.place(DEVICE).unlink()
     assert bind(machine, journal).code == "device-gone"
     assert undo(machine, read_entries(journal)) == []
 
 
-def test_an_override_that_can_not_be_written_is_told(machine: Machine, journal: Journal) -> None:
+def test_bind_override_write_error_fails(machine: Machine, journal: UndoLog) -> None:
     machine.place(f"{DEVICE}/driver_override").unlink()
     machine.place(f"{DEVICE}/driver_override").mkdir()
     finding = bind(machine, journal)
@@ -149,7 +147,7 @@ def test_an_override_that_can_not_be_written_is_told(machine: Machine, journal: 
     assert left.hint
 
 
-def test_an_unbind_that_blocks_is_told_at_the_deadline(machine: Machine, journal: Journal) -> None:
+def test_unbind_blocked_fails_at_deadline(machine: Machine, journal: UndoLog) -> None:
     unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
     unbind.unlink()
     os.mkfifo(unbind)
@@ -160,7 +158,7 @@ def test_an_unbind_that_blocks_is_told_at_the_deadline(machine: Machine, journal
     assert undo(machine, read_entries(journal)) == []
 
 
-def test_a_driver_that_does_not_let_go_when_putting_back_is_told(machine: Machine) -> None:
+def test_restore_unbind_blocked_reported(machine: Machine) -> None:
     unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
     unbind.unlink()
     os.mkfifo(unbind)
@@ -170,8 +168,8 @@ def test_a_driver_that_does_not_let_go_when_putting_back_is_told(machine: Machin
     assert finding.hint
 
 
-def test_no_process_to_be_had_is_told_and_can_be_done_later(
-    machine: Machine, journal: Journal, monkeypatch: pytest.MonkeyPatch
+def test_restore_without_process_reported_and_retryable(
+    machine: Machine, journal: UndoLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fork() -> int:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -197,7 +195,7 @@ def test_no_process_to_be_had_is_told_and_can_be_done_later(
         ),
     ],
 )
-def test_a_driver_that_does_not_come_back_is_told(machine: Machine, driver: str, problem: str, hint: str) -> None:
+def test_restore_driver_missing_reported(machine: Machine, driver: str, problem: str, hint: str) -> None:
     (finding,) = undo(machine, [note_bound(machine, driver, "before")])
     assert finding.code == "restore-failed"
     assert problem in finding.problem
@@ -207,13 +205,13 @@ def test_a_driver_that_does_not_come_back_is_told(machine: Machine, driver: str,
     assert machine.read(f"{DEVICE}/driver_override").startswith("before\n")
 
 
-def test_the_first_entry_of_a_device_says_what_it_had(machine: Machine) -> None:
+def test_restore_uses_first_entry_of_device(machine: Machine) -> None:
     entries = [note_bound(machine, "e1000e", "first"), note_bound(machine, "vfio-pci", "second")]
     assert undo(machine, entries) == []
     assert machine.read(f"{DEVICE}/driver_override").startswith("first\n")
 
 
-def test_an_entry_that_can_not_be_put_back_stops_no_other(machine: Machine) -> None:
+def test_undo_continues_after_failed_entry(machine: Machine) -> None:
     machine.write(f"{DEVICE}/driver_override", "vfio-pci\n")
     machine.place("/dev/vfio").mkdir(parents=True)
     spoilt = Entry("node", (str(machine.top), "vfio/1", "zz", "0"))
@@ -224,7 +222,7 @@ def test_an_entry_that_can_not_be_put_back_stops_no_other(machine: Machine) -> N
     assert machine.read(f"{DEVICE}/driver_override").startswith("x\n")
 
 
-def test_the_real_sys_is_not_touched(machine: Machine, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bind_leaves_real_sysfs_alone(machine: Machine, journal: UndoLog, monkeypatch: pytest.MonkeyPatch) -> None:
     paths: list[str] = []
     real = sysfs_writer.run_jobs
 
@@ -239,7 +237,7 @@ def test_the_real_sys_is_not_touched(machine: Machine, journal: Journal, monkeyp
     assert all(path.startswith(f"{machine.top}/sys/") for path in paths)
 
 
-def test_a_grant_survives_the_journal(journal: Journal) -> None:
+def test_grant_round_trips_through_undo_log(journal: UndoLog) -> None:
     for grant in (
         Grant(
             ((10, 196), (244, 0)),
@@ -248,5 +246,5 @@ def test_a_grant_survives_the_journal(journal: Journal) -> None:
         ),
         Grant(((10, 196),), "", ()),
     ):
-        journal.note("permit", *permission.format_grant(grant))
+        journal.add("permit", *permission.format_grant(grant))
         assert permission.parse_grant(read_entries(journal)[-1]) == grant

@@ -73,7 +73,7 @@ def list_arrows() -> set[tuple[str, str]]:
     }
 
 
-def test_each_part_imports_only_what_it_may() -> None:
+def test_imports_follow_part_rules() -> None:
     arrows = list_arrows()
     upward = [
         f"{source} imports {target}"
@@ -84,7 +84,7 @@ def test_each_part_imports_only_what_it_may() -> None:
     assert upward == []
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_imports_without_cycle() -> None:
     below: dict[str, set[str]] = {}
     for source, target in list_arrows():
         below.setdefault(source, set()).add(target)

@@ -107,22 +107,22 @@ TEXTS = {
 
 @pytest.mark.parametrize("name", HOOKS)
 @pytest.mark.parametrize(("data", "said"), TEXTS.values(), ids=TEXTS)
-def test_a_text_that_is_no_settings(name: str, tmp_path: Path, settings: Path, data: bytes, said: str) -> None:
+def test_settings_invalid_text_refused(name: str, tmp_path: Path, settings: Path, data: bytes, said: str) -> None:
     settings.write_bytes(data)
     needs_toml = said.startswith("is not TOML") and not has_toml()
     assert refuse(name, settings, tmp_path).startswith(NO_TOML if needs_toml else f"[bad-settings] FILE: {said}")
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_a_file_of_two_mebibytes(name: str, tmp_path: Path, settings: Path) -> None:
+def test_settings_oversized_file_refused(name: str, tmp_path: Path, settings: Path) -> None:
     settings.write_bytes(b"# x\n" * (512 << 10))
-    said = "has 2097152 bytes, above the limit of 65536 for a settings file; check that it is the right file"
-    assert refuse(name, settings, tmp_path).startswith(f"[settings-unreadable] FILE: {said}")
+    output = "has 2097152 bytes, above the limit of 65536 for a settings file; check that it is the right file"
+    assert refuse(name, settings, tmp_path).startswith(f"[settings-unreadable] FILE: {output}")
 
 
 @pytest.mark.parametrize("name", HOOKS)
 @pytest.mark.parametrize("kind", ["directory", "fifo", "socket", "device", "absent", "dangling", "loop"])
-def test_a_path_that_is_no_file(name: str, tmp_path: Path, settings: Path, kind: str) -> None:
+def test_settings_path_not_regular_file_refused(name: str, tmp_path: Path, settings: Path, kind: str) -> None:
     if kind == "directory":
         settings.mkdir()
     elif kind == "fifo":
@@ -157,7 +157,7 @@ def test_a_path_that_is_no_file(name: str, tmp_path: Path, settings: Path, kind:
         (0o666, 0, "can be written by others (mode 0666), who could change what the hook does as root; chmod go-w "),
     ],
 )
-def test_a_file_that_others_can_write(
+def test_settings_file_writable_by_others_refused(
     name: str, tmp_path: Path, settings: Path, mode: int, uid: int, said: str
 ) -> None:
     settings.write_text("deadline = 30\n")
@@ -168,7 +168,7 @@ def test_a_file_that_others_can_write(
 
 @pytest.mark.parametrize("name", HOOKS)
 @pytest.mark.parametrize("mode", [0o000, 0o400, 0o600, 0o640, 0o644])
-def test_a_file_that_only_root_writes_is_read(name: str, tmp_path: Path, settings: Path, mode: int) -> None:
+def test_settings_file_owned_by_root_read(name: str, tmp_path: Path, settings: Path, mode: int) -> None:
     # The guest hook waits for its device.
     settings.write_text('deadline = 1.2\nrecord = "never"\n')
     settings.chmod(mode)
@@ -301,7 +301,9 @@ VALUES = [(name, *row) for name, rows in (("guest", GUEST), ("host", HOST)) for 
 
 
 @pytest.mark.parametrize(("name", "text", "key", "said"), VALUES, ids=[f"{row[0]}-{row[1][:30]!r}" for row in VALUES])
-def test_a_wrong_value(name: str, tmp_path: Path, settings: Path, text: str, key: str, said: str) -> None:
+def test_settings_wrong_value_refused(
+    name: str, tmp_path: Path, settings: Path, text: str, key: str, said: str
+) -> None:
     settings.write_text(f"# a comment\n{text}\n")
     # A key that is written with an escape is not looked for in the text.
     line = "" if "\\" in key else f" line {1 + len(text.splitlines())}"
@@ -313,5 +315,5 @@ def test_a_wrong_value(name: str, tmp_path: Path, settings: Path, text: str, key
     assert found.endswith("; correct or remove it")
 
 
-def test_there_are_many_rows() -> None:
+def test_settings_table_has_many_rows() -> None:
     assert len(VALUES) >= 90

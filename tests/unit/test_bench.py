@@ -13,7 +13,7 @@ from tests.bench.timing import BenchError, Case, list_imports, take_turns, time_
 from tests.provision import REPOSITORY
 
 
-def test_a_figure_is_the_ratio_of_the_medians_not_the_median_of_the_ratios() -> None:
+def test_figure_is_ratio_of_medians() -> None:
     samples = {"hook": [9.0, 30.0, 12.0], "peer": [3.0, 10.0, 6.0]}
     result = compute(Figure("x", "hook", "peer"), samples)
     assert result
@@ -21,32 +21,32 @@ def test_a_figure_is_the_ratio_of_the_medians_not_the_median_of_the_ratios() -> 
     assert (result.low, result.high) == (2.5, 3.0)
 
 
-def test_the_interpreters_own_time_is_taken_off_each_turn() -> None:
+def test_figure_subtracts_interpreter_time() -> None:
     samples = {"hook": [5.0, 7.0], "bare": [1.0, 3.0], "peer": [2.0, 2.0]}
     result = compute(Figure("x", "hook", "peer", less="bare"), samples)
     assert result
     assert (result.ratio, result.low, result.high, result.runs) == (2.0, 2.0, 2.0, 2)
 
 
-def test_a_case_that_was_not_measured_gives_no_figure() -> None:
+def test_figure_missing_case_omitted() -> None:
     assert compute(Figure("x", "hook", "peer"), {"hook": [1.0]}) is None
 
 
 @pytest.mark.parametrize(("target", "verdict"), [(0.0, ""), (2.0, "met"), (2.5, "met"), (1.6, "missed by 25%")])
-def test_a_target_is_met_or_missed_by_so_much(target: float, verdict: str) -> None:
+def test_figure_shows_target_margin(target: float, verdict: str) -> None:
     result = compute(Figure("x", "hook", "peer", target), {"hook": [4.0], "peer": [2.0]})
     assert result
     assert result.verdict == verdict
 
 
-def test_figures_of_memory_are_made_of_memory() -> None:
+def test_figure_memory_uses_memory_samples() -> None:
     memory = {"plain guest none": [12.0], "plain bare": [10.0]}
     (result,) = figures.compute_all({}, memory)
     assert result.figure.about == "peak memory, no VFIO: guest hook / bare interpreter"
     assert "| 1.20 " in figures.format_table([result])
 
 
-def test_cases_take_turns_and_the_first_turn_does_not_count() -> None:
+def test_timing_alternates_cases_drops_first() -> None:
     order: list[str] = []
 
     def record(name: str, seconds: float) -> float:
@@ -58,13 +58,13 @@ def test_cases_take_turns_and_the_first_turn_does_not_count() -> None:
     assert order == ["a", "b", "a", "b", "a", "b"]
 
 
-def test_a_command_reads_its_input_and_one_that_fails_has_no_time() -> None:
+def test_timing_feeds_stdin_rejects_failures() -> None:
     assert time_command(("/bin/sh", "-c", 'read word; test "$word" = state'), b"state\n") > 0
     with pytest.raises(BenchError, match="ended with 3: no device"):
         time_command(("/bin/sh", "-c", "echo no device >&2; exit 3"), b"")
 
 
-def test_imports_are_listed_with_their_times(tmp_path: Path) -> None:
+def test_timing_lists_imports(tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text("import json\n")
     rows = list_imports(str(script), (), b"")

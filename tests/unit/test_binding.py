@@ -24,7 +24,7 @@ from oci_hooks.guest.claims import STATE_DIRECTORY, Claim, ClaimDirectory, Owner
 from oci_hooks.guest.request import read_request
 from oci_hooks.guest.settings import GuestSettings
 from oci_hooks.guest.signals import Interrupted, interruptible
-from oci_hooks.guest.undo_log import Journal
+from oci_hooks.guest.undo_log import UndoLog
 from oci_hooks.linux import pci
 from oci_hooks.linux.pci import PCI_DEVICES
 from oci_hooks.program import Arguments, Run
@@ -100,7 +100,7 @@ def list_claims(machine: Machine) -> list[str]:
     return sorted(os.listdir(machine.place(f"{STATE_DIRECTORY}/claims")))
 
 
-def test_a_failure_leaves_no_claim_no_override_no_descriptor(machine: Machine) -> None:
+def test_bind_failure_leaves_no_claim_override_descriptor(machine: Machine) -> None:
     before = len(os.listdir("/proc/self/fd"))
     _, error = bind(machine, make_state())
     assert [finding.code for finding in error.findings] == ["bind-failed"]
@@ -111,9 +111,7 @@ def test_a_failure_leaves_no_claim_no_override_no_descriptor(machine: Machine) -
     os.close(ClaimDirectory(root=machine.root).lock(Deadline(0.1)))
 
 
-def test_a_defect_puts_everything_back_and_tells_what_could_not_be(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bind_internal_error_rolls_back_and_reports(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
@@ -129,7 +127,7 @@ def test_a_defect_puts_everything_back_and_tells_what_could_not_be(
     assert list_claims(machine) == []
 
 
-def test_a_container_without_a_process_is_refused(machine: Machine) -> None:
+def test_bind_without_process_refused(machine: Machine) -> None:
     for pid in (0, 8):
         _, error = bind(machine, make_state(pid=pid))
         assert error.findings[0].code == "no-process"
@@ -137,7 +135,7 @@ def test_a_container_without_a_process_is_refused(machine: Machine) -> None:
     assert not machine.place(STATE_DIRECTORY).exists()
 
 
-def test_another_containers_group_is_refused_while_it_lives(machine: Machine, directory: ClaimDirectory) -> None:
+def test_bind_group_of_live_container_refused(machine: Machine, directory: ClaimDirectory) -> None:
     start_process(machine, 8, 80)
     make_claim(directory, "other", 8, 80)
     _, error = bind(machine, make_state())
@@ -147,7 +145,7 @@ def test_another_containers_group_is_refused_while_it_lives(machine: Machine, di
 
 
 @pytest.mark.parametrize("how", ["gone", "reused"])
-def test_an_ended_containers_group_is_taken_over(machine: Machine, directory: ClaimDirectory, how: str) -> None:
+def test_bind_group_of_ended_container_taken_over(machine: Machine, directory: ClaimDirectory, how: str) -> None:
     make_claim(directory, "other", 8, 80, machine.note_bound(NIC, "e1000e", "before"))
     if how == "reused":
         start_process(machine, 8, 81)
@@ -156,7 +154,7 @@ def test_an_ended_containers_group_is_taken_over(machine: Machine, directory: Cl
     assert list_claims(machine) == []
 
 
-def test_a_stuck_claim_keeps_its_group_and_leaves_time(machine: Machine, directory: ClaimDirectory) -> None:
+def test_repair_blocked_claim_keeps_group_and_time(machine: Machine, directory: ClaimDirectory) -> None:
     unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
     unbind.unlink()
     os.mkfifo(unbind)
@@ -168,7 +166,7 @@ def test_a_stuck_claim_keeps_its_group_and_leaves_time(machine: Machine, directo
     assert run.deadline.remaining() > 0.2
 
 
-def test_a_stale_claim_is_undone_without_its_process_and_without_the_lock(
+def test_repair_stale_claim_ignores_pid_releases_lock(
     machine: Machine, directory: ClaimDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its pid may be another container's by now; and a child that hangs must not stop every hook on the machine."""
@@ -177,9 +175,9 @@ def test_a_stale_claim_is_undone_without_its_process_and_without_the_lock(
     seen = []
 
     def undo(
-        _root: Root, _entries: object, pid: int, _deadline: Deadline, private: tuple[int, ...] = ()
+        _root: Root, _entries: object, pid: int, _deadline: Deadline, close_fds: tuple[int, ...] = ()
     ) -> list[Finding]:
-        seen.append((pid, [os.readlink(f"/proc/self/fd/{fd}") for fd in private]))
+        seen.append((pid, [os.readlink(f"/proc/self/fd/{fd}") for fd in close_fds]))
         return []
 
     monkeypatch.setattr(drivers, "undo", undo)
@@ -188,18 +186,18 @@ def test_a_stale_claim_is_undone_without_its_process_and_without_the_lock(
 
 
 @pytest.mark.parametrize("pid", [0, 1])
-def test_no_container_is_ended_that_is_none(machine: Machine, monkeypatch: pytest.MonkeyPatch, pid: int) -> None:
+def test_kill_container_pid_0_and_1_refused(machine: Machine, monkeypatch: pytest.MonkeyPatch, pid: int) -> None:
     """0 is the hook's own process group, 1 this machine's init."""
     start_process(machine, pid, START)
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("killed"))
-    kill.end_container(machine.root, make_state(pid=pid))
+    kill.kill_container(machine.root, make_state(pid=pid))
 
 
-def test_what_is_waited_for_leaves_time_to_bind_it() -> None:
-    assert decision.wait(cast(Any, None), Deadline(decision.BIND_SECONDS / 2)) == ""
+def test_wait_leaves_time_to_bind() -> None:
+    assert decision.wait_for_event(cast(Any, None), Deadline(decision.BIND_SECONDS / 2)) == ""
 
 
-def test_only_the_first_signal_to_end_is_heard() -> None:
+def test_second_signal_is_ignored() -> None:
     """What puts things back is not disturbed by the next one."""
     with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
         try:
@@ -212,7 +210,7 @@ def test_only_the_first_signal_to_end_is_heard() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_a_living_container_of_the_same_id_is_not_robbed(machine: Machine, directory: ClaimDirectory) -> None:
+def test_claim_same_id_live_container_refused(machine: Machine, directory: ClaimDirectory) -> None:
     start_process(machine, 8, 80)
     make_claim(directory, "c1", 8, 80)
     _, error = bind(machine, make_state())
@@ -221,22 +219,22 @@ def test_a_living_container_of_the_same_id_is_not_robbed(machine: Machine, direc
     assert list_claims(machine) == ["c1"]
 
 
-def test_a_second_run_that_fails_leaves_what_the_first_gave(machine: Machine, directory: ClaimDirectory) -> None:
+def test_bind_second_run_failure_keeps_first_run(machine: Machine, directory: ClaimDirectory) -> None:
     path = make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "igb", "before"))
     first = Path(path).read_bytes()
     bind(machine, make_state())
     assert Path(path).read_bytes() == first
 
 
-def test_a_journal_that_another_hook_has_is_waited_for_not_replaced(
+def test_bind_locked_undo_log_waited_for(
     machine: Machine, directory: ClaimDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "igb", "before"))
     first = Path(path).read_bytes()
     taken: list[int] = []
-    real = ClaimDirectory.reopen_journal
+    real = ClaimDirectory.reopen_undo_log
 
-    def take_first(self: ClaimDirectory, claim: Claim) -> Journal | None:
+    def take_first(self: ClaimDirectory, claim: Claim) -> UndoLog | None:
         """Let another hook of this container have the journal between the look and the reopening."""
         if not taken:
             taken.append(os.open(path, os.O_RDONLY))
@@ -245,14 +243,14 @@ def test_a_journal_that_another_hook_has_is_waited_for_not_replaced(
             fcntl.flock(taken[0], fcntl.LOCK_EX)
         return real(self, claim)
 
-    monkeypatch.setattr(ClaimDirectory, "reopen_journal", take_first)
+    monkeypatch.setattr(ClaimDirectory, "reopen_undo_log", take_first)
     _, error = bind(machine, make_state(), make_run(machine, 0.3))
     assert error.findings[0].code == "lock-timeout"
     assert Path(path).read_bytes() == first
     os.close(taken[0])
 
 
-def test_a_release_puts_back_and_is_done_twice(machine: Machine, directory: ClaimDirectory) -> None:
+def test_release_is_idempotent(machine: Machine, directory: ClaimDirectory) -> None:
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "e1000e", "before"))
     end_process(machine)
     for _ in range(2):
@@ -262,7 +260,7 @@ def test_a_release_puts_back_and_is_done_twice(machine: Machine, directory: Clai
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("deadline = 20", 20), ("deadline = -1", 5), (None, 8)])
-def test_a_release_has_the_time_that_the_settings_give(
+def test_release_uses_deadline_of_settings(
     machine: Machine, directory: ClaimDirectory, text: str | None, seconds: float
 ) -> None:
     """Settings that are wrong keep nothing from being put back."""
@@ -275,7 +273,7 @@ def test_a_release_has_the_time_that_the_settings_give(
     assert (deadline.seconds, list_claims(machine)) == (seconds, [])
 
 
-def test_a_release_that_is_stuck_keeps_the_claim(machine: Machine, directory: ClaimDirectory) -> None:
+def test_release_blocked_keeps_claim(machine: Machine, directory: ClaimDirectory) -> None:
     machine.write("/etc/oci-vfio-hooks/guest.toml", "deadline = 0.2")
     unbind = machine.place("/sys/bus/pci/drivers/e1000e/unbind")
     unbind.unlink()
@@ -287,7 +285,7 @@ def test_a_release_that_is_stuck_keeps_the_claim(machine: Machine, directory: Cl
     assert list_claims(machine) == ["c1"]
 
 
-def test_a_device_that_goes_away_while_it_is_planned_is_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bind_device_unplugged_during_plan_refused(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     real: Any = selection.choose_groups
 
     def unplug(*arguments: object) -> object:
@@ -304,9 +302,7 @@ def test_a_device_that_goes_away_while_it_is_planned_is_told(machine: Machine, m
     assert list_claims(machine) == []
 
 
-def test_what_could_be_waited_for_is_told_where_there_is_nothing_to_wait_with(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wait_without_pyudev_reports_missing_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyudev", None)
     _, error = bind(machine, make_state(selector="0000:09:00.0"))
     assert [finding.code for finding in error.findings] == ["no-such-device", "no-pyudev"]
@@ -349,19 +345,17 @@ except HookError as error:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_while_binding_rolls_back(
-    machine: Machine, hook: subprocess.Popen[str], number: signal.Signals
-) -> None:
+def test_signal_while_binding_rolls_back(machine: Machine, hook: subprocess.Popen[str], number: signal.Signals) -> None:
     hook.send_signal(number)
-    told, _ = hook.communicate(timeout=20)
-    (finding,) = json.loads(told)
+    reported, _ = hook.communicate(timeout=20)
+    (finding,) = json.loads(reported)
     assert finding["code"] == "interrupted"
     assert number.name in finding["problem"]
     assert list_claims(machine) == []
     assert machine.read(f"{DEVICE}/driver_override").startswith("\n")
 
 
-def test_a_killed_hook_is_repaired_by_the_next(machine: Machine, hook: subprocess.Popen[str]) -> None:
+def test_repair_killed_hook_by_next_run(machine: Machine, hook: subprocess.Popen[str]) -> None:
     hook.kill()
     hook.wait(timeout=20)
     assert list_claims(machine) == ["c1"]
@@ -405,15 +399,15 @@ def choose(
     settings = GuestSettings(allow_noiommu=allowed)
     work = session.Session(make_run(machine), state, spec, request, settings, ClaimDirectory("/nowhere"), OWNER)
     held = [Claim(f"/nowhere/claims/{owner}", owner, 1, 1, (f"noiommu:{BOUND}",), (), True, False)] if owner else []
-    return [choice.group.name for choice in decision.choose(work, held)]
+    return [chosen.group.name for chosen in decision.select_groups(work, held)]
 
 
 @pytest.mark.parametrize("path", ["/dev/vfio/noiommu-5", "/dev/vfio/12"])
-def test_the_numbers_of_a_live_group_without_an_iommu_are_that_group(bare: Machine, path: str) -> None:
+def test_noiommu_group_matched_by_device_number(bare: Machine, path: str) -> None:
     assert choose(bare, entry=path) == [f"noiommu:{BOUND}"]
 
 
-def test_a_group_without_an_iommu_has_one_name_bound_or_not(bare: Machine) -> None:
+def test_noiommu_group_name_same_when_bound(bare: Machine) -> None:
     assert choose(bare, "auto") == [f"noiommu:{BOUND}", f"noiommu:{FREE}"]
     assert choose(bare, BOUND) == [f"noiommu:{BOUND}"]
     # A claim of before it was bound holds.
@@ -427,9 +421,7 @@ def test_a_group_without_an_iommu_has_one_name_bound_or_not(bare: Machine) -> No
 
 
 @pytest.mark.parametrize("asked", [(BOUND,), ("auto",), ("", "/dev/vfio/noiommu-5")])
-def test_a_device_that_somebody_bound_without_an_iommu_is_not_taken_unless_allowed(
-    bare: Machine, asked: tuple[str, ...]
-) -> None:
+def test_noiommu_device_needs_allow_noiommu(bare: Machine, asked: tuple[str, ...]) -> None:
     with pytest.raises(Refusal, match=r"\[viommu-off\] " + BOUND):
         choose(bare, *asked, allowed=False)
     bare.write(pci.NOIOMMU_SWITCH, "N\n")

@@ -104,7 +104,7 @@ kinds = st.sampled_from([BLOCK, CHAR]) | st.integers(0, 0xFFFF)
 accesses = st.integers(0, 7) | st.integers(0, 0xFFFF)
 
 
-def test_the_machine_of_these_tests_is_right() -> None:
+def test_bpf_interpreter_matches_kernel() -> None:
     """What follows is only as good as this."""
     assert run(LIKE_RUNC, CHAR, READ, 5, 9) == 1
     assert run(LIKE_RUNC, CHAR, READ | MKNOD, 5, 9) == 0
@@ -118,7 +118,7 @@ def test_the_machine_of_these_tests_is_right() -> None:
 
 
 @given(nodes, st.sampled_from(PROGRAMS), kinds, accesses, st.data())
-def test_prefix_permits_its_nodes_and_leaves_the_rest(
+def test_prefix_allows_only_its_nodes(
     wanted: list[tuple[int, int]], program: bytes, kind: int, access: int, data: st.DataObject
 ) -> None:
     major, minor = data.draw(st.sampled_from(wanted) | st.tuples(numbers, numbers))
@@ -154,34 +154,34 @@ def test_prefix_before_a_program_that_denies_all(kind: int, access: int, major: 
 
 
 @given(nodes, st.sampled_from(PROGRAMS))
-def test_prefix_is_found_read_and_cut_off(wanted: list[tuple[int, int]], program: bytes) -> None:
+def test_prefix_read_and_stripped(wanted: list[tuple[int, int]], program: bytes) -> None:
     code = bpf_program.make_prefix(wanted) + program
     assert bpf_program.read_prefix(code) == sorted(set(wanted))
     assert bpf_program.strip_prefix(code) == program
 
 
 @given(nodes, nodes)
-def test_prefixes_that_were_stacked_all_go(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
+def test_strip_prefix_removes_stacked_prefixes(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
     assert bpf_program.strip_prefix(bpf_program.make_prefix(one) + bpf_program.make_prefix(other) + DENY) == DENY
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_without_prefix_stays(program: bytes) -> None:
+def test_strip_prefix_without_prefix_unchanged(program: bytes) -> None:
     assert bpf_program.read_prefix(program) == []
     assert bpf_program.strip_prefix(program) == program
 
 
-def test_no_nodes_no_prefix() -> None:
+def test_make_prefix_empty_without_nodes() -> None:
     assert bpf_program.make_prefix([]) == b""
 
 
-def test_order_and_repetition_make_no_difference() -> None:
+def test_make_prefix_ignores_order_and_duplicates() -> None:
     """The same nodes are the same program: a second run must see that there is nothing to replace."""
     assert bpf_program.make_prefix([(10, 196), (1, 3), (10, 196)]) == bpf_program.make_prefix([(1, 3), (10, 196)])
 
 
 @given(nodes, st.data())
-def test_the_mark_alone_is_not_believed(wanted: list[tuple[int, int]], data: st.DataObject) -> None:
+def test_read_prefix_verifies_every_byte(wanted: list[tuple[int, int]], data: st.DataObject) -> None:
     """A program that looks like ours but is not, byte by byte, is somebody else's and is not cut."""
     code = bytearray(bpf_program.make_prefix(wanted) + LIKE_RUNC)
     length = bpf_program.HEAD + bpf_program.PER_NODE * len(set(wanted))
@@ -198,7 +198,7 @@ def test_the_mark_alone_is_not_believed(wanted: list[tuple[int, int]], data: st.
 
 
 @pytest.mark.parametrize("cut", [0, 8, 16, 24, 8 * 10, 8 * 13])
-def test_a_torn_prefix_is_none(cut: int) -> None:
+def test_read_prefix_truncated_ignored(cut: int) -> None:
     torn = bpf_program.make_prefix([(10, 196)])[:cut]
     assert bpf_program.read_prefix(torn) == []
     assert bpf_program.strip_prefix(torn) == torn
@@ -208,17 +208,17 @@ def test_a_torn_prefix_is_none(cut: int) -> None:
 
 
 @given(nodes, st.sampled_from(PROGRAMS))
-def test_a_plain_dump_is_loadable_as_it_is(wanted: list[tuple[int, int]], program: bytes) -> None:
+def test_make_loadable_plain_dump_unchanged(wanted: list[tuple[int, int]], program: bytes) -> None:
     code = bpf_program.make_prefix(wanted) + program
     assert bpf_program.make_loadable(code) == code
 
 
-def test_zero_extensions_become_moves() -> None:
+def test_make_loadable_zero_extension_becomes_move() -> None:
     inserted = make(0xBC, dst=3, src=3, imm=1)
     assert bpf_program.make_loadable(inserted + DENY) == make(0xBC, dst=3, src=3) + DENY
 
 
-def test_the_second_half_of_a_long_load_is_left_alone() -> None:
+def test_make_loadable_skips_wide_load_second_half() -> None:
     code = make(0x18, dst=2, imm=7) + make(0, imm=9) + DENY
     assert bpf_program.make_loadable(code) == code
 
@@ -231,7 +231,7 @@ def test_the_second_half_of_a_long_load_is_left_alone() -> None:
         (make(0xBF, dst=2, src=11) + DENY, "blinds"),
     ],
 )
-def test_a_dump_that_cannot_be_loaded_is_refused(code: bytes, words: str) -> None:
+def test_make_loadable_unsupported_refused(code: bytes, words: str) -> None:
     with pytest.raises(bpf_program.ProgramError, match=words):
         bpf_program.make_loadable(code)
 
@@ -244,7 +244,7 @@ def test_a_dump_that_cannot_be_loaded_is_refused(code: bytes, words: str) -> Non
         (bpf.DUMP_LIMIT + 8, 0, "bytes"),
     ],
 )
-def test_what_is_not_copied(monkeypatch: pytest.MonkeyPatch, size: int, maps: int, words: str) -> None:
+def test_dump_program_not_copyable_refused(monkeypatch: pytest.MonkeyPatch, size: int, maps: int, words: str) -> None:
     monkeypatch.setattr(bpf, "read_info", lambda _program, asked: (size, maps, DENY[:asked]))
     with pytest.raises(bpf_program.ProgramError, match=words):
         bpf.dump_program(3)
@@ -284,7 +284,7 @@ def fail_with(code: int) -> Kernel:
     return kernel
 
 
-def test_query_asks_for_more_room(play: Play) -> None:
+def test_query_programs_grows_buffer(play: Play) -> None:
     def kernel(_command: int, attributes: bytearray) -> int:
         count = struct.unpack_from("=I", attributes, 24)[0]
         if count < 100:
@@ -298,7 +298,7 @@ def test_query_asks_for_more_room(play: Play) -> None:
     assert [struct.unpack_from("=II", attributes) for _, attributes in calls] == [(7, 6), (7, 6)]
 
 
-def test_query_passes_a_refusal_on(play: Play) -> None:
+def test_query_programs_passes_error_on(play: Play) -> None:
     play(fail_with(errno.EBADF))
     with pytest.raises(OSError, match="played") as caught:
         bpf.query_programs(7)
@@ -313,7 +313,7 @@ def test_query_passes_a_refusal_on(play: Play) -> None:
         (0, 0, 0),
     ],
 )
-def test_replacing_as_it_was_attached(play: Play, flags: int, sent: int, old: int) -> None:
+def test_replace_program_keeps_attach_flags(play: Play, flags: int, sent: int, old: int) -> None:
     calls = play(lambda _command, _attributes: 0)
     bpf.replace_program(7, 8, 9, flags)
     assert calls == [(bpf.BPF_PROG_ATTACH, struct.pack("=IIIII", 7, 8, 6, sent, old))]
@@ -327,19 +327,19 @@ def test_replacing_as_it_was_attached(play: Play, flags: int, sent: int, old: in
         (errno.EINVAL, bpf.BPF_F_ALLOW_MULTI, "needs Linux 5.6"),
     ],
 )
-def test_replacing_is_refused_in_words(play: Play, code: int, flags: int, words: str) -> None:
+def test_replace_program_link_refused(play: Play, code: int, flags: int, words: str) -> None:
     play(fail_with(code))
     with pytest.raises(bpf_program.ProgramError, match=words):
         bpf.replace_program(7, 8, 9, flags)
 
 
-def test_replacing_passes_other_refusals_on(play: Play) -> None:
+def test_replace_program_passes_error_on(play: Play) -> None:
     play(fail_with(errno.EBADF))
     with pytest.raises(OSError, match="played"):
         bpf.replace_program(7, 8, 9, bpf.BPF_F_ALLOW_MULTI)
 
 
-def test_loading_is_tried_again_when_a_signal_was_in_the_way(play: Play) -> None:
+def test_load_program_retries_after_signal(play: Play) -> None:
     refusals = [errno.EAGAIN, errno.EAGAIN]
 
     def kernel(_command: int, _attributes: bytearray) -> int:
@@ -352,13 +352,13 @@ def test_loading_is_tried_again_when_a_signal_was_in_the_way(play: Play) -> None
     assert len(calls) == 3
 
 
-def test_loading_does_not_try_for_ever(play: Play) -> None:
+def test_load_program_limits_retries(play: Play) -> None:
     play(fail_with(errno.EAGAIN))
     with pytest.raises(bpf_program.ProgramError, match="rejects the changed program"):
         bpf.load_program(DENY)
 
 
-def test_loading_raises_the_memory_limit_when_it_must(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_program_raises_memlock_and_restores_it(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before 5.11. The limit is put back."""
     import resource
 
@@ -377,7 +377,7 @@ def test_loading_raises_the_memory_limit_when_it_must(play: Play, monkeypatch: p
     assert len(limits) == 3
 
 
-def test_the_verifiers_last_word_is_told(play: Play) -> None:
+def test_load_program_reports_verifier_log(play: Play) -> None:
     import ctypes
 
     log = b"0: (95) exit\nR0 !read_ok\nprocessed 1 insns (limit 1000000)\n\0"
@@ -394,7 +394,7 @@ def test_the_verifiers_last_word_is_told(play: Play) -> None:
         bpf.load_program(make(0x95))
 
 
-def test_what_is_loaded(play: Play) -> None:
+def test_load_program_attributes(play: Play) -> None:
     import ctypes
 
     seen = []
@@ -410,7 +410,7 @@ def test_what_is_loaded(play: Play) -> None:
     assert seen == [(bpf.BPF_PROG_LOAD, bpf.BPF_PROG_TYPE_CGROUP_DEVICE, 20, LIKE_RUNC, b"Apache")]
 
 
-def test_an_unknown_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_bpf_unknown_architecture_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "n", "r", "v", "pdp11")))
@@ -418,7 +418,7 @@ def test_an_unknown_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         bpf.call_bpf(bpf.BPF_PROG_QUERY, bytearray(8))
 
 
-def test_importing_costs_no_ctypes() -> None:
+def test_bpf_import_without_ctypes() -> None:
     """Every container with a device would pay for it, also where its cgroup permits all already."""
     import subprocess
 

@@ -15,7 +15,7 @@ import pytest
 
 from oci_hooks.findings import StepError
 from oci_hooks.guest.apply import bpf, bpf_program, cgroup, device_list, permission, proof
-from oci_hooks.guest.apply.cgroup import Cgroup, Node, NodeProof
+from oci_hooks.guest.apply.cgroup import Cgroup, MadeNode, NodeCheck
 from oci_hooks.guest.apply.permission import Grant, Widening
 from oci_hooks.system import Deadline, Root
 from tests.steps import list_children
@@ -83,7 +83,7 @@ def make_proc(tmp_path: Path, mounts: list[str], own: str, container: str, pid: 
         ([V2_SPACE], "0::/", "0::/c1", "/sys/fs/c group/c1", "", ()),
     ],
 )
-def test_cgroup_is_found(
+def test_find_cgroup_reads_hierarchies(
     tmp_path: Path, mounts: list[str], own: str, container: str, unified: str, devices: str, shared: tuple[str, ...]
 ) -> None:
     found = cgroup.find_cgroup(make_proc(tmp_path, mounts, own, container), 42)
@@ -101,12 +101,12 @@ def test_cgroup_is_found(
         ([], "4:devices:/c1", "/c1 is not visible under any"),
     ],
 )
-def test_cgroup_out_of_reach_is_an_error(tmp_path: Path, mounts: list[str], container: str, words: str) -> None:
+def test_find_cgroup_not_mounted_refused(tmp_path: Path, mounts: list[str], container: str, words: str) -> None:
     with pytest.raises(StepError, match=words):
         cgroup.find_cgroup(make_proc(tmp_path, mounts, "0::/", container), 42)
 
 
-def test_process_that_is_gone_is_an_error(tmp_path: Path) -> None:
+def test_find_cgroup_ended_process_refused(tmp_path: Path) -> None:
     root = make_proc(tmp_path, [V2], "0::/", "0::/c1")
     with pytest.raises(StepError, match=r"\[permit-failed\] process 43"):
         cgroup.find_cgroup(root, 43)
@@ -125,30 +125,30 @@ def dev() -> Iterator[int]:
     os.close(fd)
 
 
-def test_nodes_are_opened(dev: int, tmp_path: Path) -> None:
+def test_verify_nodes_opens_each(dev: int, tmp_path: Path) -> None:
     nodes = (
-        Node("null", 1, 3),
-        Node("null", 1, 5),
-        Node("there-is-none", 1, 3),
-        Node("fd", 1, 3),
-        Node("null", 1, 3, is_group=True),
+        MadeNode("null", 1, 3),
+        MadeNode("null", 1, 5),
+        MadeNode("there-is-none", 1, 3),
+        MadeNode("fd", 1, 3),
+        MadeNode("null", 1, 3, is_group=True),
     )
-    proofs = proof.prove(Root(str(tmp_path)), NOWHERE, dev, nodes, Deadline(5))
-    assert [proof.node for proof in proofs] == list(nodes)
+    checks = proof.verify_nodes(Root(str(tmp_path)), NOWHERE, dev, nodes, Deadline(5))
+    assert [check.node for check in checks] == list(nodes)
     # Another device than it should be, none, a directory, and one that is no VFIO group.
-    assert [proof.error for proof in proofs] == [0, errno.ENODEV, errno.ENOENT, errno.ENODEV, errno.ENOTTY]
-    assert [proof.is_viable for proof in proofs] == [True, False, False, False, False]
+    assert [check.error for check in checks] == [0, errno.ENODEV, errno.ENOENT, errno.ENODEV, errno.ENOTTY]
+    assert [check.is_viable for check in checks] == [True, False, False, False, False]
 
 
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_verify_nodes_refuses_symlink(tmp_path: Path) -> None:
     (tmp_path / "12").symlink_to("/dev/null")
     directory = os.open(tmp_path, os.O_PATH)
-    (found,) = proof.prove(Root(), NOWHERE, directory, [Node("12", 1, 3)], Deadline(5))
+    (found,) = proof.verify_nodes(Root(), NOWHERE, directory, [MadeNode("12", 1, 3)], Deadline(5))
     assert found.error == errno.ENODEV
 
 
 @pytest.mark.parametrize(("swapped", "error"), [("zero", errno.ENODEV), ("link", errno.ELOOP), ("pipe", errno.ENODEV)])
-def test_what_was_swapped_after_the_look_is_no_proof(
+def test_verify_nodes_detects_swapped_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: str, error: int
 ) -> None:
     """Between the look and the opening somebody in the container puts something else there."""
@@ -159,65 +159,63 @@ def test_what_was_swapped_after_the_look_is_no_proof(
     stat = os.stat
     monkeypatch.setattr(os, "stat", lambda _name, **more: stat("null", **more))
     directory = os.open(tmp_path, os.O_PATH)
-    assert proof.try_node(directory, Node(swapped, 1, 3)) == (error, False)
-    assert proof.try_node(directory, Node("null", 1, 3)) == (0, True)
+    assert proof.verify_node(directory, MadeNode(swapped, 1, 3)) == (error, False)
+    assert proof.verify_node(directory, MadeNode("null", 1, 3)) == (0, True)
     os.close(directory)
 
 
 @pytest.mark.parametrize("target", ["vfio.d", "/dev"])
-def test_no_link_leads_to_the_node(dev: int, tmp_path: Path, target: str) -> None:
+def test_verify_nodes_refuses_symlink_in_path(dev: int, tmp_path: Path, target: str) -> None:
     """A directory of its path that became a link since: the same numbers are no proof that it is the hook's node."""
     (tmp_path / "vfio.d").mkdir()
     (tmp_path / "vfio.d/null").symlink_to("/dev/null")
     (tmp_path / "vfio").symlink_to(target)
     directory = os.open(tmp_path, os.O_PATH)
     fds = len(os.listdir("/proc/self/fd"))
-    assert proof.try_node(directory, Node("vfio/null", 1, 3)) == (errno.ENOTDIR, False)
-    assert proof.try_node(directory, Node("vfio.d/null", 1, 3)) == (errno.ENODEV, False)
+    assert proof.verify_node(directory, MadeNode("vfio/null", 1, 3)) == (errno.ENOTDIR, False)
+    assert proof.verify_node(directory, MadeNode("vfio.d/null", 1, 3)) == (errno.ENODEV, False)
     assert len(os.listdir("/proc/self/fd")) == fds
     os.close(directory)
-    assert proof.try_node(dev, Node("null", 1, 3)) == (0, True)
+    assert proof.verify_node(dev, MadeNode("null", 1, 3)) == (0, True)
 
 
 @pytest.mark.parametrize(("flags", "viable"), [(1, True), (3, True), (0, False), (2, False)])
-def test_a_group_is_asked_whether_it_is_viable(
-    dev: int, monkeypatch: pytest.MonkeyPatch, flags: int, viable: bool
-) -> None:
+def test_verify_nodes_asks_group_status(dev: int, monkeypatch: pytest.MonkeyPatch, flags: int, viable: bool) -> None:
     def ioctl(_fd: int, request: int, argument: bytes) -> bytes:
         assert (request, argument) == (0x3B67, struct.pack("=II", 8, 0))
         return struct.pack("=II", 8, flags)
 
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
-    assert proof.try_node(dev, Node("null", 1, 3, is_group=True)) == (0, viable)
+    assert proof.verify_node(dev, MadeNode("null", 1, 3, is_group=True)) == (0, viable)
 
 
-def test_the_child_enters_every_hierarchy_first(dev: int, tmp_path: Path) -> None:
+def test_verify_child_enters_every_hierarchy(dev: int, tmp_path: Path) -> None:
     for name in ("v1", "v2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "cgroup.procs").write_text("")
-    place = Cgroup(42, "/v2", "/v1")
-    proof.prove(Root(str(tmp_path)), place, dev, [Node("null", 1, 3)], Deadline(5))
+    location = Cgroup(42, "/v2", "/v1")
+    proof.verify_nodes(Root(str(tmp_path)), location, dev, [MadeNode("null", 1, 3)], Deadline(5))
     assert [(tmp_path / name / "cgroup.procs").read_text() for name in ("v1", "v2")] == ["0", "0"]
 
 
-def test_a_cgroup_that_cannot_be_entered_is_an_error(dev: int, tmp_path: Path) -> None:
+def test_verify_child_cannot_enter_cgroup_fails(dev: int, tmp_path: Path) -> None:
     with pytest.raises(StepError, match=r"\[permit-failed\] /v2: cannot move the helper process.*No such file"):
-        proof.prove(Root(str(tmp_path)), Cgroup(42, "/v2", ""), dev, [Node("null", 1, 3)], Deadline(5))
+        proof.verify_nodes(Root(str(tmp_path)), Cgroup(42, "/v2", ""), dev, [MadeNode("null", 1, 3)], Deadline(5))
 
 
-def test_a_child_that_hangs_is_killed_at_the_deadline() -> None:
+def test_verify_child_hanging_killed_at_deadline() -> None:
     def hang() -> str:
         signal.pause()
         return ""
 
     before = list_children()
     with pytest.raises(StepError, match="did not finish in time"):
-        proof.ask_child(hang, Deadline(0.2))
+        proof.read_child_answer(hang, Deadline(0.2))
     assert list_children() == before
 
 
 @pytest.mark.parametrize("what", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(0), OSError(5, "x")])
-def test_the_child_never_cleans_up_for_the_parent(tmp_path: Path, what: BaseException) -> None:
+def test_verify_child_skips_parent_cleanup(tmp_path: Path, what: BaseException) -> None:
     """Whatever happens in the child, what the caller does on the way out happens once, in the caller."""
     trace, before = tmp_path / "trace", list_children()
 
@@ -225,7 +223,7 @@ def test_the_child_never_cleans_up_for_the_parent(tmp_path: Path, what: BaseExce
         raise what
 
     try:
-        answer = proof.ask_child(explode, Deadline(5))
+        answer = proof.read_child_answer(explode, Deadline(5))
     finally:
         with trace.open("a") as file:
             file.write(f"{os.getpid()}\n")
@@ -233,34 +231,36 @@ def test_the_child_never_cleans_up_for_the_parent(tmp_path: Path, what: BaseExce
     assert trace.read_text() == f"{os.getpid()}\n"
 
 
-def test_a_child_that_dies_is_an_error(dev: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_child_dies_fails(dev: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*_arguments: object) -> str:
         os.kill(os.getpid(), 9)
         return ""
 
-    monkeypatch.setattr(proof, "answer_for", die)
+    monkeypatch.setattr(proof, "verify_in_child", die)
     before = list_children()
     with pytest.raises(StepError, match="its cgroup died"):
-        proof.prove(Root(), NOWHERE, dev, [Node("null", 1, 3)], Deadline(5))
+        proof.verify_nodes(Root(), NOWHERE, dev, [MadeNode("null", 1, 3)], Deadline(5))
     assert list_children() == before
 
 
-def test_the_child_holds_nothing_of_the_runtimes() -> None:
+def test_verify_child_closes_runtime_descriptors() -> None:
     """Descriptors 0 to 2 may be pipes that the runtime reads to their end."""
-    answer = proof.ask_child(lambda: " ".join(os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)), Deadline(5))
+    answer = proof.read_child_answer(
+        lambda: " ".join(os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)), Deadline(5)
+    )
     assert answer == "/dev/null /dev/null /dev/null"
 
 
-def test_no_descriptor_is_left(dev: int) -> None:
+def test_verify_nodes_leaves_no_descriptor(dev: int) -> None:
     before = os.listdir("/proc/self/fd")
-    proof.prove(Root(), NOWHERE, dev, [Node("null", 1, 3)], Deadline(5))
+    proof.verify_nodes(Root(), NOWHERE, dev, [MadeNode("null", 1, 3)], Deadline(5))
     assert os.listdir("/proc/self/fd") == before
 
 
 # Permitting: what is to be done ---------------------------------------------------------------------------------------
 
-GROUP = Node("12", 243, 0, is_group=True)
-CONTROL = Node("vfio", 10, 196)
+GROUP = MadeNode("12", 243, 0, is_group=True)
+CONTROL = MadeNode("vfio", 10, 196)
 NUMBERS = ((243, 0), (10, 196))
 
 
@@ -280,14 +280,14 @@ def widen(*paths: str) -> tuple[Widening, ...]:
         (Cgroup(1, "", ""), Grant(NUMBERS, "", ())),
     ],
 )
-def test_grant_is_for_the_containers_own_cgroup(tmp_path: Path, place: Cgroup, grant: Grant) -> None:
+def test_plan_grant_own_cgroup_only(tmp_path: Path, place: Cgroup, grant: Grant) -> None:
     assert permission.plan_grant(Root(str(tmp_path)), place, [GROUP, CONTROL]) == grant
 
 
-def test_a_shared_cgroup_is_never_widened(tmp_path: Path) -> None:
-    place = Cgroup(1, "/u", "", "/u", "", ("/u",))
+def test_plan_grant_shared_cgroup_refused(tmp_path: Path) -> None:
+    location = Cgroup(1, "/u", "", "/u", "", ("/u",))
     with pytest.raises(StepError, match="shares this cgroup"):
-        permission.plan_grant(Root(str(tmp_path)), place, [GROUP])
+        permission.plan_grant(Root(str(tmp_path)), location, [GROUP])
 
 
 @pytest.mark.parametrize(
@@ -303,16 +303,16 @@ def test_a_shared_cgroup_is_never_widened(tmp_path: Path) -> None:
         ({"pods": "c *:* rwm", "pods/p1": "b *:* rwm\nc *:* m\nb 243:0 r"}, {"pods/p1": ("rw", "rw")}),
     ],
 )
-def test_ancestors_are_widened_only_when_asked(
+def test_plan_grant_parents_only_with_setting(
     tmp_path: Path, lists: dict[str, str], widened: dict[str, tuple[str, ...]]
 ) -> None:
     for name, text in lists.items():
         (tmp_path / "d" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / name / "devices.list").write_text(text + "\n")
-    place = Cgroup(1, "", "/d/pods/p1/c1", "", "/d")
+    location = Cgroup(1, "", "/d/pods/p1/c1", "", "/d")
     root = Root(str(tmp_path))
-    assert permission.plan_grant(root, place, [GROUP, CONTROL]).devices == widen("/d/pods/p1/c1")
-    grant = permission.plan_grant(root, place, [GROUP, CONTROL], widen_parents=True)
+    assert permission.plan_grant(root, location, [GROUP, CONTROL]).devices == widen("/d/pods/p1/c1")
+    grant = permission.plan_grant(root, location, [GROUP, CONTROL], widen_parents=True)
     above = tuple(Widening(f"/d/{name}", given) for name, given in widened.items())
     assert grant.devices == (*above, *widen("/d/pods/p1/c1"))
 
@@ -329,26 +329,26 @@ def test_ancestors_are_widened_only_when_asked(
         ("a *:* rwm", {(243, 0): "", (10, 196): "w"}, ("rw", "r")),
     ],
 )
-def test_only_what_is_lacking_is_given(
+def test_plan_grant_adds_only_missing_access(
     tmp_path: Path, listed: str, opened: dict[tuple[int, int], str] | None, given: tuple[str, str]
 ) -> None:
     (tmp_path / "d/c").mkdir(parents=True)
     (tmp_path / "d/c/devices.list").write_text(listed + "\n")
-    root, place = Root(str(tmp_path)), Cgroup(1, "", "/d/c", "", "/d")
-    assert permission.is_open_list(root, place) is (opened is not None)
-    assert permission.is_open_list(root, place.replace(shared=("/d/c",))) is False
-    grant = permission.plan_grant(root, place, [GROUP, CONTROL], opened=opened)
+    root, location = Root(str(tmp_path)), Cgroup(1, "", "/d/c", "", "/d")
+    assert permission.is_open_list(root, location) is (opened is not None)
+    assert permission.is_open_list(root, location.replace(shared=("/d/c",))) is False
+    grant = permission.plan_grant(root, location, [GROUP, CONTROL], opened=opened)
     assert grant.devices == (Widening("/d/c", given),)
 
 
-def test_what_another_container_was_given_is_not_what_was_there(tmp_path: Path) -> None:
+def test_plan_grant_parent_rule_of_other_container_counted(tmp_path: Path) -> None:
     """The second one in a pod finds the parent widened: it needs that too, and takes it back if it is the last."""
     (tmp_path / "d/pod/c2").mkdir(parents=True)
     (tmp_path / "d/pod/devices.list").write_text("c 10:196 rw\nc 243:0 rw\n")
     (tmp_path / "d/pod/c2/devices.list").write_text("")
-    root, place = Root(str(tmp_path)), Cgroup(1, "", "/d/pod/c2", "", "/d")
+    root, location = Root(str(tmp_path)), Cgroup(1, "", "/d/pod/c2", "", "/d")
     first = Grant(((10, 196),), "", (Widening("/d/pod", ("w",)), Widening("/d/pod/c1", ("rw",))))
-    grant = permission.plan_grant(root, place, [GROUP, CONTROL], True, (first,))
+    grant = permission.plan_grant(root, location, [GROUP, CONTROL], True, (first,))
     # 243:0 was there before anybody.
     assert grant.devices == (Widening("/d/pod", ("", "w")), *widen("/d/pod/c2"))
 
@@ -362,13 +362,13 @@ Written = list[tuple[str, str]]
 def written(monkeypatch: pytest.MonkeyPatch) -> Written:
     """Return what is written to the kernel's files from now on, instead of writing it."""
     calls: Written = []
-    monkeypatch.setattr(device_list, "write_file", lambda path, text: calls.append((path, text)))
+    monkeypatch.setattr(device_list, "write_kernel_file", lambda path, text: calls.append((path, text)))
     return calls
 
 
-def test_version_1_is_permitted_from_the_top_and_forbidden_from_below(written: Written) -> None:
+def test_grant_v1_allows_top_down_revokes_bottom_up(written: Written) -> None:
     grant = Grant(NUMBERS, "", widen("/d/p", "/d/p/c"))
-    permission.permit(Root("/top"), grant)
+    permission.allow(Root("/top"), grant)
     assert written == [
         ("/top/d/p/devices.allow", "c 243:0 rw"),
         ("/top/d/p/devices.allow", "c 10:196 rw"),
@@ -376,7 +376,7 @@ def test_version_1_is_permitted_from_the_top_and_forbidden_from_below(written: W
         ("/top/d/p/c/devices.allow", "c 10:196 rw"),
     ]
     del written[:]
-    permission.forbid(Root("/top"), grant)
+    permission.disallow(Root("/top"), grant)
     assert [path for path, _ in written] == ["/top/d/p/c/devices.deny"] * 2 + ["/top/d/p/devices.deny"] * 2
     assert {text for _, text in written} == {"c 243:0 rw", "c 10:196 rw"}
 
@@ -390,12 +390,12 @@ def refuse_with(code: int) -> Callable[[str, str], None]:
     return write
 
 
-def test_version_1_names_the_parent_that_lacks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grant_v1_names_denying_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "d/p/c").mkdir(parents=True)
     (tmp_path / "d/p/devices.list").write_text("")
-    monkeypatch.setattr(device_list, "write_file", refuse_with(errno.EPERM))
+    monkeypatch.setattr(device_list, "write_kernel_file", refuse_with(errno.EPERM))
     with pytest.raises(StepError) as caught:
-        permission.permit(Root(str(tmp_path)), Grant(((243, 0),), "", (Widening("/d/p/c", ("rw",)),)))
+        permission.allow(Root(str(tmp_path)), Grant(((243, 0),), "", (Widening("/d/p/c", ("rw",)),)))
     (finding,) = caught.value.findings
     assert (finding.code, finding.subject) == ("permit-failed", "/d/p/c")
     assert "the parent cgroup /d/p does not allow it" in finding.problem
@@ -404,15 +404,15 @@ def test_version_1_names_the_parent_that_lacks_it(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ENODEV])
-def test_a_cgroup_that_is_gone_needs_no_forbidding(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    monkeypatch.setattr(device_list, "write_file", refuse_with(code))
-    permission.forbid(Root("/top"), Grant(NUMBERS, "/gone", widen("/d/c")))
+def test_revoke_removed_cgroup_is_done(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(device_list, "write_kernel_file", refuse_with(code))
+    permission.disallow(Root("/top"), Grant(NUMBERS, "/gone", widen("/d/c")))
 
 
-def test_forbidding_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_list, "write_file", refuse_with(errno.EIO))
+def test_revoke_failure_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_list, "write_kernel_file", refuse_with(errno.EIO))
     with pytest.raises(StepError, match="cannot remove the device rule"):
-        permission.forbid(Root("/top"), Grant(NUMBERS, "", widen("/d/c")))
+        permission.disallow(Root("/top"), Grant(NUMBERS, "", widen("/d/c")))
 
 
 # Permitting, version 2, with the kernel's programs played -------------------------------------------------------------
@@ -476,13 +476,13 @@ def tree(tmp_path: Path) -> Root:
 GRANT = Grant(NUMBERS, "/u/pod/ctr", ())
 
 
-def test_every_program_of_the_own_cgroup_is_changed_and_no_other(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grant_changes_every_own_program_only(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, {"pod": [DENY + DENY], "ctr": [DENY, ALLOW]})
     before = os.listdir("/proc/self/fd")
-    permission.permit(tree, GRANT)
+    permission.allow(tree, GRANT)
     prefix = bpf_program.make_prefix(NUMBERS)
     assert kernel.programs == {"pod": [DENY + DENY], "ctr": [prefix + DENY, prefix + ALLOW]}
-    permission.forbid(tree, GRANT)
+    permission.disallow(tree, GRANT)
     assert kernel.programs == {"pod": [DENY + DENY], "ctr": [DENY, ALLOW]}
     assert os.listdir("/proc/self/fd") == before
 
@@ -509,9 +509,7 @@ SCOPE = "/u/crun-1.scope"
         ("", {}, []),
     ],
 )
-def test_a_scope_that_holds_only_the_container_is_its_own(
-    tmp_path: Path, unified: str, others: dict[str, str], own: list[str]
-) -> None:
+def test_scope_with_only_container_is_own(tmp_path: Path, unified: str, others: dict[str, str], own: list[str]) -> None:
     parts = unified.split("/")
     chain = {"/".join(parts[:count]): "" for count in range(2, len(parts) + 1)}
     for path, text in {**chain, unified: "42", **others}.items():
@@ -519,10 +517,10 @@ def test_a_scope_that_holds_only_the_container_is_its_own(
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "cgroup.procs").write_text(text)
         (directory / "cgroup.type").write_text("domain")
-    assert cgroup.list_own(Root(str(tmp_path)), unified) == own
+    assert cgroup.list_container_cgroups(Root(str(tmp_path)), unified) == own
 
 
-def test_the_scope_is_permitted_and_forbidden_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grant_includes_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("", "/container"):
         (tmp_path / f"u/1.scope{name}").mkdir(parents=True)
         (tmp_path / f"u/1.scope{name}/cgroup.procs").write_text("")
@@ -530,54 +528,54 @@ def test_the_scope_is_permitted_and_forbidden_too(tmp_path: Path, monkeypatch: p
     kernel = Kernel(monkeypatch, {"u": [DENY + DENY], "1.scope": [DENY], "container": [ALLOW]})
     grant = Grant(NUMBERS, "/u/1.scope/container", ())
     prefix = bpf_program.make_prefix(NUMBERS)
-    permission.permit(root, grant)
+    permission.allow(root, grant)
     assert kernel.programs == {"u": [DENY + DENY], "1.scope": [prefix + DENY], "container": [prefix + ALLOW]}
     # Who else is there now makes no difference to taking it back.
     (tmp_path / "u/1.scope/cgroup.procs").write_text("77")
-    permission.forbid(root, grant)
+    permission.disallow(root, grant)
     assert kernel.programs == {"u": [DENY + DENY], "1.scope": [DENY], "container": [ALLOW]}
 
 
-def test_permitting_twice_is_permitting_once(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grant_is_idempotent(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, {"ctr": [DENY]})
-    permission.permit(tree, GRANT)
-    permission.permit(tree, GRANT)
+    permission.allow(tree, GRANT)
+    permission.allow(tree, GRANT)
     assert kernel.programs == {"ctr": [bpf_program.make_prefix(NUMBERS) + DENY]}
     assert kernel.loads == 1
 
 
-def test_permissions_add_up_and_go_one_by_one(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grants_add_up_and_revoke_separately(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, {"ctr": [DENY]})
     other = Grant(((243, 1),), "/u/pod/ctr", ())
-    permission.permit(tree, GRANT)
-    permission.permit(tree, other)
+    permission.allow(tree, GRANT)
+    permission.allow(tree, other)
     assert bpf_program.read_prefix(kernel.programs["ctr"][0]) == [(10, 196), (243, 0), (243, 1)]
-    permission.forbid(tree, GRANT)
+    permission.disallow(tree, GRANT)
     assert kernel.programs["ctr"] == [bpf_program.make_prefix([(243, 1)]) + DENY]
-    permission.forbid(tree, other)
+    permission.disallow(tree, other)
     assert kernel.programs["ctr"] == [DENY]
 
 
-def test_what_another_grant_needs_in_the_same_cgroup_stays(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revoke_keeps_nodes_of_other_grant(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, {"ctr": [DENY]})
     other = Grant(((10, 196), (243, 1)), "/u/pod/ctr", ())
-    permission.permit(tree, GRANT)
-    permission.forbid(tree, GRANT, (other,))
+    permission.allow(tree, GRANT)
+    permission.disallow(tree, GRANT, (other,))
     assert bpf_program.read_prefix(kernel.programs["ctr"][0]) == [(10, 196)]
-    permission.forbid(tree, GRANT, (Grant(NUMBERS, "/u/pod", ()),))
+    permission.disallow(tree, GRANT, (Grant(NUMBERS, "/u/pod", ()),))
     assert kernel.programs["ctr"] == [DENY]
 
 
-def test_half_a_permission_is_taken_back(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revoke_after_partial_grant(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the first of two programs: whoever finds the journal takes back what there is."""
     kernel = Kernel(monkeypatch, {"ctr": [bpf_program.make_prefix(NUMBERS) + DENY, ALLOW]})
-    permission.forbid(tree, GRANT)
+    permission.disallow(tree, GRANT)
     assert kernel.programs["ctr"] == [DENY, ALLOW]
 
 
-def test_a_cgroup_without_programs_needs_nothing(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grant_without_programs_changes_nothing(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, {})
-    permission.permit(tree, GRANT)
+    permission.allow(tree, GRANT)
     assert kernel.loads == 0
 
 
@@ -590,7 +588,7 @@ def test_a_cgroup_without_programs_needs_nothing(tree: Root, monkeypatch: pytest
         ("replace_program", bpf_program.ProgramError("a link"), "cannot change its device filter: a link"),
     ],
 )
-def test_a_program_that_cannot_be_changed_is_an_error_with_the_rule(
+def test_grant_unchangeable_program_fails_with_rule(
     tree: Root, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception, words: str
 ) -> None:
     kernel = Kernel(monkeypatch, {"ctr": [DENY]})
@@ -601,7 +599,7 @@ def test_a_program_that_cannot_be_changed_is_an_error_with_the_rule(
     monkeypatch.setattr(bpf, step, refuse)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(StepError) as caught:
-        permission.permit(tree, GRANT)
+        permission.allow(tree, GRANT)
     (finding,) = caught.value.findings
     assert (finding.code, finding.subject) == ("permit-failed", "/u/pod/ctr")
     assert words in finding.problem
@@ -617,22 +615,22 @@ def test_a_program_that_cannot_be_changed_is_an_error_with_the_rule(
 @pytest.mark.parametrize(
     ("proof", "denied"),
     [
-        (NodeProof(GROUP, 0), False),
-        (NodeProof(GROUP, errno.EPERM, False), True),
-        (NodeProof(GROUP, errno.EACCES, False), False),
-        (NodeProof(GROUP, errno.EBUSY, False), False),
+        (NodeCheck(GROUP, 0), False),
+        (NodeCheck(GROUP, errno.EPERM, False), True),
+        (NodeCheck(GROUP, errno.EACCES, False), False),
+        (NodeCheck(GROUP, errno.EBUSY, False), False),
     ],
 )
-def test_only_the_device_cgroup_denies(proof: NodeProof, denied: bool) -> None:
+def test_explain_denial_only_eperm_is_device_cgroup(proof: NodeCheck, denied: bool) -> None:
     """A nodev mount is nothing that permission could help."""
     assert proof.is_denied is denied
 
 
-def test_the_ancestor_that_denies_is_named(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_denial_names_ancestor(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     Kernel(monkeypatch, {"pod": [DENY], "ctr": [ALLOW]})
-    place = Cgroup(1, "/u/pod/ctr", "", "/u")
-    proofs = [NodeProof(GROUP, errno.EPERM, False), NodeProof(CONTROL, 0)]
-    (finding,) = permission.explain_denial(tree, place, proofs).findings
+    location = Cgroup(1, "/u/pod/ctr", "", "/u")
+    checks = [NodeCheck(GROUP, errno.EPERM, False), NodeCheck(CONTROL, 0)]
+    (finding,) = permission.explain_denial(tree, location, checks).findings
     assert "cannot open /dev/12 from this cgroup: denied by the cgroup's device rules" in finding.problem
     assert "parent cgroup /u/pod has a device filter" in finding.problem
     assert "/dev/vfio" not in finding.problem
@@ -640,27 +638,29 @@ def test_the_ancestor_that_denies_is_named(tree: Root, monkeypatch: pytest.Monke
     assert '"minor": 196' not in finding.hint
 
 
-def test_the_containers_own_scope_is_not_called_an_ancestor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_denial_own_scope_not_ancestor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("", "/container"):
         (tmp_path / f"u/1.scope{name}").mkdir(parents=True)
         (tmp_path / f"u/1.scope{name}/cgroup.procs").write_text("")
     Kernel(monkeypatch, {"1.scope": [DENY], "container": [ALLOW]})
-    place = Cgroup(1, "/u/1.scope/container", "", "/u")
-    (finding,) = permission.explain_denial(Root(str(tmp_path)), place, [NodeProof(GROUP, errno.EPERM, False)]).findings
+    location = Cgroup(1, "/u/1.scope/container", "", "/u")
+    (finding,) = permission.explain_denial(
+        Root(str(tmp_path)), location, [NodeCheck(GROUP, errno.EPERM, False)]
+    ).findings
     assert "parent" not in finding.problem
 
 
 @pytest.mark.parametrize(
     ("proof", "words"),
     [
-        (NodeProof(GROUP, errno.EBUSY, False), "cannot open /dev/12 from this cgroup: another process has it open"),
-        (NodeProof(GROUP, 0, False), "not viable"),
-        (NodeProof(GROUP, errno.EACCES, False), "nodev"),
-        (NodeProof(GROUP, errno.ENOENT, False), "it does not exist"),
-        (NodeProof(GROUP, errno.EIO, False), os.strerror(errno.EIO)),
+        (NodeCheck(GROUP, errno.EBUSY, False), "cannot open /dev/12 from this cgroup: another process has it open"),
+        (NodeCheck(GROUP, 0, False), "not viable"),
+        (NodeCheck(GROUP, errno.EACCES, False), "nodev"),
+        (NodeCheck(GROUP, errno.ENOENT, False), "it does not exist"),
+        (NodeCheck(GROUP, errno.EIO, False), os.strerror(errno.EIO)),
     ],
 )
-def test_what_a_rule_cannot_help_has_no_rule(tree: Root, proof: NodeProof, words: str) -> None:
+def test_explain_denial_without_rule_hint(tree: Root, proof: NodeCheck, words: str) -> None:
     (finding,) = permission.explain_denial(tree, Cgroup(1, "/u/pod/ctr", "", "/u"), [proof]).findings
     assert words in finding.problem
     assert finding.hint == ""

@@ -12,9 +12,9 @@ import pytest
 from oci_hooks.findings import Finding
 from oci_hooks.host import checks, container_checks
 from oci_hooks.host.hypervisor import Hypervisor
-from oci_hooks.host.runtime import Asker
+from oci_hooks.host.runtime import Runtime
 from oci_hooks.host.targets import Target, find_targets
-from oci_hooks.linux.pci import look
+from oci_hooks.linux.pci import scan
 from oci_hooks.linux.processes import Process
 from oci_hooks.linux.vfio import list_cdevs
 from oci_hooks.oci import Spec
@@ -28,26 +28,26 @@ NIC2 = "0000:03:00.1"
 UUID = "6f7a0b1e-4a5b-4c6d-8e7f-0123456789ab"
 
 
-def ask(kind: str = "plain", **changes: Any) -> Asker:
+def ask(kind: str = "plain", **changes: Any) -> Runtime:
     """Return somebody who asks."""
-    asker: Asker = Asker(kind, None, None, "c1", "", False, False).replace(**changes)
-    return asker
+    runtime: Runtime = Runtime(kind, None, None, "c1", "", False, False).replace(**changes)
+    return runtime
 
 
 def find(tree: HostTree, *entries: tuple[str, int, int]) -> tuple[Target, ...]:
     """Return what entries mean on this host."""
-    return find_targets(tree.root, look(tree.root), make_spec(*entries).vfio_devices)
+    return find_targets(tree.root, scan(tree.root), make_spec(*entries).vfio_devices)
 
 
 def check_all(
-    tree: HostTree, target: Target, asker: Asker | None = None, pid: int = 0, seconds: float = 5.0
+    tree: HostTree, target: Target, runtime: Runtime | None = None, pid: int = 0, seconds: float = 5.0
 ) -> list[Finding]:
     """Return the findings of all checks of one target."""
     from oci_hooks.host.suite import check_host, check_target
 
-    who = asker or ask()
-    picture = look(tree.root)
-    return check_host(tree.root, picture, (target,)) + check_target(
+    who = runtime or ask()
+    inventory = scan(tree.root)
+    return check_host(tree.root, inventory, (target,)) + check_target(
         tree.root, target, who, make_state(pid), Deadline(seconds)
     )
 
@@ -87,13 +87,15 @@ def tree(tmp_path: Path) -> HostTree:
         (("/dev/vfio/nic", 240, 9), "kata-go", ["error group-missing"]),
     ],
 )
-def test_numbers_decide(tree: HostTree, entry: tuple[str, int, int], kind: str, expected: list[str]) -> None:
+def test_find_targets_by_device_numbers(
+    tree: HostTree, entry: tuple[str, int, int], kind: str, expected: list[str]
+) -> None:
     tree.link("/sys/dev/char/1:3", "/sys/devices/virtual/mem/null")
     (target,) = find(tree, entry)
     assert codes(check_all(tree, target, ask(kind))) == expected
 
 
-def test_a_mismatch_names_both(tree: HostTree) -> None:
+def test_node_mismatch_names_both_groups(tree: HostTree) -> None:
     tree.link("/sys/dev/char/1:3", "/sys/devices/virtual/mem/null")
     (target,) = find(tree, ("/dev/vfio/12", 1, 3))
     (finding,) = check_all(tree, target)
@@ -104,7 +106,7 @@ def test_a_mismatch_names_both(tree: HostTree) -> None:
     )
 
 
-def test_two_groups_whose_numbers_are_swapped(tree: HostTree) -> None:
+def test_node_mismatch_swapped_numbers(tree: HostTree) -> None:
     tree.pci("0000:04:00.0", "vfio-pci", "13")
     tree.vfio("13", 1)
     first, second = find(tree, ("/dev/vfio/12", 237, 1), ("/dev/vfio/13", 237, 0))
@@ -132,13 +134,13 @@ def test_two_groups_whose_numbers_are_swapped(tree: HostTree) -> None:
         ("uio_pci_generic", "020000", ["error group-not-viable"]),
     ],
 )
-def test_a_second_member(tree: HostTree, driver: str, class_code: str, expected: list[str]) -> None:
+def test_viability_second_member_unbound(tree: HostTree, driver: str, class_code: str, expected: list[str]) -> None:
     tree.pci(NIC2, driver, "12", class_code)
     (target,) = find(tree, ("/dev/vfio/12", 237, 0))
     assert codes(check_all(tree, target)) == expected
 
 
-def test_every_member_is_named_with_its_driver(tree: HostTree) -> None:
+def test_viability_names_every_member_with_driver(tree: HostTree) -> None:
     tree.pci(NIC2, "ixgbe", "12")
     tree.pci("0000:03:00.2", "e1000e", "12")
     tree.pci("0000:02:00.0", "pcieport", "12", "060400")
@@ -150,12 +152,12 @@ def test_every_member_is_named_with_its_driver(tree: HostTree) -> None:
     )
 
 
-def test_a_variant_driver_by_its_vfio_dev(tree: HostTree) -> None:
+def test_viability_variant_driver_by_vfio_dev(tree: HostTree) -> None:
     tree.pci(NIC2, "nvgrace-gpu-vfio-pci", "12", vfio_dev="vfio1")
     assert check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0]) == []
 
 
-def test_a_variant_driver_by_its_module_on_an_older_kernel(tree: HostTree) -> None:
+def test_viability_variant_driver_by_module(tree: HostTree) -> None:
     tree.pci(NIC2, "mlx5-vfio-pci", "12")
     tree.link("/sys/bus/pci/drivers/mlx5-vfio-pci/module", "/sys/module/mlx5_vfio_pci")
     (target,) = find(tree, ("/dev/vfio/12", 237, 0))
@@ -173,7 +175,7 @@ def test_a_variant_driver_by_its_module_on_an_older_kernel(tree: HostTree) -> No
         ("pci-stub", "load the driver: modprobe vfio-pci"),
     ],
 )
-def test_a_group_that_nobody_bound(tree: HostTree, driver: str, hint: str) -> None:
+def test_group_not_bound_reported(tree: HostTree, driver: str, hint: str) -> None:
     """Before anything is bound there is no node, and what config.json says of its numbers does not matter."""
     tree.pci("0000:05:00.0", driver, "15")
     (finding,) = check_all(tree, find(tree, ("/dev/vfio/15", 240, 9))[0])
@@ -181,7 +183,7 @@ def test_a_group_that_nobody_bound(tree: HostTree, driver: str, hint: str) -> No
     assert finding.hint == hint
 
 
-def test_only_bridges(tree: HostTree) -> None:
+def test_group_of_bridges_is_empty(tree: HostTree) -> None:
     tree.pci("0000:00:01.0", "pcieport", "1", "060400")
     tree.pci("0000:00:00.0", "", "1", "060000")
     (finding,) = check_all(tree, find(tree, ("/dev/vfio/1", 240, 9))[0])
@@ -192,7 +194,7 @@ def test_only_bridges(tree: HostTree) -> None:
 # Other kinds of groups -----------------------------------------------------------------------------------------------
 
 
-def test_a_mediated_device_is_named_as_one(tree: HostTree) -> None:
+def test_mediated_device_named(tree: HostTree) -> None:
     tree.mdev(UUID, "20", driver="vfio_mdev")
     tree.vfio("20", 4)
     (target,) = find(tree, ("/dev/vfio/20", 237, 4))
@@ -202,7 +204,7 @@ def test_a_mediated_device_is_named_as_one(tree: HostTree) -> None:
 
 
 @pytest.mark.parametrize(("parent", "bus"), [("/sys/devices/vfio_ap/matrix", "ap"), ("/sys/devices/css0/0.0.1", "ccw")])
-def test_s390x_devices_are_left_alone(tree: HostTree, parent: str, bus: str) -> None:
+def test_s390x_group_not_checked(tree: HostTree, parent: str, bus: str) -> None:
     tree.mdev(UUID, "20", parent, "vfio_x")
     tree.vfio("20", 4)
     (target,) = find(tree, ("/dev/vfio/20", 237, 4))
@@ -212,7 +214,7 @@ def test_s390x_devices_are_left_alone(tree: HostTree, parent: str, bus: str) -> 
 
 
 @pytest.mark.parametrize(("kind", "level"), [("kata-go", "error"), ("plain", "warning")])
-def test_a_group_without_iommu(tmp_path: Path, kind: str, level: str) -> None:
+def test_noiommu_group_reported(tmp_path: Path, kind: str, level: str) -> None:
     tree = HostTree(tmp_path)
     tree.pci(NIC, "vfio-pci", "0")
     tree.write("/sys/kernel/iommu_groups/0/name", "vfio-noiommu\n")
@@ -221,7 +223,7 @@ def test_a_group_without_iommu(tmp_path: Path, kind: str, level: str) -> None:
     assert codes(check_all(tree, target, ask(kind))) == [f"{level} noiommu-group"]
 
 
-def test_a_cdev_has_its_group_checked(tree: HostTree) -> None:
+def test_cdev_group_is_checked(tree: HostTree) -> None:
     tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
     tree.write("/dev/iommu")
     (target,) = find(tree, ("/dev/vfio/devices/vfio3", 511, 3))
@@ -232,21 +234,21 @@ def test_a_cdev_has_its_group_checked(tree: HostTree) -> None:
     assert codes(check_all(tree, target)) == ["error group-not-viable"]
 
 
-def test_a_cdev_needs_iommufd(tree: HostTree) -> None:
+def test_cdev_without_iommufd_reported(tree: HostTree) -> None:
     tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
     (target,) = find(tree, ("/dev/vfio/devices/vfio3", 511, 3))
     (finding,) = check_all(tree, target)
     assert (finding.code, finding.subject) == ("control-node-missing", "/dev/iommu")
 
 
-def test_a_cdev_that_is_not_there(tree: HostTree) -> None:
+def test_cdev_missing_reported(tree: HostTree) -> None:
     (target,) = find(tree, ("/dev/vfio/devices/vfio9", 511, 9))
     tree.write("/dev/iommu")
     assert codes(check_all(tree, target)) == ["error group-missing"]
 
 
 @pytest.mark.parametrize("numbers", ["", ":", "x:y", "511:", "511:3:4"])
-def test_a_cdev_with_odd_numbers_is_none(tree: HostTree, numbers: str) -> None:
+def test_cdev_with_wrong_numbers_ignored(tree: HostTree, numbers: str) -> None:
     tree.write("/sys/class/vfio-dev/vfio3/dev", numbers)
     assert list_cdevs(tree.root) == {}
 
@@ -265,7 +267,7 @@ def test_a_cdev_with_odd_numbers_is_none(tree: HostTree, numbers: str) -> None:
         ({"/sys/firmware/acpi/tables/DMAR": "", "/proc/cmdline": "intel_iommu=on"}, "enable VT-d"),
     ],
 )
-def test_no_iommu_at_all(tmp_path: Path, files: dict[str, str], hint: str) -> None:
+def test_iommu_off_reported(tmp_path: Path, files: dict[str, str], hint: str) -> None:
     tree = HostTree(tmp_path)
     tree.pci(NIC, "ixgbe")
     for path, content in files.items():
@@ -276,7 +278,7 @@ def test_no_iommu_at_all(tmp_path: Path, files: dict[str, str], hint: str) -> No
     assert hint in finding.hint
 
 
-def test_no_control_node_on_the_host(tree: HostTree) -> None:
+def test_control_node_missing_on_host(tree: HostTree) -> None:
     (tree.top / "sys/class/misc/vfio/dev").unlink()
     (tree.top / "sys/class/misc/vfio").rmdir()
     (target,) = find(tree, ("/dev/vfio/12", 237, 0))
@@ -298,23 +300,23 @@ def test_no_control_node_on_the_host(tree: HostTree) -> None:
         ("busy", "plain", ["error group-busy"]),
     ],
 )
-def test_what_the_kernel_answers(
+def test_group_status_findings(
     tree: HostTree, monkeypatch: pytest.MonkeyPatch, word: str, kind: str, expected: list[str]
 ) -> None:
-    monkeypatch.setattr(checks, "ask_kernel", lambda _root, _node: word)
+    monkeypatch.setattr(checks, "read_group_status", lambda _root, _node: word)
     (target,) = find(tree, ("/dev/vfio/12", 237, 0))
     assert codes(check_all(tree, target, ask(kind))) == expected
 
 
-def test_a_group_that_is_not_viable_is_not_opened(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "ask_kernel", lambda _root, _node: pytest.fail("opened"))
+def test_group_status_not_opened_when_not_viable(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "read_group_status", lambda _root, _node: pytest.fail("opened"))
     tree.pci(NIC2, "ixgbe", "12")
     (target,) = find(tree, ("/dev/vfio/12", 237, 0))
     assert codes(check_all(tree, target)) == ["error group-not-viable"]
 
 
 @pytest.mark.parametrize(("kind", "level"), [("kata-go", "error"), ("plain", "warning")])
-def test_a_group_without_a_node(tree: HostTree, kind: str, level: str) -> None:
+def test_group_status_without_node(tree: HostTree, kind: str, level: str) -> None:
     (tree.top / "dev/vfio/12").unlink()
     (target,) = find(tree, ("/dev/vfio/12", 237, 0))
     (finding,) = check_all(tree, target, ask(kind))
@@ -324,10 +326,10 @@ def test_a_group_without_a_node(tree: HostTree, kind: str, level: str) -> None:
 
 def busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every group busy."""
-    monkeypatch.setattr(checks, "ask_kernel", lambda _root, _node: "busy")
+    monkeypatch.setattr(checks, "read_group_status", lambda _root, _node: "busy")
 
 
-def test_the_holder_is_named(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_busy_names_holder(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
     busy(monkeypatch)
     tree.process(50, "/usr/bin/dpdk-testpmd", opened=("/dev/null", "/dev/vfio/12"))
     tree.process(51, "/usr/bin/other", opened=("/dev/vfio/120", "/dev/vfio/vfio"))
@@ -338,7 +340,7 @@ def test_the_holder_is_named(tree: HostTree, monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-def test_a_member_that_is_held_by_its_own_node(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_busy_by_member_cdev(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
     busy(monkeypatch)
     tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
     tree.vfio("16", 6)
@@ -364,7 +366,7 @@ def test_a_member_that_is_held_by_its_own_node(tree: HostTree, monkeypatch: pyte
         ({"pid": 51, "parent": 1}, 0, 50, ["error group-busy"]),
     ],
 )
-def test_the_own_sandbox_may_hold_it(
+def test_group_busy_own_sandbox_allowed(
     tree: HostTree,
     monkeypatch: pytest.MonkeyPatch,
     holder: dict[str, Any],
@@ -386,9 +388,9 @@ def test_the_own_sandbox_may_hold_it(
         parent=holder["parent"],
         opened=("/dev/vfio/12",),
     )
-    asker = ask("kata-1", shim=Process(shim, "s", ()) if shim else None, sandbox="pod7")
+    runtime = ask("kata-1", shim=Process(shim, "s", ()) if shim else None, sandbox="pod7")
     (target,) = find(tree, ("/dev/vfio/12", 237, 0))
-    assert codes(check_all(tree, target, asker, pid)) == expected
+    assert codes(check_all(tree, target, runtime, pid)) == expected
 
 
 @pytest.mark.parametrize(
@@ -401,7 +403,7 @@ def test_the_own_sandbox_may_hold_it(
         (50, 0, 1, True),
     ],
 )
-def test_on_a_busy_machine_the_own_hypervisor_comes_first(
+def test_group_busy_own_hypervisor_searched_first(
     tree: HostTree, monkeypatch: pytest.MonkeyPatch, pid: int, shim: int, parent: int, told: bool
 ) -> None:
     """With no time left to look through all processes. A search that was cut short is told as that."""
@@ -410,8 +412,8 @@ def test_on_a_busy_machine_the_own_hypervisor_comes_first(
         tree.process(number, "/usr/bin/other")
     tree.process(50, "/usr/bin/other")
     tree.process(51, "/usr/bin/qemu-system-x86_64", parent=parent, opened=("/dev/vfio/12",))
-    asker = ask("kata-go", shim=Process(shim, "s", ()) if shim else None)
-    findings = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0], asker, pid, seconds=0.4)
+    runtime = ask("kata-go", shim=Process(shim, "s", ()) if shim else None)
+    findings = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0], runtime, pid, seconds=0.4)
     assert [finding.as_line() for finding in findings] == (
         [
             "error: [group-busy] group 12: is in use; the search for the process timed out"
@@ -422,7 +424,7 @@ def test_on_a_busy_machine_the_own_hypervisor_comes_first(
     )
 
 
-def test_a_holder_that_can_not_be_seen(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_busy_invisible_holder(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process was looked at: it is in another pid namespace, or the hook may not look into it."""
     busy(monkeypatch)
     tree.process(50, "/usr/bin/other")
@@ -430,13 +432,13 @@ def test_a_holder_that_can_not_be_seen(tree: HostTree, monkeypatch: pytest.Monke
     assert finding.problem == "is in use by a process that is not visible to the hook (another PID namespace?)"
 
 
-def test_a_holder_that_let_go_in_between(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_busy_holder_gone(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
     words = iter(["busy", "viable"])
-    monkeypatch.setattr(checks, "ask_kernel", lambda _root, _node: next(words))
+    monkeypatch.setattr(checks, "read_group_status", lambda _root, _node: next(words))
     assert check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0]) == []
 
 
-def test_attached_is_what_the_hypervisor_has_open(tree: HostTree) -> None:
+def test_is_attached_by_open_group(tree: HostTree) -> None:
     tree.process(50, "/usr/bin/qemu-system-x86_64", opened=("/dev/vfio/12",))
     (target,) = find(tree, ("/dev/vfio/12", 237, 0))
     vmm = Hypervisor(Process(50, "qemu-system-x86_64", ()), "qemu", "off", "")
@@ -445,12 +447,12 @@ def test_attached_is_what_the_hypervisor_has_open(tree: HostTree) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a device that can be opened")
-def test_a_node_that_is_no_group_says_nothing() -> None:
-    from oci_hooks.linux.processes import ask_kernel
+def test_group_status_other_node_ignored() -> None:
+    from oci_hooks.linux.processes import read_group_status
     from oci_hooks.system import Root
 
-    assert ask_kernel(Root(), "/dev/null") == "unknown"
-    assert ask_kernel(Root(), "/dev/vfio/no-such-group") == "missing"
+    assert read_group_status(Root(), "/dev/null") == "unknown"
+    assert read_group_status(Root(), "/dev/vfio/no-such-group") == "missing"
 
 
 # The container's own permission --------------------------------------------------------------------------------------
@@ -471,11 +473,11 @@ GROUP = ("/dev/vfio/12", 237, 0)
         (make_spec(GROUP, mounts=[7, {"destination": 3}]), ["warning control-node-missing"]),
     ],
 )
-def test_control_node_of_the_container(tree: HostTree, spec: Spec, expected: list[str]) -> None:
+def test_control_node_missing_in_container(tree: HostTree, spec: Spec, expected: list[str]) -> None:
     assert codes(container_checks.check_control_node(spec, find(tree, GROUP))) == expected
 
 
-def test_a_cdev_needs_no_legacy_control_node(tree: HostTree) -> None:
+def test_control_node_not_needed_for_cdev(tree: HostTree) -> None:
     tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
     targets = find(tree, ("/dev/vfio/devices/vfio3", 511, 3))
     assert container_checks.check_control_node(make_spec(GROUP), targets) == ()
@@ -498,7 +500,7 @@ def test_a_cdev_needs_no_legacy_control_node(tree: HostTree) -> None:
         ("rubbish", False),
     ],
 )
-def test_device_rules(tree: HostTree, rules: object, allowed: bool) -> None:
+def test_check_device_rules(tree: HostTree, rules: object, allowed: bool) -> None:
     spec = make_spec(GROUP, linux={"resources": {"devices": rules}})
     expected = [] if allowed else ["warning group-denied"]
     assert codes(container_checks.check_device_rules(spec, find(tree, GROUP))) == expected
@@ -527,7 +529,7 @@ MAPPED = [{"containerID": 0, "hostID": 1000, "size": 65536}]
         (LOCK, {"namespaces": [{"type": "mount"}]}, "65536", "plain", []),
     ],
 )
-def test_memlock(
+def test_check_memlock(
     tree: HostTree, process: dict[str, Any], linux: dict[str, Any], inherited: str, kind: str, expected: list[str]
 ) -> None:
     tree.write("/proc/self/limits", f"Limit  Soft Limit  Hard Limit  Units\nMax locked memory  {inherited}  x  bytes\n")
@@ -553,25 +555,25 @@ def test_memlock(
         ({"checks": (("y", "ignore"),)}, "error", "error"),
     ],
 )
-def test_modes(settings: dict[str, Any], level: str, expected: str) -> None:
+def test_override_level_modes(settings: dict[str, Any], level: str, expected: str) -> None:
     from oci_hooks.findings import EXIT_DONE, EXIT_REFUSED
     from oci_hooks.host.settings import HostSettings
-    from oci_hooks.host.suite import choose_exit, settle
+    from oci_hooks.host.suite import apply_overrides, choose_exit_code
 
-    told = settle([Finding(level, "x", "s", "p")], HostSettings(**settings))
-    assert [finding.level for finding in told] == ([expected] if expected else [])
-    assert choose_exit(told) == (EXIT_REFUSED if expected == "error" else EXIT_DONE)
+    reported = apply_overrides([Finding(level, "x", "s", "p")], HostSettings(**settings))
+    assert [finding.level for finding in reported] == ([expected] if expected else [])
+    assert choose_exit_code(reported) == (EXIT_REFUSED if expected == "error" else EXIT_DONE)
 
 
-def test_errors_come_first_and_once() -> None:
+def test_apply_overrides_sorts_and_deduplicates() -> None:
     from oci_hooks.host.settings import HostSettings
-    from oci_hooks.host.suite import settle
+    from oci_hooks.host.suite import apply_overrides
 
     findings = [Finding("info", "a", "", ""), Finding("error", "b", "", ""), Finding("error", "b", "", "")]
-    assert [finding.code for finding in settle(findings, HostSettings())] == ["b", "a"]
+    assert [finding.code for finding in apply_overrides(findings, HostSettings())] == ["b", "a"]
 
 
-def test_a_check_that_cannot_look_does_not_refuse() -> None:
+def test_run_check_os_error_is_warning() -> None:
     from oci_hooks.host.suite import run_check
 
     def check_it() -> tuple[Finding, ...]:

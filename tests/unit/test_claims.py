@@ -18,7 +18,7 @@ from oci_hooks.findings import Refusal
 from oci_hooks.guest.claims import Claim, ClaimDirectory, Owner, list_owners
 from oci_hooks.guest.homes import Home
 from oci_hooks.guest.locks import alarm
-from oci_hooks.guest.undo_log import Journal
+from oci_hooks.guest.undo_log import UndoLog
 from oci_hooks.linux.processes import read_start_time
 from oci_hooks.system import Deadline, Root
 
@@ -80,13 +80,13 @@ def make_claim(
     home: Home = NOWHERE,
 ) -> str:
     """Make the claim of a container whose hook has ended, and return where it lies."""
-    journal = directory.open_journal(Owner(container, pid, start, bundle, home), groups)
+    undo_log = directory.open_undo_log(Owner(container, pid, start, bundle, home), groups)
     for kind, *words in entries:
-        journal.note(kind, *words)
+        undo_log.add(kind, *words)
     if done:
-        journal.note("done")
-    journal.close()
-    return journal.path
+        undo_log.add("done")
+    undo_log.close()
+    return undo_log.path
 
 
 def read_one(directory: ClaimDirectory) -> Claim:
@@ -99,22 +99,22 @@ def read_one(directory: ClaimDirectory) -> Claim:
 
 
 @pytest.mark.parametrize("container", HOSTILE_IDS, ids=ascii)
-def test_any_id_has_a_journal_in_the_directory(directory: ClaimDirectory, container: str) -> None:
+def test_undo_log_path_any_id_inside_directory(directory: ClaimDirectory, container: str) -> None:
     path = make_claim(directory, container)
     assert os.path.dirname(path) == f"{directory.path}/claims"
     assert os.listdir(f"{directory.path}/claims") == [os.path.basename(path)]
     assert read_one(directory).container == container
 
 
-def test_different_ids_have_different_journals(directory: ClaimDirectory) -> None:
+def test_undo_log_path_unique_for_id(directory: ClaimDirectory) -> None:
     ids = [*HOSTILE_IDS, "x" * 301, "a b", "a", "A", "%2e%2e"]
-    assert len({directory.journal_path(container) for container in ids}) == len(ids)
+    assert len({directory.undo_log_path(container) for container in ids}) == len(ids)
 
 
 # The directory -------------------------------------------------------------------------------------------------------
 
 
-def test_the_directory_is_made_for_root_alone_whatever_the_umask(tmp_path: Path) -> None:
+def test_prepare_claims_root_only_any_umask(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         ClaimDirectory(str(tmp_path / "run")).prepare()
@@ -147,7 +147,7 @@ def put_anothers(path: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [put_file, put_link, put_open, put_anothers])
-def test_a_directory_that_others_could_have_made_is_refused(tmp_path: Path, put: object) -> None:
+def test_prepare_claims_foreign_directory_refused(tmp_path: Path, put: object) -> None:
     assert callable(put)
     put(tmp_path / "run")
     with pytest.raises(Refusal) as caught:
@@ -158,38 +158,38 @@ def test_a_directory_that_others_could_have_made_is_refused(tmp_path: Path, put:
 
 
 @pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/etc/passwd")])
-def test_what_is_no_file_is_no_claim_and_in_nobodys_way(directory: ClaimDirectory, put: object) -> None:
+def test_read_claims_ignores_non_files(directory: ClaimDirectory, put: object) -> None:
     """A pipe would have every hook on the machine wait for its other end."""
     assert callable(put)
     for name in ("odd", ".odd"):
         put(Path(directory.path) / "claims" / name)
-    directory.open_journal(Owner("c1", 7, 70), ("4",)).close()
+    directory.open_undo_log(Owner("c1", 7, 70), ("4",)).close()
     directory.remove_drafts()
     assert [claim.container for claim in directory.read_claims()] == ["c1"]
-    assert directory.read_claim(directory.journal_path("odd")) is None
+    assert directory.read_claim(directory.undo_log_path("odd")) is None
 
 
 # Locks ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_hook_at_work_is_seen(directory: ClaimDirectory) -> None:
-    journal = directory.open_journal(Owner("c1", 7, 70), ("4", "5"))
+def test_read_claim_hook_at_work(directory: ClaimDirectory) -> None:
+    undo_log = directory.open_undo_log(Owner("c1", 7, 70), ("4", "5"))
     claim = read_one(directory)
     assert (claim.container, claim.pid, claim.start, claim.groups) == ("c1", 7, 70, ("4", "5"))
     assert (claim.at_work, claim.done) == (True, False)
     assert not claim.is_stale(Root())
-    assert directory.reopen_journal(claim) is None
-    journal.note("done")
-    journal.close()
+    assert directory.reopen_undo_log(claim) is None
+    undo_log.add("done")
+    undo_log.close()
     claim = read_one(directory)
     assert (claim.at_work, claim.done) == (False, True)
 
 
-def test_a_killed_hook_lets_go_and_is_stale(directory: ClaimDirectory) -> None:
+def test_claim_of_killed_hook_is_stale(directory: ClaimDirectory) -> None:
     child = os.fork()
     if child == 0:
         try:
-            directory.open_journal(Owner("c1", 7, 70), ("4",)).note(
+            directory.open_undo_log(Owner("c1", 7, 70), ("4",)).add(
                 "device", "0000:01:00.0", "e1000e", "", 5, "8086", "10d3", "020000"
             )
             os.kill(os.getpid(), signal.SIGKILL)
@@ -202,7 +202,7 @@ def test_a_killed_hook_lets_go_and_is_stale(directory: ClaimDirectory) -> None:
     assert [entry.kind for entry in claim.entries] == ["container", "bundle", "init", "cgroup", "group", "device"]
 
 
-def test_the_machines_lock_is_waited_for_until_the_deadline(directory: ClaimDirectory) -> None:
+def test_lock_waits_until_deadline(directory: ClaimDirectory) -> None:
     held = directory.lock(Deadline(1))
     begun = time.monotonic()
     with pytest.raises(Refusal) as caught:
@@ -214,7 +214,7 @@ def test_the_machines_lock_is_waited_for_until_the_deadline(directory: ClaimDire
     os.close(directory.lock(Deadline(0.2)))
 
 
-def test_an_alarm_that_is_not_heard_rings_again() -> None:
+def test_alarm_repeats_until_delivered() -> None:
     """One that comes when Python is about to enter a system call does not end that call."""
     reader, writer = os.pipe()
     with pytest.raises(TimeoutError), alarm(Deadline(0.01)):
@@ -229,7 +229,7 @@ def test_an_alarm_that_is_not_heard_rings_again() -> None:
     os.close(writer)
 
 
-def test_no_descriptor_is_left_of_a_lock_that_was_not_had(directory: ClaimDirectory) -> None:
+def test_lock_timeout_leaves_no_descriptor(directory: ClaimDirectory) -> None:
     held = directory.lock(Deadline(1))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -239,7 +239,7 @@ def test_no_descriptor_is_left_of_a_lock_that_was_not_had(directory: ClaimDirect
     os.close(held)
 
 
-def test_a_lock_that_is_let_go_is_had(directory: ClaimDirectory) -> None:
+def test_lock_acquired_when_released(directory: ClaimDirectory) -> None:
     held = directory.lock(Deadline(1))
     child = os.fork()
     if child == 0:
@@ -258,24 +258,24 @@ def test_a_lock_that_is_let_go_is_had(directory: ClaimDirectory) -> None:
     ("start", "state", "stale"),
     [(70, "S", False), (70, "R", False), (70, "Z", True), (70, "X", True), (71, "S", True), (0, "S", True)],
 )
-def test_a_claim_ends_with_its_process(
+def test_claim_stale_after_process_ended(
     directory: ClaimDirectory, tmp_path: Path, start: int, state: str, stale: bool
 ) -> None:
     make_claim(directory, "c1")
     assert read_one(directory).is_stale(write_stat(tmp_path, 7, start, state)) == stale
 
 
-def test_a_claim_whose_process_is_gone_is_stale(directory: ClaimDirectory, tmp_path: Path) -> None:
+def test_claim_stale_without_process(directory: ClaimDirectory, tmp_path: Path) -> None:
     make_claim(directory, "c1")
     assert read_one(directory).is_stale(Root(str(tmp_path)))
 
 
-def test_a_claim_that_is_not_done_is_stale_though_its_process_lives(directory: ClaimDirectory, tmp_path: Path) -> None:
+def test_claim_unfinished_is_stale(directory: ClaimDirectory, tmp_path: Path) -> None:
     make_claim(directory, "c1", done=False)
     assert read_one(directory).is_stale(write_stat(tmp_path, 7, 70))
 
 
-def test_the_start_of_a_real_process_is_told_from_that_of_a_zombie(other: int) -> None:
+def test_read_start_time_zombie_is_zero(other: int) -> None:
     assert read_start_time(Root(), other) > 0
     assert read_start_time(Root(), os.getpid()) < read_start_time(Root(), other) + 1
     child = os.fork()
@@ -290,7 +290,7 @@ def test_the_start_of_a_real_process_is_told_from_that_of_a_zombie(other: int) -
 # Drafts, torn and vanishing journals ---------------------------------------------------------------------------------
 
 
-def test_the_draft_of_a_killed_hook_is_removed_and_no_claim(directory: ClaimDirectory) -> None:
+def test_draft_of_killed_hook_removed(directory: ClaimDirectory) -> None:
     draft = Path(f"{directory.path}/claims/.4242")
     draft.write_text("oci-vfio-hooks 2\ncontainer\tc1\n")
     directory.remove_drafts()
@@ -298,7 +298,7 @@ def test_the_draft_of_a_killed_hook_is_removed_and_no_claim(directory: ClaimDire
     assert not draft.exists()
 
 
-def test_looking_changes_nothing(directory: ClaimDirectory) -> None:
+def test_read_claims_changes_nothing(directory: ClaimDirectory) -> None:
     # --dry-run looks without the machine-wide lock, while another hook is about to rename its draft.
     draft = Path(f"{directory.path}/claims/.4242")
     draft.write_text("")
@@ -307,55 +307,53 @@ def test_looking_changes_nothing(directory: ClaimDirectory) -> None:
     assert draft.exists()
 
 
-def test_a_draft_that_can_not_be_written_is_not_left(
-    directory: ClaimDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_undo_log_write_error_leaves_no_draft(directory: ClaimDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, "write", fail)
     with pytest.raises(OSError, match="No space"):
-        directory.open_journal(Owner("c1", 7, 70), ("4",))
+        directory.open_undo_log(Owner("c1", 7, 70), ("4",))
     monkeypatch.undo()
     assert os.listdir(f"{directory.path}/claims") == []
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_claim_that_goes_away_while_it_is_looked_at_is_gone(directory: ClaimDirectory) -> None:
+def test_read_claim_removed_meanwhile(directory: ClaimDirectory) -> None:
     path = make_claim(directory, "c1")
     claim = read_one(directory)
     os.unlink(path)
-    assert directory.reopen_journal(claim) is None
+    assert directory.reopen_undo_log(claim) is None
     assert directory.read_claim(path) is None
 
 
-def test_a_journal_torn_by_a_kill_is_continued_on_a_new_line(directory: ClaimDirectory) -> None:
+def test_reopen_undo_log_torn_line_continued(directory: ClaimDirectory) -> None:
     path = make_claim(directory, "c1")
     with open(path, "ab") as file:
         file.write(b"device\t0000:01:00.0\te100")
-    journal = directory.reopen_journal(read_one(directory))
-    assert isinstance(journal, Journal)
-    journal.note("group", "5")
-    journal.close()
+    undo_log = directory.reopen_undo_log(read_one(directory))
+    assert isinstance(undo_log, UndoLog)
+    undo_log.add("group", "5")
+    undo_log.close()
     assert read_one(directory).groups == ("4", "5")
 
 
-def test_what_this_run_added_is_told_from_what_was_there(directory: ClaimDirectory) -> None:
+def test_read_entries_only_of_this_run(directory: ClaimDirectory) -> None:
     make_claim(directory, "c1")
-    journal = directory.reopen_journal(read_one(directory))
-    assert journal is not None
-    journal.note("device", "0000:01:00.0", "e1000e", "", 5, "8086", "10d3", "020000")
-    assert [entry.kind for entry in directory.read_entries(journal)] == ["device"]
+    undo_log = directory.reopen_undo_log(read_one(directory))
+    assert undo_log is not None
+    undo_log.add("device", "0000:01:00.0", "e1000e", "", 5, "8086", "10d3", "020000")
+    assert [entry.kind for entry in directory.read_entries(undo_log)] == ["device"]
     # Also when somebody removed the file meanwhile: the steps have to be undone all the same.
-    os.unlink(journal.path)
-    assert [entry.kind for entry in directory.read_entries(journal)] == ["device"]
-    journal.close()
+    os.unlink(undo_log.path)
+    assert [entry.kind for entry in directory.read_entries(undo_log)] == ["device"]
+    undo_log.close()
 
 
-def test_owners_are_those_of_others(directory: ClaimDirectory) -> None:
+def test_list_owners_excludes_own_claim(directory: ClaimDirectory) -> None:
     make_claim(directory, "c1", groups=("4", "5"))
     make_claim(directory, "c2", groups=("6",))
     claims = directory.read_claims()
-    assert dict(list_owners(claims, but=directory.journal_path("c3"))) == {"4": "c1", "5": "c1", "6": "c2"}
-    assert dict(list_owners(claims, but=directory.journal_path("c1"))) == {"6": "c2"}
+    assert dict(list_owners(claims, excluding=directory.undo_log_path("c3"))) == {"4": "c1", "5": "c1", "6": "c2"}
+    assert dict(list_owners(claims, excluding=directory.undo_log_path("c1"))) == {"6": "c2"}

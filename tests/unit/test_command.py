@@ -64,18 +64,18 @@ def fail_with(error: BaseException) -> Any:
     ],
     ids=repr,
 )
-def test_whatever_goes_wrong_is_one_line(
+def test_run_hook_any_error_is_one_line(
     capfd: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
 ) -> None:
     assert run(fail_with(error)) == code
-    told = capfd.readouterr()
-    assert told.err.count("\n") == 1
-    assert said in told.err
-    assert told.err.rstrip().partition("; ")[2]
-    assert told.out == ""
+    reported = capfd.readouterr()
+    assert reported.err.count("\n") == 1
+    assert said in reported.err
+    assert reported.err.rstrip().partition("; ")[2]
+    assert reported.out == ""
 
 
-def test_findings_are_told_before_the_error(capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_hook_findings_before_error(capfd: pytest.CaptureFixture[str]) -> None:
     def work(call: Run) -> int:
         call.report(Finding("warning", "first", "x", "y"))
         raise Refusal("second", "x", "y", "z")
@@ -84,16 +84,16 @@ def test_findings_are_told_before_the_error(capfd: pytest.CaptureFixture[str]) -
     assert [line.split()[2] for line in capfd.readouterr().err.splitlines()] == ["[first]", "[second]"]
 
 
-def test_success_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_hook_success_silent(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(lambda _: 0) == 0
     assert capfd.readouterr() == ("", "")
 
 
-def test_json_tells_the_same(capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_hook_json_matches_stderr(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(fail_with(Refusal("no", "x", "y", "z")), "--json") == 1
-    told = json.loads(capfd.readouterr().out)
-    assert told["exit"] == 1
-    assert told["findings"] == [{"level": "error", "code": "no", "subject": "x", "problem": "y", "hint": "z"}]
+    reported = json.loads(capfd.readouterr().out)
+    assert reported["exit"] == 1
+    assert reported["findings"] == [{"level": "error", "code": "no", "subject": "x", "problem": "y", "hint": "z"}]
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,12 @@ def test_json_tells_the_same(capfd: pytest.CaptureFixture[str]) -> None:
         (["--json", "--debug", "--settings", "x"], Arguments(json=True, debug=True, settings="x")),
     ],
 )
-def test_arguments_are_read(argv: list[str], wanted: Arguments) -> None:
+def test_parse_arguments(argv: list[str], wanted: Arguments) -> None:
     assert parse_arguments("a-hook", argv, lambda _: None) == wanted
 
 
 @pytest.mark.parametrize("argv", [["x"], [""], ["--js"], ["prestart", "createRuntime"], ["--bundle"]])
-def test_wrong_arguments_are_refused(argv: list[str]) -> None:
+def test_parse_arguments_wrong_refused(argv: list[str]) -> None:
     if argv == [""]:
         # An empty kind is as good as none.
         assert parse_arguments("a-hook", argv, lambda _: None).phase == ""
@@ -121,7 +121,7 @@ def test_wrong_arguments_are_refused(argv: list[str]) -> None:
     assert caught.value.findings[0].hint
 
 
-def test_input_is_read_to_its_end_in_whatever_pieces(stdin: int) -> None:
+def test_read_input_in_pieces(stdin: int) -> None:
     child = os.fork()
     if child == 0:
         for piece in (b"ab", b"", b"c" * 70000):
@@ -133,7 +133,7 @@ def test_input_is_read_to_its_end_in_whatever_pieces(stdin: int) -> None:
     os.waitpid(child, 0)
 
 
-def test_input_that_does_not_end_is_refused_at_the_deadline(stdin: int) -> None:
+def test_read_input_open_pipe_refused_at_deadline(stdin: int) -> None:
     os.write(stdin, b"{}")
     begun = time.monotonic()
     with pytest.raises(InputError, match="was not closed before the deadline"):
@@ -142,7 +142,7 @@ def test_input_that_does_not_end_is_refused_at_the_deadline(stdin: int) -> None:
     os.close(stdin)
 
 
-def test_input_without_end_is_refused_by_its_size(stdin: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_input_oversized_refused(stdin: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "STATE_LIMIT", 1000)
     os.write(stdin, b"x" * 1001)
     os.close(stdin)
@@ -150,7 +150,7 @@ def test_input_without_end_is_refused_by_its_size(stdin: int, monkeypatch: pytes
         read_input(Deadline(5))
 
 
-def test_a_terminal_and_a_directory_are_no_input(stdin: int, tmp_path: Path) -> None:
+def test_read_input_terminal_or_directory_refused(stdin: int, tmp_path: Path) -> None:
     os.close(stdin)
     master, slave = os.openpty()
     os.dup2(slave, 0)
@@ -165,7 +165,7 @@ def test_a_terminal_and_a_directory_are_no_input(stdin: int, tmp_path: Path) -> 
         read_input(Deadline(5))
 
 
-def test_a_deadline_runs_from_its_beginning() -> None:
+def test_deadline_extend_keeps_start() -> None:
     deadline = Deadline(100)
     time.sleep(0.05)
     assert 60 < deadline.remaining() < 99.96

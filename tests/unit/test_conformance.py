@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.host.kata.config import Place, load_config
+from oci_hooks.host.kata.config import ConfigFile, load_config
 from oci_hooks.host.kata.model import Reading
 from oci_hooks.system import Root
 from tests.unit import kata_corpus
@@ -31,8 +31,8 @@ def read_case(case: Case, main: Path, flavour: str) -> Reading:
     """Return what our reader makes of a case."""
     path = str(main)
     root = Root("/")
-    place = Place(path, root.real_path(path), "test")
-    return load_config(root, place, flavour, case["annotations"]).reading
+    location = ConfigFile(path, root.real_path(path), "test")
+    return load_config(root, location, flavour, case["annotations"]).reading
 
 
 def compare(reading: Reading, truth: dict[str, object]) -> str:
@@ -48,7 +48,7 @@ def compare(reading: Reading, truth: dict[str, object]) -> str:
 
 @pytest.mark.parametrize("flavour", ["go", "rs"])
 @pytest.mark.parametrize("path", FILES, ids=["sample", "corpus"][: len(FILES)])
-def test_our_reader_agrees_with_katas(
+def test_kata_readers_agree_with_kata(
     path: Path, flavour: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = kata_corpus.load_cases(path)

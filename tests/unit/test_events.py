@@ -57,14 +57,14 @@ def listen(monkeypatch: pytest.MonkeyPatch, events: list[Any], context: Any = ob
     return Listener(), monitor
 
 
-def test_it_listens_before_the_first_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listener_listens_before_first_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     listener, monitor = listen(monkeypatch, [EVENT])
     assert monitor.started
     assert set(monitor.filters) == {"pci", "vfio"}
     assert listener.wait(5) == "add /devices/pci0000:00/0000:00:05.0"
 
 
-def test_events_of_no_interest_do_not_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listener_ignores_other_events(monkeypatch: pytest.MonkeyPatch) -> None:
     listener, _ = listen(monkeypatch, [None, None, EVENT])
     assert listener.wait(5).startswith("add ")
     listener, _ = listen(monkeypatch, [None, None])
@@ -73,13 +73,13 @@ def test_events_of_no_interest_do_not_end_the_wait(monkeypatch: pytest.MonkeyPat
     assert time.monotonic() - begun > 0.15
 
 
-def test_lost_events_are_a_reason_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listener_reports_lost_events(monkeypatch: pytest.MonkeyPatch) -> None:
     listener, _ = listen(monkeypatch, [OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))])
     assert listener.wait(5) == "lost No buffer space available"
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0])
-def test_no_time_is_a_look_at_what_came(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+def test_listener_zero_timeout_polls(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     listener, _ = listen(monkeypatch, [EVENT])
     assert listener.wait(seconds).startswith("add ")
     assert listener.wait(seconds) == ""
@@ -96,7 +96,7 @@ def lack_permission() -> None:
 
 
 @pytest.mark.parametrize("context", [lack_libudev, lack_permission])
-def test_what_can_not_listen_says_what_to_do(monkeypatch: pytest.MonkeyPatch, context: Any) -> None:
+def test_listener_without_pyudev_fails_with_hint(monkeypatch: pytest.MonkeyPatch, context: Any) -> None:
     with pytest.raises(StepError) as caught:
         listen(monkeypatch, [], context)
     (finding,) = caught.value.findings
@@ -104,7 +104,7 @@ def test_what_can_not_listen_says_what_to_do(monkeypatch: pytest.MonkeyPatch, co
     assert "python3-pyudev" in finding.hint
 
 
-def test_a_real_monitor_waits_to_the_end() -> None:
+def test_listener_real_monitor_times_out() -> None:
     begun = time.monotonic()
     Listener().wait(0.1)
     assert time.monotonic() - begun < 10

@@ -35,13 +35,13 @@ enable_annotations = ["[[z]"]
 @pytest.fixture(name="locales", scope="module")
 def make_locales(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Return the variables of some locales; the one that is not UTF-8 is made here, as few machines have it."""
-    place = tmp_path_factory.mktemp("locales")
+    location = tmp_path_factory.mktemp("locales")
     made = {"none": {}, "C": {"LC_ALL": "C"}, "POSIX": {"LANG": "POSIX"}, "gone": {"LC_ALL": "xx_YY.UTF-8"}}
     if not Path("/usr/share/i18n/charmaps/ISO-8859-1.gz").exists():
         pytest.skip("no character maps: apt-get install locales")
-    command = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(place / LATIN_1)]
+    command = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(location / LATIN_1)]
     subprocess.run(command, check=True, capture_output=True)
-    latin = {"LC_ALL": LATIN_1, "LOCPATH": str(place)}
+    latin = {"LC_ALL": LATIN_1, "LOCPATH": str(location)}
     script = "import sys; print(sys.getfilesystemencoding())"
     done = subprocess.run(
         ["/usr/bin/python3", "-IS", "-c", script], env=latin, capture_output=True, text=True, check=True
@@ -70,35 +70,33 @@ def call(
 
 def make_bundle(top: Path, name: bytes, config: dict[str, Any]) -> bytes:
     """Make a bundle's directory and return its path."""
-    place = os.fsencode(top) + b"/" + name
-    os.mkdir(place)
-    with open(place + b"/config.json", "w", encoding="utf-8") as file:
+    location = os.fsencode(top) + b"/" + name
+    os.mkdir(location)
+    with open(location + b"/config.json", "w", encoding="utf-8") as file:
         json.dump(config, file)
-    return place
+    return location
 
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("name", NAMES, ids=repr)
-def test_a_bundle_is_found_in_any_locale(
-    tmp_path: Path, locales: dict[str, dict[str, str]], hook: str, name: bytes
-) -> None:
+def test_bundle_path_in_any_locale(tmp_path: Path, locales: dict[str, dict[str, str]], hook: str, name: bytes) -> None:
     nothing = make_bundle(tmp_path, name, {})
     wrong = make_bundle(tmp_path, name + b"2", {"annotations": {oci.DEVICES_ANNOTATION: 5}})
-    said = set()
+    output = set()
     for environment in locales.values():
         done = call(hook, nothing, environment)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
         done = call(hook, wrong, environment)
         assert done.returncode == 2
         assert b"error: [bad-config]" in done.stderr
-        said.add(done.stderr)
+        output.add(done.stderr)
     # The same words in all of them, and in UTF-8.
-    (words,) = said
+    (words,) = output
     assert (name if name != b"\xff\xfe" else b"\\udcff\\udcfe") in words
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_what_is_printed_fails_in_no_locale(tmp_path: Path, locales: dict[str, dict[str, str]], hook: str) -> None:
+def test_output_in_any_locale(tmp_path: Path, locales: dict[str, dict[str, str]], hook: str) -> None:
     """To stdout, as JSON and as text, and with --debug, with what no character set but UTF-8 has."""
     annotations = {oci.DEVICES_ANNOTATION: "\u675f\udcff", oci.LOG_ANNOTATION: "on"}
     config = {"annotations": annotations, "linux": {"devices": [{**GROUP, "path": "/dev/vfio/\u675f"}]}}
@@ -120,7 +118,7 @@ def test_what_is_printed_fails_in_no_locale(tmp_path: Path, locales: dict[str, d
                 assert json.loads(done.stdout)["findings"]
 
 
-def test_python_warns_of_nothing(tmp_path: Path) -> None:
+def test_executables_without_python_warnings(tmp_path: Path) -> None:
     (tmp_path / "kata.toml").write_text(KATA)
     (tmp_path / "host.toml").write_text(f'[kata]\nmode = "always"\nconfig = "{tmp_path}/kata.toml"\n')
     config = {
@@ -138,7 +136,7 @@ def test_python_warns_of_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_no_warning_is_heard_whoever_gives_it(tmp_path: Path, hook: str) -> None:
+def test_executables_suppress_warnings(tmp_path: Path, hook: str) -> None:
     """A copy whose module warns in every way that Python has, at its compilation too."""
     (tmp_path / "hooks").mkdir()
     shutil.copy(REPOSITORY / "hooks" / hook, tmp_path / "hooks")
@@ -165,19 +163,19 @@ def main(argv):
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("library", ["python3.99", f"python{sys.version_info[0]}.{sys.version_info[1]}"])
-def test_a_virtual_environment_of_any_python_will_do(tmp_path: Path, hook: str, library: str) -> None:
+def test_executables_from_any_virtual_environment(tmp_path: Path, hook: str, library: str) -> None:
     """/usr/bin/python3 runs the hook wherever it is: the package has no part that is compiled for one version."""
     (tmp_path / "bin").mkdir()
     shutil.copy(REPOSITORY / "hooks" / hook, tmp_path / "bin")
-    place = tmp_path / "lib" / library / "site-packages"
-    shutil.copytree(REPOSITORY / "oci_hooks", place / "oci_hooks", ignore=shutil.ignore_patterns("__pycache__"))
-    (place / "oci_hooks/__init__.py").write_text('__version__ = "77"')
+    location = tmp_path / "lib" / library / "site-packages"
+    shutil.copytree(REPOSITORY / "oci_hooks", location / "oci_hooks", ignore=shutil.ignore_patterns("__pycache__"))
+    (location / "oci_hooks/__init__.py").write_text('__version__ = "77"')
     done = subprocess.run([tmp_path / "bin" / hook, "--version"], capture_output=True, text=True, check=True, env={})
     assert (done.stdout, done.stderr) == (f"{hook} 77\n", "")
 
 
 @pytest.mark.parametrize("python", [sys.executable, "/usr/bin/python3"])
-def test_libraries_come_without_the_programs_of_their_directories(tmp_path: Path, python: str) -> None:
+def test_load_site_packages_runs_no_sitecustomize_or_pth(tmp_path: Path, python: str) -> None:
     """Where a hook needs jsonschema, neither sitecustomize nor a .pth file is run; Debian has the former."""
     (tmp_path / "sitecustomize.py").write_text("raise SystemExit(77)")
     script = f"""

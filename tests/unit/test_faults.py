@@ -93,38 +93,40 @@ def sweep(
     while True:
         happening = Steps(nth, act, wrapped)
         with steps.orphans_are_ours():
-            code, said = machine.call(state, *arguments, prepare=happening.prepare)
+            code, output = machine.call(state, *arguments, prepare=happening.prepare)
             happening.wait_for_children()
             machine.kernel.wait()
         if not happening.has_fired:
-            assert code == 0, (nth, said)
+            assert code == 0, (nth, output)
             return
-        yield nth, code, said
+        yield nth, code, output
         nth += 1
 
 
-def test_nodes_belong_to_the_root_of_a_joined_user_namespace(machine: ActingMachine) -> None:
+def test_nodes_owned_by_root_of_joined_user_namespace(machine: ActingMachine) -> None:
     """Nobody in the container could open them else."""
     config = {"linux": {"namespaces": [{"type": "user", "path": "/proc/1/ns/user"}]}}
     container = machine.make_container("c1", GROUP[0], **config)
     for kind in ("uid", "gid"):
         machine.write(f"/proc/{container.init.pid}/{kind}_map", "0 100000 65536\n")
-    code, said = machine.call(container.state, "--dry-run")
+    code, output = machine.call(container.state, "--dry-run")
     assert code == 0
-    assert "mount /dev/vfio/1: 0600 100000:100000" in said.splitlines()
+    assert "mount /dev/vfio/1: 0600 100000:100000" in output.splitlines()
 
 
 # Killed --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kill", by_turns(KILLS))
-def test_killed_at_every_step(machine: ActingMachine, container: Container, kill: Act, record_property: Note) -> None:
+def test_bind_killed_at_every_step(
+    machine: ActingMachine, container: Container, kill: Act, record_property: Note
+) -> None:
     """By turns the release comes next, the same container's hook again, or another container's."""
     other = machine.make_container("c2", "0000:02:00.0")
     before = machine.take_stock()
     count = 0
-    for nth, code, said in sweep(machine, container.state, kill):
-        assert code == -signal.SIGKILL, (nth, said)
+    for nth, code, output in sweep(machine, container.state, kill):
+        assert code == -signal.SIGKILL, (nth, output)
         if nth % 3 == 0:
             assert machine.call(container.stopped, "poststop") == (0, ""), nth
         elif nth % 3 == 1:
@@ -144,14 +146,14 @@ def test_killed_at_every_step(machine: ActingMachine, container: Container, kill
 
 
 @pytest.mark.parametrize("kill", by_turns(KILLS))
-def test_a_release_killed_at_every_step(
+def test_release_killed_at_every_step(
     machine: ActingMachine, container: Container, kill: Act, record_property: Note
 ) -> None:
     before = machine.take_stock()
     count = 0
     assert machine.call(container.state) == (0, "")
-    for nth, code, said in sweep(machine, container.stopped, kill, "poststop"):
-        assert code == -signal.SIGKILL, (nth, said)
+    for nth, code, output in sweep(machine, container.stopped, kill, "poststop"):
+        assert code == -signal.SIGKILL, (nth, output)
         assert machine.call(container.stopped, "poststop") == (0, ""), nth
         assert machine.take_stock() == before, nth
         assert machine.call(container.state) == (0, ""), nth
@@ -161,36 +163,36 @@ def test_a_release_killed_at_every_step(
     record_property("faults", count)
 
 
-def test_told_to_end_at_every_step(machine: ActingMachine, container: Container, record_property: Note) -> None:
+def test_bind_sigterm_at_every_step(machine: ActingMachine, container: Container, record_property: Note) -> None:
     """From the first change on the hook puts everything back itself; before, the signal ends it."""
     before = machine.take_stock()
-    count = told = 0
-    for nth, code, said in sweep(machine, container.state, steps.terminate):
+    count = reported = 0
+    for nth, code, output in sweep(machine, container.state, steps.terminate):
         if code == 1:
-            assert "[interrupted] the hook: was ended by SIGTERM" in said
-            told += 1
+            assert "[interrupted] the hook: was ended by SIGTERM" in output
+            reported += 1
         elif code == 0:
             # It was at its last words.
             assert machine.list_claims() == ["c1"]
             assert machine.call(container.stopped, "poststop") == (0, "")
         else:
-            assert code == -signal.SIGTERM, (nth, said)
+            assert code == -signal.SIGTERM, (nth, output)
             assert machine.take_stock()["drivers"] == before["drivers"]
             assert machine.call(container.stopped, "poststop") == (0, "")
         assert machine.take_stock() == before, nth
         count += 1
-    assert told > 15
+    assert reported > 15
     record_property("faults", count)
 
 
-def test_a_dry_run_of_a_release_releases_nothing(machine: ActingMachine, container: Container) -> None:
+def test_release_dry_run_changes_nothing(machine: ActingMachine, container: Container) -> None:
     assert machine.call(container.stopped, "poststop", "--dry-run") == (0, "")
     assert machine.call(container.state) == (0, "")
     bound = machine.take_stock()
     for state, arguments in ((container.stopped, ()), (container.state, ("poststop",))):
-        code, said = machine.call(state, "--dry-run", *arguments)
+        code, output = machine.call(state, "--dry-run", *arguments)
         assert (code, machine.take_stock()) == (0, bound)
-        lines = said.splitlines()
+        lines = output.splitlines()
         assert lines[0].startswith(("remove /dev/vfio/devices.json: from the container at ", "remove /dev/vfio/1: "))
         assert f"restore {GROUP[0]}: driver {NATIVE}, driver_override unset" in lines
         assert {line.split()[0] for line in lines} <= {"remove", "create", "restore", "revoke"}
@@ -200,39 +202,41 @@ def test_a_dry_run_of_a_release_releases_nothing(machine: ActingMachine, contain
 
 
 @pytest.mark.parametrize("fail", by_turns(ERRORS))
-def test_an_error_at_every_step(machine: ActingMachine, container: Container, fail: Act, record_property: Note) -> None:
+def test_bind_error_at_every_step(
+    machine: ActingMachine, container: Container, fail: Act, record_property: Note
+) -> None:
     before = machine.take_stock()
     count = failed = 0
-    for nth, end, said in sweep(machine, container.state, fail, wrapped=STEPS):
-        check_words(end, said, nth)
+    for nth, end, output in sweep(machine, container.state, fail, wrapped=STEPS):
+        check_words(end, output, nth)
         if end == 0:
             # A log, or what is tried again: nothing is lacking.
             assert machine.list_claims() == ["c1"], nth
             assert set(machine.take_stock()["nodes"]["c1"]) == {"vfio", "vfio/vfio", "vfio/1", "vfio/devices.json"}, nth
             assert machine.call(container.stopped, "poststop") == (0, ""), nth
         failed += end > 0
-        assert machine.take_stock() == before, (nth, said)
+        assert machine.take_stock() == before, (nth, output)
         count += 1
     assert failed > 20
     record_property("faults", count)
 
 
 @pytest.mark.parametrize("fail", by_turns(ERRORS))
-def test_an_error_at_every_step_of_a_release(
+def test_release_error_at_every_step(
     machine: ActingMachine, container: Container, fail: Act, record_property: Note
 ) -> None:
     before = machine.take_stock()
     count = 0
     assert machine.call(container.state) == (0, "")
-    for nth, end, said in sweep(machine, container.stopped, fail, "poststop", wrapped=STEPS):
-        check_words(end, said, nth)
+    for nth, end, output in sweep(machine, container.stopped, fail, "poststop", wrapped=STEPS):
+        check_words(end, output, nth)
         # What failed once is put back the second time, or it was said what was not.
         again, _ = machine.call(container.stopped, "poststop")
         assert again == 0
         after = machine.take_stock()
         assert after["claims"] == []
         if after != before:
-            assert end == 1 and any(word in said for word in ("[undo-failed]", "[restore-failed]")), (nth, said)
+            assert end == 1 and any(word in output for word in ("[undo-failed]", "[restore-failed]")), (nth, output)
             mend(machine, container)
         assert machine.take_stock() == before, nth
         assert machine.call(container.state) == (0, ""), nth
@@ -260,7 +264,7 @@ def mend_drivers(machine: ActingMachine) -> None:
 # What goes away meanwhile --------------------------------------------------------------------------------------------
 
 
-def test_a_device_is_unplugged_at_every_step(tmp_path: Path, record_property: Note) -> None:
+def test_bind_device_unplugged_at_every_step(tmp_path: Path, record_property: Note) -> None:
     count = 0
     while True:
         machine = ActingMachine(tmp_path / str(count), groups=2)
@@ -269,16 +273,16 @@ def test_a_device_is_unplugged_at_every_step(tmp_path: Path, record_property: No
         address = GROUP[count % 2]
         happening = Steps(count, lambda _, gone=address, at=machine: at.unplug(gone), CHANGING)  # type: ignore[misc]
         with steps.orphans_are_ours():
-            code, said = machine.call(container.state, prepare=happening.prepare)
+            code, output = machine.call(container.state, prepare=happening.prepare)
             # One of its children may be what unplugs, and take longer on a busy machine than the hook waits for it.
             happening.wait_for_children()
-        check_words(code, said, count)
-        again, said = machine.call(container.stopped, "poststop")
-        check_words(again, said, count)
+        check_words(code, output, count)
+        again, output = machine.call(container.stopped, "poststop")
+        check_words(again, output, count)
         if happening.has_fired:
             del drivers[address]
         after = machine.take_stock()
-        assert (after["drivers"], after["claims"], after["nodes"]) == (drivers, [], {"c1": {}}), (count, said)
+        assert (after["drivers"], after["claims"], after["nodes"]) == (drivers, [], {"c1": {}}), (count, output)
         machine.end()
         if not happening.has_fired:
             break
@@ -287,15 +291,15 @@ def test_a_device_is_unplugged_at_every_step(tmp_path: Path, record_property: No
     record_property("faults", count)
 
 
-def test_the_container_dies_at_every_step(machine: ActingMachine, record_property: Note) -> None:
+def test_bind_container_dies_at_every_step(machine: ActingMachine, record_property: Note) -> None:
     """Its claim is nobody's then: its hook, or the next one, puts the devices back."""
     drivers = machine.take_stock()["drivers"]
     count = 0
     while True:
         container = machine.make_container(f"c{count}", GROUP[0])
         happening = Steps(count, lambda _, dead=container: os.kill(dead.init.pid, 9), CHANGING)  # type: ignore[misc]
-        code, said = machine.call(container.state, prepare=happening.prepare)
-        check_words(code, said, count)
+        code, output = machine.call(container.state, prepare=happening.prepare)
+        check_words(code, output, count)
         container.end()
         other = machine.make_container(f"other{count}", GROUP[1])
         assert machine.call(other.state) == (0, ""), count
@@ -310,24 +314,24 @@ def test_the_container_dies_at_every_step(machine: ActingMachine, record_propert
     record_property("faults", count)
 
 
-def test_a_container_that_is_dead_already(machine: ActingMachine, container: Container) -> None:
+def test_bind_dead_container_refused(machine: ActingMachine, container: Container) -> None:
     container.end()
     before = machine.take_stock()
-    code, said = machine.call(container.state)
-    assert (code, "[no-process]" in said) == (1, True)
+    code, output = machine.call(container.state)
+    assert (code, "[no-process]" in output) == (1, True)
     assert machine.take_stock() == before
 
 
-def test_vfio_refuses_to_bind(machine: ActingMachine, container: Container) -> None:
+def test_bind_refused_by_vfio(machine: ActingMachine, container: Container) -> None:
     before = machine.take_stock()
     for code in (errno.ENODEV, errno.EINVAL, errno.EBUSY, errno.EPERM, errno.ENOMEM):
         machine.kernel.refuses = lambda address, driver, why=code: why * (driver == "vfio-pci")  # type: ignore[misc]
-        end, said = machine.call(container.state)
-        assert (end, f"[bind-failed] {GROUP[0]}" in said) == (1, True), said
+        end, output = machine.call(container.state)
+        assert (end, f"[bind-failed] {GROUP[0]}" in output) == (1, True), output
         assert machine.take_stock() == before
 
 
-def test_a_driver_comes_to_a_new_device_meanwhile(machine: ActingMachine, container: Container) -> None:
+def test_bind_native_driver_probes_meanwhile(machine: ActingMachine, container: Container) -> None:
     """Hot plug: the kernel tells of a device some milliseconds before it gives it to its driver."""
     for address in GROUP:
         machine.kernel.unbind(address)
@@ -346,16 +350,16 @@ def test_a_driver_comes_to_a_new_device_meanwhile(machine: ActingMachine, contai
     assert machine.take_stock() == before
 
 
-def test_a_group_that_is_open_elsewhere_is_busy_but_for_its_own_container(
-    machine: ActingMachine, container: Container
-) -> None:
+def test_bind_open_group_busy_except_own_container(machine: ActingMachine, container: Container) -> None:
     def hold() -> None:
         busy = lambda directory, node, _: (errno.EBUSY, False) if node.is_group else answer_open(directory, node)  # noqa: E731
-        setattr(proof, "try_node", busy)  # noqa: B010
+        setattr(proof, "verify_node", busy)  # noqa: B010
 
     before = machine.take_stock()
-    code, said = machine.call(container.state, prepare=hold)
-    assert (code, "[group-busy] /dev/vfio/vfio/1" in said or "[group-busy] /dev/vfio/1" in said) == (1, True), said
+    code, output = machine.call(container.state, prepare=hold)
+    assert (code, "[group-busy] /dev/vfio/vfio/1" in output or "[group-busy] /dev/vfio/1" in output) == (1, True), (
+        output
+    )
     assert machine.take_stock() == before
     assert machine.call(container.state) == (0, "")
     # Its program may have it open by now.
@@ -411,7 +415,7 @@ def read_only(place: Path) -> None:
     ],
     ids=["full", "no-inodes", "read-only"],
 )
-def test_run_takes_nothing(
+def test_bind_run_read_only(
     machine: ActingMachine, container: Container, spoil: Callable[[Path], None], words: str
 ) -> None:
     before = machine.take_stock()
@@ -420,13 +424,13 @@ def test_run_takes_nothing(
         leave_mounts()
         spoil(machine.place("/run"))
 
-    code, said = machine.call(container.state, prepare=prepare)
-    check_words(code, said, words)
-    assert (code, words in said) == (1, True), said
+    code, output = machine.call(container.state, prepare=prepare)
+    check_words(code, output, words)
+    assert (code, words in output) == (1, True), output
     assert machine.take_stock() == before
 
 
-def test_run_is_full_in_the_middle_of_the_journal(machine: ActingMachine, record_property: Note) -> None:
+def test_bind_run_full_within_undo_log(machine: ActingMachine, record_property: Note) -> None:
     """A page is left, and the container's id takes most of it: each line of the journal in turn is torn by its end."""
     before = machine.take_stock()
     torn = 0
@@ -437,45 +441,45 @@ def test_run_is_full_in_the_middle_of_the_journal(machine: ActingMachine, record
             leave_mounts()
             fill(machine.place("/run"), 4096)
 
-        code, said = machine.call({**container.state, "id": "x" * length}, prepare=prepare)
-        check_words(code, said, length)
+        code, output = machine.call({**container.state, "id": "x" * length}, prepare=prepare)
+        check_words(code, output, length)
         if code == 0:
             # It had room enough; only the namespace with its journal is gone.
             mend_drivers(machine)
         else:
-            assert "No space left on device" in said
+            assert "No space left on device" in output
             assert container.list_dev() == {}, length
-        assert machine.take_stock()["drivers"] == before["drivers"], (length, said)
+        assert machine.take_stock()["drivers"] == before["drivers"], (length, output)
         torn += code
         container.remove()
     assert torn > 20
     record_property("faults", torn)
 
 
-def test_there_is_no_run(machine: ActingMachine, container: Container) -> None:
+def test_bind_without_run_directory(machine: ActingMachine, container: Container) -> None:
     machine.place("/run").rmdir()
     before = machine.take_stock()
-    code, said = machine.call(container.state)
-    assert (code, "No such file or directory" in said, "/run" in said) == (1, True, True), said
+    code, output = machine.call(container.state)
+    assert (code, "No such file or directory" in output, "/run" in output) == (1, True, True), output
     assert machine.take_stock() == before
 
 
-def test_a_journal_cut_off_anywhere(machine: ActingMachine, container: Container, record_property: Note) -> None:
+def test_release_truncated_undo_log(machine: ActingMachine, container: Container, record_property: Note) -> None:
     """What a cut journal still knows is put back, the rest is left; nothing is made up. Without an owner nothing is."""
     before = machine.take_stock()
     assert machine.call(container.state) == (0, "")
-    journal = machine.place("/run/oci-vfio-hooks/claims/c1")
-    whole = journal.read_bytes()
+    undo_log = machine.place("/run/oci-vfio-hooks/claims/c1")
+    whole = undo_log.read_bytes()
     ends = [at for at, byte in enumerate(whole, 1) if byte == ord("\n")]
     cuts = range(len(whole)) if FULL else sorted({0, *ends, *(end - 3 for end in ends)})
     for cut in cuts:
-        journal.write_bytes(whole[:cut])
-        code, said = machine.call(container.stopped, "poststop")
-        check_words(code, said, cut)
+        undo_log.write_bytes(whole[:cut])
+        code, output = machine.call(container.stopped, "poststop")
+        check_words(code, output, cut)
         owned = cut > whole.index(b"\ngroup\t")
-        assert (owned, machine.list_claims()) in ((True, []), (False, ["c1"])), (cut, said)
-        assert owned or (code == 1 and f"[claim-unreadable] {journal}" in said), (cut, said)
-        journal.unlink(missing_ok=True)
+        assert (owned, machine.list_claims()) in ((True, []), (False, ["c1"])), (cut, output)
+        assert owned or (code == 1 and f"[claim-unreadable] {undo_log}" in output), (cut, output)
+        undo_log.unlink(missing_ok=True)
         known = whole[:cut].rpartition(b"\n")[0].count(b"\ndevice\t")
         left = [driver for driver, _ in machine.take_stock()["drivers"].values()].count("vfio-pci")
         assert left == 2 - known * owned, cut
@@ -490,26 +494,26 @@ def test_a_journal_cut_off_anywhere(machine: ActingMachine, container: Container
 # Limits --------------------------------------------------------------------------------------------------------------
 
 
-def test_out_of_descriptors(machine: ActingMachine, container: Container, record_property: Note) -> None:
+def test_bind_out_of_descriptors(machine: ActingMachine, container: Container, record_property: Note) -> None:
     before = machine.take_stock()
     ends = []
     for limit in range(3, 20):
 
-        def prepare(most: int = limit) -> None:
+        def prepare(maximum: int = limit) -> None:
             os.closerange(3, 256)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, 1024))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, 1024))
 
-        code, said = machine.call(container.state, prepare=prepare)
-        check_words(code, said, limit)
-        assert (machine.take_stock()["drivers"] == before["drivers"]) == (code != 0), (limit, said)
+        code, output = machine.call(container.state, prepare=prepare)
+        check_words(code, output, limit)
+        assert (machine.take_stock()["drivers"] == before["drivers"]) == (code != 0), (limit, output)
         assert machine.call(container.stopped, "poststop") == (0, ""), limit
-        assert machine.take_stock() == before, (limit, said)
+        assert machine.take_stock() == before, (limit, output)
         ends.append(code)
     assert ends[0] != 0 and ends[-1] == 0
     record_property("faults", len(ends))
 
 
-def test_signals_that_mean_nothing(machine: ActingMachine, container: Container) -> None:
+def test_bind_interrupted_system_calls(machine: ActingMachine, container: Container) -> None:
     """EINTR everywhere: a signal with a handler comes all the time, at every call of the system."""
     before = machine.take_stock()
 

@@ -23,12 +23,12 @@ SECONDS = 60
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_what_was_found_stays_found(path: Path) -> None:
+def test_fuzz_saved_findings(path: Path) -> None:
     TARGETS[path.parent.name](path.read_bytes())
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_examples_are_read(name: str) -> None:
+def test_fuzz_examples(name: str) -> None:
     for data in list_seeds(name):
         TARGETS[name](data)
 
@@ -36,7 +36,7 @@ def test_examples_are_read(name: str) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 @settings(max_examples=30)
 @given(st.data())
-def test_an_example_with_some_bytes_changed(name: str, data: st.DataObject) -> None:
+def test_fuzz_mutated_examples(name: str, data: st.DataObject) -> None:
     """What atheris does, as far as it goes without atheris."""
     example = data.draw(st.sampled_from(list_seeds(name) or [b""]))[:4096]
     at = data.draw(st.integers(0, len(example)))
@@ -44,7 +44,7 @@ def test_an_example_with_some_bytes_changed(name: str, data: st.DataObject) -> N
     TARGETS[name](example[:at] + data.draw(st.binary(max_size=8)) + example[to:])
 
 
-def test_guided_by_coverage() -> None:
+def test_fuzz_with_atheris() -> None:
     done = subprocess.run(
         ["/usr/bin/python3", "-m", "tests.fuzz", "--seconds", str(SECONDS)],
         cwd=REPOSITORY,

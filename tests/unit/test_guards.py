@@ -11,7 +11,7 @@ import pytest
 
 from oci_hooks.linux import block_devices, pci
 from oci_hooks.linux.mounts import Mount, read_mounts
-from oci_hooks.linux.usage import Uses
+from oci_hooks.linux.usage import UsageFinder
 from oci_hooks.system import Deadline, Root, name_tag
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class FakeRoot(Root):
         """Return what the test says of the network, and what the tree has of all else. Raises OSError."""
         return self.network if name_tag(question) == "network" else super().ask(question, path, *more)
 
-    def is_held(self, path: str) -> bool:
+    def is_exclusively_open(self, path: str) -> bool:
         """Return what the test says."""
         return path in self.held
 
@@ -54,15 +54,15 @@ class Tree:
 
     def write(self, path: str, text: str = "") -> None:
         """Make a file and the directories above it."""
-        place = self.top / path.lstrip("/")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(text + "\n")
+        location = self.top / path.lstrip("/")
+        location.parent.mkdir(parents=True, exist_ok=True)
+        location.write_text(text + "\n")
 
     def link(self, path: str, target: str) -> None:
         """Make a link as sysfs makes them: relative."""
-        place = self.top / path.lstrip("/")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(os.path.relpath(target, os.path.dirname(path)))
+        location = self.top / path.lstrip("/")
+        location.parent.mkdir(parents=True, exist_ok=True)
+        location.symlink_to(os.path.relpath(target, os.path.dirname(path)))
 
     def add_device(
         self, address: str, class_code: str, driver: str = "", ids: str = "8086:10D3", above: str = "0000:00:01.0"
@@ -107,7 +107,7 @@ class Tree:
         """Return the uses of one function."""
         device = pci.read_device(self.root, address)
         assert device is not None
-        return Uses(self.root, Deadline(60)).find(device)
+        return UsageFinder(self.root, Deadline(60)).find(device)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def disk(tree: Tree) -> str:
         ("20000", {"sriov_numvfs": "4"}, ["has 4 SR-IOV virtual functions"]),
     ],
 )
-def test_what_the_machine_stands_on(tree: Tree, class_code: str, files: dict[str, str], uses: list[str]) -> None:
+def test_find_machine_uses_host(tree: Tree, class_code: str, files: dict[str, str], uses: list[str]) -> None:
     path = tree.add_device(NIC, class_code)
     for name, text in files.items():
         tree.write(f"{path}/{name}", text)
@@ -174,7 +174,7 @@ def test_what_the_machine_stands_on(tree: Tree, class_code: str, files: dict[str
         ("", ""),
     ],
 )
-def test_what_a_guest_stands_on(tree: Tree, driver: str, words: str) -> None:
+def test_find_machine_uses_guest(tree: Tree, driver: str, words: str) -> None:
     path = tree.add_device(NIC, "ff00", "virtio-pci", "1AF4:1043")
     tree.write(f"{path}/virtio3/modalias")
     if driver:
@@ -187,7 +187,7 @@ def test_what_a_guest_stands_on(tree: Tree, driver: str, words: str) -> None:
 
 
 @pytest.mark.usefixtures("disk")
-def test_a_disk_that_nobody_uses_is_free(tree: Tree) -> None:
+def test_usage_unused_disk_free(tree: Tree) -> None:
     assert tree.find(NVME) == []
 
 
@@ -210,7 +210,7 @@ def test_a_disk_that_nobody_uses_is_free(tree: Tree) -> None:
     ],
 )
 @pytest.mark.usefixtures("disk")
-def test_a_mounted_disk(tree: Tree, process: str, line: str, use: str) -> None:
+def test_usage_mounted_disk(tree: Tree, process: str, line: str, use: str) -> None:
     tree.link("/dev/disk/by-label/data", "/dev/nvme0n1p2")
     tree.mount(line, process=process)
     assert tree.find(NVME) == ([use] if use else [])
@@ -228,7 +228,7 @@ def test_a_mounted_disk(tree: Tree, process: str, line: str, use: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("disk")
-def test_swap(tree: Tree, swap: str, use: str) -> None:
+def test_usage_swap(tree: Tree, swap: str, use: str) -> None:
     tree.link("/dev/disk/by-label/swap", "/dev/nvme0n1p1")
     tree.write("/proc/swaps", f"Filename\tType\tSize\tUsed\tPriority\n{swap}   partition\t65532\t0\t-2")
     assert tree.find(NVME) == ([use] if use else [])
@@ -246,7 +246,7 @@ def test_swap(tree: Tree, swap: str, use: str) -> None:
         ("bcache0", "", "", "bcache0"),
     ],
 )
-def test_what_lies_on_a_disk(tree: Tree, disk: str, name: str, volume: str, uuid: str, what: str) -> None:
+def test_usage_disk_under_volume(tree: Tree, disk: str, name: str, volume: str, uuid: str, what: str) -> None:
     """An active volume is refused, mounted or not."""
     number = tree.add_volume(name, volume, uuid, f"{disk}/nvme0n1p2")
     assert tree.find(NVME) == [f"holds /dev/nvme0n1p2, part of {what}"]
@@ -254,7 +254,7 @@ def test_what_lies_on_a_disk(tree: Tree, disk: str, name: str, volume: str, uuid
     assert tree.find(NVME) == [f"holds /dev/nvme0n1p2, under {what}, mounted on /"]
 
 
-def test_volumes_over_volumes(tree: Tree, disk: str) -> None:
+def test_usage_stacked_volumes(tree: Tree, disk: str) -> None:
     tree.add_volume("md0", "", "", f"{disk}/nvme0n1p1", f"{disk}/nvme0n1p2")
     swap = tree.add_volume("dm-1", "vg-swap", "LVM-x", "/sys/devices/virtual/block/md0")
     tree.add_volume("dm-2", "vg-data", "LVM-y", "/sys/devices/virtual/block/md0")
@@ -270,7 +270,7 @@ def test_volumes_over_volumes(tree: Tree, disk: str) -> None:
     ]
 
 
-def test_a_loop_device_over_a_disk(tree: Tree, disk: str) -> None:
+def test_usage_loop_device_over_disk(tree: Tree, disk: str) -> None:
     """It holds nothing of the disk, in the kernel's eyes; whoever uses it uses the disk."""
     loop = "/sys/devices/virtual/block/loop0"
     number = tree.add_block(loop)
@@ -284,7 +284,7 @@ def test_a_loop_device_over_a_disk(tree: Tree, disk: str) -> None:
 
 @pytest.mark.parametrize(("backing", "use"), [((259, 3), "part of loop device loop0"), ((0, 0), "")])
 @pytest.mark.usefixtures("disk")
-def test_what_is_below_a_loop_device_is_the_kernels_word(
+def test_usage_loop_backing_asked_from_kernel(
     tree: Tree, monkeypatch: pytest.MonkeyPatch, backing: tuple[int, int], use: str
 ) -> None:
     """Its path may be another namespace's."""
@@ -296,12 +296,12 @@ def test_what_is_below_a_loop_device_is_the_kernels_word(
         asked.append(path)
         return os.makedev(*backing)
 
-    monkeypatch.setattr(block_devices, "ask_backing", ask_backing)
+    monkeypatch.setattr(block_devices, "read_backing_device", ask_backing)
     assert tree.find(NVME) == ([f"holds /dev/nvme0n1p2, {use}"] if use else [])
     assert asked == [f"{tree.top}/dev/loop0"]
 
 
-def test_partitions_of_what_lies_on_a_disk(tree: Tree, disk: str) -> None:
+def test_usage_partitions_of_volumes(tree: Tree, disk: str) -> None:
     tree.add_volume("md0", "", "", disk)
     part = tree.add_block("/sys/devices/virtual/block/md0/md0p1")
     tree.mount(f"40 22 {part} / /mnt rw - ext4 /dev/md0p1 rw")
@@ -309,19 +309,19 @@ def test_partitions_of_what_lies_on_a_disk(tree: Tree, disk: str) -> None:
 
 
 @pytest.mark.usefixtures("disk")
-def test_what_only_the_kernel_knows(tree: Tree) -> None:
+def test_usage_exclusively_open_disk(tree: Tree) -> None:
     tree.root.held.add("/dev/nvme0n1p1")
     assert tree.find(NVME) == ["holds /dev/nvme0n1p1, which the kernel or a program uses exclusively"]
 
 
-def test_a_disk_with_a_slash_in_its_name(tree: Tree) -> None:
+def test_usage_disk_name_with_slash(tree: Tree) -> None:
     path = tree.add_device(NVME, "10400", "cciss")
     number = tree.add_block(f"{path}/block/cciss!c0d0")
     tree.mount(f"40 22 {number} / /mnt rw - ext4 /dev/cciss/c0d0 rw")
     assert tree.find(NVME) == ["holds /dev/cciss/c0d0, mounted on /mnt"]
 
 
-def test_disks_of_other_functions_are_not_its_own(tree: Tree, disk: str) -> None:
+def test_usage_disks_of_other_functions_ignored(tree: Tree, disk: str) -> None:
     """Also not those of a function whose address begins like this one's, or whose bus lies above."""
     assert disk
     longer = f"{BUS}/0000:00:01.0/{NVME}0"
@@ -335,7 +335,7 @@ def test_disks_of_other_functions_are_not_its_own(tree: Tree, disk: str) -> None
     assert tree.find("0000:03:00.0") == []
 
 
-def test_nvme_with_multipath(tree: Tree) -> None:
+def test_usage_nvme_multipath(tree: Tree) -> None:
     """Namespaces hang below the subsystem; its controllers, one a function, are only linked."""
     for index, address in enumerate((NVME, NIC)):
         path = tree.add_device(address, "10802", "nvme")
@@ -350,7 +350,7 @@ def test_nvme_with_multipath(tree: Tree) -> None:
     assert tree.find("0000:03:00.0") == []
 
 
-def test_a_virtio_disk(tree: Tree) -> None:
+def test_usage_virtio_disk(tree: Tree) -> None:
     path = tree.add_device(NVME, "10000", "virtio-pci", "1AF4:1042")
     tree.add_block(f"{path}/virtio1/block/vda")
     assert tree.find(NVME) == []
@@ -358,14 +358,14 @@ def test_a_virtio_disk(tree: Tree) -> None:
     assert tree.find(NVME) == ["holds /dev/vda, mounted on /mnt"]
 
 
-def test_a_stick_on_a_usb_controller(tree: Tree) -> None:
+def test_usage_usb_disk(tree: Tree) -> None:
     path = tree.add_device(NVME, "c0330", "xhci_hcd")
     tree.add_block(f"{path}/usb1/1-1/1-1:1.0/host2/target2:0:0/2:0:0:0/block/sda/sda1")
     tree.mount("40 22 259:1 / /mnt rw - vfat /dev/sda1 rw")
     assert tree.find(NVME) == ["holds /dev/sda1, mounted on /mnt"]
 
 
-def test_without_a_table_of_mounts_nothing_is_called_free(tree: Tree) -> None:
+def test_usage_without_mountinfo_fails(tree: Tree) -> None:
     tree.add_device(NVME, "10802", "nvme")
     (tree.top / "proc/self/mountinfo").unlink()
     with pytest.raises(FileNotFoundError):
@@ -386,7 +386,7 @@ def nic(tree: Tree) -> str:
 
 
 @pytest.mark.usefixtures("nic")
-def test_a_link_that_is_only_up_is_free(tree: Tree) -> None:
+def test_usage_interface_up_only_free(tree: Tree) -> None:
     assert tree.find(NIC) == []
 
 
@@ -402,7 +402,7 @@ def test_a_link_that_is_only_up_is_free(tree: Tree) -> None:
         (["route", "", ""], "with a route"),
     ],
 )
-def test_a_link_with_more(tree: Tree, nic: str, line: list[str], use: str) -> None:
+def test_usage_interface_in_use(tree: Tree, nic: str, line: list[str], use: str) -> None:
     tree.root.network = [["address", "lo", "127.0.0.1"], line]
     assert tree.find(NIC) == ([f"is network interface eth1, up {use}"] if use else [])
     # The same, and down: nobody is using it.
@@ -420,7 +420,7 @@ def test_a_link_with_more(tree: Tree, nic: str, line: list[str], use: str) -> No
         (65534, "as an interface of type 65534"),
     ],
 )
-def test_a_link_without_addresses(tree: Tree, kind: int, use: str) -> None:
+def test_usage_can_interface_up(tree: Tree, kind: int, use: str) -> None:
     """Nobody brings up a CAN interface by accident, and it never has an address."""
     path = tree.add_device(NIC, "c0900", "kvaser_pci")
     tree.add_interface(f"{path}/net/can0", kind=kind)
@@ -429,7 +429,7 @@ def test_a_link_without_addresses(tree: Tree, kind: int, use: str) -> None:
     assert tree.find(NIC) == []
 
 
-def test_a_part_of_a_bond(tree: Tree, nic: str) -> None:
+def test_usage_bond_port(tree: Tree, nic: str) -> None:
     tree.link(f"{nic}/net/eth1/master", "/sys/devices/virtual/net/bond0")
     tree.link(f"{nic}/net/eth1/upper_bond0", "/sys/devices/virtual/net/bond0")
     tree.write("/sys/class/net/bonding_masters", "bond0")
@@ -438,12 +438,12 @@ def test_a_part_of_a_bond(tree: Tree, nic: str) -> None:
     assert tree.find(NIC) == []
 
 
-def test_below_a_vlan(tree: Tree, nic: str) -> None:
+def test_usage_interface_below_vlan(tree: Tree, nic: str) -> None:
     tree.link(f"{nic}/net/eth1/upper_eth1.7", "/sys/devices/virtual/net/eth1.7")
     assert tree.find(NIC) == ["is network interface eth1, up and used by eth1.7"]
 
 
-def test_a_virtio_card(tree: Tree) -> None:
+def test_usage_virtio_network_card(tree: Tree) -> None:
     path = tree.add_device(NIC, "20000", "virtio-pci", "1AF4:1041")
     tree.add_interface(f"{path}/virtio0/net/eth0")
     assert tree.find(NIC) == []
@@ -452,13 +452,13 @@ def test_a_virtio_card(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("below", ["net", "virtio0/net", "usb3/3-1/3-1:1.0/net", "mlx5_core.sf.4/net"])
-def test_an_interface_that_is_in_another_namespace(tree: Tree, below: str) -> None:
+def test_usage_interface_in_other_namespace(tree: Tree, below: str) -> None:
     path = tree.add_device(NIC, "20000", "virtio-pci", "1AF4:1041")
     (tree.top / path.lstrip("/") / below).mkdir(parents=True)
     assert tree.find(NIC) == ["is a network interface in another network namespace"]
 
 
-def test_what_is_unplugged_meanwhile_hides_no_interface(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage_unplugged_directory_ignored(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory that goes while the function is looked at is not the function."""
     path = tree.add_device(NIC, "20000", "virtio-pci", "1AF4:1041")
     for below in ("gone", "virtio0/net"):
@@ -474,7 +474,7 @@ def test_what_is_unplugged_meanwhile_hides_no_interface(tree: Tree, monkeypatch:
     assert tree.find(NIC) == ["is a network interface in another network namespace"]
 
 
-def test_another_cards_address_is_not_its_own(tree: Tree, nic: str) -> None:
+def test_usage_address_of_other_card_ignored(tree: Tree, nic: str) -> None:
     assert nic
     path = tree.add_device("0000:03:00.0", "20000", "e1000e")
     tree.add_interface(f"{path}/net/eth2")
@@ -482,7 +482,7 @@ def test_another_cards_address_is_not_its_own(tree: Tree, nic: str) -> None:
     assert tree.find(NIC) == []
 
 
-def test_a_card_without_a_driver_is_free(tree: Tree) -> None:
+def test_usage_card_without_driver_free(tree: Tree) -> None:
     tree.add_device(NIC, "20000")
     assert tree.find(NIC) == []
 
@@ -490,7 +490,7 @@ def test_a_card_without_a_driver_is_free(tree: Tree) -> None:
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_machine_is_looked_at_once(tree: Tree, disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage_scanned_once(tree: Tree, disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert disk
     tree.add_device(NIC, "20000", "e1000e")
     listed: list[str] = []
@@ -501,15 +501,15 @@ def test_the_machine_is_looked_at_once(tree: Tree, disk: str, monkeypatch: pytes
         return real(root, path)
 
     monkeypatch.setattr(Root, "list_names", list_names)
-    picture = pci.look(tree.root)
-    uses = Uses(tree.root, Deadline(60))
+    inventory = pci.scan(tree.root)
+    uses = UsageFinder(tree.root, Deadline(60))
     assert "/sys/class/block" not in listed
-    for device in picture.devices.values():
+    for device in inventory.devices.values():
         uses.find(device)
     assert [listed.count(path) for path in ("/sys/class/block", "/sys/class/net")] == [1, 1]
 
 
-def test_mountinfo_is_read_by_its_manual(tree: Tree) -> None:
+def test_parse_mounts_as_documented(tree: Tree) -> None:
     tree.mount(
         r"36 35 98:0 /mnt1 /mnt\0402 rw,noatime master:1 shared:2 - ext3 /dev/a\134b rw,errors=continue",
         "37 35 0:5 / /x rw - tmpfs none rw",

@@ -103,12 +103,12 @@ def check_refusal(done: subprocess.CompletedProcess[bytes], code: int, *words: s
         },
     ],
 )
-def test_who_asks_for_nothing_gets_silence(tmp_path: Path, config: object, arguments: tuple[str, ...]) -> None:
+def test_hook_without_vfio_silent(tmp_path: Path, config: object, arguments: tuple[str, ...]) -> None:
     done = run(make_state(make_bundle(tmp_path, config)), *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def test_who_asks_for_nothing_pays_for_nothing(tmp_path: Path) -> None:
+def test_hook_without_vfio_imports_only_fast_path(tmp_path: Path) -> None:
     bundle = make_bundle(
         tmp_path, {"linux": {"devices": [{"path": "/dev/fuse", "type": "c"}]}, "annotations": {"a": "b"}}
     )
@@ -122,7 +122,7 @@ def test_who_asks_for_nothing_pays_for_nothing(tmp_path: Path) -> None:
     assert not {f"oci_hooks.{name}" for name in needless} & modules
 
 
-def test_a_release_without_a_claim_is_silent_and_needs_no_bundle() -> None:
+def test_release_without_claim_silent_without_bundle() -> None:
     for data, arguments in (
         (make_state("/nowhere", status="stopped"), ()),
         (make_state("/nowhere"), ("poststop",)),
@@ -175,7 +175,7 @@ STATES: list[tuple[bytes, tuple[str, ...], int]] = [
 
 
 @pytest.mark.parametrize(("data", "words", "count"), STATES, ids=lambda value: repr(value)[:32])
-def test_a_bad_state_is_refused_and_changes_nothing(data: bytes, words: tuple[str, ...], count: int) -> None:
+def test_hook_bad_state_refused(data: bytes, words: tuple[str, ...], count: int) -> None:
     before = list_system()
     check_refusal(run(data), 2, *words, count=count)
     assert list_system() == before
@@ -208,13 +208,13 @@ CONFIGS: list[tuple[object, str]] = [
 
 
 @pytest.mark.parametrize(("config", "words"), CONFIGS, ids=lambda value: repr(value)[:60])
-def test_a_bad_config_is_refused_and_changes_nothing(tmp_path: Path, config: object, words: str) -> None:
+def test_hook_bad_config_refused(tmp_path: Path, config: object, words: str) -> None:
     before = list_system()
     check_refusal(run(make_state(make_bundle(tmp_path, config))), 2, words)
     assert list_system() == before
 
 
-def test_a_container_without_a_process_is_refused(tmp_path: Path) -> None:
+def test_bind_without_process_refused(tmp_path: Path) -> None:
     before = list_system()
     bundle = make_bundle(tmp_path, {"annotations": {oci.DEVICES_ANNOTATION: "auto"}})
     check_refusal(run(make_state(bundle)), 1, "[no-process]", "createRuntime")
@@ -222,7 +222,7 @@ def test_a_container_without_a_process_is_refused(tmp_path: Path) -> None:
     assert list_system() == before
 
 
-def test_a_selector_that_matches_nothing_is_refused_by_a_dry_run(tmp_path: Path) -> None:
+def test_dry_run_unmatched_selector_refused(tmp_path: Path) -> None:
     before = list_system()
     bundle = make_bundle(tmp_path, {"annotations": {oci.DEVICES_ANNOTATION: "fffe:ff:1f.7"}})
     for data, arguments in ((make_state(bundle), ("--dry-run",)), (None, ("--dry-run", "--bundle", str(bundle)))):
@@ -241,19 +241,19 @@ def test_a_selector_that_matches_nothing_is_refused_by_a_dry_run(tmp_path: Path)
         (("prestart", "poststop"), "poststop"),
     ],
 )
-def test_bad_arguments_are_refused(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+def test_hook_bad_arguments_refused(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     bundle = make_bundle(tmp_path, {"annotations": {oci.DEVICES_ANNOTATION: "auto"}})
     check_refusal(run(make_state(bundle), *arguments), 2, words)
 
 
-def test_json_is_printed_for_a_program() -> None:
+def test_hook_json_output() -> None:
     done = run(b"[]", "--json")
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["exit"], told["program"]) == (2, 2, "vfio-guest-bind")
-    assert [finding["code"] for finding in told["findings"]] == ["bad-state"]
+    reported = json.loads(done.stdout)
+    assert (done.returncode, reported["exit"], reported["program"]) == (2, 2, "vfio-guest-bind")
+    assert [finding["code"] for finding in reported["findings"]] == ["bad-state"]
 
 
-def test_help_and_version_are_told() -> None:
+def test_hook_help_and_version() -> None:
     for argument in ("--help", "--version"):
         done = run(b"", argument)
         assert (done.returncode, done.stderr) == (0, b"")
@@ -264,7 +264,7 @@ def test_help_and_version_are_told() -> None:
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2), (1, 2), (0, 2)], ids=str)
-def test_closed_descriptors_are_no_obstacle(tmp_path: Path, closed: tuple[int, ...]) -> None:
+def test_hook_closed_descriptors(tmp_path: Path, closed: tuple[int, ...]) -> None:
     redirections = " ".join(f"{fd}{'<' if fd == 0 else '>'}&-" for fd in closed)
     bundle = make_bundle(tmp_path, {})
     for data, code in ((make_state(bundle), 2 if 0 in closed else 0), (b"[]", 2)):
@@ -283,7 +283,7 @@ def run_shell(command: str, data: bytes) -> subprocess.CompletedProcess[bytes]:
     )
 
 
-def test_odd_umask_and_directory_are_no_obstacle(tmp_path: Path) -> None:
+def test_hook_any_umask_and_directory(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path, {})
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -291,7 +291,7 @@ def test_odd_umask_and_directory_are_no_obstacle(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_the_environment_is_not_trusted(tmp_path: Path) -> None:
+def test_hook_ignores_environment(tmp_path: Path) -> None:
     # A tenant's variables reach a hook in some runtimes (CVE-2025-23266).
     for name in ("json", "os", "oci_hooks", "jsonschema", "sitecustomize", "usercustomize", "_json"):
         (tmp_path / f"{name}.py").write_text(f"import sys; sys.stderr.write('loaded {name}'); sys.exit(77)")
@@ -312,7 +312,7 @@ def test_the_environment_is_not_trusted(tmp_path: Path) -> None:
     check_refusal(run(b'{"id": 5}', env=environment, cwd=tmp_path), 2, "[bad-state]", count=2)
 
 
-def test_ignored_children_and_blocked_signals_are_no_obstacle(tmp_path: Path) -> None:
+def test_hook_inherited_signal_state_reset(tmp_path: Path) -> None:
     def spoil() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM, signal.SIGTERM})
@@ -322,17 +322,17 @@ def test_ignored_children_and_blocked_signals_are_no_obstacle(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_anything_is_done_leaves_no_traceback(number: signal.Signals) -> None:
+def test_hook_early_signal_without_traceback(number: signal.Signals) -> None:
     with subprocess.Popen([HOOK], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env={}) as process:
         time.sleep(0.7)
         process.send_signal(number)
         assert process.stderr is not None
-        said = process.stderr.read()
+        output = process.stderr.read()
         assert process.wait(timeout=30) != 0
-    assert b"Traceback" not in said
+    assert b"Traceback" not in output
 
 
-def test_a_state_that_does_not_come_ends_at_the_deadline(tmp_path: Path) -> None:
+def test_hook_missing_state_ends_at_deadline(tmp_path: Path) -> None:
     program = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
@@ -353,7 +353,7 @@ sys.exit(guest_hook.main([]))
     assert "[no-state] stdin: was not closed before the deadline; " in line
 
 
-def test_the_executable_is_short() -> None:
+def test_hook_executable_under_20_lines() -> None:
     for hook in (REPOSITORY / "hooks").iterdir():
         text = hook.read_text()
         assert text.startswith("#!/usr/bin/python3 -I")
@@ -392,7 +392,7 @@ def work_on(machine: Machine, monkeypatch: pytest.MonkeyPatch, annotation: str, 
         ('on_failure = "kil"\n', NIC, "bad-settings", False),
     ],
 )
-def test_a_container_without_its_devices_is_ended_where_the_settings_say_so(
+def test_hook_failure_kills_container_with_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str, annotation: str, code: str, ends: bool
 ) -> None:
     machine = Machine(tmp_path)

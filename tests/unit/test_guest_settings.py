@@ -35,22 +35,22 @@ gid = 2000
 
 def write(tmp_path: Path, text: str, path: str = GUEST_SETTINGS) -> Root:
     """Return a root with this settings file."""
-    place = tmp_path / path.lstrip("/")
-    place.parent.mkdir(parents=True)
-    place.write_text(text)
+    location = tmp_path / path.lstrip("/")
+    location.parent.mkdir(parents=True)
+    location.write_text(text)
     return Root(str(tmp_path))
 
 
-def test_without_a_file_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guest_settings_without_file_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain_toml, "load_toml", lambda _text: pytest.fail("a TOML reader was loaded for nothing"))
     assert read_guest_settings(Root(str(tmp_path)), "") == GuestSettings()
 
 
-def test_an_empty_file_is_no_settings(tmp_path: Path) -> None:
+def test_guest_settings_empty_file_defaults(tmp_path: Path) -> None:
     assert read_guest_settings(write(tmp_path, "# nothing\n"), "") == GuestSettings()
 
 
-def test_every_key_is_heeded(tmp_path: Path) -> None:
+def test_guest_settings_every_key_applied(tmp_path: Path) -> None:
     found = read_guest_settings(write(tmp_path, WHOLE), "")
     assert found == GuestSettings(
         deadline=2.5,
@@ -71,19 +71,19 @@ def test_every_key_is_heeded(tmp_path: Path) -> None:
     assert [key for key, value in found.as_dict().items() if value == getattr(usual, key)] == []
 
 
-def test_a_part_leaves_the_rest_as_it_is(tmp_path: Path) -> None:
+def test_guest_settings_partial_file(tmp_path: Path) -> None:
     found = read_guest_settings(write(tmp_path, '[auto]\nids = ["10de"]\n[node]\nmode = 0o666\n'), "")
     assert (found.auto_ids, found.never, found.deadline) == (("10de",), NEVER, 8.0)
     assert found.owner == NodeOwner(0o666, -1, -1)
     assert read_guest_settings(write(tmp_path / "x", "[auto]\nnever = []\n"), "").never == ()
 
 
-def test_a_whole_number_with_a_point_is_one(tmp_path: Path) -> None:
+def test_guest_settings_integral_float_accepted(tmp_path: Path) -> None:
     owner = read_guest_settings(write(tmp_path, "[node]\nmode = 384.0\nuid = 1000.0\n"), "").owner
     assert (oct(owner.mode), str(owner.uid), owner.gid) == ("0o600", "1000", -1)
 
 
-def test_the_file_of_the_command_line_is_used(tmp_path: Path) -> None:
+def test_guest_settings_from_command_line(tmp_path: Path) -> None:
     root = write(tmp_path, 'on_failure = "kill"\n')
     write(tmp_path, "deadline = 3\n", "/other/x.toml")
     found = read_guest_settings(root, "/other/x.toml")

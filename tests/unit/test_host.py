@@ -53,7 +53,7 @@ class Bench:
         self.tree = HostTree(top)
         self.capfd = capfd
         self.monkeypatch = monkeypatch
-        monkeypatch.setattr(program, "NotingRoot", lambda: Root(str(top)))
+        monkeypatch.setattr(program, "RecordingRoot", lambda: Root(str(top)))
         # Records would go to this machine's /var.
         monkeypatch.setattr(program.Run, "is_recorded", lambda _run, _code: False)
         self.tree.pci(NIC, "vfio-pci", "12")
@@ -94,11 +94,11 @@ def kata_go(pid: int = 812, **annotations: str) -> dict[str, Any]:
 # A container of a plain runtime --------------------------------------------------------------------------------------
 
 
-def test_a_good_container(bench: Bench) -> None:
+def test_host_hook_good_container(bench: Bench) -> None:
     assert bench.run(state()) == (0, "", "")
 
 
-def test_a_bad_group_is_refused_in_one_line(bench: Bench) -> None:
+def test_host_hook_bad_group_one_line(bench: Bench) -> None:
     bench.tree.pci("0000:03:00.1", "ixgbe", "12")
     code, out, err = bench.run(state())
     assert (code, out) == (1, "")
@@ -109,7 +109,7 @@ def test_a_bad_group_is_refused_in_one_line(bench: Bench) -> None:
     )
 
 
-def test_every_group_is_told(bench: Bench) -> None:
+def test_host_hook_reports_every_group(bench: Bench) -> None:
     bench.tree.pci("0000:05:00.0", "ixgbe", "15")
     bench.set_config(
         CONTROL, GROUP, {**GROUP, "path": "/dev/vfio/15", "minor": 9}, {**GROUP, "path": "/dev/vfio/99", "minor": 8}
@@ -119,12 +119,12 @@ def test_every_group_is_told(bench: Bench) -> None:
     assert [line.split("[")[1].split("]")[0] for line in err.splitlines()] == ["group-not-viable", "group-missing"]
 
 
-def test_a_plain_container_hears_nothing_of_kata(bench: Bench) -> None:
+def test_host_hook_plain_container_no_kata_findings(bench: Bench) -> None:
     bench.tree.write(CONFIG, KATA)
     assert bench.run(state())[0] == 0
 
 
-def test_a_plain_container_without_permissions_is_warned(bench: Bench) -> None:
+def test_host_hook_plain_container_permission_warnings(bench: Bench) -> None:
     bench.tree.write("/run/b/config.json", json.dumps({"linux": {"devices": [GROUP]}}))
     bench.tree.write("/proc/self/limits", "Max locked memory  65536  65536  bytes\n")
     code, _, err = bench.run(state())
@@ -133,7 +133,7 @@ def test_a_plain_container_without_permissions_is_warned(bench: Bench) -> None:
         assert f"warning: {word}" in err
 
 
-def test_a_privileged_container_asks_for_nothing(bench: Bench) -> None:
+def test_host_hook_privileged_container_not_refused(bench: Bench) -> None:
     """It lists every node of the host, and starts as it would without the hook."""
     bench.tree.pci("0000:03:00.1", "ixgbe", "12")
     everything = [CONTROL, GROUP, {"path": "/dev/mem", "type": "c", "major": 1, "minor": 1}]
@@ -165,7 +165,7 @@ def test_a_privileged_container_asks_for_nothing(bench: Bench) -> None:
         ({"linux": {"devices": [GROUP]}}, {}, ("poststop",)),
     ],
 )
-def test_nothing_to_do_says_nothing(bench: Bench, document: Any, changes: Any, argv: tuple[str, ...]) -> None:
+def test_host_hook_without_vfio_silent(bench: Bench, document: Any, changes: Any, argv: tuple[str, ...]) -> None:
     """Whatever the state of Kata's configuration, of the settings and of the group."""
     bench.tree.write("/run/b/config.json", json.dumps(document))
     bench.tree.write(CONFIG, "no toml")
@@ -174,7 +174,7 @@ def test_nothing_to_do_says_nothing(bench: Bench, document: Any, changes: Any, a
     assert bench.run(state(**changes), *argv) == (0, "", "")
 
 
-def test_a_container_without_vfio_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_host_hook_without_vfio_imports_only_fast_path(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"ociVersion": "1.0.2", "linux": {"devices": []}}')
     text = json.dumps(state(bundle=str(tmp_path)))
     done = subprocess.run(
@@ -203,14 +203,14 @@ def test_a_container_without_vfio_imports_nothing_heavy(tmp_path: Path) -> None:
 # Kata ----------------------------------------------------------------------------------------------------------------
 
 
-def test_viommu_off_by_the_configuration(bench: Bench) -> None:
+def test_host_hook_viommu_off_by_configuration(bench: Bench) -> None:
     bench.tree.write(CONFIG, KATA)
     code, _, err = bench.run(kata_go(pid=70))
     assert code == 1
     assert f"[viommu-off] virtual IOMMU: enable_iommu = false in {CONFIG} line 3, not overridden by" in err
 
 
-def test_viommu_off_by_the_running_qemu(bench: Bench) -> None:
+def test_host_hook_viommu_off_by_running_qemu(bench: Bench) -> None:
     bench.tree.write(CONFIG, KATA.replace("false", "true"))
     bench.tree.process(812, QEMU, "-machine", "q35")
     code, _, err = bench.run(kata_go())
@@ -218,13 +218,13 @@ def test_viommu_off_by_the_running_qemu(bench: Bench) -> None:
     assert "[viommu-off] virtual IOMMU: qemu-system-x86_64 (pid 812) runs without a virtual IOMMU" in err
 
 
-def test_viommu_on_in_the_running_qemu(bench: Bench) -> None:
+def test_host_hook_viommu_on_in_running_qemu(bench: Bench) -> None:
     bench.tree.write(CONFIG, KATA)
     bench.tree.process(812, QEMU, "-machine", "q35", "-device", "intel-iommu")
     assert bench.run(kata_go()) == (0, "", "")
 
 
-def test_kata_1_reads_annotations_of_config_json(bench: Bench) -> None:
+def test_host_hook_kata_1_reads_config_json_annotations(bench: Bench) -> None:
     bench.tree.write(CONFIG, '[hypervisor.qemu]\nmachine_type = "q35"\n#enable_iommu = true\n[runtime]\n')
     bench.set_config(annotations={"io.katacontainers.x.vfio.devices": "auto"})
     code, _, err = bench.run(state(status="", ociVersion="", pid=70))
@@ -232,7 +232,7 @@ def test_kata_1_reads_annotations_of_config_json(bench: Bench) -> None:
     assert f"error: [viommu-off] virtual IOMMU: enable_iommu is not set in {CONFIG}, config.d/ or annotations" in err
 
 
-def test_guest_kernel_mode_is_not_refused(bench: Bench) -> None:
+def test_host_hook_guest_kernel_mode_not_refused(bench: Bench) -> None:
     bench.tree.write(CONFIG, KATA.replace('"vfio"', '"guest-kernel"'))
     code, _, err = bench.run(kata_go(pid=70))
     assert code == 0
@@ -240,7 +240,7 @@ def test_guest_kernel_mode_is_not_refused(bench: Bench) -> None:
     assert "info: [vfio-mode]" in err
 
 
-def test_runtime_rs_ignores_a_refusal_and_the_log_says_so(bench: Bench) -> None:
+def test_host_hook_runtime_rs_warns_failure_ignored(bench: Bench) -> None:
     bench.tree.write("/etc/kata-containers/runtime-rs/configuration.toml", KATA + 'hypervisor_name = "qemu"\n')
     bench.tree.process(812, QEMU)
     code, _, err = bench.run(state(pid=812))
@@ -249,14 +249,14 @@ def test_runtime_rs_ignores_a_refusal_and_the_log_says_so(bench: Bench) -> None:
     assert "warning: [failure-ignored] runtime-rs" in err
 
 
-def test_no_configuration_is_a_warning(bench: Bench) -> None:
+def test_host_hook_missing_kata_config_warned(bench: Bench) -> None:
     code, _, err = bench.run(kata_go(pid=70))
     assert code == 0
     assert "warning: [kata-config-missing]" in err
 
 
 @pytest.mark.parametrize(("mode", "code"), [("never", 0), ("auto", 1), ("always", 1)])
-def test_kata_mode(bench: Bench, mode: str, code: int) -> None:
+def test_host_hook_kata_mode(bench: Bench, mode: str, code: int) -> None:
     bench.tree.write(CONFIG, KATA)
     bench.tree.write("/etc/oci-vfio-hooks/host.toml", f'[kata]\nmode = "{mode}"\n')
     assert bench.run(kata_go(pid=70))[0] == code
@@ -274,7 +274,7 @@ def test_kata_mode(bench: Bench, mode: str, code: int) -> None:
         ('mode = "warn"\n[checks]\ngroup-missing = "enforce"\n', 1, "error"),
     ],
 )
-def test_modes_of_host_toml(bench: Bench, text: str, code: int, level: str) -> None:
+def test_host_hook_check_modes(bench: Bench, text: str, code: int, level: str) -> None:
     bench.set_config(CONTROL, {**GROUP, "path": "/dev/vfio/99", "minor": 8})
     bench.tree.write("/etc/oci-vfio-hooks/host.toml", text)
     found, _, err = bench.run(state())
@@ -282,7 +282,7 @@ def test_modes_of_host_toml(bench: Bench, text: str, code: int, level: str) -> N
     assert (f"{level}: [group-missing]" in err) if level else err == ""
 
 
-def test_wrong_settings_are_told_once_vfio_is_asked_for(bench: Bench) -> None:
+def test_host_hook_wrong_settings_only_with_vfio(bench: Bench) -> None:
     bench.tree.write("/etc/oci-vfio-hooks/host.toml", 'moed = "warn"\n')
     code, _, err = bench.run(state())
     assert code == 2
@@ -299,14 +299,14 @@ def test_wrong_settings_are_told_once_vfio_is_asked_for(bench: Bench) -> None:
         (b'{"id": "c1", "bundle": "/nowhere"}', "[bundle-unreadable] /nowhere/config.json"),
     ],
 )
-def test_bad_input(bench: Bench, data: bytes, said: str) -> None:
+def test_host_hook_bad_input(bench: Bench, data: bytes, said: str) -> None:
     code, out, err = bench.run(data)
     assert (code, out) == (2, "")
     assert said in err
     assert "Traceback" not in err
 
 
-def test_the_bundle_that_crun_gets_wrong(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_hook_crun_wrong_bundle_resolved(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a user namespace crun says "/"; its command line still has the bundle."""
     bench.tree.process(60, "/usr/bin/crun", "create", "--bundle", "/run/b", "c1")
     monkeypatch.setattr("os.getppid", lambda: 60)
@@ -316,7 +316,7 @@ def test_the_bundle_that_crun_gets_wrong(bench: Bench, monkeypatch: pytest.Monke
     assert "[group-not-viable]" in err
 
 
-def test_by_hand(bench: Bench) -> None:
+def test_host_hook_by_hand(bench: Bench) -> None:
     assert host_hook.main(["--bundle", "/run/b"]) == 0
     assert host_hook.main(["--bundle", "/nowhere"]) == 2
     bench.tree.write(CONFIG, KATA)
@@ -325,7 +325,7 @@ def test_by_hand(bench: Bench) -> None:
     assert "[viommu-off]" in bench.capfd.readouterr().err
 
 
-def test_json_has_its_schema(bench: Bench) -> None:
+def test_host_hook_json_matches_schema(bench: Bench) -> None:
     bench.tree.pci("0000:03:00.1", "ixgbe", "12")
     code, out, _ = bench.run(state(), "--json")
     answer = json.loads(out)
@@ -337,20 +337,20 @@ def test_json_has_its_schema(bench: Bench) -> None:
 @pytest.mark.parametrize("main", [host_hook.main, guest_hook.main], ids=["host", "guest"])
 @pytest.mark.parametrize("argv", [("--frob",), ("start",), ("--pid", "x"), ("--bundle",)], ids=" ".join)
 @pytest.mark.parametrize("first", [True, False])
-def test_bad_arguments_are_told_in_json(
+def test_host_hook_bad_arguments_in_json(
     capfd: pytest.CaptureFixture[str], main: Callable[[list[str]], int], argv: tuple[str, ...], first: bool
 ) -> None:
     code = main(["--json", *argv] if first else [*argv, "--json"])
-    told = capfd.readouterr()
-    answer = json.loads(told.out)
+    reported = capfd.readouterr()
+    answer = json.loads(reported.out)
     jsonschema.validate(answer, load_schema("findings"))
     (finding,) = answer["findings"]
     assert (code, answer["exit"], finding["code"], bool(finding["hint"])) == (2, 2, "bad-arguments", True)
-    assert told.err.count("\n") == 1
-    assert finding["problem"] in told.err
+    assert reported.err.count("\n") == 1
+    assert finding["problem"] in reported.err
 
 
-def test_the_executable_with_an_empty_environment(tmp_path: Path) -> None:
+def test_host_executable_empty_environment(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"linux": {"devices": [{**GROUP, "path": "/dev/vfio/4999"}]}}))
     # No record: it would go to this machine's /var.
     (tmp_path / "host.toml").write_text('record = "never"\n')
@@ -384,7 +384,7 @@ def host_of_groups(bench: Bench) -> Bench:
     return bench
 
 
-def test_the_listing(host_of_groups: Bench) -> None:
+def test_survey_table(host_of_groups: Bench) -> None:
     assert host_hook.main(["--all"]) == 0
     out, err = host_of_groups.capfd.readouterr()
     assert err == ""
@@ -398,12 +398,12 @@ def test_the_listing(host_of_groups: Bench) -> None:
     ]
 
 
-def test_the_listing_opens_nothing(host_of_groups: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "ask_kernel", lambda _root, _node: pytest.fail("opened"))
+def test_survey_opens_nothing(host_of_groups: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "read_group_status", lambda _root, _node: pytest.fail("opened"))
     assert host_hook.main(["--all"]) == 0
 
 
-def test_a_half_bound_group_is_a_problem(host_of_groups: Bench) -> None:
+def test_survey_half_bound_group_reported(host_of_groups: Bench) -> None:
     host_of_groups.tree.pci("0000:03:00.1", "ixgbe", "12")
     assert host_hook.main(["--all", "--format", "npd"]) == 1
     out, err = host_of_groups.capfd.readouterr()
@@ -412,13 +412,13 @@ def test_a_half_bound_group_is_a_problem(host_of_groups: Bench) -> None:
     assert "[group-not-viable]" in err
 
 
-def test_a_kernel_without_group_nodes_is_no_problem(bench: Bench) -> None:
+def test_survey_without_group_nodes_fine(bench: Bench) -> None:
     """With CONFIG_VFIO_GROUP off there are only the devices' own nodes."""
     bench.tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
     assert host_hook.main(["--all"]) == 0
 
 
-def test_a_host_without_iommu_is_a_problem(bench: Bench) -> None:
+def test_survey_without_iommu_reported(bench: Bench) -> None:
     import shutil
 
     shutil.rmtree(bench.tree.top / "sys/kernel/iommu_groups")
@@ -426,12 +426,12 @@ def test_a_host_without_iommu_is_a_problem(bench: Bench) -> None:
     assert bench.capfd.readouterr().out.startswith("iommu-off: host: ")
 
 
-def test_npd_on_a_good_host(host_of_groups: Bench) -> None:
+def test_survey_npd_good_host(host_of_groups: Bench) -> None:
     assert host_hook.main(["--all", "--format", "npd"]) == 0
     assert host_of_groups.capfd.readouterr().out == "1 VFIO groups ready\n"
 
 
-def test_nfd_labels(host_of_groups: Bench) -> None:
+def test_survey_nfd_labels(host_of_groups: Bench) -> None:
     host_of_groups.tree.write(CONFIG, KATA.replace("false", "true"))
     assert host_hook.main(["--all", "--format", "nfd"]) == 0
     labels = dict(line.split("=") for line in host_of_groups.capfd.readouterr().out.splitlines())
@@ -445,7 +445,7 @@ def test_nfd_labels(host_of_groups: Bench) -> None:
     }
 
 
-def test_all_as_json_has_its_schema(host_of_groups: Bench) -> None:
+def test_survey_json_matches_schema(host_of_groups: Bench) -> None:
     host_of_groups.tree.write(CONFIG, KATA)
     host_of_groups.tree.mdev("6f7a0b1e", "20", driver="vfio_mdev")
     code = host_hook.main(["--all", "--json"])
@@ -469,11 +469,11 @@ def test_all_as_json_has_its_schema(host_of_groups: Bench) -> None:
         (("--group", "noiommu-0"), 1),
     ],
 )
-def test_single_groups(host_of_groups: Bench, argv: tuple[str, ...], code: int) -> None:
+def test_survey_named_groups(host_of_groups: Bench, argv: tuple[str, ...], code: int) -> None:
     assert host_hook.main(list(argv)) == code
 
 
-def test_kata_in_the_listing(host_of_groups: Bench) -> None:
+def test_survey_lists_kata_configurations(host_of_groups: Bench) -> None:
     host_of_groups.tree.write(CONFIG, KATA.replace("false", "true"))
     host_of_groups.tree.write(
         "/opt/kata/clh.toml", '[hypervisor.clh]\nenable_iommu = false\n[runtime]\nvfio_mode = "guest-kernel"\n'
@@ -490,7 +490,7 @@ def test_kata_in_the_listing(host_of_groups: Bench) -> None:
 
 
 @pytest.mark.parametrize("vendor", ["8086", "10de"])
-def test_label_names_are_valid(vendor: str) -> None:
+def test_survey_label_names_valid(vendor: str) -> None:
     import re
 
     assert re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", f"vfio.device-{vendor}-10d3")
@@ -499,7 +499,7 @@ def test_label_names_are_valid(vendor: str) -> None:
 # The list of codes ---------------------------------------------------------------------------------------------------
 
 
-def test_every_code_is_in_the_table_and_the_other_way_round() -> None:
+def test_host_codes_match_documented_table() -> None:
     import re
 
     top = Path(host_hook.__file__).parents[2]
@@ -528,7 +528,7 @@ def test_every_code_is_in_the_table_and_the_other_way_round() -> None:
     assert listed - also == set()
 
 
-def test_preflight_is_not_imported_by_the_hook() -> None:
+def test_host_hook_does_not_import_survey() -> None:
     assert "preflight" not in vars(host_hook)
     assert survey.survey.__module__ == "oci_hooks.host.survey"
     assert os.path.exists(HOOK)

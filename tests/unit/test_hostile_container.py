@@ -52,11 +52,11 @@ def make_outside(tmp_path: Path) -> Path:
     """Return a directory that is none of the container's, with all that the hook would make or take away in one."""
     outside = tmp_path / "outside"
     (outside / "vfio").mkdir(parents=True)
-    for place in (outside, outside / "vfio"):
-        os.mknod(place / "12", stat.S_IFCHR | 0o600, os.makedev(511, 7))
-        os.mknod(place / "77", stat.S_IFCHR | 0o600, os.makedev(244, 3))
-        (place / "devices.json").write_text("secret")
-        (place / "file").write_text("secret")
+    for location in (outside, outside / "vfio"):
+        os.mknod(location / "12", stat.S_IFCHR | 0o600, os.makedev(511, 7))
+        os.mknod(location / "77", stat.S_IFCHR | 0o600, os.makedev(244, 3))
+        (location / "devices.json").write_text("secret")
+        (location / "file").write_text("secret")
     return outside
 
 
@@ -125,7 +125,7 @@ def swapping(swap: Callable[[], None]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("make_swap", [swap_dev, swap_vfio, swap_node])
-def test_a_directory_is_swapped_for_a_link_all_the_time(
+def test_container_dev_race_with_symlink(
     tmp_path: Path,
     outside: Path,
     make_swap: Callable[[Tree, Path], Callable[[], None]],
@@ -176,14 +176,16 @@ def put_anothers(path: Path) -> None:
         ("dev/vfio/devices.json", "node-in-the-way"),
     ],
 )
-def test_no_directory_and_no_node(tmp_path: Path, put: Callable[[Path], None], name: str, code: str) -> None:
+def test_container_dev_other_file_types_refused(
+    tmp_path: Path, put: Callable[[Path], None], name: str, code: str
+) -> None:
     """A pipe is not opened either: that would wait for its other end."""
     tree = Tree(tmp_path)
-    place = tree.rootfs / name
-    place.parent.mkdir(exist_ok=True)
-    if place == tree.dev:
-        place.rmdir()
-    put(place)
+    location = tree.rootfs / name
+    location.parent.mkdir(exist_ok=True)
+    if location == tree.dev:
+        location.rmdir()
+    put(location)
     before = tree.list_all()
     with pytest.raises(StepError) as caught:
         tree.expose()
@@ -192,7 +194,7 @@ def test_no_directory_and_no_node(tmp_path: Path, put: Callable[[Path], None], n
     assert tree.list_all() == before
 
 
-def test_a_right_node_of_somebody_else_stays_as_it_is(tmp_path: Path) -> None:
+def test_ensure_node_keeps_existing_right_node(tmp_path: Path) -> None:
     """The numbers are what a node is. Who may open it in there, the container decides."""
     tree = Tree(tmp_path)
     (tree.dev / "vfio").mkdir()
@@ -205,7 +207,7 @@ def test_a_right_node_of_somebody_else_stays_as_it_is(tmp_path: Path) -> None:
     assert tree.list_all() == before
 
 
-def test_a_directory_that_is_mounted_there(machine: ActingMachine, outside: Path) -> None:
+def test_container_dev_mounted_vfio_directory_refused(machine: ActingMachine, outside: Path) -> None:
     """config.json may mount any directory on /dev/vfio: the hook's nodes would outlive the container in it."""
     container = machine.make_container("c1", NIC)
     (container.dev / "vfio").mkdir()
@@ -216,13 +218,13 @@ def test_a_directory_that_is_mounted_there(machine: ActingMachine, outside: Path
         mount(container.dev / "vfio", "", MS_BIND, source=outside)
 
     # The container's init sees these mounts too.
-    code, said = machine.call({**container.state, "pid": machine.share_namespace(container, prepare)})
-    assert (code, "[hostile-tree] /dev/vfio: is a directory of the guest" in said) == (1, True), said
+    code, output = machine.call({**container.state, "pid": machine.share_namespace(container, prepare)})
+    assert (code, "[hostile-tree] /dev/vfio: is a directory of the guest" in output) == (1, True), output
     assert take_stock(outside) == before
     assert machine.take_stock() == machine_before
 
 
-def test_dev_itself_is_a_directory_of_the_guest(machine: ActingMachine, outside: Path) -> None:
+def test_container_dev_bind_mount_of_guest_refused(machine: ActingMachine, outside: Path) -> None:
     """What was made in it could not be found any more when the container's mounts have gone."""
     container = machine.make_container("c1", NIC)
     before, machine_before = take_stock(outside), machine.take_stock()
@@ -231,13 +233,13 @@ def test_dev_itself_is_a_directory_of_the_guest(machine: ActingMachine, outside:
         leave_mounts()
         mount(container.dev, "", MS_BIND, source=outside)
 
-    code, said = machine.call({**container.state, "pid": machine.share_namespace(container, prepare)})
-    assert (code, "[hostile-tree] /dev: is a directory of the guest" in said) == (1, True), said
+    code, output = machine.call({**container.state, "pid": machine.share_namespace(container, prepare)})
+    assert (code, "[hostile-tree] /dev: is a directory of the guest" in output) == (1, True), output
     assert take_stock(outside) == before
     assert machine.take_stock() == machine_before
 
 
-def test_dev_is_a_directory_of_a_btrfs_of_the_guest(machine: ActingMachine, outside: Path) -> None:
+def test_container_dev_btrfs_bind_mount_refused(machine: ActingMachine, outside: Path) -> None:
     """What stat() says of a file on btrfs is in no mountinfo; only the ids of mounts lead to the file system."""
     container = machine.make_container("c1", NIC)
     before, machine_before = take_stock(outside), machine.take_stock()
@@ -258,13 +260,13 @@ def test_dev_is_a_directory_of_a_btrfs_of_the_guest(machine: ActingMachine, outs
         setattr(os, "fstat", fstat_elsewhere)  # noqa: B010
 
     state = {**container.state, "pid": machine.share_namespace(container, prepare)}
-    code, said = machine.call(state, prepare=be_btrfs)
-    assert (code, "[hostile-tree] /dev: is a directory of the guest" in said) == (1, True), said
+    code, output = machine.call(state, prepare=be_btrfs)
+    assert (code, "[hostile-tree] /dev: is a directory of the guest" in output) == (1, True), output
     assert take_stock(outside) == before
     assert machine.take_stock() == machine_before
 
 
-def test_dev_is_the_guests_own(machine: ActingMachine) -> None:
+def test_container_dev_guest_devtmpfs(machine: ActingMachine) -> None:
     """Whoever shares it has the kernel's nodes there; one of group 1 is not among them on this machine."""
     container = machine.make_container("c1", NIC)
     before, guests = machine.take_stock(), sorted(os.listdir("/dev"))
@@ -273,13 +275,13 @@ def test_dev_is_the_guests_own(machine: ActingMachine) -> None:
         leave_mounts()
         mount(container.dev, "", MS_BIND, source=Path("/dev"))
 
-    code, said = machine.call({**container.state, "pid": machine.share_namespace(container, prepare)})
-    assert (code, "[node-missing] /dev/vfio" in said) == (1, True), said
+    code, output = machine.call({**container.state, "pid": machine.share_namespace(container, prepare)})
+    assert (code, "[node-missing] /dev/vfio" in output) == (1, True), output
     assert sorted(os.listdir("/dev")) == guests
     assert machine.take_stock() == before
 
 
-def test_dev_is_a_file_system_of_the_containers_own(machine: ActingMachine) -> None:
+def test_container_dev_own_tmpfs(machine: ActingMachine) -> None:
     """As every runtime makes it: it ends with the container's mounts, and all that was made there."""
     container = machine.make_container("c1", NIC)
     before = machine.take_stock()
@@ -331,7 +333,7 @@ def place_deep(container: Container) -> str:
 
 
 @pytest.mark.parametrize("find_place", [place_up, place_link, place_odd, place_deep])
-def test_an_odd_path_of_the_root_file_system(
+def test_rootfs_path_odd_characters(
     machine: ActingMachine, find_place: Callable[[Container], str], record_property: Note
 ) -> None:
     container = machine.make_container("c1", NIC)
@@ -345,14 +347,14 @@ def test_an_odd_path_of_the_root_file_system(
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "/" + "x/" * 2047, "y/" * 9000, "/proc/self/fd/0", "/", "/dev"])
-def test_a_root_file_system_that_is_none(machine: ActingMachine, path: str) -> None:
+def test_rootfs_invalid_refused(machine: ActingMachine, path: str) -> None:
     container = machine.make_container("c1", NIC)
     write_config(container, root={"path": path})
     before, outside = machine.take_stock(), sorted(os.listdir("/dev"))
-    code, said = machine.call(container.state)
+    code, output = machine.call(container.state)
     assert code == 1
-    assert "Traceback" not in said
-    assert "[internal]" not in said
+    assert "Traceback" not in output
+    assert "[internal]" not in output
     assert machine.take_stock() == before
     assert sorted(os.listdir("/dev")) == outside
 
@@ -381,17 +383,17 @@ LONG_MAPS = {
 
 
 @pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
-def test_an_annotation_of_a_mebibyte(machine: ActingMachine, text: str) -> None:
+def test_annotation_oversized_refused(machine: ActingMachine, text: str) -> None:
     """It is refused before anything is made of it: a tenant must not buy more of the guest's time than the deadline."""
     check_annotation(machine, oci.DEVICES_ANNOTATION, text)
 
 
 @pytest.mark.parametrize("text", LONG_MAPS.values(), ids=LONG_MAPS)
-def test_a_map_of_a_mebibyte(machine: ActingMachine, text: str) -> None:
+def test_annotation_map_oversized_refused(machine: ActingMachine, text: str) -> None:
     check_annotation(machine, oci.MAP_ANNOTATION, text)
 
 
-def test_as_long_an_annotation_as_is_read(machine: ActingMachine) -> None:
+def test_annotation_longest_accepted(machine: ActingMachine) -> None:
     container = machine.make_container("c1", ",".join([NIC] * (TEXT_LIMIT // len(f"{NIC},"))))
     before = machine.take_stock()
     assert machine.call(container.state) == (0, "")
@@ -404,7 +406,7 @@ def check_annotation(machine: ActingMachine, name: str, text: str) -> None:
     container = machine.make_container("c1", NIC)
     write_config(container, annotations={name: text})
     before = machine.take_stock()
-    code, said = machine.call(container.state)
-    (line,) = said.splitlines()
+    code, output = machine.call(container.state)
+    (line,) = output.splitlines()
     assert (code, "[bad-annotation]" in line, len(line) < 4000) == (2, True, True), line[:4000]
     assert machine.take_stock() == before

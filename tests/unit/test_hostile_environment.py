@@ -172,7 +172,7 @@ def call(hook: str, bundle: Path, **options: Any) -> tuple[int, bytes, bytes]:
         low_priority_and_stack,
     ],
 )
-def test_it_says_the_same(tmp_path: Path, hook: str, spoil: Callable[[Path], Options]) -> None:
+def test_hook_same_output_in_hostile_environment(tmp_path: Path, hook: str, spoil: Callable[[Path], Options]) -> None:
     options = spoil(tmp_path)
     for number, (name, config) in enumerate(CONFIGS.items()):
         bundle = tmp_path / f"bundle-{name}"
@@ -186,7 +186,7 @@ def test_it_says_the_same(tmp_path: Path, hook: str, spoil: Callable[[Path], Opt
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (1, 2), (0, 1, 2)], ids=str)
-def test_closed_descriptors(tmp_path: Path, hook: str, closed: tuple[int, ...]) -> None:
+def test_hook_closed_descriptors_not_reused(tmp_path: Path, hook: str, closed: tuple[int, ...]) -> None:
     """Nothing that it opens takes the number of a stream, and with it what is said to that."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["wrong"]))
 
@@ -194,6 +194,6 @@ def test_closed_descriptors(tmp_path: Path, hook: str, closed: tuple[int, ...]) 
         for fd in closed:
             os.close(fd)
 
-    code, out, said = call(hook, tmp_path, preexec_fn=close)
+    code, out, output = call(hook, tmp_path, preexec_fn=close)
     assert (code, out) == (2, b"")
-    assert (b"error: [" in said) == (2 not in closed)
+    assert (b"error: [" in output) == (2 not in closed)

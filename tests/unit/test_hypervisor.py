@@ -45,7 +45,7 @@ KATA = (
         ((), "off"),
     ],
 )
-def test_qemu(tmp_path: Path, arguments: tuple[str, ...], viommu: str) -> None:
+def test_find_hypervisor_qemu(tmp_path: Path, arguments: tuple[str, ...], viommu: str) -> None:
     tree = HostTree(tmp_path)
     tree.process(812, QEMU, *arguments)
     found = find_hypervisor(tree.root, 812)
@@ -64,7 +64,7 @@ def test_qemu(tmp_path: Path, arguments: tuple[str, ...], viommu: str) -> None:
         (("--kernel=/k", "--device", "path=/sys/bus/pci/devices/0000:01:00.0,iommu=off"), "off"),
     ],
 )
-def test_cloud_hypervisor(tmp_path: Path, arguments: tuple[str, ...], viommu: str) -> None:
+def test_find_hypervisor_cloud_hypervisor(tmp_path: Path, arguments: tuple[str, ...], viommu: str) -> None:
     tree = HostTree(tmp_path)
     tree.process(812, CLH, *arguments)
     found = find_hypervisor(tree.root, 812)
@@ -85,7 +85,7 @@ def test_cloud_hypervisor(tmp_path: Path, arguments: tuple[str, ...], viommu: st
         ("/bin/sleep", ""),
     ],
 )
-def test_kinds(tmp_path: Path, executable: str, kind: str) -> None:
+def test_find_hypervisor_kinds(tmp_path: Path, executable: str, kind: str) -> None:
     tree = HostTree(tmp_path)
     tree.process(812, executable)
     found = find_hypervisor(tree.root, 812)
@@ -93,5 +93,5 @@ def test_kinds(tmp_path: Path, executable: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("pid", [0, -1, 999])
-def test_no_process_is_no_hypervisor(tmp_path: Path, pid: int) -> None:
+def test_find_hypervisor_without_process(tmp_path: Path, pid: int) -> None:
     assert find_hypervisor(HostTree(tmp_path).root, pid) is None

@@ -39,13 +39,13 @@ def read_both(text: str) -> tuple[str, str]:
 
 
 @given(st.lists(PIECES, max_size=12).map("".join))
-def test_near_json_is_read_as_json_does(text: str) -> None:
+def test_parse_json_near_json_as_json_module(text: str) -> None:
     ours, theirs = read_both(text)
     assert ours == theirs
 
 
 @given(ANYTHING, st.booleans(), st.sampled_from([None, 1, "\t"]))
-def test_json_is_read_as_json_does(value: object, ascii_only: bool, indent: Any) -> None:
+def test_parse_json_as_json_module(value: object, ascii_only: bool, indent: Any) -> None:
     # A lone surrogate has no UTF-8.
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "replace").decode()
     ours, theirs = read_both(text)
@@ -53,10 +53,10 @@ def test_json_is_read_as_json_does(value: object, ascii_only: bool, indent: Any)
 
 
 @given(ANYTHING, st.data())
-def test_json_with_one_character_changed_is_read_as_json_does(value: object, data: st.DataObject) -> None:
+def test_parse_json_mutated_as_json_module(value: object, data: st.DataObject) -> None:
     text = json.dumps(value)
-    place = data.draw(st.integers(0, len(text)))
-    text = text[:place] + data.draw(PIECES) + text[place + data.draw(st.integers(0, 1)) :]
+    location = data.draw(st.integers(0, len(text)))
+    text = text[:location] + data.draw(PIECES) + text[location + data.draw(st.integers(0, 1)) :]
     ours, theirs = read_both(text)
     assert ours == theirs
 
@@ -79,7 +79,7 @@ def test_json_with_one_character_changed_is_read_as_json_does(value: object, dat
     ],
     ids=lambda value: repr(value)[:24],
 )
-def test_a_bad_text_is_refused_in_words(data: bytes, problem: str) -> None:
+def test_parse_json_bad_text_refused(data: bytes, problem: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_json(data, "the state")
     finding = caught.value.findings[0]
@@ -89,26 +89,26 @@ def test_a_bad_text_is_refused_in_words(data: bytes, problem: str) -> None:
     assert finding.hint
 
 
-def test_a_number_of_any_length_is_read_as_json_does() -> None:
+def test_parse_json_long_number_as_json_module() -> None:
     # Newer Pythons refuse to convert so many digits, older ones do it.
     ours, theirs = read_both("9" * 5000)
     assert ours == theirs
 
 
-def test_what_is_not_utf_8_stays_as_bytes_of_a_name_do() -> None:
+def test_parse_json_invalid_utf_8_surrogateescaped() -> None:
     assert parse_json(b'{"\xff": "\xe6\x9d \xe6\x9d\x9f"}', "x") == {"\udcff": "\udce6\udc9d \u675f"}
 
 
-def test_the_last_of_two_equal_keys_counts() -> None:
+def test_parse_json_last_duplicate_key_wins() -> None:
     assert parse_json(b'{"a": 1, "a": 2}', "x") == {"a": 2}
 
 
-def test_the_fast_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parse_json_uses_c_scanner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("oci_hooks.json_input.parse_slowly", lambda *_: pytest.fail("json was loaded for nothing"))
     assert parse_json(b' {"a": [1, -2.5, true, null, "\\u00e9", NaN]}\n', "x")["a"][:4] == [1, -2.5, True, None]
 
 
-def test_an_interpreter_without_the_scanner_reads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parse_json_without_c_scanner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "_json", None)
     with pytest.raises(ImportError):
         scan_text("{}")

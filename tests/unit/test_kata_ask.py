@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from oci_hooks.host import hook as host_hook
-from oci_hooks.host.kata.admission import Gate
-from oci_hooks.host.kata.config import Place, load_config
+from oci_hooks.host.kata.admission import AnnotationFilter
+from oci_hooks.host.kata.config import ConfigFile, load_config
 from oci_hooks.system import Root
 
 pytestmark = pytest.mark.unit
@@ -42,7 +42,7 @@ def ask(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, Any]:
     return code, json.loads(out)
 
 
-def test_values_with_what_decided_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_kata_ask_values_with_source(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "configuration.toml"
     path.write_text(TEXT)
     (tmp_path / "config.d").mkdir()
@@ -55,7 +55,7 @@ def test_values_with_what_decided_them(tmp_path: Path, capfd: pytest.CaptureFixt
     assert (found["hot_plug_vfio"], found["decided"]["hot_plug_vfio"]) == ("no-port", "default")
 
 
-def test_what_kata_refuses(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_kata_ask_refusals(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "configuration.toml"
     path.write_text(TEXT.replace("= false", "= 1"))
     code, found = ask(capfd, str(path), "--runtime", "go")
@@ -65,7 +65,7 @@ def test_what_kata_refuses(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert list(both) == ["go", "rust"]
 
 
-def test_what_cannot_be_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_kata_ask_uncertain(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "configuration.toml"
     path.write_text(TEXT.replace("enable_annotations", "Enable_IOMMU = true\nenable_annotations"))
     code, found = ask(capfd, str(path), "--runtime", "go")
@@ -73,7 +73,7 @@ def test_what_cannot_be_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert f"{path} line 7" in found["uncertain"]
 
 
-def test_a_person_sees_a_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_kata_ask_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "configuration.toml"
     path.write_text(TEXT)
     assert host_hook.main(["--kata-config", str(path), "--runtime", "go"]) == 0
@@ -94,7 +94,7 @@ def complete(text: str, rust: bool) -> str:
 
 
 @pytest.mark.parametrize("name", ["qemu", "clh", "fc", "qemu-runtime-rs", "clh-runtime-rs", "dragonball"])
-def test_templates_are_readable(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_kata_ask_templates_readable(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     runtime = "rust" if "runtime-rs" in name or name == "dragonball" else "go"
     path = tmp_path / "configuration.toml"
     path.write_text(complete((TEMPLATES / f"{name}.toml").read_text(), runtime == "rust"))
@@ -108,8 +108,8 @@ def test_templates_are_readable(name: str, tmp_path: Path, capfd: pytest.Capture
 def read_quickly(path: Path, annotations: dict[str, str]) -> list[Any]:
     """Return both readers' readings, made in less than eight seconds together."""
     begun = time.monotonic()
-    place = Place(str(path), str(path), "")
-    readings = [load_config(Root("/"), place, flavour, annotations).reading for flavour in ("go", "rs")]
+    location = ConfigFile(str(path), str(path), "")
+    readings = [load_config(Root("/"), location, flavour, annotations).reading for flavour in ("go", "rs")]
     assert time.monotonic() - begun < 8
     return readings
 
@@ -129,13 +129,13 @@ HEAD = '[hypervisor.qemu]\nshared_fs = "none"\n'
     ],
     ids=["1 MiB", "10,000 tables", "deep array", "deep key", "quotes", "digits"],
 )
-def test_a_large_file_is_read_in_time(text: str, tmp_path: Path) -> None:
+def test_kata_ask_large_file_in_time(text: str, tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text(text)
     assert all(reading.refused for reading in read_quickly(path, {}))
 
 
-def test_odd_drop_ins(tmp_path: Path) -> None:
+def test_kata_ask_odd_drop_ins(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text(HEAD)
     drop_ins = tmp_path / "config.d"
@@ -146,15 +146,15 @@ def test_odd_drop_ins(tmp_path: Path) -> None:
     for number in range(4000):
         (drop_ins / f"{number}").write_text(HEAD)
     for reading in read_quickly(path, {}):
-        places = [problem.place.rpartition("/")[2] for problem in reading.refused]
-        assert {"fifo", "loop", "directory"} <= set(places)
+        locations = [problem.place.rpartition("/")[2] for problem in reading.refused]
+        assert {"fifo", "loop", "directory"} <= set(locations)
 
 
 @pytest.mark.parametrize("rust", [False, True])
 @pytest.mark.parametrize("pattern", ["(a+)+$", "((a*)*b)*$", "(((a{1,900}){1,900}){1,900})", "(" * 3000])
-def test_no_expression_takes_exponential_time(pattern: str, rust: bool) -> None:
+def test_kata_regex_linear_time(pattern: str, rust: bool) -> None:
     begun = time.monotonic()
-    assert Gate([pattern], rust).admits("a" * 65536 + "!") in (True, False, None)
+    assert AnnotationFilter([pattern], rust).allows("a" * 65536 + "!") in (True, False, None)
     assert time.monotonic() - begun < 8
 
 
@@ -175,11 +175,14 @@ def test_no_expression_takes_exponential_time(pattern: str, rust: bool) -> None:
         ("e{1,1001}nable", False, True),
     ],
 )
-def test_expressions_as_both_libraries_read_them(pattern: str, go: bool, rust: bool) -> None:
-    assert (Gate([pattern], False).admits("enable_iommu"), Gate([pattern], True).admits("enable_iommu")) == (go, rust)
+def test_kata_regex_matches_go_and_rust(pattern: str, go: bool, rust: bool) -> None:
+    assert (
+        AnnotationFilter([pattern], False).allows("enable_iommu"),
+        AnnotationFilter([pattern], True).allows("enable_iommu"),
+    ) == (go, rust)
 
 
-def test_no_message_reads_as_another_error_to_kata() -> None:
+def test_kata_messages_avoid_not_found() -> None:
     """Kata's agent and shim turn an error that says so into gRPC's NotFound."""
     for path in sorted(Path(host_hook.__file__).parent.glob("kata_*.py")):
         for number, line in enumerate(path.read_text().splitlines(), 1):

@@ -12,9 +12,9 @@ from oci_hooks.findings import Finding
 from oci_hooks.host.hypervisor import Hypervisor
 from oci_hooks.host.kata import checks as kata_checks
 from oci_hooks.host.kata import sandbox
-from oci_hooks.host.kata.config import Place, load_config
-from oci_hooks.host.kata.lookup import Found
-from oci_hooks.host.runtime import Asker
+from oci_hooks.host.kata.config import ConfigFile, load_config
+from oci_hooks.host.kata.lookup import ConfigLookup
+from oci_hooks.host.runtime import Runtime
 from oci_hooks.host.targets import Target
 from oci_hooks.linux.pci import PciDevice
 from oci_hooks.linux.processes import Process
@@ -66,9 +66,11 @@ def check(
     if drop_in:
         tree.write("/opt/kata/config.d/50-x", drop_in)
     named = annotations or {}
-    asker = Asker(kind, None, running, "c1", "", False, False).replace(**asking)
-    config = load_config(tree.root, Place(path, path, "test"), asker.flavour, named)
-    view = sandbox.view_sandbox(tree.root, asker, Found(config, certain), named, attached).replace(machine=machine)
+    runtime = Runtime(kind, None, running, "c1", "", False, False).replace(**asking)
+    config = load_config(tree.root, ConfigFile(path, path, "test"), runtime.flavour, named)
+    view = sandbox.inspect_sandbox(tree.root, runtime, ConfigLookup(config, certain), named, attached).replace(
+        machine=machine
+    )
     found = kata_checks.check_kata(view, spec or make_spec(), targets or (target(),))
     return [finding for finding in found if finding.code != "vfio-mode"]
 
@@ -120,7 +122,9 @@ def abbreviate(findings: list[Finding]) -> set[str]:
 
 
 @pytest.mark.parametrize(("name", "hypervisor", "plain", "wanted", "on"), TABLE, ids=[row[0] for row in TABLE])
-def test_every_template(tmp_path: Path, name: str, hypervisor: str, plain: str, wanted: str, on: str) -> None:
+def test_kata_checks_every_template(
+    tmp_path: Path, name: str, hypervisor: str, plain: str, wanted: str, on: str
+) -> None:
     text = (TEMPLATES / f"{name}.toml").read_text()
     assert abbreviate(check(HostTree(tmp_path / "1"), text)) == set(plain.split())
     assert abbreviate(check(HostTree(tmp_path / "2"), text, annotations=WANTED)) == set(wanted.split())
@@ -129,7 +133,7 @@ def test_every_template(tmp_path: Path, name: str, hypervisor: str, plain: str, 
 
 
 @pytest.mark.parametrize("name", [row[0] for row in TABLE if row[1] in ("qemu", "clh")])
-def test_every_template_with_the_annotation(tmp_path: Path, name: str) -> None:
+def test_kata_checks_every_template_with_annotation(tmp_path: Path, name: str) -> None:
     """The annotation counts where the template admits it, and is refused by name where not."""
     text = (TEMPLATES / f"{name}.toml").read_text()
     annotations = {**WANTED, HYPERVISOR_PREFIX + "enable_iommu": "true"}
@@ -139,13 +143,13 @@ def test_every_template_with_the_annotation(tmp_path: Path, name: str) -> None:
     assert ("warning annotation-not-allowed" in codes(found)) is not admitted
 
 
-def test_no_template_is_left_out() -> None:
+def test_kata_checks_all_templates_listed() -> None:
     listed = {row[0] for row in TABLE} | {"qemu-se", "qemu-se-runtime-rs"}
     assert {path.stem for path in TEMPLATES.iterdir()} == listed
 
 
 @pytest.mark.parametrize("name", ["qemu-se", "qemu-se-runtime-rs"])
-def test_secure_execution_on_s390x(tmp_path: Path, name: str) -> None:
+def test_kata_checks_s390x_secure_execution(tmp_path: Path, name: str) -> None:
     """Its mode is vfio and there is no virtual IOMMU: AP queues need none, and zPCI has its own."""
     text = (TEMPLATES / f"{name}.toml").read_text()
     crypto = (target(member("uuid", "ap")),)
@@ -178,11 +182,11 @@ RS_NAMES = 'name = "virt_container"\nhypervisor_name = "qemu"\nagent_name = "kat
 BAD = GOOD.replace("enable_iommu = true", "enable_iommu = false")
 
 
-def test_a_good_configuration(tmp_path: Path) -> None:
+def test_kata_checks_good_configuration(tmp_path: Path) -> None:
     assert check(HostTree(tmp_path), GOOD) == []
 
 
-def test_the_words_of_the_finding(tmp_path: Path) -> None:
+def test_viommu_off_finding_text(tmp_path: Path) -> None:
     (finding,) = check(HostTree(tmp_path), BAD)
     assert finding.as_line() == (
         "error: [viommu-off] virtual IOMMU: enable_iommu = false in /opt/kata/configuration.toml line 3, "
@@ -204,11 +208,11 @@ def test_the_words_of_the_finding(tmp_path: Path) -> None:
         (GOOD, CLH_DUMB, []),
     ],
 )
-def test_what_runs_is_the_truth(tmp_path: Path, text: str, running: Hypervisor, expected: list[str]) -> None:
+def test_viommu_running_hypervisor_decides(tmp_path: Path, text: str, running: Hypervisor, expected: list[str]) -> None:
     assert codes(check(HostTree(tmp_path), text, running=running)) == expected
 
 
-def test_what_runs_and_the_file_are_both_named(tmp_path: Path) -> None:
+def test_viommu_finding_names_process_and_file(tmp_path: Path) -> None:
     (finding,) = check(HostTree(tmp_path), GOOD, running=QEMU_OFF)
     assert finding.problem == (
         "qemu-system-x86_64 (pid 812) runs without a virtual IOMMU (no -device intel-iommu or virtio-iommu), although "
@@ -216,14 +220,14 @@ def test_what_runs_and_the_file_are_both_named(tmp_path: Path) -> None:
     )
 
 
-def test_without_a_file_what_runs_is_enough() -> None:
-    asker = Asker("kata-go", None, QEMU_OFF, "c1", "", False, False)
-    view = sandbox.view_sandbox(Root(), asker, Found(None, False), WANTED, False).replace(machine="x86_64")
+def test_viommu_without_file_by_running_hypervisor() -> None:
+    runtime = Runtime("kata-go", None, QEMU_OFF, "c1", "", False, False)
+    view = sandbox.inspect_sandbox(Root(), runtime, ConfigLookup(None, False), WANTED, False).replace(machine="x86_64")
     found = kata_checks.check_kata(view, make_spec(), (target(),))
     assert codes(found) == ["warning kata-config-missing", "error viommu-off"]
 
 
-def test_a_doubtful_file_refuses_nothing(tmp_path: Path) -> None:
+def test_kata_checks_uncertain_file_only_warns(tmp_path: Path) -> None:
     text = BAD.replace('"root-port"', '"no-port"')
     assert codes(check(HostTree(tmp_path / "1"), text)) == ["error viommu-off", "error no-port"]
     assert codes(check(HostTree(tmp_path / "2"), text, certain=False)) == ["warning viommu-off", "warning no-port"]
@@ -232,7 +236,7 @@ def test_a_doubtful_file_refuses_nothing(tmp_path: Path) -> None:
     assert codes(found) == ["error viommu-off", "warning no-port"]
 
 
-def test_the_mode_by_annotation(tmp_path: Path) -> None:
+def test_viommu_guest_kernel_mode_by_annotation(tmp_path: Path) -> None:
     """In guest-kernel mode the guest's driver has the device, and a missing IOMMU hurts nobody."""
     annotations = {RUNTIME_PREFIX + "vfio_mode": "guest-kernel"}
     assert codes(check(HostTree(tmp_path), BAD, annotations=annotations)) == ["warning viommu-off"]
@@ -247,7 +251,7 @@ def test_the_mode_by_annotation(tmp_path: Path) -> None:
         ("agent.log=debug iommu=pt", []),
     ],
 )
-def test_kernel_parameters_have_the_last_word(tmp_path: Path, words: str, expected: list[str]) -> None:
+def test_viommu_kernel_parameters_decide(tmp_path: Path, words: str, expected: list[str]) -> None:
     found = check(HostTree(tmp_path), GOOD.replace("enable_iommu", f'kernel_params = "{words}"\nenable_iommu', 1))
     assert codes(found) == expected
     if found:
@@ -273,11 +277,11 @@ def test_kernel_parameters_have_the_last_word(tmp_path: Path, words: str, expect
         (("hypervisor.qemu", "hypervisor.clh"), "x86_64", ["error viommu-off"]),
     ],
 )
-def test_support(tmp_path: Path, change: tuple[str, str], machine: str, expected: list[str]) -> None:
+def test_viommu_support(tmp_path: Path, change: tuple[str, str], machine: str, expected: list[str]) -> None:
     assert codes(check(HostTree(tmp_path), GOOD.replace(*change), machine=machine)) == expected
 
 
-def test_go_does_not_start_with_a_wrong_machine_even_unwanted(tmp_path: Path) -> None:
+def test_viommu_support_go_wrong_machine_refused(tmp_path: Path) -> None:
     text = GOOD.replace('"q35"', '"virt"').replace('vfio_mode = "vfio"', "")
     assert codes(check(HostTree(tmp_path / "1"), text)) == ["error viommu-unsupported"]
     rs = text.replace("[runtime]", '[runtime]\nhypervisor_name = "qemu"')
@@ -313,11 +317,11 @@ RS = '[hypervisor.qemu]\nenable_iommu = true\n{0}\n[runtime]\nhypervisor_name = 
         (RS.format(""), []),
     ],
 )
-def test_ports(tmp_path: Path, text: str, expected: list[str]) -> None:
+def test_kata_checks_ports(tmp_path: Path, text: str, expected: list[str]) -> None:
     assert codes(check(HostTree(tmp_path), text)) == expected
 
 
-def test_a_device_that_is_plugged_needs_no_port(tmp_path: Path) -> None:
+def test_ports_attached_device_needs_none(tmp_path: Path) -> None:
     assert check(HostTree(tmp_path), GOOD.replace("root-port", "no-port"), attached=True) == []
 
 
@@ -330,7 +334,7 @@ def test_a_device_that_is_plugged_needs_no_port(tmp_path: Path) -> None:
         (0, {"is_cri": True, "by_hand": False}, []),
     ],
 )
-def test_a_pod_needs_ports_in_stock(tmp_path: Path, ports: int, asking: dict[str, Any], expected: list[str]) -> None:
+def test_ports_pod_needs_spare_ports(tmp_path: Path, ports: int, asking: dict[str, Any], expected: list[str]) -> None:
     text = GOOD.replace("[runtime]", f"pcie_root_port = {ports}\n[runtime]")
     assert codes(check(HostTree(tmp_path), text, **asking)) == expected
 
@@ -348,7 +352,7 @@ def test_a_pod_needs_ports_in_stock(tmp_path: Path, ports: int, asking: dict[str
         (GOOD.replace('["enable_iommu"]', '["machine_type"]'), True, ""),
     ],
 )
-def test_annotation_not_allowed(tmp_path: Path, text: str, by_hand: bool, expected: str) -> None:
+def test_kata_checks_annotation_not_allowed(tmp_path: Path, text: str, by_hand: bool, expected: str) -> None:
     annotations = {HYPERVISOR_PREFIX + "machine_type": "q35"}
     found = check(HostTree(tmp_path), text, annotations=annotations, by_hand=by_hand)
     assert codes(found) == ([expected] if expected else [])
@@ -356,7 +360,7 @@ def test_annotation_not_allowed(tmp_path: Path, text: str, by_hand: bool, expect
         assert 'enable_annotations = ["enable_iommu", "machine_type"]' in found[0].hint
 
 
-def test_a_group_of_two(tmp_path: Path) -> None:
+def test_kata_checks_multi_device_group(tmp_path: Path) -> None:
     both = (target(member(), member("0000:03:00.1")),)
     assert check(HostTree(tmp_path / "1"), GOOD, targets=both) == []
     cold = GOOD.replace('hot_plug_vfio = "root-port"\ncold_plug_vfio = "no-port"', 'cold_plug_vfio = "root-port"')
@@ -367,11 +371,11 @@ def test_a_group_of_two(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("address", "expected"), [("0001:03:00.0", ["warning pci-domain"]), ("0000:03:00.0", [])])
-def test_pci_domain(tmp_path: Path, address: str, expected: list[str]) -> None:
+def test_kata_checks_pci_domain(tmp_path: Path, address: str, expected: list[str]) -> None:
     assert codes(check(HostTree(tmp_path), GOOD, targets=(target(member(address)),))) == expected
 
 
-def test_rootless_and_confidential_are_warnings(tmp_path: Path) -> None:
+def test_kata_checks_rootless_confidential_warned(tmp_path: Path) -> None:
     text = GOOD.replace("[runtime]", "rootless = true\nconfidential_guest = true\n[runtime]")
     assert codes(check(HostTree(tmp_path), text)) == ["warning needs-iommufd", "warning group-denied"]
     assert check(HostTree(tmp_path), text, attached=True) == []
@@ -387,7 +391,9 @@ def test_rootless_and_confidential_are_warnings(tmp_path: Path) -> None:
         ({"prestart": [{"path": "/x"}]}, "/usr/share/oci/hooks", "kata", ["warning hooks-dropped"]),
     ],
 )
-def test_hooks_dropped(tmp_path: Path, hooks: dict[str, Any], path: str, kind: str, expected: list[str]) -> None:
+def test_kata_checks_hooks_dropped(
+    tmp_path: Path, hooks: dict[str, Any], path: str, kind: str, expected: list[str]
+) -> None:
     text = RS.format(f'pcie_root_port = 1\nguest_hook_path = "{path}"')
     assert codes(check(HostTree(tmp_path), text, kind=kind, spec=make_spec(hooks=hooks))) == expected
 
@@ -411,7 +417,7 @@ VALUES = ("1", "-5", "true", '"x"', '""', "[]", '["(["]', "{}", "{a=1}", "2026-1
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("beside", ["", "enable_iommu = true\n", 'cold_plug_vfio = "root-port"\n'])
-def test_a_value_of_any_kind_is_no_defect(tmp_path: Path, key: str, beside: str) -> None:
+def test_kata_checks_any_value_type(tmp_path: Path, key: str, beside: str) -> None:
     """Kata may refuse it; it is not for the hook to stumble over."""
     tree, asked = HostTree(tmp_path), target(member(), member("0000:03:00.1"))
     for value in VALUES:
@@ -423,11 +429,13 @@ def test_a_value_of_any_kind_is_no_defect(tmp_path: Path, key: str, beside: str)
             assert all("\n" not in line for line in lines)
 
 
-def test_vfio_mode_is_told_with_its_place(tmp_path: Path) -> None:
+def test_vfio_mode_finding_names_file(tmp_path: Path) -> None:
     tree = HostTree(tmp_path)
     tree.write("/c.toml", '[hypervisor.qemu]\n[runtime]\nvfio_mode = "guest-kernel"\n')
-    asker = Asker("kata-go", None, None, "c1", "", False, False)
-    config = load_config(tree.root, Place("/c.toml", "/c.toml", ""), "go", {})
-    (finding,) = kata_checks.check_mode(sandbox.view_sandbox(tree.root, asker, Found(config, True), {}, False))
+    runtime = Runtime("kata-go", None, None, "c1", "", False, False)
+    config = load_config(tree.root, ConfigFile("/c.toml", "/c.toml", ""), "go", {})
+    (finding,) = kata_checks.check_mode(
+        sandbox.inspect_sandbox(tree.root, runtime, ConfigLookup(config, True), {}, False)
+    )
     assert finding.level == "info"
     assert 'vfio_mode = "guest-kernel" in /c.toml line 3' in finding.problem

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.host.kata.config import KataConfig, Place, load_config
+from oci_hooks.host.kata.config import ConfigFile, KataConfig, load_config
 from oci_hooks.oci import HYPERVISOR_PREFIX
 from oci_hooks.toml_lines import find_line
 from tests.unit.host_tree import HostTree
@@ -25,7 +25,7 @@ def load(tree: HostTree, text: str, drop_ins: dict[str, str] | None = None, **an
     for name, content in (drop_ins or {}).items():
         tree.write(f"{PATH.rpartition('/')[0]}/config.d/{name}", content)
     named = {HYPERVISOR_PREFIX + key: value for key, value in annotations.items()}
-    return load_config(tree.root, Place(PATH, PATH, "test"), "", named)
+    return load_config(tree.root, ConfigFile(PATH, PATH, "test"), "", named)
 
 
 def told(config: KataConfig) -> list[tuple[str, str]]:
@@ -75,11 +75,11 @@ enable_iommu = true
         ("", 0),
     ],
 )
-def test_the_line_of_a_key(text: str, line: int) -> None:
+def test_kata_toml_line_of_key(text: str, line: int) -> None:
     assert find_line(text, ("hypervisor", "qemu", "enable_iommu")) == line
 
 
-def test_lines_of_a_whole_template() -> None:
+def test_kata_toml_lines_of_templates() -> None:
     """Every key of every template is found where a reader with grep finds it."""
     seen = 0
     for path in sorted(TEMPLATES.iterdir()):
@@ -97,28 +97,28 @@ def test_lines_of_a_whole_template() -> None:
 PLAIN = '[hypervisor.qemu]\npath = "/q"\nenable_iommu = false\nenable_annotations = ["enable_iommu"]\n'
 
 
-def test_the_file_alone_decides(tmp_path: Path) -> None:
+def test_kata_config_file_decides(tmp_path: Path) -> None:
     config = load(HostTree(tmp_path), PLAIN)
     setting = config.hypervisor_setting("enable_iommu", False)
     assert setting.value is False
-    told = f"enable_iommu = false in {PATH} line 3, not overridden by config.d/ or annotations"
-    assert config.describe(setting) == told
+    reported = f"enable_iommu = false in {PATH} line 3, not overridden by config.d/ or annotations"
+    assert config.describe(setting) == reported
 
 
-def test_a_date_is_no_truth_value(tmp_path: Path) -> None:
+def test_kata_config_date_is_not_boolean(tmp_path: Path) -> None:
     """TOML has dates, in any place; Go and Rust refuse one where they want something else."""
     config = load(HostTree(tmp_path), "[hypervisor.qemu]\nenable_iommu = 2026-11-22\n")
     assert (f"{PATH} line 2", "enable_iommu is not true or false") in told(config)
 
 
-def test_a_key_that_is_not_set(tmp_path: Path) -> None:
+def test_kata_config_key_not_set(tmp_path: Path) -> None:
     config = load(HostTree(tmp_path), "[hypervisor.qemu]\n#enable_iommu = true\n")
     setting = config.hypervisor_setting("enable_iommu", False)
     assert setting.value is False
     assert config.describe(setting) == f"enable_iommu is not set in {PATH}, config.d/ or annotations"
 
 
-def test_the_last_drop_in_decides(tmp_path: Path) -> None:
+def test_kata_config_last_drop_in_wins(tmp_path: Path) -> None:
     drop_ins = {
         "20-off": "\n[hypervisor.qemu]\nenable_iommu = false\n",
         "10-on.toml": "[hypervisor.qemu]\nenable_iommu = true\n",
@@ -134,39 +134,39 @@ def test_the_last_drop_in_decides(tmp_path: Path) -> None:
     )
 
 
-def test_a_drop_in_leaves_other_keys_alone(tmp_path: Path) -> None:
+def test_kata_config_drop_in_keeps_other_keys(tmp_path: Path) -> None:
     config = load(HostTree(tmp_path), PLAIN, {"x": '[hypervisor.qemu]\nmachine_type = "pc"\n'})
     assert config.hypervisor_setting("machine_type").value == "pc"
     assert config.hypervisor_setting("path").value == "/q"
 
 
-def test_a_drop_in_replaces_an_array(tmp_path: Path) -> None:
+def test_kata_config_drop_in_replaces_array(tmp_path: Path) -> None:
     config = load(HostTree(tmp_path), PLAIN, {"x": "[hypervisor.qemu]\nenable_annotations = []\n"}, enable_iommu="true")
     assert config.hypervisor_setting("enable_annotations").value == []
     assert config.refused == (IOMMU,)
     assert config.hypervisor_setting("enable_iommu").value is False
 
 
-def test_drop_ins_stand_beside_the_resolved_file(tmp_path: Path) -> None:
+def test_kata_config_drop_ins_next_to_resolved_file(tmp_path: Path) -> None:
     tree = HostTree(tmp_path)
     tree.write(PATH, PLAIN)
     tree.write(f"{PATH.rpartition('/')[0]}/config.d/1", "[hypervisor.qemu]\nenable_iommu = true\n")
     tree.write("/etc/kata-containers/config.d/1", "[hypervisor.qemu]\nenable_iommu = 7\n")
     tree.link("/etc/kata-containers/configuration.toml", "/opt/kata/share/defaults/kata-containers/configuration.toml")
     tree.link("/opt/kata/share/defaults/kata-containers/configuration.toml", "configuration-qemu.toml")
-    from oci_hooks.host.kata.config import make_place
+    from oci_hooks.host.kata.config import make_config_file
 
-    place = make_place(tree.root, "/etc/kata-containers/configuration.toml", "test")
-    assert place is not None
-    assert place.real == PATH
-    assert load_config(tree.root, place, "", {}).hypervisor_setting("enable_iommu").value is True
+    location = make_config_file(tree.root, "/etc/kata-containers/configuration.toml", "test")
+    assert location is not None
+    assert location.real == PATH
+    assert load_config(tree.root, location, "", {}).hypervisor_setting("enable_iommu").value is True
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [("x = ", "is not TOML"), (b"a = 1\n\xff", "is not TOML: byte 6 is not UTF-8"), (None, "Is a directory")],
 )
-def test_a_drop_in_that_cannot_be_read_is_told(tmp_path: Path, content: str | bytes | None, said: str) -> None:
+def test_kata_config_unreadable_drop_in_reported(tmp_path: Path, content: str | bytes | None, said: str) -> None:
     tree = HostTree(tmp_path)
     path = f"{PATH.rpartition('/')[0]}/config.d/9"
     if content is None:
@@ -197,9 +197,7 @@ def test_a_drop_in_that_cannot_be_read_is_told(tmp_path: Path, content: str | by
         ([1], False),
     ],
 )
-def test_enable_annotations_is_a_list_of_unanchored_expressions(
-    tmp_path: Path, patterns: object, admitted: bool
-) -> None:
+def test_enable_annotations_unanchored_expressions(tmp_path: Path, patterns: object, admitted: bool) -> None:
     import json
 
     text = f"[hypervisor.qemu]\nenable_iommu = false\nenable_annotations = {json.dumps(patterns)}\n"
@@ -208,7 +206,7 @@ def test_enable_annotations_is_a_list_of_unanchored_expressions(
     assert bool(config.refused) is not admitted
 
 
-def test_an_annotation_beats_all_files(tmp_path: Path) -> None:
+def test_kata_config_annotation_beats_files(tmp_path: Path) -> None:
     config = load(HostTree(tmp_path), PLAIN, {"1": "[hypervisor.qemu]\nenable_iommu = true\n"}, enable_iommu="F")
     setting = config.hypervisor_setting("enable_iommu")
     directory = PATH.rpartition("/")[0] + "/config.d"
@@ -217,25 +215,25 @@ def test_an_annotation_beats_all_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("T", True), ("0", False)])
-def test_values_of_annotations(tmp_path: Path, text: str, value: object) -> None:
+def test_kata_annotation_values(tmp_path: Path, text: str, value: object) -> None:
     assert load(HostTree(tmp_path), PLAIN, enable_iommu=text).hypervisor_setting("enable_iommu").value == value
 
 
-def test_an_annotation_that_is_neither_true_nor_false_is_refused(tmp_path: Path) -> None:
+def test_kata_annotation_not_boolean_refused(tmp_path: Path) -> None:
     config = load(HostTree(tmp_path), PLAIN, enable_iommu="yes")
     assert (f"annotation {IOMMU}", "'yes' is neither true nor false") in told(config)
     assert config.hypervisor_setting("enable_iommu").value is False
 
 
-def test_vfio_mode_by_annotation_is_not_gated(tmp_path: Path) -> None:
+def test_kata_annotation_vfio_mode_always_allowed(tmp_path: Path) -> None:
     tree = HostTree(tmp_path)
     tree.write(PATH, '[hypervisor.qemu]\n[runtime]\nvfio_mode = "guest-kernel"\n')
     annotations = {"io.katacontainers.config.runtime.vfio_mode": "vfio"}
-    config = load_config(tree.root, Place(PATH, PATH, ""), "", annotations)
+    config = load_config(tree.root, ConfigFile(PATH, PATH, ""), "", annotations)
     assert config.runtime_setting("vfio_mode").value == "vfio"
 
 
-def test_one_plug_annotation_resets_the_other_setting(tmp_path: Path) -> None:
+def test_kata_annotation_plug_resets_other_setting(tmp_path: Path) -> None:
     text = (
         '[hypervisor.qemu]\nhot_plug_vfio = "bridge-port"\ncold_plug_vfio = "no-port"\nenable_annotations = ["_vfio"]\n'
     )
@@ -244,7 +242,7 @@ def test_one_plug_annotation_resets_the_other_setting(tmp_path: Path) -> None:
     assert config.hypervisor_setting("cold_plug_vfio").value == "root-port"
 
 
-def test_runtime_rs_reads_no_plug_annotation(tmp_path: Path) -> None:
+def test_kata_annotation_plug_ignored_by_runtime_rs(tmp_path: Path) -> None:
     text = '[hypervisor.qemu]\ncold_plug_vfio = "no-port"\nenable_annotations = [".*"]\n'
     text += '[runtime]\nhypervisor_name = "qemu"\n'
     config = load(HostTree(tmp_path), text, cold_plug_vfio="root-port")
@@ -252,12 +250,12 @@ def test_runtime_rs_reads_no_plug_annotation(tmp_path: Path) -> None:
     assert config.hypervisor_setting("cold_plug_vfio").value == "no-port"
 
 
-def test_runtime_rs_names_its_hypervisor(tmp_path: Path) -> None:
+def test_kata_config_runtime_rs_hypervisor_name(tmp_path: Path) -> None:
     text = '[hypervisor.clh]\n[hypervisor.qemu]\nenable_iommu = true\n[runtime]\nhypervisor_name = "qemu"\n'
     assert load(HostTree(tmp_path), text).hypervisor == "qemu"
 
 
-def test_a_configuration_of_nothing(tmp_path: Path) -> None:
+def test_kata_config_empty(tmp_path: Path) -> None:
     config = load(HostTree(tmp_path), "")
     assert config.hypervisor == ""
     assert config.hypervisor_setting("enable_iommu", False).value is False

@@ -12,9 +12,9 @@ import pytest
 from oci_hooks.findings import Finding
 from oci_hooks.host.kata import checks as kata_checks
 from oci_hooks.host.kata import sandbox
-from oci_hooks.host.kata.config import Place, load_config
-from oci_hooks.host.kata.lookup import Found
-from oci_hooks.host.runtime import Asker
+from oci_hooks.host.kata.config import ConfigFile, load_config
+from oci_hooks.host.kata.lookup import ConfigLookup
+from oci_hooks.host.runtime import Runtime
 from oci_hooks.oci import HYPERVISOR_PREFIX
 from tests.unit.host_tree import HostTree, codes, make_spec
 from tests.unit.test_kata_checks import BAD, GOOD, RS_NAMES, WANTED, target
@@ -28,9 +28,9 @@ RS = GOOD.replace("[runtime]", "pcie_root_port = 1\n[runtime]\n" + RS_NAMES).rep
 
 def check(tree: HostTree, annotations: dict[str, str]) -> list[Finding]:
     """Return the findings about the configuration, as a person gets them before a pod is started."""
-    asker = Asker("kata", None, None, "c1", "", True, True)
-    config = load_config(tree.root, Place(PATH, PATH, "test"), "", annotations)
-    view = sandbox.view_sandbox(tree.root, asker, Found(config, True), annotations, False)
+    runtime = Runtime("kata", None, None, "c1", "", True, True)
+    config = load_config(tree.root, ConfigFile(PATH, PATH, "test"), "", annotations)
+    view = sandbox.inspect_sandbox(tree.root, runtime, ConfigLookup(config, True), annotations, False)
     found = kata_checks.check_kata(view.replace(machine="x86_64"), make_spec(), (target(),))
     return [finding for finding in found if finding.code not in ("vfio-mode", "hooks-dropped")]
 
@@ -70,7 +70,7 @@ def follow(tree: HostTree, hint: str, annotations: dict[str, str]) -> None:
         (RS.replace("enable_iommu = true", "enable_iommu = false"), "", {}, "viommu-off"),
     ],
 )
-def test_a_hint_that_is_followed_mends_it(
+def test_kata_hint_followed_fixes_configuration(
     tmp_path: Path, text: str, drop_in: str, annotations: dict[str, str], code: str
 ) -> None:
     tree = HostTree(tmp_path)

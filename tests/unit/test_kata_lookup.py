@@ -12,7 +12,7 @@ import pytest
 from oci_hooks.host.hypervisor import find_hypervisor
 from oci_hooks.host.kata.handlers import list_kata_handlers
 from oci_hooks.host.kata.lookup import find_config
-from oci_hooks.host.runtime import Asker, find_asker, find_shim
+from oci_hooks.host.runtime import Runtime, detect_runtime, find_shim
 from oci_hooks.linux.processes import Process, read_process
 from tests.unit.host_tree import HostTree, make_spec, make_state
 
@@ -39,16 +39,18 @@ def host(tmp_path: Path, *paths: str, shim: str = "", environment: str = "", opt
     return tree
 
 
-def ask(tree: HostTree, kind: str = "kata-go", **changes: Any) -> Asker:
+def ask(tree: HostTree, kind: str = "kata-go", **changes: Any) -> Runtime:
     """Return a Kata that asks, with the host's shim if there is one."""
     shim = read_process(tree.root, 40) if (tree.top / "proc/40").exists() else None
-    asker: Asker = Asker(kind, shim, None, "c1", "", False, False).replace(**changes)
-    return asker
+    runtime: Runtime = Runtime(kind, shim, None, "c1", "", False, False).replace(**changes)
+    return runtime
 
 
-def place(tree: HostTree, asker: Asker, named: str = "", **annotations: str) -> tuple[str, bool]:
+def place(tree: HostTree, runtime: Runtime, named: str = "", **annotations: str) -> tuple[str, bool]:
     """Return the path of the configuration and whether it is certain."""
-    found = find_config(tree.root, asker, {ANNOTATION if k == "path" else k: v for k, v in annotations.items()}, named)
+    found = find_config(
+        tree.root, runtime, {ANNOTATION if k == "path" else k: v for k, v in annotations.items()}, named
+    )
     return found.config.place.path if found.config else "", found.certain
 
 
@@ -71,7 +73,7 @@ def place(tree: HostTree, asker: Asker, named: str = "", **annotations: str) -> 
         ("kata-go", (), "", ""),
     ],
 )
-def test_default_places(tmp_path: Path, kind: str, there: tuple[str, ...], shim: str, expected: str) -> None:
+def test_find_config_default_files(tmp_path: Path, kind: str, there: tuple[str, ...], shim: str, expected: str) -> None:
     tree = host(tmp_path, *there, shim=shim)
     assert place(tree, ask(tree, kind)) == (expected, bool(expected))
 
@@ -85,13 +87,13 @@ def test_default_places(tmp_path: Path, kind: str, there: tuple[str, ...], shim:
         ("kata-go", False, "/env.toml"),
     ],
 )
-def test_option_and_variable(tmp_path: Path, kind: str, is_cri: bool, expected: str) -> None:
+def test_find_config_option_and_variable(tmp_path: Path, kind: str, is_cri: bool, expected: str) -> None:
     tree = host(tmp_path, ETC, OPT_QEMU, "/env.toml", shim=SHIM, environment="A=b\0KATA_CONF_FILE=/env.toml\0")
     tree.write("/etc/containerd/config.toml", CONTAINERD)
     assert place(tree, ask(tree, kind, is_cri=is_cri)) == (expected, True)
 
 
-def test_the_annotation_of_one_to_three(tmp_path: Path) -> None:
+def test_find_config_path_annotation(tmp_path: Path) -> None:
     tree = host(tmp_path, ETC, "/mine.toml", shim=SHIM, environment="KATA_CONF_FILE=/etc/x")
     assert place(tree, ask(tree), path="/mine.toml") == ("/mine.toml", True)
     assert place(tree, ask(tree), path="/gone.toml") == (ETC, True)
@@ -100,21 +102,21 @@ def test_the_annotation_of_one_to_three(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/c\0", "/\ud800", "\0", ""])
-def test_a_path_that_can_be_none_is_passed_over(tmp_path: Path, path: str) -> None:
+def test_find_config_invalid_path_skipped(tmp_path: Path, path: str) -> None:
     """JSON and TOML can write NUL and lone surrogates; an annotation's may be a tenant's."""
     tree = host(tmp_path, ETC)
     assert place(tree, ask(tree), path=path) == (ETC, True)
     assert place(tree, ask(tree), named=path or "x") == ("", False)
 
 
-def test_odd_files_of_an_engine_say_nothing(tmp_path: Path) -> None:
+def test_handlers_odd_engine_files_ignored(tmp_path: Path) -> None:
     tree = host(tmp_path, ETC)
     tree.write("/etc/containerd/config.toml", 'imports = ["/etc/\\u0000/*.toml", "\\u0000", 3]\n')
     tree.write("/etc/crio/crio.conf", f"a = {'[' * 5000}")
     assert list_kata_handlers(tree.root) == ()
 
 
-def test_settings_go_first(tmp_path: Path) -> None:
+def test_find_config_host_toml_first(tmp_path: Path) -> None:
     tree = host(tmp_path, ETC, "/mine.toml", "/host.toml")
     assert place(tree, ask(tree), "/host.toml", path="/mine.toml") == ("/host.toml", True)
     assert place(tree, ask(tree), "/gone.toml") == ("", False)
@@ -142,14 +144,14 @@ options.ConfigPath = "{OPT_CLH}"
 
 
 @pytest.mark.parametrize("plugin", ["io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri", "cri"])
-def test_every_version_of_containerds_configuration(tmp_path: Path, plugin: str) -> None:
+def test_handlers_containerd_versions(tmp_path: Path, plugin: str) -> None:
     tree = HostTree(tmp_path)
     tree.write("/etc/containerd/config.toml", CONTAINERD.replace("io.containerd.grpc.v1.cri", plugin))
     (handler,) = list_kata_handlers(tree.root)
     assert (handler.name, handler.config_path) == ("kata", OPT_QEMU)
 
 
-def test_imports_are_followed_and_override(tmp_path: Path) -> None:
+def test_handlers_containerd_imports_override(tmp_path: Path) -> None:
     tree = HostTree(tmp_path)
     tree.write(
         "/etc/containerd/config.toml", 'imports = ["conf.d/*.toml", "/opt/kata/containerd/x.toml"]\n' + CONTAINERD
@@ -163,7 +165,7 @@ def test_imports_are_followed_and_override(tmp_path: Path) -> None:
     assert handlers["kata-clh"].config_path == OPT_CLH
 
 
-def test_crio_and_docker(tmp_path: Path) -> None:
+def test_handlers_crio_and_docker(tmp_path: Path) -> None:
     tree = HostTree(tmp_path)
     tree.write(
         "/etc/crio/crio.conf", '[crio.runtime.runtimes.kata]\nruntime_path = "/opt/kata/bin/containerd-shim-kata-v2"\n'
@@ -176,7 +178,7 @@ def test_crio_and_docker(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x = ", "plugins = 3\n", 'imports = "x"\n', "[plugins]\ncri = 1\n"])
-def test_an_engines_configuration_that_says_nothing(tmp_path: Path, text: str) -> None:
+def test_handlers_without_kata(tmp_path: Path, text: str) -> None:
     tree = HostTree(tmp_path)
     tree.write("/etc/containerd/config.toml", text)
     tree.write("/etc/docker/daemon.json", text or "[]")
@@ -196,16 +198,16 @@ def test_an_engines_configuration_that_says_nothing(tmp_path: Path, text: str) -
         ("kata", "/opt/kata/bin/cloud-hypervisor", (OPT_QEMU, False)),
     ],
 )
-def test_which_handler(tmp_path: Path, handler: str, running: str, expected: tuple[str, bool]) -> None:
+def test_find_config_by_handler(tmp_path: Path, handler: str, running: str, expected: tuple[str, bool]) -> None:
     tree = host(tmp_path, ETC, OPT_QEMU, OPT_CLH)
     tree.write("/etc/containerd/config.toml", BOTH)
     if running:
         tree.process(812, running)
-    asker = ask(tree, handler=handler, is_cri=True, hypervisor=find_hypervisor(tree.root, 812))
-    assert place(tree, asker) == expected
+    runtime = ask(tree, handler=handler, is_cri=True, hypervisor=find_hypervisor(tree.root, 812))
+    assert place(tree, runtime) == expected
 
 
-def test_two_files_for_one_hypervisor_are_told_apart_by_its_path(tmp_path: Path) -> None:
+def test_find_config_by_hypervisor_path(tmp_path: Path) -> None:
     tree = host(tmp_path, OPT_QEMU)
     tree.write("/opt/b.toml", '[hypervisor.qemu]\npath = "/opt/kata/bin/qemu-system-x86_64-snp"\n')
     tree.write("/etc/containerd/config.toml", BOTH.replace(OPT_CLH, "/opt/b.toml"))
@@ -213,7 +215,7 @@ def test_two_files_for_one_hypervisor_are_told_apart_by_its_path(tmp_path: Path)
     assert place(tree, ask(tree, is_cri=True, hypervisor=find_hypervisor(tree.root, 812))) == ("/opt/b.toml", True)
 
 
-def test_docker_reads_its_own(tmp_path: Path) -> None:
+def test_find_config_docker_own_files(tmp_path: Path) -> None:
     tree = host(tmp_path, ETC, OPT_CLH, shim=SHIM, options=("-namespace", "moby"))
     tree.write("/etc/docker/daemon.json", f'{{"runtimes": {{"kata": {{"options": {{"ConfigPath": "{OPT_CLH}"}}}}}}}}')
     assert place(tree, ask(tree)) == (OPT_CLH, True)
@@ -242,7 +244,7 @@ MARK = {"io.katacontainers.pkg.oci.bundle_path": "/run/b"}
         ("", {"io.containerd.cri.runtime-handler": "runc"}, 0, "auto", True, "plain"),
     ],
 )
-def test_who_asks(
+def test_detect_runtime(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     status: str,
@@ -257,9 +259,9 @@ def test_who_asks(
     tree.process(70, "/usr/bin/sleep")
     tree.process(60, "/usr/bin/runc", "create")
     monkeypatch.setattr("os.getppid", lambda: 60)
-    asker = find_asker(tree.root, make_state(pid, status, annotations), make_spec(), mode, by_hand)
-    assert asker.kind == kind
-    assert asker.is_kata == (kind != "plain")
+    runtime = detect_runtime(tree.root, make_state(pid, status, annotations), make_spec(), mode, by_hand)
+    assert runtime.kind == kind
+    assert runtime.is_kata == (kind != "plain")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +274,7 @@ def test_who_asks(
         ("/usr/bin/runc", False),
     ],
 )
-def test_the_shim(tmp_path: Path, executable: str, found: bool) -> None:
+def test_find_shim(tmp_path: Path, executable: str, found: bool) -> None:
     tree = HostTree(tmp_path)
     tree.process(40, executable, "-id", "c1")
     tree.process(45, "/usr/bin/oci-add-hooks", parent=40)
@@ -281,7 +283,7 @@ def test_the_shim(tmp_path: Path, executable: str, found: bool) -> None:
         assert (shim == Process(40, executable.rpartition("/")[2], (executable, "-id", "c1"))) is found
 
 
-def test_the_sandbox_of_a_pod(tmp_path: Path) -> None:
+def test_detect_runtime_pod_sandbox(tmp_path: Path) -> None:
     annotations = {"io.kubernetes.cri.sandbox-id": "pod7", "io.kubernetes.cri.container-type": "container"}
-    asker = find_asker(HostTree(tmp_path).root, make_state(0, "", annotations), make_spec(), "auto", False)
-    assert (asker.sandbox, asker.is_cri) == ("pod7", True)
+    runtime = detect_runtime(HostTree(tmp_path).root, make_state(0, "", annotations), make_spec(), "auto", False)
+    assert (runtime.sandbox, runtime.is_cri) == ("pod7", True)

@@ -31,7 +31,7 @@ def run_labels(tmp_path: Path, script: str) -> tuple[int, Path]:
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_labels_are_written_with_findings_and_without(tmp_path: Path, code: int) -> None:
+def test_kubernetes_labels_written(tmp_path: Path, code: int) -> None:
     found, features = run_labels(tmp_path, f'echo "args=$*"; exit {code}')
     assert found == 0
     assert [path.name for path in features.iterdir()] == ["vfio"]
@@ -40,14 +40,14 @@ def test_labels_are_written_with_findings_and_without(tmp_path: Path, code: int)
     assert [path.name for path in features.parent.iterdir()] == ["features.d"]
 
 
-def test_labels_stay_as_they_were_when_nothing_can_be_known(tmp_path: Path) -> None:
+def test_kubernetes_labels_kept_on_failure(tmp_path: Path) -> None:
     code, features = run_labels(tmp_path, "exit 2")
     assert code != 0
     assert not list(features.iterdir())
     assert [path.name for path in features.parent.iterdir()] == ["features.d"]
 
 
-def test_the_problem_detectors_arguments_are_the_hooks() -> None:
+def test_kubernetes_npd_arguments_valid() -> None:
     plugin = json.loads((EXAMPLES / "node-problem-detector.json").read_text())
     (rule,) = plugin["rules"]
     arguments = parse_arguments(PROGRAM, rule["args"], add_options)

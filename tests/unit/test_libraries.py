@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.linux.pci import look
+from oci_hooks.linux.pci import scan
 from oci_hooks.system import Root
 
 pytestmark = [pytest.mark.unit, pytest.mark.skipif(os.geteuid() != 0, reason="hides a library by a mount")]
@@ -96,13 +96,13 @@ def list_system() -> list[str]:
 
 
 @pytest.mark.parametrize("without", WITHOUT, ids="+".join)
-def test_a_library_is_away_when_it_is_hidden(bench: Bench, without: tuple[str, ...]) -> None:
+def test_hidden_library_not_importable(bench: Bench, without: tuple[str, ...]) -> None:
     script = f"import importlib.util as u; print(*(name for name in {LIBRARIES} if not u.find_spec(name)))"
     assert bench.run(without, "/usr/bin/python3", "-I", "-c", script, code=0).stdout.split() == list(without)
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_what_needs_no_library_is_the_same_without(bench: Bench, hook: str) -> None:
+def test_without_libraries_same_result(bench: Bench, hook: str) -> None:
     """A container without VFIO, and wrong settings; good ones are read in the tests below."""
     for config, settings, code in ((NOTHING, "", 0), (WITH_VFIO, "dead_line = 3\ndeadline = true\n", 2)):
         there, away = (bench.call(without, hook, config, settings) for without in ((), LIBRARIES))
@@ -112,7 +112,7 @@ def test_what_needs_no_library_is_the_same_without(bench: Bench, hook: str) -> N
 
 
 @pytest.mark.parametrize("without", WITHOUT[1:], ids="+".join)
-def test_the_host_check_checks_without(bench: Bench, without: tuple[str, ...]) -> None:
+def test_host_check_without_libraries(bench: Bench, without: tuple[str, ...]) -> None:
     there, away = (bench.call(names, "vfio-host-check", WITH_VFIO) for names in ((), without))
     assert there.returncode == 1
     assert (away.returncode, away.stderr) == (there.returncode, there.stderr)
@@ -130,7 +130,7 @@ def test_the_host_check_checks_without(bench: Bench, without: tuple[str, ...]) -
         ),
     ],
 )
-def test_a_wrong_document_has_the_same_code_without(bench: Bench, hook: str, config: str, said: str) -> None:
+def test_without_jsonschema_same_code(bench: Bench, hook: str, config: str, said: str) -> None:
     # A container that asks for no VFIO is not stopped by what is wrong in its config.json.
     config = config.replace("ASK", '"annotations": {"io.katacontainers.x.vfio.devices": "auto"}')
     for without in ((), ("jsonschema",)):
@@ -141,8 +141,8 @@ def test_a_wrong_document_has_the_same_code_without(bench: Bench, hook: str, con
 
 
 @pytest.mark.parametrize("without", WITHOUT, ids="+".join)
-def test_a_device_that_would_have_to_be_waited_for(bench: Bench, without: tuple[str, ...]) -> None:
-    if not look(Root()).devices:
+def test_without_pyudev_missing_device_reported(bench: Bench, without: tuple[str, ...]) -> None:
+    if not scan(Root()).devices:
         pytest.skip("this machine has no PCI function")
     before = list_system()
     done = bench.call(without, "vfio-guest-bind", WITH_VFIO)
@@ -162,7 +162,7 @@ def test_a_device_that_would_have_to_be_waited_for(bench: Bench, without: tuple[
 
 
 @pytest.mark.parametrize("without", WITHOUT, ids="+".join)
-def test_records_are_not_trusted_unchecked(bench: Bench, without: tuple[str, ...]) -> None:
+def test_without_jsonschema_recording_refused(bench: Bench, without: tuple[str, ...]) -> None:
     tool = str(REPOSITORY / "hooks/vfio-hook-replay")
     for command in ("explain", "show", "run"):
         done = bench.run(without, tool, command, str(RECORD))

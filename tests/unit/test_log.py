@@ -16,7 +16,7 @@ import pytest
 from oci_hooks import log
 from oci_hooks.findings import Finding
 from oci_hooks.record import timeline
-from oci_hooks.system import NotingRoot, Root, step
+from oci_hooks.system import RecordingRoot, Root, step
 
 FINDING = Finding("error", "group-busy", "/dev/vfio/18", "another process has it open", "fuser -v /dev/vfio/18")
 
@@ -49,7 +49,7 @@ def read_fields(journal: socket.socket) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.splitlines())
 
 
-def test_the_journal_has_fields(journal: socket.socket, capfd: pytest.CaptureFixture[str]) -> None:
+def test_log_journal_fields(journal: socket.socket, capfd: pytest.CaptureFixture[str]) -> None:
     log.report("vfio-guest-bind", "web", [FINDING])
     assert read_fields(journal) == {
         "MESSAGE": f"container web: {FINDING.as_line()}",
@@ -67,14 +67,14 @@ def test_the_journal_has_fields(journal: socket.socket, capfd: pytest.CaptureFix
     ("subject", "group"),
     [("group 12", "12"), ("/dev/vfio/12", "12"), ("/dev/vfio/noiommu-0", "noiommu-0"), ("0000:01:00.0", None)],
 )
-def test_the_group_is_a_field_where_there_is_one(journal: socket.socket, subject: str, group: str | None) -> None:
+def test_log_journal_group_field(journal: socket.socket, subject: str, group: str | None) -> None:
     log.report("vfio-guest-bind", "", [FINDING.replace(subject=subject)])
     fields = read_fields(journal)
     assert fields.get("GROUP") == group
     assert "CONTAINER_ID" not in fields
 
 
-def test_nobody_can_forge_a_field(journal: socket.socket) -> None:
+def test_log_journal_field_not_forgeable(journal: socket.socket) -> None:
     """An id or a subject with a newline stays one line, and one field."""
     log.report("vfio-guest-bind", "x\nCODE=evil", [FINDING.replace(subject="group 1\nPRIORITY=0\nEVIL=1")])
     fields = read_fields(journal)
@@ -83,15 +83,13 @@ def test_nobody_can_forge_a_field(journal: socket.socket) -> None:
     assert "EVIL" not in fields
 
 
-def test_without_a_journal_it_is_syslog(lines: list[tuple[int, str]]) -> None:
+def test_log_without_journal_uses_syslog(lines: list[tuple[int, str]]) -> None:
     log.report("vfio-guest-bind", "web", [FINDING, FINDING.replace(level="warning"), FINDING.replace(level="info")])
     assert [priority for priority, _ in lines] == [syslog.LOG_ERR, syslog.LOG_WARNING, syslog.LOG_INFO]
     assert lines[0][1] == f"container web: {FINDING.as_line()}"
 
 
-def test_a_journal_that_does_not_listen_is_no_hindrance(
-    lines: list[tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_dead_journal_socket(lines: list[tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(tmp_path / "dead"))
     monkeypatch.setattr(log, "JOURNAL_SOCKET", str(tmp_path / "dead"))
@@ -99,7 +97,7 @@ def test_a_journal_that_does_not_listen_is_no_hindrance(
     assert len(lines) == 1
 
 
-def test_a_full_journal_does_not_block(journal: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_full_journal_does_not_block(journal: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody reads: the queue is full after some datagrams, and the rest goes to syslog."""
     sent: list[str] = []
     monkeypatch.setattr(syslog, "syslog", lambda _priority, line: sent.append(line))
@@ -119,9 +117,7 @@ def test_a_full_journal_does_not_block(journal: socket.socket, monkeypatch: pyte
         ("xx" + "\U0001f980" * 2000, "\U0001f980"),
     ],
 )
-def test_a_line_of_the_kernels_log_is_cut_by_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, end: str
-) -> None:
+def test_log_kmsg_line_cut_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, end: str) -> None:
     """The kernel refuses a longer one, and it would be lost; half a character would spoil it."""
     kmsg = tmp_path / "kmsg"
     kmsg.write_bytes(b"")
@@ -142,19 +138,19 @@ def do_something(_root: Root) -> None:
     """Do nothing, as a step."""
 
 
-def test_steps_are_told_with_their_duration(journal: socket.socket, capfd: pytest.CaptureFixture[str]) -> None:
-    root = NotingRoot()
+def test_log_steps_with_duration(journal: socket.socket, capfd: pytest.CaptureFixture[str]) -> None:
+    root = RecordingRoot()
     do_something(root)
     root.note("plan", {"groups": ["18"]})
     log.report_steps("vfio-guest-bind", "web", timeline.list_steps(root.notes))
-    told = capfd.readouterr().err.splitlines()
-    assert told[0].startswith("vfio-guest-bind: debug: ")
-    assert "did   do something (0.00" in told[0]
-    assert "groups: 18" in told[2]
+    reported = capfd.readouterr().err.splitlines()
+    assert reported[0].startswith("vfio-guest-bind: debug: ")
+    assert "did   do something (0.00" in reported[0]
+    assert "groups: 18" in reported[2]
     assert read_fields(journal)["PRIORITY"] == "7"
 
 
-def test_nothing_is_imported_for_it() -> None:
+def test_log_imports_nothing() -> None:
     """Only the interpreter's own socket type: the module proper costs as much as a hook."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from oci_hooks import log\n"

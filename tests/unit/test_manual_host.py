@@ -24,7 +24,7 @@ def read_help(*command: str) -> str:
     return done.stdout
 
 
-def test_every_code_of_the_host_hook_has_an_entry() -> None:
+def test_manual_host_codes() -> None:
     # tests/unit/test_host.py holds this list to the code.
     listed = set(re.findall(r"^\| (`.*?`) \|", (REPOSITORY / "docs/reference/codes-host.md").read_text(), re.MULTILINE))
     codes = {code for cell in listed for code in re.findall(r"[a-z][a-z-]+", cell)}
@@ -34,7 +34,7 @@ def test_every_code_of_the_host_hook_has_an_entry() -> None:
     assert codes - entries == set()
 
 
-def test_every_key_of_host_toml_has_an_entry() -> None:
+def test_manual_host_toml_keys() -> None:
     page = (MANUAL / "oci-vfio-host.toml.5.rst").read_text()
     properties = load_schema("host-settings")["properties"]
     keys = [key for key in properties if properties[key].get("type") != "object"]
@@ -46,7 +46,7 @@ def test_every_key_of_host_toml_has_an_entry() -> None:
     ("name", "commands"),
     [("vfio-host-check", [""]), ("vfio-hook-replay", ["", "list", "explain", "show", "run", "diff", "export"])],
 )
-def test_every_option_has_an_entry(name: str, commands: list[str]) -> None:
+def test_manual_host_options(name: str, commands: list[str]) -> None:
     page = (MANUAL / f"{name}.1.rst").read_text()
     for command in commands:
         options = re.findall(r"--[a-z-]+", read_help(name, *filter(None, [command])))
@@ -56,7 +56,7 @@ def test_every_option_has_an_entry(name: str, commands: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["vfio-host-check", "vfio-guest-bind", "vfio-hook-replay"])
-def test_help_fits_a_screen(name: str) -> None:
+def test_host_help_fits_screen(name: str) -> None:
     lines = read_help(name).splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hooks.oci import State, find_config, mend_bundle
+from oci_hooks.oci import State, find_config, resolve_bundle
 from oci_hooks.system import Root
 
 pytestmark = pytest.mark.unit
@@ -27,29 +27,29 @@ pytestmark = pytest.mark.unit
         ("/run/true", "crun run --bundle /run/b name", "/run/true"),
     ],
 )
-def test_command_line_of_the_runtime_has_it(tmp_path: Path, bundle: str, command: str, expected: str) -> None:
+def test_resolve_bundle_from_runtime_command(tmp_path: Path, bundle: str, command: str, expected: str) -> None:
     """Only where the state's is the one that crun gets wrong."""
-    place = tmp_path / f"proc/{os.getppid()}"
-    place.mkdir(parents=True)
-    (place / "cmdline").write_text(command.replace(" ", "\0") + "\0")
+    location = tmp_path / f"proc/{os.getppid()}"
+    location.mkdir(parents=True)
+    (location / "cmdline").write_text(command.replace(" ", "\0") + "\0")
     state = State("name", bundle, 1, "created", {})
-    assert mend_bundle(Root(str(tmp_path)), state).bundle == expected
+    assert resolve_bundle(Root(str(tmp_path)), state).bundle == expected
 
 
 @pytest.mark.parametrize("command", ["runc run name", "runc run --bundle b name", "runc run -b /run/\udcff name"])
-def test_a_byte_that_runc_lost_is_found_again(tmp_path: Path, command: str) -> None:
+def test_resolve_bundle_runc_lost_byte(tmp_path: Path, command: str) -> None:
     """Go's encoder writes U+FFFD for a byte of a path that is not UTF-8. runc works in the bundle."""
-    place = tmp_path / f"proc/{os.getppid()}"
-    place.mkdir(parents=True)
-    (place / "cmdline").write_bytes(os.fsencode(command.replace(" ", "\0")))
-    (place / "cwd").symlink_to("/run/\udcff")
+    location = tmp_path / f"proc/{os.getppid()}"
+    location.mkdir(parents=True)
+    (location / "cmdline").write_bytes(os.fsencode(command.replace(" ", "\0")))
+    (location / "cwd").symlink_to("/run/\udcff")
     state = State("name", "/run/\ufffd", 1, "created", {})
-    assert mend_bundle(Root(str(tmp_path)), state).bundle == "/run/\udcff"
+    assert resolve_bundle(Root(str(tmp_path)), state).bundle == "/run/\udcff"
     # A directory that has this character in its name is the right one.
     bundle = tmp_path / "run/\ufffd"
     bundle.mkdir(parents=True)
     (bundle / "config.json").touch()
-    assert mend_bundle(Root(str(tmp_path)), state).bundle == "/run/\ufffd"
+    assert resolve_bundle(Root(str(tmp_path)), state).bundle == "/run/\ufffd"
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def test_a_byte_that_runc_lost_is_found_again(tmp_path: Path, command: str) -> N
         ("", False),
     ],
 )
-def test_another_config_that_crun_reads(tmp_path: Path, command: str, found: bool) -> None:
-    place = tmp_path / f"proc/{os.getppid()}"
-    place.mkdir(parents=True)
-    (place / "cmdline").write_text(command.replace(" ", "\0"))
+def test_find_config_option_of_crun(tmp_path: Path, command: str, found: bool) -> None:
+    location = tmp_path / f"proc/{os.getppid()}"
+    location.mkdir(parents=True)
+    (location / "cmdline").write_text(command.replace(" ", "\0"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run/other.json").write_text("{}")
     state = State("name", "/b", 1, "created", {})

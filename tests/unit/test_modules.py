@@ -41,7 +41,7 @@ def refuse(machine: Machine, seconds: float = 10) -> str:
     return finding.as_line()
 
 
-def test_nothing_is_run_where_the_drivers_are(machine: Machine) -> None:
+def test_modprobe_not_run_with_drivers_present(machine: Machine) -> None:
     machine.place(VFIO_PCI).mkdir()
     machine.place(TYPE1).mkdir(parents=True)
     put_modprobe(machine, "exit 1")
@@ -50,9 +50,7 @@ def test_nothing_is_run_where_the_drivers_are(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("path", ["/sbin/modprobe", "/usr/sbin/modprobe", "/bin/modprobe", "/usr/bin/modprobe"])
-def test_what_is_missing_is_loaded_with_an_empty_environment(
-    machine: Machine, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modprobe_empty_environment(machine: Machine, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD_OF_A_TENANT", "1")
     put_modprobe(machine, f"mkdir -p .{VFIO_PCI} .{TYPE1}", path)
     load_drivers(machine.root, Deadline(10))
@@ -60,26 +58,26 @@ def test_what_is_missing_is_loaded_with_an_empty_environment(
     assert "TENANT" not in machine.read("/environment")
 
 
-def test_only_what_is_missing_is_loaded(machine: Machine) -> None:
+def test_modprobe_only_missing_modules(machine: Machine) -> None:
     machine.place(TYPE1).mkdir(parents=True)
     put_modprobe(machine, f"mkdir .{VFIO_PCI}")
     load_drivers(machine.root, Deadline(10))
     assert machine.read("/calls") == "-a vfio-pci\n"
 
 
-def test_without_modprobe_the_options_are_named(machine: Machine) -> None:
+def test_modprobe_missing_names_kernel_options(machine: Machine) -> None:
     line = refuse(machine)
     assert "modprobe is not installed" in line
     assert "CONFIG_VFIO_PCI" in line
 
 
-def test_what_modprobe_says_is_told_on_one_line(machine: Machine) -> None:
+def test_modprobe_output_on_one_line(machine: Machine) -> None:
     put_modprobe(machine, "echo 'modprobe: FATAL: Module vfio-pci not found.\n2nd line' >&2; exit 1")
     line = refuse(machine)
     assert "FATAL: Module vfio-pci not found.\\n2nd line" in line
 
 
-def test_a_modprobe_that_can_not_run_is_told(machine: Machine) -> None:
+def test_modprobe_not_executable_fails(machine: Machine) -> None:
     machine.write("/sbin/modprobe", "no program\0")
     before = len(os.listdir("/proc/self/fd"))
     assert "Permission denied" in refuse(machine)
@@ -88,14 +86,14 @@ def test_a_modprobe_that_can_not_run_is_told(machine: Machine) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_modprobe_that_hangs_ends_at_the_deadline(machine: Machine) -> None:
+def test_modprobe_hanging_ends_at_deadline(machine: Machine) -> None:
     put_modprobe(machine, "exec sleep 60")
     begun = time.monotonic()
     assert "did not finish before the deadline" in refuse(machine, 0.3)
     assert time.monotonic() - begun < 10
 
 
-def test_no_descriptor_is_left(machine: Machine) -> None:
+def test_modprobe_leaves_no_descriptor(machine: Machine) -> None:
     put_modprobe(machine, "echo x")
     before = len(os.listdir("/proc/self/fd"))
     refuse(machine)

@@ -23,7 +23,7 @@ MUTATIONS = [
     (
         "rollback",
         "guest/binding",
-        "findings = take_back(session, journal)",
+        "findings = take_back(session, undo_log)",
         "findings: list[Finding] = []",
         "test_binding.py",
     ),
@@ -39,12 +39,12 @@ MUTATIONS = [
         "guest/apply/drivers",
         "for entry in reversed(entries):",
         "for entry in entries:",
-        "test_faults.py -k a_release_killed",
+        "test_faults.py -k release_killed_at_every_step",
     ),
     (
         "noted before it is done",
         "guest/apply/drivers",
-        '        journal.note("device", rebind.address, rebind.driver, rebind.override, *identity)',
+        '        undo_log.add("device", rebind.address, rebind.driver, rebind.override, *identity)',
         "        pass",
         "test_apply.py",
     ),
@@ -52,7 +52,7 @@ MUTATIONS = [
     (
         "lock of a journal",
         "guest/claims",
-        "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n            j",
+        "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n            undo_log",
         "j",
         "test_claims.py",
     ),
@@ -68,7 +68,7 @@ MUTATIONS = [
         "guest/apply/container_dev",
         "os.O_DIRECTORY | os.O_NOFOLLOW |",
         "os.O_DIRECTORY |",
-        "test_hostile_container.py -k swapped",
+        "test_hostile_container.py -k container_dev_race_with_symlink",
     ),
     (
         "owner of the claims' directory",
@@ -77,7 +77,13 @@ MUTATIONS = [
         "",
         "test_claims.py",
     ),
-    ("owner of a group", "guest/selection", "    if group.name in pool.claims:", "    if False:", "test_selection.py"),
+    (
+        "owner of a group",
+        "guest/selection",
+        "    if group.name in candidates.claims:",
+        "    if False:",
+        "test_selection.py",
+    ),
     (
         "owner of an id",
         "guest/ownership",
@@ -102,7 +108,7 @@ MUTATIONS = [
     (
         "mounts",
         "guest/apply/nodes",
-        "            check_mount(dev, directory, place)",
+        "            refuse_foreign_mount(dev, directory, node_path)",
         "",
         "test_hostile_container.py -k mounted",
     ),
@@ -120,23 +126,29 @@ MUTATIONS = [
         "    import oci_hooks.schema as schema\n\n"
         '    schema.find_mistakes(parse_toml(text, path), "guest-settings", path, "bad-settings", "")\n'
         "    table = Table(parse_toml(text, path))",
-        "test_settings.py -k load_no_library",
+        "test_settings.py -k read_settings_loads_no_library",
     ),
     (
         "plain settings without tomllib",
         "plain_toml",
         "    values = read_plain(text)",
         "    values = read_plain(text) and None",
-        "test_settings.py -k load_no_library",
+        "test_settings.py -k read_settings_loads_no_library",
     ),
     (
         "owner of settings",
         "settings",
         "    if found.st_uid and found.st_uid != root.do(os.geteuid) and not",
         "    if False and not",
-        "test_settings.py -k could_write_it",
+        "test_settings.py -k check_file_writable_by",
     ),
-    ("settings of others", "settings", "found.st_mode & stat.S_IWOTH", "False", "test_settings.py -k could_write_it"),
+    (
+        "settings of others",
+        "settings",
+        "found.st_mode & stat.S_IWOTH",
+        "False",
+        "test_settings.py -k check_file_writable_by",
+    ),
     (
         "a FIFO for settings",
         "settings",
@@ -149,7 +161,7 @@ MUTATIONS = [
         "program",
         'isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("oci_hooks")',
         "False",
-        "test_newcomer.py -k no_defect",
+        "test_newcomer.py -k missing_library_hint_not_internal_error",
     ),
     (
         "the device that was bound",
@@ -161,7 +173,7 @@ MUTATIONS = [
     (
         "an override of the hook's",
         "guest/apply/drivers",
-        "elif is_ours(known, override):",
+        "elif is_own_override(known, override):",
         "elif True:",
         "test_ownership.py -k override_of",
     ),
@@ -198,28 +210,28 @@ MUTATIONS = [
         "guest/claims",
         "(self.is_alive(root) or is_occupied(root, self.home))",
         "self.is_alive(root)",
-        "test_ownership.py -k what_is_left",
+        "test_ownership.py -k claim_held_by_remaining_processes",
     ),
     (
         "a path is not a cgroup",
         "guest/homes",
         "if inode not in (0, found):",
         "if False:",
-        "test_ownership.py -k counts_itself",
+        "test_ownership.py -k is_occupied_v2_uses_kernel_count",
     ),
     (
         "no more than is read",
         "guest/undo_log",
-        "if self.size + len(line) > JOURNAL_LIMIT:",
+        "if self.size + len(line) > UNDO_LOG_LIMIT:",
         "if False:",
-        "test_ownership.py -k nobody_writes_more",
+        "test_ownership.py -k undo_log_size_limit_enforced",
     ),
     (
         "a claim that can't be read",
         "guest/claims",
         "if self.at_work or self.problem:",
         "if self.at_work:",
-        "test_ownership.py -k stops_its_own",
+        "test_ownership.py -k unreadable_claim_blocks_own_container_only",
     ),
     (
         "what it may have",
@@ -231,14 +243,14 @@ MUTATIONS = [
     (
         "the id in a claim",
         "guest/claims",
-        "if self.journal_path(claim.container) != claim.path:",
+        "if self.undo_log_path(claim.container) != claim.path:",
         "if False:",
         "test_ownership.py -k names_another",
     ),
     (
         "a file for each id",
         "guest/claims",
-        'if name.startswith((".", HASHED)):',
+        'if name.startswith((".", HASH_PREFIX)):',
         'if name.startswith("."):',
         "test_ownership.py -k long_id",
     ),
@@ -287,7 +299,7 @@ MUTATIONS = [
     (
         "dead numbers, before",
         "guest/decision",
-        "permits.revoke_dead(session.directory, claims, but=session.claim_path)",
+        "permits.revoke_stale_numbers(session.directory, claims, excluding=session.claim_path)",
         "pass",
         "test_permits.py",
     ),
@@ -298,11 +310,17 @@ MUTATIONS = [
         "pass",
         "test_permits.py",
     ),
-    ("a number that was lost", "guest/permits", "        check_kept(claims, journal, denied)", "", "test_permits.py"),
+    (
+        "a number that was lost",
+        "guest/permits",
+        "        check_not_revoked(claims, undo_log, denied)",
+        "",
+        "test_permits.py",
+    ),
     (
         "a device that was lost",
         "guest/permits",
-        "check_own(claims.root, claims.read_entries(journal), taken.values())",
+        "check_own_devices(claims.root, claims.read_entries(undo_log), taken.values())",
         "pass",
         "test_permits.py",
     ),
@@ -323,7 +341,7 @@ MUTATIONS = [
     (
         "any open node is a use",
         "linux/usage",
-        "openers.find(device, list_tops(device, usage)) or ",
+        "openers.find(device, list_roots(device, usage)) or ",
         "",
         "test_openers.py",
     ),
@@ -357,12 +375,18 @@ MUTATIONS = [
     (
         "what is below a loop device",
         "linux/block_devices",
-        'root.ask(ask_backing, f"/dev/{loop}")',
+        'root.ask(read_backing_device, f"/dev/{loop}")',
         "int(root.read_text_or(path, str(1 << 8)))",
         "test_guards.py",
     ),
-    ("CAN", "linux/usage", "    if kind not in QUIET_TYPES:\n", "    if False:\n", "test_guards.py"),
-    ("every table", "linux/netlink", 'found.routed.add(take("=I", attributes[RTA_OIF])[0])', "pass", "test_netlink.py"),
+    ("CAN", "linux/usage", "    if kind not in UNCONFIGURED_TYPES:\n", "    if False:\n", "test_guards.py"),
+    (
+        "every table",
+        "linux/netlink",
+        'found.routed.add(unpack_head("=I", attributes[RTA_OIF])[0])',
+        "pass",
+        "test_netlink.py",
+    ),
     (
         "addresses of any label",
         "linux/netlink",
@@ -374,9 +398,9 @@ MUTATIONS = [
     (
         "no link on the way to the proof",
         "guest/apply/proof",
-        "place = open_path(directory, above)",
-        "place = os.open(above or '.', os.O_RDONLY, dir_fd=directory)",
-        "test_cgroup.py -k no_link",
+        "location = open_path(directory, above)",
+        "location = os.open(above or '.', os.O_RDONLY, dir_fd=directory)",
+        "test_cgroup.py -k verify_nodes_refuses_symlink_in_path",
     ),
     (
         "mounts by their ids",
@@ -410,21 +434,21 @@ MUTATIONS = [
     (
         "what can't be read is looked at",
         "oci",
-        "if is_sandbox(state, nothing) or (asks is False and not is_asked(state, nothing)):",
-        "if not is_asked(state, nothing):",
+        "if is_sandbox(state, nothing) or (asks is False and not asks_for_vfio(state, nothing)):",
+        "if not asks_for_vfio(state, nothing):",
         "test_oci.py -k could_ask",
     ),
     (
         "a container that asks for nothing is let through",
         "oci",
-        "if is_sandbox(state, nothing) or (asks is False and not is_asked(state, nothing)):",
+        "if is_sandbox(state, nothing) or (asks is False and not asks_for_vfio(state, nothing)):",
         "if False:",
         "test_oci.py -k could_ask",
     ),
     (
         "the state's annotation counts",
         "oci",
-        "(asks is False and not is_asked(state, nothing))",
+        "(asks is False and not asks_for_vfio(state, nothing))",
         "asks is False",
         "test_oci.py -k could_ask",
     ),
@@ -442,7 +466,7 @@ MUTATIONS = [
     (
         "a bound for what is followed",
         "traces",
-        "read_file(path, LARGEST_TEXT)",
+        "read_file(path, MAX_TEXT_BYTES)",
         "read_file(path, 1 << 40)",
         "test_traces.py -k large",
     ),
@@ -458,12 +482,12 @@ MUTATIONS = [
         "json_input",
         'text.encode("utf-8", "surrogateescape")',
         "text.encode()",
-        "test_oci.py -k by_hand",
+        "test_oci.py -k read_state_cases or read_spec_cases",
     ),
     (
         "annotations of others",
         "oci",
-        "return make_state(drop_annotations(document))",
+        "return make_state(drop_foreign_annotations(document))",
         "raise",
         "test_oci.py -k annotations",
     ),
@@ -472,12 +496,12 @@ MUTATIONS = [
         "oci",
         "isinstance(v, str) or k.startswith(MAP_ANNOTATION)",
         "isinstance(v, str)",
-        "test_oci.py -k of_ours",
+        "test_oci.py -k read_state_own_annotation_must_be_string",
     ),
     (
         "a byte that runc lost",
         "oci",
-        'if state.bundle != "/" and LOST_BYTE not in state.bundle:',
+        'if state.bundle != "/" and REPLACEMENT_CHARACTER not in state.bundle:',
         'if state.bundle != "/":',
         "test_mend_bundle.py",
     ),
@@ -493,21 +517,21 @@ MUTATIONS = [
         "schema",
         "        # A virtual environment's",
         "        site.main()\n        # A virtual environment's",
-        "test_executables.py -k programs",
+        "test_executables.py -k load_site_packages_runs_no_sitecustomize_or_pth",
     ),
     (
         "names in any locale",
         "../hooks/vfio-guest-bind",
         "#!/usr/bin/python3 -ISXutf8",
         "#!/usr/bin/python3 -IS",
-        "test_executables.py -k any_locale",
+        "test_executables.py -k bundle_path_in_any_locale",
     ),
     (
         "Python's warnings",
         "../hooks/vfio-guest-bind",
         "_warnings.filters[:] =",
         "_ =",
-        "test_executables.py -k warning",
+        "test_executables.py -k executables_suppress_warnings",
     ),
     (
         "names of members are left out",
@@ -584,7 +608,7 @@ MUTATIONS = [
         "record/hidehost",
         "key in OPTIONS.get(option, ()) and (equals or not index)",
         "True",
-        "test_privacy.py -k kata_host",
+        "test_privacy.py -k hide_kata_host_keeps_no_secret",
     ),
     (
         "options of a hypervisor",
@@ -607,7 +631,7 @@ MUTATIONS = [
         "record/hidetext",
         "if () in rests:",
         "if () in rests or isinstance(value, str):",
-        "test_privacy.py -k kata_host",
+        "test_privacy.py -k hide_kata_host_keeps_no_secret",
     ),
     (
         "what Kata refuses",
@@ -628,7 +652,7 @@ MUTATIONS = [
         "record/writer",
         "and not full and note.name not in READS",
         "and False",
-        "test_privacy.py -k kata_host",
+        "test_privacy.py -k hide_kata_host_keeps_no_secret",
     ),
     (
         "a text that is no JSON",
@@ -650,7 +674,7 @@ MUTATIONS = [
         "host/kata/checks",
         "kernel.replace(value=refusal, written=refusal) if",
         "kernel if",
-        "test_privacy.py -k without_a_running",
+        "test_privacy.py -k hide_kata_host_without_running_hypervisor",
     ),
     ("bound of bytes unpacked", "record/reader", 'check_bound(len(data), "BYTES")', "", "test_odd_records.py -k bomb"),
     (
@@ -665,7 +689,7 @@ MUTATIONS = [
         "record/reader",
         "        check_bound(size, MEMBERS[name], name)",
         "",
-        "test_odd_records.py -k bytes",
+        "test_odd_records.py -k recording_costs_bounded_time_and_memory or bytes",
     ),
     (
         "bound of members",
@@ -709,49 +733,49 @@ MUTATIONS = [
         "record/bounds",
         'check_bound(abs(item), "NUMBER", where)',
         "pass",
-        "test_odd_records.py -k number",
+        "test_odd_records.py -k unknown_errno_described or number",
     ),
-    ("numbers of many digits", "record/reader", "> LONGEST_NUMBER:", "> 1 << 40:", "test_odd_records.py -k digits"),
+    ("numbers of many digits", "record/reader", "> MAX_DIGITS:", "> 1 << 40:", "test_odd_records.py -k digits"),
     ("numbers that are none", "record/reader", "if value - value != 0:", "if False:", "test_odd_records.py -k no_hook"),
     (
         "bound of errno",
         "record/reader",
-        '0 <= event.get("errno", 0) <= bounds.MOST_ERRNO',
+        '0 <= event.get("errno", 0) <= bounds.MAX_ERRNO',
         "True",
         "test_odd_records.py -k no_hook",
     ),
     (
         "bound of seconds",
         "record/bounds",
-        "signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)",
+        "signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)",
         "",
-        "test_odd_records.py -k seconds_are",
+        "test_odd_records.py -k replay_seconds_bounded_inside_hook",
     ),
     (
         "out of time is no Exception",
         "record/bounds",
         "class OutOfTime(BaseException)",
         "class OutOfTime(Exception)",
-        "test_odd_records.py -k seconds_are",
+        "test_odd_records.py -k replay_seconds_bounded_inside_hook",
     ),
     (
         "bound of memory",
         "record/bounds",
-        "resource.setrlimit(resource.RLIMIT_AS, (most, self.limits[1]))",
+        "resource.setrlimit(resource.RLIMIT_AS, (maximum, self.limits[1]))",
         "pass",
-        "test_odd_records.py -k memory_is",
+        "test_odd_records.py -k replay_memory_bounded_and_released",
     ),
     (
         "a hook keeps to the bounds",
         "record/writer",
-        "len(lines) == bounds.MOST_EVENTS or",
+        "len(lines) == bounds.MAX_EVENTS or",
         "",
-        "test_odd_records.py -k can_be_read",
+        "test_odd_records.py -k written_recording_within_reader_bounds",
     ),
     (
         "mistakes that are collected",
         "schema",
-        "islice(validator.iter_errors(document), MOST_ERRORS)",
+        "islice(validator.iter_errors(document), MAX_ERRORS)",
         "validator.iter_errors(document)",
         "test_odd_records.py -k mistakes",
     ),
@@ -768,14 +792,14 @@ MUTATIONS = [
         "record/reader",
         "if not stat.S_ISREG(os.fstat(fd).st_mode):",
         "if False:",
-        "test_odd_records.py -k regular",
+        "test_odd_records.py -k read_record_regular_file_only",
     ),
     (
         "regular files on this machine",
         "replay/rerun",
         "not stat.S_ISREG(os.stat(path).st_mode)",
         "False",
-        "test_odd_records.py -k only_files",
+        "test_odd_records.py -k run_live_reads_only_regular_files",
     ),
     (
         "a replay opens only code",
@@ -810,14 +834,14 @@ MUTATIONS = [
         "record/timeline",
         "name, when = make_one_line(os.path.basename(record.path)),",
         "name, when = os.path.basename(record.path),",
-        "test_odd_records.py -k no_string_of",
+        "test_odd_records.py -k recording_strings_escaped_for_terminal",
     ),
     (
         "lines of a timeline",
         "record/timeline",
         'return "".join(f"{make_one_line(line)}\\n" for line in lines)\n\n\ndef format_head',
         'return "".join(f"{line}\\n" for line in lines)\n\n\ndef format_head',
-        "test_odd_records.py -k no_string_of",
+        "test_odd_records.py -k recording_strings_escaped_for_terminal",
     ),
     (
         "lines of a traceback",
@@ -843,9 +867,9 @@ MUTATIONS = [
     (
         "numbers of errors",
         "record/timeline",
-        "if type(number) is int and 0 <= number <= MOST_ERRNO else",
+        "if type(number) is int and 0 <= number <= MAX_ERRNO else",
         "if number else",
-        "test_odd_records.py -k of_no_error",
+        "test_odd_records.py -k unknown_errno_described",
     ),
 ]
 
@@ -874,7 +898,7 @@ def find_module(top: Path, module: str) -> Path:
 @pytest.mark.parametrize(
     ("module", "line"), [(module, line) for _, module, line, *_ in MUTATIONS], ids=[name for name, *_ in MUTATIONS]
 )
-def test_the_safeguard_is_there(module: str, line: str) -> None:
+def test_mutation_line_exists(module: str, line: str) -> None:
     """Once: a mutation whose line is no longer there has to be written anew with the code."""
     assert find_module(REPOSITORY, module).read_text().count(line) == 1
 
@@ -882,7 +906,7 @@ def test_the_safeguard_is_there(module: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("module", "line", "instead", "tests"), [rest for _, *rest in TRIED], ids=[name for name, *_ in TRIED]
 )
-def test_some_test_fails_without(copy: Path, module: str, line: str, instead: str, tests: str) -> None:
+def test_mutation_makes_a_test_fail(copy: Path, module: str, line: str, instead: str, tests: str) -> None:
     file, *options = tests.split(" ", 1)
     path = find_module(copy, module)
     whole = path.read_text()

@@ -34,7 +34,7 @@ class Container:
         self.tree = Tree(top)
         self.init = subprocess.Popen(["/bin/sleep", "3600"], stdin=subprocess.DEVNULL, preexec_fn=self.enter)  # noqa: PLW1509
         self.pid = self.init.pid
-        self.tree.target = nodes.Target(self.pid, str(self.tree.rootfs))
+        self.tree.target = nodes.Container(self.pid, str(self.tree.rootfs))
         # As the init sees it.
         self.dev = Path(f"/proc/{self.pid}/root{self.tree.dev}")
 
@@ -50,7 +50,7 @@ class Container:
         """Return a descriptor of a directory below its /dev, made if need be."""
         dev = container_dev.open_dev(self.pid, str(self.tree.rootfs))
         try:
-            return nodes.open_or_make(dev, path, self.tree.target, self.tree.journal)
+            return nodes.open_or_create(dev, path, self.tree.target, self.tree.journal)
         finally:
             os.close(dev)
 
@@ -106,8 +106,8 @@ def count_own() -> tuple[int, str, str]:
 def attach_null(made: Container) -> None:
     """Mount a file system with a node in it over the container's /dev/vfio."""
     directory, tree = made.open("vfio"), mount_ns.make_tmpfs()
-    container_dev.make_node(tree, "null", NULL, 0o666, 0, 0)
-    mount_ns.attach(made.pid, tree, directory)
+    container_dev.create_node(tree, "null", NULL, 0o666, 0, 0)
+    mount_ns.mount_tree(made.pid, tree, directory)
     os.close(tree)
     os.close(directory)
 
@@ -116,7 +116,7 @@ def detach(made: Container, name: str) -> None:
     """Take away what is mounted on a name in the container's /dev."""
     dev = made.open()
     try:
-        mount_ns.detach(made.pid, dev, name)
+        mount_ns.unmount(made.pid, dev, name)
     finally:
         os.close(dev)
 
@@ -124,7 +124,7 @@ def detach(made: Container, name: str) -> None:
 # The file system -----------------------------------------------------------------------------------------------------
 
 
-def test_a_new_file_system_is_small_roots_and_without_programs() -> None:
+def test_make_tmpfs_small_root_owned_noexec() -> None:
     old = os.umask(0o777)
     tree = mount_ns.make_tmpfs()
     assert os.umask(old) == 0o777
@@ -134,13 +134,13 @@ def test_a_new_file_system_is_small_roots_and_without_programs() -> None:
         assert room.f_blocks * room.f_frsize == 64 << 10
         assert room.f_flag & (os.ST_NOSUID | os.ST_NOEXEC | os.ST_NODEV) == os.ST_NOSUID | os.ST_NOEXEC
         assert not os.get_inheritable(tree)
-        container_dev.make_node(tree, "null", NULL, 0o666, 0, 0)
+        container_dev.create_node(tree, "null", NULL, 0o666, 0, 0)
         os.close(os.open("null", os.O_RDWR, dir_fd=tree))
     finally:
         os.close(tree)
 
 
-def test_no_file_system_without_privilege() -> None:
+def test_make_tmpfs_without_privilege_fails() -> None:
     before = count_own()
     os.seteuid(65534)
     try:
@@ -158,16 +158,16 @@ def test_no_file_system_without_privilege() -> None:
 # In the container ----------------------------------------------------------------------------------------------------
 
 
-def test_a_node_opens_on_what_is_mounted_and_none_can_be_on_the_containers_own(made: Container) -> None:
+def test_mount_tree_node_opens_in_user_namespace(made: Container) -> None:
     dev = made.open()
     with pytest.raises(OSError, match="Value too large"):
-        container_dev.make_node(dev, "null", NULL, 0o666, FIRST_ID, FIRST_ID)
+        container_dev.create_node(dev, "null", NULL, 0o666, FIRST_ID, FIRST_ID)
     os.close(dev)
     attach_null(made)
     os.close(os.open(made.dev / "vfio/null", os.O_RDWR))
 
 
-def test_what_is_mounted_is_the_containers_alone_and_goes_while_it_is_used(made: Container) -> None:
+def test_mount_tree_private_and_unmountable_in_use(made: Container) -> None:
     mounts = made.list_mounts()
     attach_null(made)
     assert made.list_mounts() == [*mounts, str(made.tree.dev / "vfio")]
@@ -181,14 +181,14 @@ def test_what_is_mounted_is_the_containers_alone_and_goes_while_it_is_used(made:
     os.close(user)
 
 
-def test_only_the_uppermost_mount_is_taken_away(made: Container) -> None:
+def test_unmount_only_top_mount(made: Container) -> None:
     attach_null(made)
     attach_null(made)
     detach(made, "vfio")
     assert made.list_mounts().count(str(made.tree.dev / "vfio")) == 1
 
 
-def test_a_link_to_a_mount_is_not_followed(made: Container) -> None:
+def test_unmount_symlink_not_followed(made: Container) -> None:
     attach_null(made)
     mounts = made.list_mounts()
     made.execute("ln", "-s", "vfio", "dev/link")
@@ -198,12 +198,12 @@ def test_a_link_to_a_mount_is_not_followed(made: Container) -> None:
         detach(made, "nothing")
 
 
-def test_what_can_not_be_mounted_is_told(made: Container) -> None:
+def test_mount_tree_failure_reported(made: Container) -> None:
     directory = made.open("vfio")
     mounts = made.list_mounts()
     with pytest.raises(StepError) as caught:
         # A directory is no tree that somebody detached.
-        mount_ns.attach(made.pid, directory, directory)
+        mount_ns.mount_tree(made.pid, directory, directory)
     os.close(directory)
     (finding,) = caught.value.findings
     assert (finding.code, bool(finding.hint)) == ("mount-failed", True)
@@ -211,22 +211,24 @@ def test_what_can_not_be_mounted_is_told(made: Container) -> None:
     assert made.list_mounts() == mounts
 
 
-def test_what_becomes_of_work_inside(made: Container, capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_in_mount_namespace_results(made: Container, capfd: pytest.CaptureFixture[str]) -> None:
     def fail(error: BaseException) -> None:
         raise error
 
     namespace = os.readlink(f"/proc/{made.pid}/ns/mnt")
-    assert mount_ns.run_inside(made.pid, lambda: None) == 0
-    assert mount_ns.run_inside(made.pid, lambda: fail(OSError(errno.ENOSPC, "x"))) == errno.ENOSPC
+    assert mount_ns.run_in_mount_namespace(made.pid, lambda: None) == 0
+    assert mount_ns.run_in_mount_namespace(made.pid, lambda: fail(OSError(errno.ENOSPC, "x"))) == errno.ENOSPC
     # No number of its own, no error of the system, no end of its own making: never taken for success.
-    assert mount_ns.run_inside(made.pid, lambda: fail(OSError("x"))) == errno.EIO
-    assert mount_ns.run_inside(made.pid, lambda: fail(ZeroDivisionError())) == errno.EIO
-    assert mount_ns.run_inside(made.pid, lambda: os.kill(os.getpid(), signal.SIGKILL)) == -signal.SIGKILL
-    assert mount_ns.run_inside(made.pid, lambda: os._exit(os.readlink("/proc/self/ns/mnt") != namespace)) == 0
+    assert mount_ns.run_in_mount_namespace(made.pid, lambda: fail(OSError("x"))) == errno.EIO
+    assert mount_ns.run_in_mount_namespace(made.pid, lambda: fail(ZeroDivisionError())) == errno.EIO
+    assert mount_ns.run_in_mount_namespace(made.pid, lambda: os.kill(os.getpid(), signal.SIGKILL)) == -signal.SIGKILL
+    assert (
+        mount_ns.run_in_mount_namespace(made.pid, lambda: os._exit(os.readlink("/proc/self/ns/mnt") != namespace)) == 0
+    )
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_signal_before_the_work_is_begun_stays_in_the_child(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_in_mount_namespace_early_signal_stays_in_child(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may come as soon as there is a child, which must not put back what its parent did."""
     parent, fork = os.getpid(), os.fork
 
@@ -238,31 +240,31 @@ def test_a_signal_before_the_work_is_begun_stays_in_the_child(made: Container, m
 
     monkeypatch.setattr(os, "fork", interrupted)
     try:
-        assert mount_ns.run_inside(made.pid, lambda: None) == errno.EIO
+        assert mount_ns.run_in_mount_namespace(made.pid, lambda: None) == errno.EIO
     finally:
         if os.getpid() != parent:
             os._exit(99)
 
 
-def test_no_process_to_be_had_is_an_error(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_in_mount_namespace_without_process_fails(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> int:
         raise OSError(errno.EAGAIN, "x")
 
     monkeypatch.setattr(os, "fork", refuse)
     with pytest.raises(OSError, match="x"):
-        mount_ns.run_inside(made.pid, lambda: None)
+        mount_ns.run_in_mount_namespace(made.pid, lambda: None)
 
 
-def test_a_container_that_is_gone(made: Container) -> None:
+def test_mount_tree_ended_container(made: Container) -> None:
     directory = made.open()
     made.init.kill()
     # Gone but for its name, which its runtime has not asked for yet.
     os.waitid(os.P_PID, made.pid, os.WEXITED | os.WNOWAIT)
     tree = mount_ns.make_tmpfs()
     with pytest.raises(FileNotFoundError):
-        mount_ns.attach(made.pid, tree, directory)
+        mount_ns.mount_tree(made.pid, tree, directory)
     with pytest.raises(FileNotFoundError):
-        mount_ns.detach(made.pid, directory, "vfio")
+        mount_ns.unmount(made.pid, directory, "vfio")
     os.close(tree)
     os.close(directory)
 
@@ -270,7 +272,7 @@ def test_a_container_that_is_gone(made: Container) -> None:
 # Nodes ---------------------------------------------------------------------------------------------------------------
 
 
-def test_nodes_are_mounted_once_over_the_hosts_and_taken_away(made: Container) -> None:
+def test_mount_nodes_once_over_stale_and_undone(made: Container) -> None:
     made.execute("mkdir", "dev/vfio")
     made.execute("touch", "dev/vfio/12")
     mounts = made.list_mounts()
@@ -289,7 +291,7 @@ def test_nodes_are_mounted_once_over_the_hosts_and_taken_away(made: Container) -
         assert [(path.name, path.is_file()) for path in (made.dev / "vfio").iterdir()] == [("12", True)]
 
 
-def test_a_directory_of_the_hooks_own_is_the_namespaces_and_goes_too(made: Container) -> None:
+def test_mount_nodes_own_directory_removed(made: Container) -> None:
     made.tree.expose(user_namespace=True)
     detach(made, "vfio")
     at = (made.dev / "vfio").stat()
@@ -299,9 +301,9 @@ def test_a_directory_of_the_hooks_own_is_the_namespaces_and_goes_too(made: Conta
     assert list(made.dev.iterdir()) == []
 
 
-def test_a_mount_that_was_noted_and_not_made_is_undone(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_mount_not_made(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill between the two: what lies below is not the hook's."""
-    monkeypatch.setattr(mount_ns, "attach", lambda *_: None)
+    monkeypatch.setattr(mount_ns, "mount_tree", lambda *_: None)
     made.tree.expose(user_namespace=True)
     made.execute("touch", "dev/vfio/own")
     undo(made)

@@ -9,7 +9,7 @@ import struct
 import pytest
 
 from oci_hooks.linux import netlink
-from oci_hooks.linux.netlink import Found, name_found, read_dump
+from oci_hooks.linux.netlink import NetworkUse, name_interfaces, read_dump
 
 pytestmark = pytest.mark.unit
 
@@ -53,9 +53,9 @@ def route(to: str, index: int = 7, table: int = MAIN_TABLE, kind: int = UNICAST,
 DONE = message(3, bytes(4))
 
 
-def read(*messages: bytes) -> Found:
+def read(*messages: bytes) -> NetworkUse:
     """Return what these messages come to."""
-    found = Found()
+    found = NetworkUse()
     assert read_dump(iter([b"".join(messages), DONE]), found)
     return found
 
@@ -74,11 +74,11 @@ def read(*messages: bytes) -> Found:
         (message(20, struct.pack("=BBBBI", 45, 8, 0, 0, 7)), "? of family 45"),
     ],
 )
-def test_addresses(line: bytes, words: str) -> None:
+def test_netlink_addresses(line: bytes, words: str) -> None:
     assert read(line).addresses == ({7: words} if words else {})
 
 
-def test_the_first_address_is_told() -> None:
+def test_netlink_first_address_reported() -> None:
     assert read(address(7, "192.0.2.15"), address(7, "192.0.2.16"), address(8, "10.0.0.1")).addresses == {
         7: "192.0.2.15",
         8: "10.0.0.1",
@@ -109,42 +109,42 @@ def test_the_first_address_is_told() -> None:
         (route("2001:db8::9/128", flags=0x200), False),
     ],
 )
-def test_routes(line: bytes, used: bool) -> None:
+def test_netlink_routes(line: bytes, used: bool) -> None:
     assert read(line).routed == ({7} if used else set())
 
 
-def test_a_route_over_several_interfaces() -> None:
+def test_netlink_multipath_route() -> None:
     hops = [struct.pack("=HBBi", 16, 0, 0, 7) + attribute(5, packed("192.0.2.1")), struct.pack("=HBBi", 8, 0, 0, 9)]
     head = struct.pack("=BBBBBBBBI", V4, 0, 0, 0, 254, 3, 0, 1, 0)
     assert read(message(24, head + attribute(9, b"".join(hops)))).routed == {7, 9}
 
 
-def test_other_families_and_nexthop_objects() -> None:
+def test_netlink_other_families_and_nexthops() -> None:
     mpls = message(24, struct.pack("=BBBBBBBBI", MPLS, 20, 0, 0, 0, 4, 0, 1, 0) + attribute(4, struct.pack("=I", 7)))
     nexthop = message(104, struct.pack("=BBBBI", V4, 0, 0, 0, 0) + attribute(5, struct.pack("=I", 8)))
     group = message(104, bytes(8) + attribute(2, bytes(8)))
     assert read(mpls, nexthop, group).routed == {7, 8}
 
 
-def test_more_routes_than_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_netlink_dump_limit_counts_as_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A router's interfaces are in use, whichever of the routes they are in."""
-    monkeypatch.setattr(netlink, "LONGEST_DUMP", 100)
-    found = Found()
+    monkeypatch.setattr(netlink, "MAX_DUMP_BYTES", 100)
+    found = NetworkUse()
     line = route("192.0.2.0/24", index=7)
     assert read_dump(iter([line * 3, route("192.0.2.0/24", index=8), DONE]), found)
     assert found.routed == {0, 7}
-    assert name_found(found, {7: "eth1"}.__getitem__) == [["route", "", ""], ["route", "eth1", ""]]
+    assert name_interfaces(found, {7: "eth1"}.__getitem__) == [["route", "", ""], ["route", "eth1", ""]]
 
 
-def test_what_changed_meanwhile_is_read_again() -> None:
-    found = Found()
+def test_netlink_interrupted_dump_repeated() -> None:
+    found = NetworkUse()
     interrupted = message(20, struct.pack("=BBBBI", V4, 24, 0, 0, 7) + attribute(2, packed("192.0.2.1")), 0x12)
     assert not read_dump(iter([interrupted, DONE]), found)
     assert found.addresses == {7: "192.0.2.1"}
 
 
-def test_a_kernel_without_nexthop_objects() -> None:
-    assert read_dump(iter([message(2, struct.pack("=i", -95) + bytes(16))]), Found())
+def test_netlink_without_nexthop_support() -> None:
+    assert read_dump(iter([message(2, struct.pack("=i", -95) + bytes(16))]), NetworkUse())
 
 
 @pytest.mark.parametrize(
@@ -158,22 +158,22 @@ def test_a_kernel_without_nexthop_objects() -> None:
         (address(7, "192.0.2.1")[:-4], 74),
     ],
 )
-def test_what_is_no_answer_is_not_free(data: bytes, code: int) -> None:
+def test_netlink_malformed_answer_fails(data: bytes, code: int) -> None:
     with pytest.raises(OSError, match=r"^\[Errno") as caught:
-        read_dump(iter([data, DONE]), Found())
+        read_dump(iter([data, DONE]), NetworkUse())
     assert caught.value.errno == code
 
 
-def test_an_interface_that_went_away() -> None:
+def test_netlink_removed_interface_ignored() -> None:
     found = read(address(7, "192.0.2.15"), route("192.0.2.0/24"))
 
     def name(_index: int) -> str:
         raise OSError(6, "No such device or address")
 
-    assert name_found(found, name) == []
+    assert name_interfaces(found, name) == []
 
 
-def test_this_kernel_answers() -> None:
+def test_netlink_real_kernel() -> None:
     """Whatever it has: lo has its address wherever it is up."""
-    lines = netlink.ask_network("/proc/net")
+    lines = netlink.dump_network("/proc/net")
     assert all(kind in ("address", "route") and name for kind, name, _ in lines)

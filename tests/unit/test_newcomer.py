@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from examples import run_demo
-from oci_hooks.program import make_internal
+from oci_hooks.program import make_internal_finding
 from tests import packages, provision
 from tests.chain import image
 from tests.newcomer import bare
@@ -68,7 +68,7 @@ def find_programs(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["provision.py", "packages.py", "newcomer/bare.py", "chain/image.py", "runner.py"])
-def test_each_program_that_provisioning_runs_belongs_to_a_package_that_is_named(name: str) -> None:
+def test_provision_programs_belong_to_named_packages(name: str) -> None:
     owned = {program: package for package, programs in OWNERS.items() for program in programs}
     named = {package for each in LISTS for package in each} | {"always"}
     for program in find_programs(REPOSITORY / "tests" / name):
@@ -76,20 +76,20 @@ def test_each_program_that_provisioning_runs_belongs_to_a_package_that_is_named(
 
 
 @pytest.mark.parametrize("package", provision.RIG_PACKAGES)
-def test_a_package_that_the_demo_does_not_install_is_missed(package: str) -> None:
+def test_demo_packages_each_needed(package: str) -> None:
     """Left out, one at a time: some program has no package then. tests/newcomer holds the table to a bare root."""
     assert find_unnamed(provision.RIG_PACKAGES) == []
     assert find_unnamed(set(provision.RIG_PACKAGES) - {package}) != []
 
 
-def test_the_rigs_own_list_of_programs_is_in_the_table() -> None:
+def test_rig_programs_in_package_table() -> None:
     """What check_requirements looks for, by package."""
     asked = re.findall(r'\("[a-z0-9_-]+", "([a-z0-9-]+)"\)', inspect.getsource(rig.check_requirements))
     assert len(asked) >= 3
     assert set(asked) <= set(PROGRAMS.values())
 
 
-def test_the_build_installs_what_control_names() -> None:
+def test_build_packages_match_control() -> None:
     """packaging/build reads it there: real names, no versions, git and rpm beside."""
     text = (REPOSITORY / "packaging/build").read_text()
     function = re.search(r"^list_build_depends\(\) \{.*?^\}", text, re.MULTILINE | re.DOTALL)
@@ -114,7 +114,7 @@ Abort.
 @pytest.mark.parametrize(
     ("printed", "words"), [(APT, " (39.5 MB to load, 174 MB on disk)"), ("E: Unable to lock\n", ""), ("", "")]
 )
-def test_sizes_are_apts_own(printed: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provision_sizes_from_apt(printed: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: Any, **__: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], 1, printed, "")
 
@@ -122,7 +122,7 @@ def test_sizes_are_apts_own(printed: str, words: str, monkeypatch: pytest.Monkey
     assert provision.measure_packages(["x"]) == words
 
 
-def test_a_mirror_that_fails_is_asked_once_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_provision_failed_mirror_retried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mark = tmp_path / "mark"
     script = f"test -e {mark} || {{ touch {mark}; echo hash sum mismatch; exit 100; }}; echo fine"
     assert provision.run_twice(["sh", "-c", script]) == "fine\n"
@@ -131,20 +131,20 @@ def test_a_mirror_that_fails_is_asked_once_more(tmp_path: Path, capsys: pytest.C
         provision.run_twice(["sh", "-c", "echo for ever; exit 100"])
 
 
-def test_a_command_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provision_hanging_command_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provision, "COMMAND_LIMIT", 0.3)
     with pytest.raises(MissingError, match="did not end in"):
         provision.run(["sleep", "100"])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MissingError("x")])
-def test_what_was_broken_off_leaves_no_half_root(
+def test_provision_interrupted_leaves_no_partial_root(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    place = provision.find_cache() / "root"
-    with pytest.raises(BaseException), provision.locked(place):  # noqa: B017, PT011, RUF100
-        (provision.make_partial(place) / "file").write_text("half")
+    location = provision.find_cache() / "root"
+    with pytest.raises(BaseException), provision.locked(location):  # noqa: B017, PT011, RUF100
+        (provision.make_partial(location) / "file").write_text("half")
         raise error
     assert not list(provision.find_cache().glob("*.partial"))
 
@@ -171,7 +171,7 @@ def make_poor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyP
     ],
     ids=["machine", "root", "apt", "room"],
 )
-def test_what_the_demo_lacks_is_one_line(
+def test_demo_missing_requirement_one_line(
     poor: pytest.MonkeyPatch, target: str, value: Any, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2, before anything is installed."""
@@ -184,7 +184,7 @@ def test_what_the_demo_lacks_is_one_line(
     assert words in err
 
 
-def test_a_later_run_needs_no_room(poor: pytest.MonkeyPatch) -> None:
+def test_demo_cached_run_needs_no_space(poor: pytest.MonkeyPatch) -> None:
     poor.setattr(run_demo, "ROOM", 1 << 60)
     poor.setattr(provision, "find_missing_packages", lambda _: [])
     poor.setattr(provision, "is_rig_made", lambda: True)
@@ -192,14 +192,14 @@ def test_a_later_run_needs_no_room(poor: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("words", [["x"], ["--chain", "--json"], ["--chain", "crun"], ["--frob"]])
-def test_a_command_line_that_is_not_understood(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_bad_command_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run_demo.main(words)
     assert ended.value.code == 2
     assert "usage: examples/demo" in capsys.readouterr().err
 
 
-def test_interrupted_is_told_and_no_traceback(poor: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_interrupt_without_traceback(poor: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -209,7 +209,7 @@ def test_interrupted_is_told_and_no_traceback(poor: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.mark.parametrize("script", ["examples/demo", "tests/run", "tests/bench/run"])
-def test_scripts_ask_for_python_by_what_they_need_of_it(script: str) -> None:
+def test_scripts_need_python_with_library(script: str) -> None:
     """An interpreter alone (python3-minimal) is not enough: none of them looks for the file."""
     text = (REPOSITORY / script).read_text()
     assert "need_python" in text
@@ -248,13 +248,13 @@ ROOT, USER = "id() { echo 0; }", "id() { echo 1000; }"
     ],
     ids=["no apt", "no root", "no mirror", "installed"],
 )
-def test_python_without_its_library(tmp_path: Path, script: str, apt: str, code: int, words: str) -> None:
+def test_scripts_python_without_library_reported(tmp_path: Path, script: str, apt: str, code: int, words: str) -> None:
     done = run_need_python(tmp_path, script, apt)
     assert (done.returncode, done.stdout) == (code, "" if code else "went on\n")
     assert words in done.stderr.splitlines()[-1]
 
 
-def test_a_clone_has_what_git_lists_and_changes(tmp_path: Path) -> None:
+def test_clone_has_git_files_and_changes(tmp_path: Path) -> None:
     bare.copy_clone(tmp_path / "clone")
     assert (tmp_path / "clone/README.md").read_text() == (REPOSITORY / "README.md").read_text()
     assert (tmp_path / "clone/examples/demo").stat().st_mode & 0o111
@@ -262,7 +262,7 @@ def test_a_clone_has_what_git_lists_and_changes(tmp_path: Path) -> None:
     assert not list((tmp_path / "clone").rglob("__pycache__"))
 
 
-def test_without_git_the_tree_has_what_is_not_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clone_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in an unpacked tarball, or where git isn't installed: all that git lists, and neither caches nor git's own."""
     by_git = set(provision.list_tree())
     monkeypatch.setattr("shutil.which", lambda _: None)
@@ -273,8 +273,8 @@ def test_without_git_the_tree_has_what_is_not_made_here(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("name", "hint"), [("json", "python3-minimal"), ("oci_hooks.x", "report"), (None, "python3")])
-def test_a_library_that_is_not_there_is_no_defect_to_report(name: str | None, hint: str) -> None:
+def test_missing_library_hint_not_internal_error(name: str | None, hint: str) -> None:
     """But a module of our own that is not there is one."""
-    finding = make_internal(ModuleNotFoundError(f"No module named {name!r}", name=name))
+    finding = make_internal_finding(ModuleNotFoundError(f"No module named {name!r}", name=name))
     assert finding.code == "internal"
     assert hint in finding.hint

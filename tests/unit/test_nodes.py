@@ -18,9 +18,9 @@ import pytest
 from oci_hooks.findings import StepError
 from oci_hooks.guest import binding
 from oci_hooks.guest.apply import container_dev, nodes
-from oci_hooks.guest.apply.nodes import Target
+from oci_hooks.guest.apply.nodes import Container
 from oci_hooks.guest.plan import MapEntry, Node, Plan
-from oci_hooks.guest.undo_log import Entry, Journal, parse_journal
+from oci_hooks.guest.undo_log import Entry, UndoLog, parse_undo_log
 from oci_hooks.oci import Device, State, make_spec
 from tests.unit.machine import NIC, Machine
 
@@ -39,9 +39,11 @@ class Tree:
         self.rootfs = (top / "rootfs").resolve()
         self.dev = self.rootfs / "dev"
         self.dev.mkdir(parents=True)
-        self.journal_path = top / "journal"
-        self.journal = Journal(os.open(self.journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND), str(self.journal_path))
-        self.target = Target(0, str(self.rootfs))
+        self.undo_log_path = top / "journal"
+        self.journal = UndoLog(
+            os.open(self.undo_log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND), str(self.undo_log_path)
+        )
+        self.target = Container(0, str(self.rootfs))
 
     def expose(self, **changes: Any) -> None:
         """Make the nodes of a plan."""
@@ -58,7 +60,7 @@ class Tree:
 
     def entries(self) -> list[Entry]:
         """Return the journal."""
-        return parse_journal(self.journal_path.read_bytes())
+        return parse_undo_log(self.undo_log_path.read_bytes())
 
     def undo(self) -> None:
         """Put back what the journal notes, last first."""
@@ -75,8 +77,8 @@ class Tree:
 
     def read_map(self) -> bytes:
         """Return what lies at the map's place, nothing if that is no file."""
-        place = self.dev / "vfio/devices.json"
-        return place.read_bytes() if place.is_file() else b""
+        location = self.dev / "vfio/devices.json"
+        return location.read_bytes() if location.is_file() else b""
 
 
 @pytest.fixture(name="tree")
@@ -104,7 +106,7 @@ def put_node(path: Path, major: int, minor: int, mode: int = 0o666) -> None:
 # Making --------------------------------------------------------------------------------------------------------------
 
 
-def test_nodes_have_numbers_mode_and_owner_whatever_the_umask(tree: Tree, umask: int) -> None:
+def test_ensure_node_numbers_mode_owner_any_umask(tree: Tree, umask: int) -> None:
     old = os.umask(umask)
     assert old == umask
     tree.expose()
@@ -118,25 +120,25 @@ def test_nodes_have_numbers_mode_and_owner_whatever_the_umask(tree: Tree, umask:
     assert os.umask(old) == umask
 
 
-def test_an_owner_that_is_not_mapped_is_roots(tree: Tree) -> None:
+def test_ensure_node_unmapped_owner_is_root(tree: Tree) -> None:
     tree.expose(nodes=(Node("group", "12", 0o600, -1, -1),), map=())
     assert tree.list_all()["dev/vfio/12"] == (stat.S_IFCHR | 0o600, 0, 0, os.makedev(511, 7))
 
 
-def test_twice_is_the_same_and_notes_nothing_more_of_the_nodes(tree: Tree) -> None:
+def test_expose_nodes_is_idempotent(tree: Tree) -> None:
     tree.expose(map=())
     once, noted = tree.list_all(), tree.entries()
     tree.expose(map=())
     assert (tree.list_all(), tree.entries()) == (once, noted)
 
 
-def test_the_map_is_json_that_says_which_device_is_which(tree: Tree) -> None:
+def test_map_json_content(tree: Tree) -> None:
     tree.expose()
-    told = json.loads(tree.read_map())
-    assert told == {"version": 1, "devices": [MAP.as_dict()]}
+    reported = json.loads(tree.read_map())
+    assert reported == {"version": 1, "devices": [MAP.as_dict()]}
 
 
-def test_a_map_of_an_earlier_run_stays(tree: Tree) -> None:
+def test_map_of_earlier_run_kept(tree: Tree) -> None:
     tree.expose()
     once, noted = (tree.dev / "vfio/devices.json").stat().st_ctime_ns, tree.entries()
     tree.journal.kept = os.fstat(tree.journal.fd).st_size
@@ -150,7 +152,7 @@ def test_a_map_of_an_earlier_run_stays(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("entries", [(MAP,), (MAP, MAP)])
-def test_a_map_that_was_left_in_an_image_gives_way_and_is_gone_after(tree: Tree, entries: tuple[MapEntry, ...]) -> None:
+def test_map_left_in_image_replaced(tree: Tree, entries: tuple[MapEntry, ...]) -> None:
     (tree.dev / "vfio").mkdir()
     (tree.dev / "vfio/devices.json").write_bytes(nodes.format_map(entries))
     tree.expose()
@@ -159,7 +161,7 @@ def test_a_map_that_was_left_in_an_image_gives_way_and_is_gone_after(tree: Tree,
     assert list(tree.list_all()) == ["dev", "dev/vfio"]
 
 
-def test_another_file_in_the_maps_place_is_as_good_as_none_without_a_map(tree: Tree) -> None:
+def test_map_disabled_ignores_other_file(tree: Tree) -> None:
     file_map(tree, tree.rootfs)
     before = tree.read_map()
     tree.expose(map=())
@@ -167,7 +169,7 @@ def test_another_file_in_the_maps_place_is_as_good_as_none_without_a_map(tree: T
     assert tree.read_map() == before != b""
 
 
-def test_a_node_with_the_hosts_numbers_gives_way_and_comes_back(tree: Tree) -> None:
+def test_stale_node_removed_and_restored(tree: Tree) -> None:
     put_node(tree.dev / "vfio/12", 244, 3)
     put_node(tree.dev / "vfio/99", 244, 9, 0o604)
     put_node(tree.dev / "vfio/98", 244, 8)
@@ -184,7 +186,7 @@ def test_a_node_with_the_hosts_numbers_gives_way_and_comes_back(tree: Tree) -> N
         assert tree.list_all() == before
 
 
-def test_no_group_node_in_the_kernel_is_told_before_anything_is_made(tree: Tree) -> None:
+def test_resolve_node_missing_group_fails_first(tree: Tree) -> None:
     before = tree.list_all()
     tree.machine.place("/sys/kernel/iommu_groups/13").mkdir()
     missing = (("group", "13", "no-group-node"), ("group", "14", "device-gone"), ("iommu", "", "no-cdev"))
@@ -197,7 +199,7 @@ def test_no_group_node_in_the_kernel_is_told_before_anything_is_made(tree: Tree)
     assert (tree.list_all(), tree.entries()) == (before, [])
 
 
-def test_noiommu_and_cdev_nodes_are_found(tree: Tree) -> None:
+def test_resolve_node_noiommu_and_cdev(tree: Tree) -> None:
     machine = tree.machine
     machine.add(NIC, group="5")
     machine.write("/sys/kernel/iommu_groups/5/name", "vfio-noiommu\n")
@@ -337,7 +339,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("spoil", "code"), HOSTILE, ids=lambda value: getattr(value, "__name__", value))
-def test_a_hostile_tree_is_refused_and_nothing_outside_is_touched(
+def test_expose_nodes_hostile_tree_refused(
     tree: Tree, tmp_path: Path, spoil: Callable[[Tree, Path], None], code: str
 ) -> None:
     outside = tmp_path / "outside"
@@ -356,16 +358,16 @@ def test_a_hostile_tree_is_refused_and_nothing_outside_is_touched(
     assert len(os.listdir("/proc/self/fd")) == fds
 
 
-def test_a_link_on_the_way_to_the_root_file_system_is_not_followed(tree: Tree, tmp_path: Path) -> None:
+def test_open_rootfs_symlink_not_followed(tree: Tree, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "link").symlink_to(tree.rootfs)
-    tree.target = Target(0, str(tmp_path / "link"))
+    tree.target = Container(0, str(tmp_path / "link"))
     with pytest.raises(StepError) as caught:
         tree.expose()
     assert caught.value.findings[0].code == "hostile-tree"
 
 
-def test_a_read_only_tree_is_told_with_what_to_do(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expose_nodes_read_only_tree_refused(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
@@ -378,8 +380,8 @@ def test_a_read_only_tree_is_told_with_what_to_do(tree: Tree, monkeypatch: pytes
     assert finding.hint
 
 
-def test_the_guests_own_dev_gets_no_nodes(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container_dev, "is_guests_own", lambda _: True)
+def test_expose_nodes_guest_dev_unchanged(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container_dev, "is_guest_dev", lambda _: True)
     with pytest.raises(StepError) as caught:
         tree.expose()
     assert caught.value.findings[0].code == "node-missing"
@@ -387,12 +389,12 @@ def test_the_guests_own_dev_gets_no_nodes(tree: Tree, monkeypatch: pytest.Monkey
     assert not (tree.dev / "vfio/devices.json").exists()
 
 
-def test_a_node_that_the_guests_own_dev_lacks_is_not_made(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expose_nodes_guest_dev_missing_node_refused(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be there for everybody, and outlive the device."""
     (tree.dev / "vfio").mkdir()
     put_node(tree.dev / "vfio/vfio", 10, 196)
     before = tree.list_all()
-    monkeypatch.setattr(container_dev, "is_guests_own", lambda _: True)
+    monkeypatch.setattr(container_dev, "is_guest_dev", lambda _: True)
     with pytest.raises(StepError) as caught:
         tree.expose()
     assert (caught.value.findings[0].code, caught.value.findings[0].subject) == ("node-missing", "/dev/vfio/12")
@@ -405,10 +407,10 @@ def test_a_node_that_the_guests_own_dev_lacks_is_not_made(tree: Tree, monkeypatc
     assert tree.list_all() == before
 
 
-def test_whose_dev_it_is_goes_by_its_file_system(tree: Tree) -> None:
+def test_is_guest_dev_by_file_system(tree: Tree) -> None:
     for path, own in (("/dev", True), (str(tree.dev), os.stat("/dev").st_dev == tree.dev.stat().st_dev)):
         fd = os.open(path, os.O_RDONLY)
-        assert container_dev.is_guests_own(fd) == own
+        assert container_dev.is_guest_dev(fd) == own
         os.close(fd)
 
 
@@ -422,7 +424,7 @@ def limit_files() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_files")
-def test_a_map_that_has_no_room_is_no_success(tree: Tree) -> None:
+def test_map_without_space_fails(tree: Tree) -> None:
     before = tree.list_all()
     with pytest.raises(StepError) as caught:
         tree.expose(map=(MAP,) * 600)
@@ -434,7 +436,7 @@ def test_a_map_that_has_no_room_is_no_success(tree: Tree) -> None:
     assert tree.list_all() == before
 
 
-def test_a_map_that_takes_several_writes_is_whole(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_map_short_writes_completed(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:1000]))
     tree.expose(map=(MAP,) * 600)
@@ -444,7 +446,7 @@ def test_a_map_that_takes_several_writes_is_whole(tree: Tree, monkeypatch: pytes
 # Undoing -------------------------------------------------------------------------------------------------------------
 
 
-def test_undo_leaves_the_tree_as_it_was_and_may_be_done_twice(tree: Tree) -> None:
+def test_undo_nodes_is_idempotent(tree: Tree) -> None:
     before = tree.list_all()
     tree.expose()
     assert tree.list_all() != before
@@ -453,24 +455,24 @@ def test_undo_leaves_the_tree_as_it_was_and_may_be_done_twice(tree: Tree) -> Non
         assert tree.list_all() == before
 
 
-def test_undo_is_the_same_from_any_point_at_which_the_hook_was_killed(tree: Tree, tmp_path: Path) -> None:
+def test_undo_nodes_from_any_kill_point(tree: Tree, tmp_path: Path) -> None:
     put_node(tree.dev / "vfio/12", 244, 3)
     before = tree.list_all()
 
     class Killed(BaseException):
         """Stands for a kill: nothing more is done."""
 
-    real = Journal.note
+    real = UndoLog.add
     for steps in range(1, 6):
 
-        def note(self: Journal, kind: str, *words: object, left: list[int] = [steps]) -> None:  # noqa: B006
+        def note(self: UndoLog, kind: str, *words: object, left: list[int] = [steps]) -> None:  # noqa: B006
             real(self, kind, *words)
             left[0] -= 1
             if not left[0]:
                 raise Killed
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "note", note)
+            patch.setattr(UndoLog, "add", note)
             try:
                 tree.expose()
                 ended = True
@@ -482,7 +484,7 @@ def test_undo_is_the_same_from_any_point_at_which_the_hook_was_killed(tree: Tree
         os.ftruncate(tree.journal.fd, 0)
 
 
-def test_another_process_undoes_from_the_journal_alone(tree: Tree) -> None:
+def test_undo_nodes_from_undo_log_alone(tree: Tree) -> None:
     put_node(tree.dev / "vfio/12", 244, 3, 0o604)
     before = tree.list_all()
     tree.expose()
@@ -490,15 +492,15 @@ def test_another_process_undoes_from_the_journal_alone(tree: Tree) -> None:
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from oci_hooks.guest.apply import nodes
-from oci_hooks.guest.undo_log import parse_journal
-for entry in reversed(parse_journal(open({str(tree.journal_path)!r}, "rb").read())):
+from oci_hooks.guest.undo_log import parse_undo_log
+for entry in reversed(parse_undo_log(open({str(tree.undo_log_path)!r}, "rb").read())):
     nodes.undo(entry, 0)
 """
     subprocess.run([sys.executable, "-I", "-c", program], check=True, timeout=60, umask=0o777)
     assert tree.list_all() == before
 
 
-def test_undo_removes_only_what_it_made(tree: Tree) -> None:
+def test_undo_nodes_removes_only_own(tree: Tree) -> None:
     tree.expose()
     # The container has replaced what the hook made.
     (tree.dev / "vfio/12").unlink()
@@ -510,16 +512,16 @@ def test_undo_removes_only_what_it_made(tree: Tree) -> None:
     assert sorted(path.name for path in (tree.dev / "vfio").iterdir()) == ["12", "devices.json", "own"]
 
 
-def test_undo_leaves_the_guests_own_dev_alone(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_nodes_guest_dev_unchanged(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was mounted there since: nothing in it is of the hook's making."""
     tree.expose()
     before = tree.list_all()
-    monkeypatch.setattr(container_dev, "is_guests_own", lambda _: True)
+    monkeypatch.setattr(container_dev, "is_guest_dev", lambda _: True)
     tree.undo()
     assert tree.list_all() == before
 
 
-def test_undo_does_not_follow_a_link_that_came_meanwhile(tree: Tree, tmp_path: Path) -> None:
+def test_undo_nodes_symlink_not_followed(tree: Tree, tmp_path: Path) -> None:
     tree.expose()
     outside = tmp_path / "outside"
     (tree.dev / "vfio").rename(outside)
@@ -531,7 +533,7 @@ def test_undo_does_not_follow_a_link_that_came_meanwhile(tree: Tree, tmp_path: P
     assert sorted(os.listdir(outside)) == ["12", "devices.json", "vfio"]
 
 
-def test_undo_in_a_tree_that_is_gone_is_done(tree: Tree) -> None:
+def test_undo_nodes_removed_tree_is_done(tree: Tree) -> None:
     tree.expose()
     tree.rootfs.rename(tree.rootfs.parent / "moved")
     tree.undo()
@@ -544,7 +546,7 @@ def test_undo_in_a_tree_that_is_gone_is_done(tree: Tree) -> None:
     ("root", "state_root", "found"),
     [("rootfs", "", "b/rootfs"), ("{top}/r", "", "r"), ("", "{top}/r", "r"), ("", "", "b/rootfs"), ("link", "", "r")],
 )
-def test_the_root_file_system_is_found(tmp_path: Path, root: str, state_root: str, found: str) -> None:
+def test_find_rootfs(tmp_path: Path, root: str, state_root: str, found: str) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b/link").symlink_to(tmp_path / "r")
     state = State("c1", f"{tmp_path}/b", 7, "", {}, state_root.format(top=tmp_path))
@@ -552,14 +554,14 @@ def test_the_root_file_system_is_found(tmp_path: Path, root: str, state_root: st
     assert binding.find_rootfs(state, spec) == f"{os.path.realpath(tmp_path)}/{found}"
 
 
-def test_the_tree_of_a_process_is_reached_through_proc(tree: Tree) -> None:
+def test_open_rootfs_through_proc(tree: Tree) -> None:
     # This process's root is this machine's: the path leads on from there, as before pivot_root.
     fd = container_dev.open_dev(os.getpid(), str(tree.rootfs))
     assert os.path.samestat(os.fstat(fd), tree.dev.stat())
     os.close(fd)
 
 
-def test_after_pivot_root_the_processs_root_is_the_tree(tree: Tree) -> None:
+def test_open_rootfs_after_pivot_root(tree: Tree) -> None:
     child = os.fork()
     if child == 0:
         os.chroot(tree.rootfs)

@@ -79,8 +79,8 @@ STATES_BY_HAND: list[tuple[Any, str]] = [
     ({**STATE, "id": 5}, "id"),
     ({**STATE, "id": "a\0b"}, "id"),
     ({**STATE, "id": "\ud800"}, "id"),
-    ({**STATE, "id": "x" * oci.LONGEST_NAME}, ""),
-    ({**STATE, "id": "x" * (oci.LONGEST_NAME + 1)}, "id"),
+    ({**STATE, "id": "x" * oci.MAX_NAME_LENGTH}, ""),
+    ({**STATE, "id": "x" * (oci.MAX_NAME_LENGTH + 1)}, "id"),
     ({**STATE, "bundle": "b"}, "bundle"),
     ({**STATE, "bundle": ""}, "bundle"),
     ({**STATE, "bundle": "/b\0"}, "bundle"),
@@ -130,7 +130,7 @@ CONFIGS_BY_HAND: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("document", "where"), STATES_BY_HAND, ids=repr)
-def test_state_by_hand(document: Any, where: str) -> None:
+def test_read_state_cases(document: Any, where: str) -> None:
     assert STATE_SCHEMA.is_valid(document) == (not where)
     if where:
         with pytest.raises(json_input.Mismatch) as caught:
@@ -141,7 +141,7 @@ def test_state_by_hand(document: Any, where: str) -> None:
 
 
 @pytest.mark.parametrize(("document", "where"), CONFIGS_BY_HAND, ids=repr)
-def test_config_by_hand(document: Any, where: str) -> None:
+def test_read_spec_cases(document: Any, where: str) -> None:
     assert CONFIG_SCHEMA.is_valid(document) == (not where)
     if where:
         with pytest.raises(json_input.Mismatch) as caught:
@@ -154,12 +154,12 @@ def test_config_by_hand(document: Any, where: str) -> None:
 # What is read --------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_state_says() -> None:
+def test_read_state_fields() -> None:
     document = {**STATE, "pid": 7, "status": "created", "annotations": {"a": "b"}, "root": "/r", "ociVersion": "1.0.2"}
     assert oci.make_state(document) == oci.State("c1", "/b", 7, "created", {"a": "b"}, "/r")
 
 
-def test_what_a_config_says() -> None:
+def test_read_spec_fields() -> None:
     document = {
         "annotations": {"a": "b"},
         "root": {"path": "rootfs"},
@@ -178,20 +178,20 @@ def test_what_a_config_says() -> None:
     assert spec.gid_mappings == ()
 
 
-def test_the_mappings_are_those_that_the_kernel_has(tmp_path: Path) -> None:
+def test_resolve_id_mappings_from_kernel(tmp_path: Path) -> None:
     """A namespace that is joined has other ones than config.json: podman writes 0 0 1 there, others nothing."""
     state, joined = oci.make_state({**STATE, "pid": 7}), {"namespaces": [{"type": "user", "path": "/proc/3/ns/user"}]}
     spec = oci.make_spec({"linux": {**joined, "uidMappings": [{"containerID": 0, "hostID": 0, "size": 1}]}}, "c")
-    known = id_mapping.find_mappings(Root(str(tmp_path)), state, spec)
+    known = id_mapping.resolve_id_mappings(Root(str(tmp_path)), state, spec)
     assert known == spec
     (tmp_path / "proc/7").mkdir(parents=True)
     (tmp_path / "proc/7/uid_map").write_text("         0     100000      65536\n     65536          5          1\n")
     (tmp_path / "proc/7/gid_map").write_text("0 x 3\nodd\n")
-    known = id_mapping.find_mappings(Root(str(tmp_path)), state, spec)
+    known = id_mapping.resolve_id_mappings(Root(str(tmp_path)), state, spec)
     assert known.uid_mappings == (oci.IdMapping(0, 100000, 65536), oci.IdMapping(65536, 5, 1))
     assert known.gid_mappings == ()
     alone = oci.make_spec({}, "c")
-    assert id_mapping.find_mappings(Root(str(tmp_path)), state, alone) == alone
+    assert id_mapping.resolve_id_mappings(Root(str(tmp_path)), state, alone) == alone
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_the_mappings_are_those_that_the_kernel_has(tmp_path: Path) -> None:
         ("/dev/null", "c", ""),
     ],
 )
-def test_which_devices_are_vfio(path: str, kind: str, asks: str) -> None:
+def test_device_is_vfio(path: str, kind: str, asks: str) -> None:
     spec = oci.make_spec(device(path=path, type=kind), "config.json")
     (found,) = spec.devices
     assert (found.is_group, found.is_cdev) == (asks == "group", asks == "cdev")
@@ -222,25 +222,25 @@ def test_which_devices_are_vfio(path: str, kind: str, asks: str) -> None:
     ("inside", "outside"),
     [(0, 1000), (9, 1009), (10, -1), (20, 5), (21, -1), (2**32 - 1, -1)],
 )
-def test_ids_are_mapped(inside: int, outside: int) -> None:
+def test_map_id(inside: int, outside: int) -> None:
     assert id_mapping.map_id(inside, (oci.IdMapping(0, 1000, 10), oci.IdMapping(20, 5, 1))) == outside
 
 
 @pytest.mark.parametrize("inside", [2**32 - 1, 2**32 - 6])
-def test_an_id_that_chown_would_not_take_is_no_id(inside: int) -> None:
+def test_map_id_minus_one_ignored(inside: int) -> None:
     # (uid_t)-1 means "leave it" to chown(2), and Python raises OverflowError for the number.
     mappings = () if inside == 2**32 - 1 else (oci.IdMapping(0, 10, 2**32 - 1),)
     assert id_mapping.map_id(inside, mappings) == -1
 
 
-@pytest.mark.parametrize(("name", "value"), oci.SANDBOX_MARKS.items())
-def test_a_pause_container_is_known(name: str, value: str) -> None:
+@pytest.mark.parametrize(("name", "value"), oci.SANDBOX_ANNOTATIONS.items())
+def test_is_sandbox(name: str, value: str) -> None:
     spec = oci.make_spec({"annotations": {name: value}}, "config.json")
     assert oci.is_sandbox(oci.make_state(STATE), spec)
     assert not oci.is_sandbox(oci.make_state({**STATE, "annotations": {name: "container"}}), spec)
 
 
-def test_the_states_annotation_goes_before_that_of_the_config() -> None:
+def test_find_annotation_state_before_config() -> None:
     spec = oci.make_spec({"annotations": {"a": "config", "b": "config"}}, "config.json")
     state = oci.make_state({**STATE, "annotations": {"a": "state"}})
     assert [oci.find_annotation(state, spec, name) for name in "abc"] == ["state", "config", None]
@@ -251,9 +251,9 @@ def test_the_states_annotation_goes_before_that_of_the_config() -> None:
 
 def write_config(top: Path, path: str, data: bytes) -> None:
     """Write a file into a made tree."""
-    place = top / path.lstrip("/")
-    place.parent.mkdir(parents=True)
-    place.write_bytes(data)
+    location = top / path.lstrip("/")
+    location.parent.mkdir(parents=True)
+    location.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -275,9 +275,7 @@ def write_config(top: Path, path: str, data: bytes) -> None:
         ),
     ],
 )
-def test_a_bad_config_is_refused_with_its_place(
-    tmp_path: Path, data: bytes, code: str, subject: str, problem: str
-) -> None:
+def test_read_spec_bad_value_names_path(tmp_path: Path, data: bytes, code: str, subject: str, problem: str) -> None:
     write_config(tmp_path, "/b/config.json", data)
     with pytest.raises(InputError) as caught:
         oci.read_spec(Root(str(tmp_path)), oci.make_state(STATE))
@@ -288,18 +286,18 @@ def test_a_bad_config_is_refused_with_its_place(
     assert finding.hint
 
 
-def test_every_mistake_of_a_state_is_listed() -> None:
+def test_read_state_lists_every_mistake() -> None:
     with pytest.raises(InputError) as caught:
         oci.read_state(json.dumps({"id": 5, "pid": -1, "bundle": "x"}).encode())
-    places = {finding.subject: finding.problem for finding in caught.value.findings}
-    assert places == {
+    locations = {finding.subject: finding.problem for finding in caught.value.findings}
+    assert locations == {
         "state on stdin: bundle": 'expected an absolute path, found "x"',
         "state on stdin: id": "expected string, found 5",
         "state on stdin: pid": "expected a number not below 0, found -1",
     }
 
 
-def test_a_state_has_the_annotations_that_the_runtime_was_given() -> None:
+def test_read_state_foreign_annotations_any_type() -> None:
     """Those of others may be anything."""
     annotations: dict[str, object] = {"a": "b", "n": None, "x": 5, "o": {}, "u": "?", oci.DEVICES_ANNOTATION: "auto"}
     data = json.dumps({**STATE, "annotations": annotations}).encode().replace(b"?", b"\xff")
@@ -307,7 +305,7 @@ def test_a_state_has_the_annotations_that_the_runtime_was_given() -> None:
 
 
 @pytest.mark.parametrize("name", [oci.DEVICES_ANNOTATION, oci.MAP_ANNOTATION, f"{oci.DEVICES_ANNOTATION}.c1"])
-def test_an_annotation_of_ours_in_a_state_is_a_text(name: str) -> None:
+def test_read_state_own_annotation_must_be_string(name: str) -> None:
     with pytest.raises(InputError) as caught:
         oci.read_state(json.dumps({**STATE, "annotations": {name: None}}).encode())
     assert name in caught.value.findings[0].subject
@@ -333,7 +331,7 @@ ODD = b'{"process": {"env": [null]}, "annotations": {"x": "%s"}'
         ({}, ODD + b', "linux": {"devices": [{"path": "/dev/vfio/vfio"}]}}', False),
     ],
 )
-def test_what_can_not_be_read_is_refused_where_it_could_ask(
+def test_read_spec_unreadable_refused_if_it_could_ask(
     tmp_path: Path, annotations: dict[str, str], data: bytes, refused: bool
 ) -> None:
     write_config(tmp_path, "/b/config.json", data)
@@ -346,20 +344,20 @@ def test_what_can_not_be_read_is_refused_where_it_could_ask(
         assert (spec.annotations, spec.devices) == ({}, ())
 
 
-def test_without_memory_for_it_the_bytes_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_spec_out_of_memory_scans_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lack(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(json_input, "parse_json", lack)
     write_config(tmp_path, "/b/config.json", b'{"x": 1}')
     root = Root(str(tmp_path))
-    assert not oci.is_asked(oci.make_state(STATE), oci.read_spec(root, oci.make_state(STATE)))
+    assert not oci.asks_for_vfio(oci.make_state(STATE), oci.read_spec(root, oci.make_state(STATE)))
     (tmp_path / "b/config.json").write_text('{"annotations": {"io.katacontainers.x.vfio": "[]"}}')
     with pytest.raises(InputError, match="does not fit into memory"):
         oci.read_spec(root, oci.make_state(STATE))
 
 
-def test_without_jsonschema_the_reader_has_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_spec_without_jsonschema_reader_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     with pytest.raises(InputError) as caught:
         oci.read_state(b'{"id": 5}')
@@ -368,7 +366,7 @@ def test_without_jsonschema_the_reader_has_the_word(monkeypatch: pytest.MonkeyPa
     assert finding.hint
 
 
-def test_a_value_nested_as_deep_as_can_be_read_is_described() -> None:
+def test_describe_value_deeply_nested() -> None:
     # The scanner reads a few levels more than json.dumps can write from further down the stack.
     depths = range(900, 1000, 3)
     for depth in depths:
@@ -376,7 +374,7 @@ def test_a_value_nested_as_deep_as_can_be_read_is_described() -> None:
             oci.read_state(b'{"bundle": "/b", "id": ' + b"[" * depth + b"]" * depth + b"}")
 
 
-def test_a_bundle_without_config_is_named(tmp_path: Path) -> None:
+def test_read_spec_missing_config_names_bundle(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         oci.read_spec(Root(str(tmp_path)), oci.make_state(STATE))
     (finding,) = caught.value.findings
@@ -386,28 +384,28 @@ def test_a_bundle_without_config_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("identity", ["..", ".", "../x", "a/b"])
-def test_no_id_leads_out_of_kata_1s_directory(tmp_path: Path, identity: str) -> None:
+def test_find_config_kata_1_id_stays_in_directory(tmp_path: Path, identity: str) -> None:
     (tmp_path / "run/libcontainer").mkdir(parents=True)
-    place = Path(os.path.normpath(tmp_path / "run/libcontainer" / identity / "config.json"))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text("{}")
+    location = Path(os.path.normpath(tmp_path / "run/libcontainer" / identity / "config.json"))
+    location.parent.mkdir(parents=True, exist_ok=True)
+    location.write_text("{}")
     with pytest.raises(InputError):
         oci.read_spec(Root(str(tmp_path)), oci.make_state({**STATE, "id": identity}))
 
 
 @pytest.mark.parametrize("identity", ["c1", "a b", "\u4e2d"])
-def test_kata_1s_config_is_found(tmp_path: Path, identity: str) -> None:
+def test_find_config_kata_1(tmp_path: Path, identity: str) -> None:
     write_config(tmp_path, f"/run/libcontainer/{identity}/config.json", b"{}")
     spec = oci.read_spec(Root(str(tmp_path)), oci.make_state({**STATE, "id": identity}))
     assert spec.path == f"/run/libcontainer/{identity}/config.json"
 
 
-def test_a_long_id_is_no_error(tmp_path: Path) -> None:
+def test_find_config_long_id(tmp_path: Path) -> None:
     write_config(tmp_path, "/b/config.json", b"{}")
     assert oci.read_spec(Root(str(tmp_path)), oci.make_state({**STATE, "id": "x" * 5000})).path == "/b/config.json"
 
 
-def test_a_config_that_is_a_pipe_does_not_hang(tmp_path: Path) -> None:
+def test_read_spec_pipe_does_not_hang(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     os.mkfifo(tmp_path / "b/config.json")
     with pytest.raises(InputError) as caught:

@@ -47,7 +47,7 @@ def call(hook: str, bundle: Path, data: bytes, **more: Any) -> subprocess.Comple
     )
 
 
-def test_sixty_are_run_by_a_runtime() -> None:
+def test_odd_configs_at_least_sixty_runnable() -> None:
     """What these are is seen in tests/vm/test_odd_configs.py."""
     assert len([kind for kind in KINDS if any(kind not in refused for refused in REFUSED.values())]) >= 60
     assert set(KINDS) > REFUSED_BY_BOTH
@@ -55,7 +55,7 @@ def test_sixty_are_run_by_a_runtime() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_container_that_asks_for_nothing_is_not_stopped(tmp_path: Path, kind: str) -> None:
+def test_odd_configs_without_vfio_not_refused(tmp_path: Path, kind: str) -> None:
     data = KINDS[kind](make_config())
     for hook in HOOKS:
         done = call(hook, tmp_path, data)
@@ -63,7 +63,7 @@ def test_a_container_that_asks_for_nothing_is_not_stopped(tmp_path: Path, kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_that_asks_is_not_passed_by(tmp_path: Path, kind: str) -> None:
+def test_odd_configs_with_vfio_not_ignored(tmp_path: Path, kind: str) -> None:
     """There is no such group, and no process: whoever read the request says so, and whoever could not says why."""
     config = make_config(**{oci.DEVICES_ANNOTATION: "0000:00:00.0"})
     config["linux"]["devices"].append(GROUP)

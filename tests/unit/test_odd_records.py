@@ -32,8 +32,8 @@ from oci_hooks.record.bounds import RecordError, RecordTooLarge, bounded
 from oci_hooks.record.reader import read_record, unpack
 from oci_hooks.replay import cli as replay_cli
 from oci_hooks.replay.rerun import LiveRoot, sealed
-from oci_hooks.schema import MOST_ERRORS, find_mistakes
-from oci_hooks.system import Deadline, NotingRoot, read_file
+from oci_hooks.schema import MAX_ERRORS, find_mistakes
+from oci_hooks.system import Deadline, RecordingRoot, read_file
 
 pytestmark = pytest.mark.unit
 
@@ -190,7 +190,7 @@ def make_command(command: str, path: Path) -> list[str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_record_is_told_in_a_line(
+def test_odd_recording_one_line(
     name: str, command: str, put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = put("odd", pack_changed(REAL, ODD[name]))
@@ -211,7 +211,7 @@ BEYOND = [name for name in ODD if name.startswith("errno ") or any(word in name 
 
 @pytest.mark.parametrize("command", ["show --reads", "explain", "diff"])
 @pytest.mark.parametrize("name", BEYOND)
-def test_what_no_hook_writes_is_refused(
+def test_recording_no_hook_writes_refused(
     name: str, command: str, put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """By whatever looks at it, before it does: a bound has a name."""
@@ -262,7 +262,7 @@ def claim_size(size: bytes) -> bytes:
 NOTE = b'{"at":0,"note":"x"}\n'
 LARGE: dict[str, tuple[Callable[[], bytes], str]] = {
     "events": (lambda: with_member("events.jsonl", NOTE * 800_000), "EVENTS"),
-    "events, just too many": (lambda: with_member("events.jsonl", NOTE * (bounds.MOST_EVENTS + 1)), "EVENTS"),
+    "events, just too many": (lambda: with_member("events.jsonl", NOTE * (bounds.MAX_EVENTS + 1)), "EVENTS"),
     "lines without anything": (lambda: with_member("events.jsonl", b"\n" * 10_000_000), "EVENTS"),
     "values": (
         lambda: with_member("events.jsonl", b'{"at":0,"note":"x","answer":[' + b"[]," * 500_000 + b"0]}\n"),
@@ -311,7 +311,7 @@ LARGE: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_record_is_refused_by_the_name_of_the_bound(
+def test_large_recording_refused_with_bound(
     name: str, put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     make, word = LARGE[name]
@@ -321,13 +321,13 @@ def test_a_large_record_is_refused_by_the_name_of_the_bound(
     if word.isupper():
         assert err.startswith(f"vfio-hook-replay: error: [recording-too-large] {path}: "), err
         assert f"({word})" in err
-        assert f"bound of {getattr(bounds, f'MOST_{word}')} " in err
+        assert f"bound of {getattr(bounds, f'MAX_{word}')} " in err
     assert word in err
     assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["events", "values", "document values", "gzip bomb"])
-def test_what_took_a_minute_and_gigabytes_takes_neither(name: str, put: Callable[[str, bytes], Path]) -> None:
+def test_recording_costs_bounded_time_and_memory(name: str, put: Callable[[str, bytes], Path]) -> None:
     """In a process of its own, whose memory the system bounds: 20 s and 1.6 to 2.4 GB it was."""
     path = put("large", LARGE[name][0]())
     assert path.stat().st_size < 400_000
@@ -351,11 +351,11 @@ def test_what_took_a_minute_and_gigabytes_takes_neither(name: str, put: Callable
 @pytest.fixture(name="quick")
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make seconds short."""
-    monkeypatch.setattr(bounds, "MOST_SECONDS", 0.2)
+    monkeypatch.setattr(bounds, "MAX_SECONDS", 0.2)
 
 
 @pytest.mark.usefixtures("quick")
-def test_seconds_are_bounded_also_inside_a_hook(
+def test_replay_seconds_bounded_inside_hook(
     put: Callable[[str, bytes], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A hook takes every Exception for its own; this is none."""
@@ -377,19 +377,19 @@ def test_seconds_are_bounded_also_inside_a_hook(
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_memory_is_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replay_memory_bounded_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(RecordTooLarge, match="MEMORY_BYTES"), bounded():
         assert resource.getrlimit(resource.RLIMIT_AS)[0] != before[0]
-        bytearray(bounds.MOST_MEMORY_BYTES + (64 << 20))
+        bytearray(bounds.MAX_MEMORY_BYTES + (64 << 20))
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
-def test_what_a_hook_writes_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_recording_within_reader_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much a run saw: what is above a bound is not written."""
     monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path))
-    root = NotingRoot()
-    for number in range(bounds.MOST_EVENTS + 10):
+    root = RecordingRoot()
+    for number in range(bounds.MAX_EVENTS + 10):
         note = root.add("ask", "readlink", (f"/sys/{number}",))
         note.answer = "x"
     root.add("do", "x", ()).answer = 1 << 90
@@ -399,23 +399,23 @@ def test_what_a_hook_writes_can_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     root.notes.insert(0, root.notes[-2])
     run = Run("vfio-guest-bind", Arguments(), Deadline(8.0), root)
     run.record_asked = "full"
-    (said,) = record_writer.keep_record(summarize(run, Outcome(0, [], 0.1)), root.notes)
-    found = read_record(said.subject)
-    assert len(found.events) == bounds.MOST_EVENTS
+    (output,) = record_writer.save_recording(summarize(run, Outcome(0, [], 0.1)), root.notes)
+    found = read_record(output.subject)
+    assert len(found.events) == bounds.MAX_EVENTS
     assert found.events[0]["answer"]["!"] == "opaque"
     assert found.events[1]["answer"] == {"!": "opaque", "type": "1400003 bytes"}
     assert found.documents == {}
 
 
-def test_every_bound_stands_in_one_place_and_in_the_manual() -> None:
-    names = {name[len("MOST_") :] for name in vars(bounds) if name.startswith("MOST_")}
+def test_bounds_match_manual() -> None:
+    names = {name[len("MAX_") :] for name in vars(bounds) if name.startswith("MAX_")}
     manual = (REPOSITORY / "docs/man/vfio-hook-replay.1.rst").read_text()
     assert "recording-too-large" in manual
     for name in names - {"ANSWER_BYTES"}:
-        assert f"\n{name}\n    {getattr(bounds, f'MOST_{name}')} " in manual.replace(",", ""), name
+        assert f"\n{name}\n    {getattr(bounds, f'MAX_{name}')} " in manual.replace(",", ""), name
 
 
-def test_mistakes_of_a_document_are_not_all_collected() -> None:
+def test_schema_mistakes_limited() -> None:
     """Each takes some kB: a list of 600,000 took 2.4 GB."""
     seen = []
 
@@ -427,7 +427,7 @@ def test_mistakes_of_a_document_are_not_all_collected() -> None:
 
     found = find_mistakes({"linux": {"devices": Devices([0])}}, "config", "x", "bad-config", "")
     assert len(found) == 10
-    assert len(seen) <= MOST_ERRORS + 10
+    assert len(seen) <= MAX_ERRORS + 10
 
 
 # Nothing is written to a terminal, nothing forged ---------------------------------------------------------------------
@@ -459,7 +459,7 @@ def poison_record(about: dict[str, Any], events: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("source", [REAL, HOST], ids=["guest", "host"])
-def test_no_string_of_a_record_reaches_a_terminal(
+def test_recording_strings_escaped_for_terminal(
     source: Path, command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "evil\x1b[31m\u202e\n0 forged.tar.gz"
@@ -475,9 +475,7 @@ def test_no_string_of_a_record_reaches_a_terminal(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_file_name_reaches_a_terminal_with_what_is_wrong(
-    command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_recording_file_name_escaped(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "evil\x1b[31m\u202e\n0 forged.tar.gz"
     path.write_bytes(b"nothing")
     code = replay_cli.main(make_command(command, path))
@@ -487,7 +485,7 @@ def test_no_file_name_reaches_a_terminal_with_what_is_wrong(
     assert code == (0 if command == "list" else 2)
 
 
-def test_a_directory_among_records_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_list_directory_among_recordings_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "evil\x1b[31m\n0 forged.tar.gz").mkdir()
     assert replay_cli.main(["--directory", str(tmp_path), "list"]) == 0
     out = capfd.readouterr().out
@@ -496,14 +494,14 @@ def test_a_directory_among_records_is_one_line(tmp_path: Path, capfd: pytest.Cap
     assert "Is a directory" in out
 
 
-def test_a_number_of_no_error_is_told(put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_unknown_errno_described(put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]) -> None:
     for name, number in (("code beyond int", 1 << 40), ("code below zero", -(1 << 40))):
         path = put("x", pack_changed(REAL, ODD[name]))
         assert replay_cli.main(["show", str(path)]) == 0
         assert f"0000:01:00.0 errno {number}" in capfd.readouterr().out
 
 
-def test_words_that_argparse_quotes_are_escaped(capfd: pytest.CaptureFixture[str]) -> None:
+def test_argparse_errors_escaped(capfd: pytest.CaptureFixture[str]) -> None:
     """As a glob in a directory of a stranger gives them."""
     with pytest.raises(SystemExit) as caught:
         replay_cli.main(["explain", "x", "y\x1b[31m\nforged"])
@@ -513,7 +511,7 @@ def test_words_that_argparse_quotes_are_escaped(capfd: pytest.CaptureFixture[str
     assert len(err.splitlines()) == 1
 
 
-def test_a_traceback_forges_no_line(put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_traceback_forges_no_line(put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]) -> None:
     path = put("x", pack_changed(REAL, set_about("traceback", "x\nerror: [forged] x: y")))
     assert replay_cli.main(["show", str(path)]) == 0
     out = capfd.readouterr().out
@@ -521,7 +519,7 @@ def test_a_traceback_forges_no_line(put: Callable[[str, bytes], Path], capfd: py
     assert "\nerror: [forged]" not in out
 
 
-def test_escapes_do_not_cost_more_than_the_line() -> None:
+def test_escaping_cost_bounded_by_line() -> None:
     assert make_one_line("\x1b" * 10_000_000, 50).endswith("...")
     assert len(make_one_line("\x1b" * 10_000_000, 50)) == 50
     assert make_one_line("ab\n", 5) == "ab\\n"[:5]
@@ -529,7 +527,7 @@ def test_escapes_do_not_cost_more_than_the_line() -> None:
 
 
 @pytest.mark.parametrize("code", ['x"""\nimport os\n', "x\n", "{program}", "../x", "a" * 61, "", "X", "ü", "x\\"])
-def test_no_code_gets_into_an_exported_test(
+def test_export_injects_no_code(
     code: str, put: Callable[[str, bytes], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = put("x", pack_changed(REAL, set_about("findings", [{**FINDING, "code": code}])))
@@ -538,7 +536,7 @@ def test_no_code_gets_into_an_exported_test(
     assert not (path.parent / "made").exists()
 
 
-def test_an_exported_test_is_the_template_and_nothing_more(put: Callable[[str, bytes], Path]) -> None:
+def test_export_equals_template(put: Callable[[str, bytes], Path]) -> None:
     path = put("x", pack_changed(REAL, poison_record))
     assert replay_cli.main(make_command("export", path)) == 0
     (made,) = (path.parent / "made").glob("*.py")
@@ -549,7 +547,7 @@ def test_an_exported_test_is_the_template_and_nothing_more(put: Callable[[str, b
     assert "evil" not in made.read_text()
 
 
-def test_a_report_is_not_broken_out_of(tmp_path: Path) -> None:
+def test_report_fence_not_escapable(tmp_path: Path) -> None:
     """Neither by a fence in a string of the record, nor by the record's name."""
     name = "-rf \x1b[31m`id` $(id) \\033[31m.tar.gz"
     members: Edit = set_about("versions", {"```": " ", "kernel": "```\n# forged"})
@@ -588,7 +586,7 @@ def test_a_report_is_not_broken_out_of(tmp_path: Path) -> None:
 # Harmless -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_replay_opens_nothing_but_code(tmp_path: Path) -> None:
+def test_replay_opens_nothing_but_code(tmp_path: Path) -> None:
     """Also to read: a name in a stranger's recording may be a pipe's, or a device's."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "file.json").write_text("{}")
@@ -601,7 +599,7 @@ def test_a_replay_opens_nothing_but_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
-def test_on_this_machine_only_files_are_read(kind: str, tmp_path: Path) -> None:
+def test_run_live_reads_only_regular_files(kind: str, tmp_path: Path) -> None:
     """Of settings and of Kata's configuration a recording gives the names."""
     path = {"pipe": tmp_path / "pipe", "device": Path("/dev/zero"), "directory": tmp_path}[kind]
     if kind == "pipe":
@@ -613,7 +611,7 @@ def test_on_this_machine_only_files_are_read(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
-def test_a_record_is_a_regular_file(kind: str, tmp_path: Path) -> None:
+def test_read_record_regular_file_only(kind: str, tmp_path: Path) -> None:
     path = {"pipe": tmp_path / "x.tar.gz", "device": Path("/dev/zero"), "directory": tmp_path}[kind]
     if kind == "pipe":
         os.mkfifo(path)
@@ -622,7 +620,7 @@ def test_a_record_is_a_regular_file(kind: str, tmp_path: Path) -> None:
     assert replay_cli.main(["--directory", str(tmp_path), "list"]) == 0
 
 
-def test_one_that_cannot_be_read_hides_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_find_record_skips_unreadable(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A container's id finds its record, whatever lies beside it."""
     (tmp_path / "1.tar.gz").write_bytes(REAL.read_bytes())
     (tmp_path / "2.tar.gz").write_bytes(b"nothing")
@@ -631,12 +629,12 @@ def test_one_that_cannot_be_read_hides_no_other(tmp_path: Path, capfd: pytest.Ca
     assert "1.tar.gz" in capfd.readouterr().out
 
 
-def test_of_two_records_the_bad_one_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_diff_names_bad_recording(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.tar.gz").write_bytes(LARGE["depth"][0]())
     assert replay_cli.main(["diff", str(REAL), str(tmp_path / "bad.tar.gz")]) == 2
     assert f"[recording-too-large] {tmp_path}/bad.tar.gz: " in capfd.readouterr().err
 
 
-def test_a_cut_stream_is_damage() -> None:
+def test_read_record_truncated_stream_refused() -> None:
     with pytest.raises(RecordError, match="ends too early"):
         unpack(gzip.compress(b"x" * 1000)[:-9])

@@ -61,7 +61,7 @@ SLEEP = "\nREADY\ntime.sleep(600)"
 
 @is_root
 @pytest.mark.parametrize("depth", [DESCRIPTORS, RESOURCES, MAPPINGS])
-def test_an_open_node_is_known_by_its_number(tmp_path: Path, depth: int) -> None:
+def test_list_openers_node_by_number(tmp_path: Path, depth: int) -> None:
     """A container's nodes have any name, and may have been removed since."""
     node = tmp_path / "n"
     os.mknod(node, 0o20600, os.makedev(1, 7))
@@ -71,7 +71,7 @@ def test_an_open_node_is_known_by_its_number(tmp_path: Path, depth: int) -> None
 
 
 @is_root
-def test_a_mapping_outlives_its_descriptor() -> None:
+def test_list_openers_mapping_without_descriptor() -> None:
     script = f"m = mmap.mmap(fd := os.open('/dev/zero', os.O_RDWR), 4096, {mmap.MAP_PRIVATE}); os.close(fd)"
     # The module keeps a copy of the descriptor.
     script += "\nfor n in range(3, 9):\n  try: os.close(n)\n  except OSError: pass"
@@ -81,7 +81,7 @@ def test_a_mapping_outlives_its_descriptor() -> None:
 
 
 @is_root
-def test_a_process_whose_first_thread_has_ended() -> None:
+def test_list_openers_ended_main_thread() -> None:
     """Its own directory in /proc shows no files any more; the other threads use them."""
     script = (
         "import ctypes; fd = os.open('/dev/full', os.O_RDWR)\n"
@@ -97,7 +97,7 @@ def test_a_process_whose_first_thread_has_ended() -> None:
 
 
 @is_root
-def test_the_hook_itself_is_no_user() -> None:
+def test_list_openers_excludes_hook() -> None:
     fd = os.open("/dev/full", os.O_RDWR)
     try:
         assert find(os.getpid(), DESCRIPTORS, FULL) == []
@@ -107,7 +107,7 @@ def test_the_hook_itself_is_no_user() -> None:
 
 @is_root
 @pytest.mark.parametrize(("links_too", "hidden"), [(True, 1), (False, 0)])
-def test_a_process_that_may_not_be_looked_into_is_counted(
+def test_list_openers_counts_process_that_may_not_be_read(
     tree: Tree, monkeypatch: pytest.MonkeyPatch, links_too: bool, hidden: int
 ) -> None:
     """Its directory can be listed, and no link followed. Of a user's FUSE only the file refuses: it is no node."""
@@ -126,15 +126,15 @@ def test_a_process_that_may_not_be_looked_into_is_counted(
     assert answer == {"open": [], "looked": 1, "total": 1, "hidden": hidden}
 
 
-def test_a_scan_without_time_says_so() -> None:
+def test_list_openers_out_of_time_reported() -> None:
     answer = list_openers("/proc", frozenset({NULL}), DESCRIPTORS, 0)
     assert answer["looked"] == 0
     assert answer["total"] > 1
 
 
-def test_the_clock_ends_the_look_at_one_process(monkeypatch: pytest.MonkeyPatch, tree: Tree) -> None:
+def test_list_openers_deadline_within_process(monkeypatch: pytest.MonkeyPatch, tree: Tree) -> None:
     """One process may have a million descriptors."""
-    add_process(tree, 51, "/usr/bin/sh", *["/dev/null"] * 3 * openers.DESCRIPTORS_A_LOOK)
+    add_process(tree, 51, "/usr/bin/sh", *["/dev/null"] * 3 * openers.DESCRIPTORS_PER_SCAN)
     moments = iter([0.0, 1.0, 1.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(moments, 10.0))
     answer = list_openers(f"{tree.top}/proc", frozenset({NULL}), DESCRIPTORS, 5)
@@ -156,20 +156,20 @@ def add_process(
     tree: Tree, pid: int, executable: str, *opened: str, maps: str = "", parent: int = 1, numbers: str = ""
 ) -> None:
     """Add a process. opened: what its descriptors point to; numbers: a device that one more of them is of."""
-    place = tree.top / f"proc/{pid}"
-    (place / "fd").mkdir(parents=True)
-    (place / f"task/{pid}/fd").mkdir(parents=True)
-    (place / "exe").symlink_to(executable)
-    (place / "maps").write_text(maps)
-    (place / "status").write_text(f"Name:\tx\nTgid:\t{pid}\nPPid:\t{parent}\n")
+    location = tree.top / f"proc/{pid}"
+    (location / "fd").mkdir(parents=True)
+    (location / f"task/{pid}/fd").mkdir(parents=True)
+    (location / "exe").symlink_to(executable)
+    (location / "maps").write_text(maps)
+    (location / "status").write_text(f"Name:\tx\nTgid:\t{pid}\nPPid:\t{parent}\n")
     for descriptor, target in enumerate(opened, 3):
-        (place / f"fd/{descriptor}").symlink_to(target)
+        (location / f"fd/{descriptor}").symlink_to(target)
     if numbers:
         kind, _, number = numbers.partition(" ")
         major, minor = (int(word) for word in number.split(":"))
         node = tree.top / f"node-{pid}"
         os.mknod(node, 0o20600 if kind == "char" else 0o60600, os.makedev(major, minor))
-        (place / "fd/99").symlink_to(node)
+        (location / "fd/99").symlink_to(node)
 
 
 # Class of the function, what is below it, the node's number, what it is called.
@@ -192,7 +192,7 @@ NODES = [
 @pytest.mark.parametrize(
     ("class_code", "driver", "below", "number", "node"), NODES, ids=[node.replace("/", "-") for *_, node in NODES]
 )
-def test_an_open_node_below_a_function(
+def test_openers_node_below_function(
     tree: Tree, class_code: str, driver: str, below: str, number: str, node: str
 ) -> None:
     path = f"{tree.add_device(NIC, class_code, driver)}/{below}"
@@ -211,7 +211,7 @@ def test_an_open_node_below_a_function(
 
 
 @is_root
-def test_nodes_of_nvme_with_multipath(tree: Tree) -> None:
+def test_openers_nvme_multipath(tree: Tree) -> None:
     shared = "/sys/devices/virtual/nvme-subsystem/nvme-subsys0"
     path = tree.add_device(NVME, "10802", "nvme")
     tree.link(f"{shared}/nvme0", f"{path}/nvme/nvme0")
@@ -222,7 +222,7 @@ def test_nodes_of_nvme_with_multipath(tree: Tree) -> None:
 
 
 @is_root
-def test_vfios_own_nodes_are_claims_matters(tree: Tree) -> None:
+def test_openers_ignores_vfio_nodes(tree: Tree) -> None:
     """The container that has it runs the hook once more."""
     path = tree.add_device(NIC, "20000", "vfio-pci")
     add_node(tree, f"{path}/vfio-dev/vfio0", "511:0")
@@ -241,7 +241,7 @@ def test_vfios_own_nodes_are_claims_matters(tree: Tree) -> None:
         ("/usr/bin/dd", 1, False),
     ],
 )
-def test_udev_looks_at_each_new_node(tree: Tree, executable: str, parent: int, free: bool) -> None:
+def test_openers_ignores_udev(tree: Tree, executable: str, parent: int, free: bool) -> None:
     add_node(tree, f"{tree.add_device(NVME, '10802', 'nvme')}/nvme/nvme0/nvme0n1", "259:1", "block")
     add_process(tree, 40, "/usr/lib/systemd/systemd-udevd")
     add_process(tree, 41, "/bin/sh")
@@ -259,7 +259,7 @@ MAPS = (
 
 @is_root
 @pytest.mark.parametrize("deleted", ["", " (deleted)"])
-def test_a_mapped_node(tree: Tree, deleted: str) -> None:
+def test_openers_mapped_node(tree: Tree, deleted: str) -> None:
     add_node(tree, f"{tree.add_device(NIC, 'ff00', 'uio_pci_generic')}/uio/uio0", "244:0")
     add_process(tree, 51, "/usr/bin/testpmd", maps=MAPS.format(inode=9, path=f"/dev/uio0{deleted}"))
     files = tree.top / "proc/51/map_files"
@@ -270,7 +270,7 @@ def test_a_mapped_node(tree: Tree, deleted: str) -> None:
 
 
 @is_root
-def test_a_mapped_node_where_the_kernel_shows_no_mapped_files(tree: Tree) -> None:
+def test_openers_mapped_node_without_map_files(tree: Tree) -> None:
     add_node(tree, f"{tree.add_device(NIC, 'ff00', 'uio_pci_generic')}/uio/uio0", "244:0")
     add_process(tree, 51, "/usr/bin/testpmd", maps=MAPS.format(inode=9, path="/dev/uio0"))
     (tree.top / "proc/51/root/dev").mkdir(parents=True)
@@ -280,7 +280,7 @@ def test_a_mapped_node_where_the_kernel_shows_no_mapped_files(tree: Tree) -> Non
 
 @pytest.mark.parametrize("driver", ["", "uio_pci_generic", "igb_uio", "pci-stub"])
 @pytest.mark.parametrize("name", ["resource0", "resource2_wc"])
-def test_memory_that_is_mapped_by_sysfs(tree: Tree, driver: str, name: str) -> None:
+def test_openers_mapped_sysfs_resource(tree: Tree, driver: str, name: str) -> None:
     path = tree.add_device(NIC, "20000", driver)
     tree.add_device("0000:03:00.0", "20000", driver)
     tree.write(f"{path}/{name}")
@@ -291,7 +291,7 @@ def test_memory_that_is_mapped_by_sysfs(tree: Tree, driver: str, name: str) -> N
 
 
 @pytest.mark.parametrize("file_system", ["none", "tmpfs", "sysfs"])
-def test_a_file_of_the_same_name_is_not_the_kernels(tree: Tree, file_system: str) -> None:
+def test_openers_fake_resource_file_ignored(tree: Tree, file_system: str) -> None:
     """Any process can make one, and would have the device in use for everybody else."""
     path = tree.add_device(NIC, "20000")
     tree.write(f"{path}/resource0")
@@ -310,7 +310,7 @@ def test_a_file_of_the_same_name_is_not_the_kernels(tree: Tree, file_system: str
     assert tree.find(NIC) == expected
 
 
-def test_ports_that_are_open_by_sysfs(tree: Tree) -> None:
+def test_openers_open_io_port_resource(tree: Tree) -> None:
     """A resource of I/O ports is read and written, never mapped. The list of all resources is anybody's to read."""
     path = tree.add_device(NIC, "20000")
     for name in ("resource", "resource1"):
@@ -337,7 +337,7 @@ def test_ports_that_are_open_by_sysfs(tree: Tree) -> None:
         ({}, False),
     ],
 )
-def test_a_console(tree: Tree, files: dict[str, str], use: bool) -> None:
+def test_openers_console(tree: Tree, files: dict[str, str], use: bool) -> None:
     """Processes have it open as /dev/console."""
     add_node(tree, f"{tree.add_device(NIC, '70002', 'serial')}/0000:02:00.0:0/0000:02:00.0:0.0/tty/ttyS4", "4:68")
     for path, text in files.items():
@@ -376,7 +376,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, **answer: Any) -> None:
         ),
     ],
 )
-def test_what_was_not_looked_at_is_not_free(
+def test_openers_incomplete_scan_not_free(
     tree: Tree, monkeypatch: pytest.MonkeyPatch, driver: str, answer: dict[str, int], use: str
 ) -> None:
     path = tree.add_device(NIC, "20000", driver)
@@ -386,9 +386,9 @@ def test_what_was_not_looked_at_is_not_free(
     assert tree.find(NIC) == ([use] if use else [])
 
 
-def test_processes_are_looked_at_once_and_only_if_there_is_a_node(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openers_scanned_once_if_needed(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     from oci_hooks.linux import pci
-    from oci_hooks.linux.usage import Uses
+    from oci_hooks.linux.usage import UsageFinder
     from oci_hooks.system import Deadline
 
     asked: list[int] = []
@@ -399,8 +399,8 @@ def test_processes_are_looked_at_once_and_only_if_there_is_a_node(tree: Tree, mo
 
     monkeypatch.setattr(openers, "list_openers", list_openers)
     addresses = [f"0000:0{number}:00.0" for number in range(1, 7)]
-    places = [tree.add_device(address, "20000", "e1000e") for address in addresses]
-    uses = Uses(tree.root, Deadline(60))
+    locations = [tree.add_device(address, "20000", "e1000e") for address in addresses]
+    uses = UsageFinder(tree.root, Deadline(60))
 
     def look(*addresses: str) -> None:
         for address in addresses:
@@ -410,10 +410,12 @@ def test_processes_are_looked_at_once_and_only_if_there_is_a_node(tree: Tree, mo
 
     look(addresses[0])
     assert asked == []
-    for number, (place, below) in enumerate(zip(places, ("net", "ptp/ptp0", "ptp/ptp1", "uio/uio0", "drm/card0"))):
+    for number, (location, below) in enumerate(
+        zip(locations, ("net", "ptp/ptp0", "ptp/ptp1", "uio/uio0", "drm/card0"))
+    ):
         if number:
-            add_node(tree, f"{place}/{below}", f"248:{number}")
-    uses = Uses(tree.root, Deadline(60))
+            add_node(tree, f"{location}/{below}", f"248:{number}")
+    uses = UsageFinder(tree.root, Deadline(60))
     look(*addresses[:3])
     assert asked == [DESCRIPTORS]
     look(*addresses[3:], *addresses[1:3])

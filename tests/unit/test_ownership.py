@@ -74,7 +74,7 @@ def replace(machine: Machine, ids: str = "1b36:0010", override: str = "vfio-pci"
 
 
 @pytest.mark.parametrize("ids", ["1b36:0010", "8086:10d3"])
-def test_another_device_at_the_address_is_not_written_to(machine: Machine, directory: ClaimDirectory, ids: str) -> None:
+def test_restore_another_device_not_written(machine: Machine, directory: ClaimDirectory, ids: str) -> None:
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "igb", "before"))
     end_process(machine)
     replace(machine, ids)
@@ -87,7 +87,7 @@ def test_another_device_at_the_address_is_not_written_to(machine: Machine, direc
 
 
 @pytest.mark.parametrize("word", ["vendor", "device", "class"])
-def test_a_number_that_came_round_is_no_proof(machine: Machine, directory: ClaimDirectory, word: str) -> None:
+def test_restore_reused_inode_not_written(machine: Machine, directory: ClaimDirectory, word: str) -> None:
     words = list(machine.note_bound(NIC, "igb", "before"))
     words[undo_log.KINDS["device"].index(word) + 1] = "ffff"
     make_claim(directory, "c1", INIT, START, tuple(words))
@@ -97,9 +97,7 @@ def test_a_number_that_came_round_is_no_proof(machine: Machine, directory: Claim
     assert take_stock(machine) == before
 
 
-def test_a_device_with_an_override_of_somebody_else_is_not_written_to(
-    machine: Machine, directory: ClaimDirectory
-) -> None:
+def test_restore_override_of_others_not_written(machine: Machine, directory: ClaimDirectory) -> None:
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "igb", "before"))
     end_process(machine)
     machine.write(f"{DEVICE}/driver_override", "uio_pci_generic\n")
@@ -111,7 +109,7 @@ def test_a_device_with_an_override_of_somebody_else_is_not_written_to(
     assert list_claims(machine) == []
 
 
-def test_a_device_that_was_not_touched_yet_is_not_written_to(machine: Machine, directory: ClaimDirectory) -> None:
+def test_restore_untouched_device_not_written(machine: Machine, directory: ClaimDirectory) -> None:
     """A kill came between the entry and the first write."""
     entry = machine.note_bound(NIC, "igb", "before")
     machine.write(f"{DEVICE}/driver_override", "before\n")
@@ -122,7 +120,7 @@ def test_a_device_that_was_not_touched_yet_is_not_written_to(machine: Machine, d
     assert list_claims(machine) == []
 
 
-def test_a_device_that_was_half_put_back_is_put_back(machine: Machine, directory: ClaimDirectory) -> None:
+def test_restore_half_restored_device(machine: Machine, directory: ClaimDirectory) -> None:
     """A kill came after the override by name: that is the hook's, too."""
     entry = machine.note_bound(NIC, "e1000e", "before")
     machine.write(f"{DEVICE}/driver_override", "e1000e\n")
@@ -132,9 +130,7 @@ def test_a_device_that_was_half_put_back_is_put_back(machine: Machine, directory
     assert machine.read(f"{DEVICE}/driver_override").startswith("before\n")
 
 
-def test_a_device_plugged_in_again_for_the_same_container_is_put_back(
-    machine: Machine, directory: ClaimDirectory
-) -> None:
+def test_restore_replugged_device_of_same_container(machine: Machine, directory: ClaimDirectory) -> None:
     first = machine.note_bound(NIC, "igb", "first")
     replace(machine)
     make_claim(directory, "c1", INIT, START, first, machine.note_bound(NIC, "e1000e", "second"))
@@ -153,9 +149,7 @@ def make_job(machine: Machine) -> sysfs_writer.Job:
     return sysfs_writer.Job(NIC, writes, directory, os.stat(directory).st_ino)
 
 
-def test_a_device_that_comes_before_the_first_write_is_not_written_to(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_device_replaced_before_the_first_write(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(machine)
     replace(machine)
     before = take_stock(machine)
@@ -166,9 +160,7 @@ def test_a_device_that_comes_before_the_first_write_is_not_written_to(
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_a_device_that_comes_between_two_writes_is_not_written_to(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, at: int
-) -> None:
+def test_write_device_replaced_between_two_writes(machine: Machine, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """At the first write its directory is open: what is written goes to the device that is gone, or nowhere."""
     job, real, looks = make_job(machine), sysfs_writer.check_device, list[None]()
 
@@ -192,7 +184,7 @@ def test_a_device_that_comes_between_two_writes_is_not_written_to(
 
 
 @pytest.mark.parametrize("bundle", ["/nowhere", "/elsewhere"])
-def test_a_living_container_keeps_what_it_has(machine: Machine, directory: ClaimDirectory, bundle: str) -> None:
+def test_release_living_container_refused(machine: Machine, directory: ClaimDirectory, bundle: str) -> None:
     path = make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "e1000e", ""))
     before = (Path(path).read_bytes(), take_stock(machine))
     finding = refuse(machine, bundle=bundle)
@@ -201,7 +193,7 @@ def test_a_living_container_keeps_what_it_has(machine: Machine, directory: Claim
     assert (Path(path).read_bytes(), take_stock(machine)) == before
 
 
-def test_a_zombie_is_dead(machine: Machine, directory: ClaimDirectory) -> None:
+def test_release_zombie_init_is_ended(machine: Machine, directory: ClaimDirectory) -> None:
     """A runtime calls poststop when the init has ended, which its parent may not have seen yet."""
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "e1000e", ""))
     machine.write(f"/proc/{INIT}/stat", machine.read(f"/proc/{INIT}/stat").replace(" S ", " Z "))
@@ -209,7 +201,7 @@ def test_a_zombie_is_dead(machine: Machine, directory: ClaimDirectory) -> None:
     assert list_claims(machine) == []
 
 
-def test_a_release_without_a_claim_changes_nothing(tmp_path: Path) -> None:
+def test_release_without_claim_changes_nothing(tmp_path: Path) -> None:
     machine = ActingMachine(tmp_path)
     container = machine.make_container("c1", "0000:01:00.0")
     for state in (container.stopped, {**container.state, "status": "running"}):
@@ -218,14 +210,14 @@ def test_a_release_without_a_claim_changes_nothing(tmp_path: Path) -> None:
     machine.end()
 
 
-def test_a_dead_containers_claim_is_put_back_at_anybodys_poststop(machine: Machine, directory: ClaimDirectory) -> None:
+def test_release_dead_container_from_other_bundle(machine: Machine, directory: ClaimDirectory) -> None:
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "e1000e", ""))
     end_process(machine)
     assert release(machine, bundle="/elsewhere") == []
     assert list_claims(machine) == []
 
 
-def test_what_is_left_of_a_container_keeps_its_devices_from_others(machine: Machine, directory: ClaimDirectory) -> None:
+def test_claim_held_by_remaining_processes(machine: Machine, directory: ClaimDirectory) -> None:
     """Its own poststop takes them; another container's hook, or a poststop from another bundle, does not."""
     home = add_cgroup(machine)
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "e1000e", ""), home=home)
@@ -242,9 +234,7 @@ def test_what_is_left_of_a_container_keeps_its_devices_from_others(machine: Mach
     assert list_claims(machine) == []
 
 
-def test_a_container_that_starts_again_in_its_cgroup_is_not_in_its_own_way(
-    machine: Machine, directory: ClaimDirectory
-) -> None:
+def test_claim_restart_in_same_cgroup(machine: Machine, directory: ClaimDirectory) -> None:
     home = add_cgroup(machine, "/sys/fs/cgroup/c8")
     make_claim(directory, "c1", INIT, START, machine.note_bound(NIC, "e1000e", ""), home=home)
     end_process(machine)
@@ -257,7 +247,7 @@ def test_a_container_that_starts_again_in_its_cgroup_is_not_in_its_own_way(
 # Cgroups -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_containers_own_cgroups_are_noted_and_shared_ones_are_not(tmp_path: Path) -> None:
+def test_find_home_own_cgroups_only(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     mounts = (
         "23 22 0:22 / /sys/fs/cgroup rw - cgroup2 none rw\n24 22 0:23 / /sys/fs/cgroup/devices rw - cgroup x devices\n"
@@ -275,7 +265,7 @@ def test_a_containers_own_cgroups_are_noted_and_shared_ones_are_not(tmp_path: Pa
     assert find_home(machine.root, INIT) == Home()
 
 
-def test_a_cgroup_of_version_2_counts_itself(machine: Machine) -> None:
+def test_is_occupied_v2_uses_kernel_count(machine: Machine) -> None:
     home = add_cgroup(machine)
     assert is_occupied(machine.root, home)
     add_cgroup(machine, populated=0)
@@ -288,7 +278,7 @@ def test_a_cgroup_of_version_2_counts_itself(machine: Machine) -> None:
     assert not is_occupied(machine.root, Home())
 
 
-def test_a_cgroup_of_version_1_is_looked_through(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_occupied_v1_walks_directories(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     for below in ("", "/a", "/a/b", "/c"):
         machine.write(f"{LIST}{below}/cgroup.procs")
     home = Home(devices=LIST)
@@ -297,7 +287,7 @@ def test_a_cgroup_of_version_1_is_looked_through(machine: Machine, monkeypatch: 
     assert is_occupied(machine.root, home)
     machine.write(f"{LIST}/a/b/cgroup.procs")
     # As many as a container likes to make: then they are not looked through, and not free.
-    monkeypatch.setattr(homes, "MOST_DIRECTORIES", 3)
+    monkeypatch.setattr(homes, "MAX_DIRECTORIES", 3)
     assert is_occupied(machine.root, home)
 
 
@@ -340,7 +330,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize(("spoil", "words"), SPOILT.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_a_claim_that_can_not_be_read_stops_its_own_container_only(
+def test_unreadable_claim_blocks_own_container_only(
     machine: Machine, directory: ClaimDirectory, spoil: object, words: str
 ) -> None:
     path = Path(make_claim(directory, "other", 8, 80, machine.note_bound(NIC, "igb", ""), groups=()))
@@ -351,10 +341,10 @@ def test_a_claim_that_can_not_be_read_stops_its_own_container_only(
     call, error = bind(machine, make_state(selector="0000:02:00.0"))
     # It comes as far as on this machine any hook does.
     assert error.findings[0].code == "bind-failed"
-    (told,) = [finding for finding in call.findings if finding.code == "claim-unreadable"]
-    assert (told.level, told.subject) == ("warning", str(path))
-    assert words in told.problem
-    assert told.hint
+    (reported,) = [finding for finding in call.findings if finding.code == "claim-unreadable"]
+    assert (reported.level, reported.subject) == ("warning", str(path))
+    assert words in reported.problem
+    assert reported.hint
     finding = refuse(machine, container="other")
     assert (finding.code, words in finding.problem) == ("claim-unreadable", True)
     start_process(machine, 9, 90)
@@ -364,7 +354,9 @@ def test_a_claim_that_can_not_be_read_stops_its_own_container_only(
 
 
 @pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
-def test_what_it_may_have_is_not_given_to_others(machine: Machine, directory: ClaimDirectory, spoil: object) -> None:
+def test_unreadable_claim_devices_not_given_to_others(
+    machine: Machine, directory: ClaimDirectory, spoil: object
+) -> None:
     """Its groups and devices, as far as they can be read; else what is bound to vfio-pci and nobody's."""
     machine.add("0000:02:00.0", driver="vfio-pci", group="5")
     path = Path(make_claim(directory, "other", 8, 80, machine.note_bound(NIC, "igb", ""), groups=("6",)))
@@ -380,22 +372,20 @@ def test_what_it_may_have_is_not_given_to_others(machine: Machine, directory: Cl
     assert "container known" in error.findings[0].problem
 
 
-def test_a_dry_run_refuses_what_the_hook_would(tmp_path: Path) -> None:
+def test_dry_run_unreadable_claim_refused(tmp_path: Path) -> None:
     machine = ActingMachine(tmp_path)
     container = machine.make_container("c1", "0000:01:00.0")
     assert machine.call(container.state) == (0, "")
     spoil_all(machine.place(f"{STATE_DIRECTORY}/claims/c1"))
     before = machine.take_stock()
     for arguments in (("--dry-run",), ("--dry-run", "poststop")):
-        code, said = machine.call(container.state, *arguments)
-        assert (code, "[claim-unreadable]" in said) == (1, True), said
+        code, output = machine.call(container.state, *arguments)
+        assert (code, "[claim-unreadable]" in output) == (1, True), output
     assert machine.take_stock() == before
     machine.end()
 
 
-def test_an_error_of_the_system_is_a_claims_own_problem(
-    directory: ClaimDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_claim_os_error_is_its_problem(directory: ClaimDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     path, real = make_claim(directory, "c1"), os.read
 
     def fail(fd: int, size: int) -> bytes:
@@ -409,30 +399,30 @@ def test_an_error_of_the_system_is_a_claims_own_problem(
     assert not claim.is_stale(Root())
 
 
-def test_nobody_writes_more_than_is_read(directory: ClaimDirectory) -> None:
-    made = directory.open_journal(Owner("c1", INIT, START), ("4",))
+def test_undo_log_size_limit_enforced(directory: ClaimDirectory) -> None:
+    made = directory.open_undo_log(Owner("c1", INIT, START), ("4",))
     with pytest.raises(StepError) as caught:
         for number in range(300):
-            made.note("node", "/" + "x" * 4000, f"vfio/{number}", 511, number)
+            made.add("node", "/" + "x" * 4000, f"vfio/{number}", 511, number)
     (finding,) = caught.value.findings
     assert finding.code == "claim-too-large"
     assert finding.hint
     made.close()
-    assert os.stat(made.path).st_size <= undo_log.JOURNAL_LIMIT
+    assert os.stat(made.path).st_size <= undo_log.UNDO_LOG_LIMIT
     (claim,) = directory.read_claims()
     assert claim.problem == ""
-    again = directory.reopen_journal(claim)
+    again = directory.reopen_undo_log(claim)
     assert again is not None
     with pytest.raises(StepError, match="claim-too-large"):
-        again.note("node", "/" + "x" * 4000, "vfio/1", 511, 1)
+        again.add("node", "/" + "x" * 4000, "vfio/1", 511, 1)
     again.close()
 
 
-def test_a_container_that_asks_for_too_much_is_refused_and_in_nobodys_way(tmp_path: Path) -> None:
+def test_undo_log_full_container_refused(tmp_path: Path) -> None:
     """Each node with a number of the host's that is taken away is an entry, with the path of its root file system."""
     machine = ActingMachine(tmp_path, groups=2)
     name = "b" * 200
-    count = undo_log.JOURNAL_LIMIT // 200
+    count = undo_log.UNDO_LOG_LIMIT // 200
     entries = [{"path": f"/dev/vfio/{n + 100}", "type": "c", "major": 244, "minor": n} for n in range(count)]
     greedy = machine.make_container(name, "0000:01:00.0", linux={"devices": entries})
     (greedy.dev / "vfio").mkdir()
@@ -440,8 +430,8 @@ def test_a_container_that_asks_for_too_much_is_refused_and_in_nobodys_way(tmp_pa
         os.mknod(f"{greedy.dev.parent}{entry['path']}", 0o20640, os.makedev(244, number))
     other = machine.make_container("c2", "0000:02:00.0")
     before = machine.take_stock()
-    code, said = machine.call(greedy.state)
-    assert (code, "[claim-too-large]" in said) == (1, True), said[:500]
+    code, output = machine.call(greedy.state)
+    assert (code, "[claim-too-large]" in output) == (1, True), output[:500]
     assert machine.take_stock() == before
     assert machine.call(other.state) == (0, "")
     machine.end()
@@ -450,19 +440,19 @@ def test_a_container_that_asks_for_too_much_is_refused_and_in_nobodys_way(tmp_pa
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_long_id_and_its_hash_have_two_files(directory: ClaimDirectory) -> None:
+def test_undo_log_path_long_id_and_hash_differ(directory: ClaimDirectory) -> None:
     long = "x" * 300
-    hashed = os.path.basename(directory.journal_path(long))
+    hashed = os.path.basename(directory.undo_log_path(long))
     assert hashed.startswith("sha256-")
     names = [hashed, long, f"%73{hashed[1:]}"]
-    assert len({directory.journal_path(name) for name in names}) == 3
+    assert len({directory.undo_log_path(name) for name in names}) == 3
     paths = [make_claim(directory, name) for name in names]
     assert sorted(paths) == sorted(claim.path for claim in directory.read_claims())
     assert sorted(claim.container for claim in directory.read_claims()) == sorted(names)
     assert all(claim.problem == "" for claim in directory.read_claims())
 
 
-def test_a_claim_that_names_another_container_is_not_released(machine: Machine, directory: ClaimDirectory) -> None:
+def test_release_claim_names_another_container_refused(machine: Machine, directory: ClaimDirectory) -> None:
     path = make_claim(directory, "x" * 300, INIT, START, machine.note_bound(NIC, "igb", ""))
     end_process(machine)
     os.rename(path, f"{machine.root.host_path(STATE_DIRECTORY)}/claims/c1")

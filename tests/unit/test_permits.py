@@ -12,7 +12,7 @@ import pytest
 from oci_hooks.findings import StepError
 from oci_hooks.guest import binding, homes, permits, recovery
 from oci_hooks.guest.apply import device_filter, device_list, drivers, permission
-from oci_hooks.guest.apply.cgroup import Cgroup, Node
+from oci_hooks.guest.apply.cgroup import Cgroup, MadeNode
 from oci_hooks.guest.claims import Claim, ClaimDirectory, Owner
 from oci_hooks.guest.homes import Home
 from oci_hooks.guest.undo_log import Entry
@@ -24,7 +24,7 @@ from tests.unit.test_claims import STAT, make_claim
 
 pytestmark = pytest.mark.unit
 
-CONTROL, GROUP = Node("vfio/vfio", 10, 196), Node("vfio/4", 243, 0, is_group=True)
+CONTROL, GROUP = MadeNode("vfio/vfio", 10, 196), MadeNode("vfio/4", 243, 0, is_group=True)
 POD = "/d/pod"
 
 
@@ -34,7 +34,7 @@ class Lists:
     def __init__(self, top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.top = top
         self.refused = ""
-        monkeypatch.setattr(device_list, "write_file", self.write)
+        monkeypatch.setattr(device_list, "write_kernel_file", self.write)
 
     def make(self, path: str, *rules: str) -> None:
         """Make a cgroup that denies all but what it lists."""
@@ -53,13 +53,13 @@ class Lists:
     def write(self, path: str, rule: str) -> None:
         """Play the kernel. Raises OSError."""
         directory, _, name = path.rpartition("/")
-        place = Path(directory) / "devices.list"
-        if not place.exists():
+        location = Path(directory) / "devices.list"
+        if not location.exists():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         if self.refused and self.refused in path:
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         kind, numbers, access = rule.split()
-        below = place.parent.rglob("devices.list") if name == "devices.deny" else [place]
+        below = location.parent.rglob("devices.list") if name == "devices.deny" else [location]
         for each in below:
             entries = dict(line.rsplit(" ", 1) for line in each.read_text().splitlines())
             had = entries.pop(f"{kind} {numbers}", "")
@@ -100,15 +100,15 @@ def make_lists(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Lists:
     return lists
 
 
-def start(claims: ClaimDirectory, name: str, *nodes: Node, widen: bool = True, home: Home | None = None) -> str:
+def start(claims: ClaimDirectory, name: str, *nodes: MadeNode, widen: bool = True, home: Home | None = None) -> str:
     """Give nodes to a container of the pod, whose claim is made for it, and return where that is."""
     pid = {"c1": 7, "c2": 8}[name]
-    journal = claims.open_journal(Owner(name, pid, pid * 10, "/nowhere", home or Home()), ("4",))
-    permits.take_numbers(claims, nodes, journal, Deadline(5))
-    permits.give(claims, place(name), list(nodes), widen, None, journal, Deadline(5))
-    journal.note("done")
-    journal.close()
-    return journal.path
+    undo_log = claims.open_undo_log(Owner(name, pid, pid * 10, "/nowhere", home or Home()), ("4",))
+    permits.claim_numbers(claims, nodes, undo_log, Deadline(5))
+    permits.allow_nodes(claims, place(name), list(nodes), widen, None, undo_log, Deadline(5))
+    undo_log.add("done")
+    undo_log.close()
+    return undo_log.path
 
 
 def place(name: str) -> Cgroup:
@@ -134,7 +134,7 @@ def read(claims: ClaimDirectory, path: str) -> Claim:
 
 
 @pytest.mark.parametrize("first", ["c1", "c2"])
-def test_a_parent_is_widened_as_long_as_a_claim_needs_it(claims: ClaimDirectory, lists: Lists, first: str) -> None:
+def test_parent_rule_kept_while_needed(claims: ClaimDirectory, lists: Lists, first: str) -> None:
     before = lists.read(POD, f"{POD}/c1", f"{POD}/c2")
     paths = {"c1": start(claims, "c1", CONTROL, GROUP), "c2": start(claims, "c2", CONTROL)}
     assert lists.read(POD) == [{"c 1:3 rwm", "c 10:196 rw", "c 243:0 rw"}]
@@ -147,7 +147,7 @@ def test_a_parent_is_widened_as_long_as_a_claim_needs_it(claims: ClaimDirectory,
     assert lists.read(POD, f"{POD}/c1", f"{POD}/c2") == before
 
 
-def test_what_was_there_before_the_first_is_there_after_the_last(claims: ClaimDirectory, lists: Lists) -> None:
+def test_parent_rules_restored_after_last_release(claims: ClaimDirectory, lists: Lists) -> None:
     lists.make(POD, "c 10:196 r", "c 243:* rwm")
     lists.make(f"{POD}/c2", "c 10:196 rm")
     before = lists.read(POD, f"{POD}/c1", f"{POD}/c2")
@@ -167,7 +167,9 @@ def test_what_was_there_before_the_first_is_there_after_the_last(claims: ClaimDi
         (Cgroup(9, "/u", "/d", shared=("/u", "/d")), Home("/u/c", 0, "/d/x"), False),
     ],
 )
-def test_the_kernel_asks_both_hierarchies(claims: ClaimDirectory, place: Cgroup, home: Home, refused: bool) -> None:
+def test_shared_cgroup_checked_in_both_hierarchies(
+    claims: ClaimDirectory, place: Cgroup, home: Home, refused: bool
+) -> None:
     """One in which the container is alone is enough to keep another one's devices from it."""
     other = Claim("/run/c1", "c1", 7, 70, ("4",), (), True, False, "/b", home)
     try:
@@ -178,7 +180,7 @@ def test_the_kernel_asks_both_hierarchies(claims: ClaimDirectory, place: Cgroup,
         assert not refused
 
 
-def test_two_containers_of_one_cgroup_are_not_both_permitted(claims: ClaimDirectory, lists: Lists) -> None:
+def test_allow_nodes_shared_cgroup_refused(claims: ClaimDirectory, lists: Lists) -> None:
     inode = os.stat(lists.place(f"{POD}/c2").parent).st_ino
     for known, refused in ((inode + 1, False), (inode, True), (0, True)):
         path = make_claim(claims, "c1", home=Home("", 0, f"{POD}/c2", known))
@@ -192,42 +194,42 @@ def test_two_containers_of_one_cgroup_are_not_both_permitted(claims: ClaimDirect
         os.unlink(path)
 
 
-def test_a_run_that_fails_takes_back_its_own(claims: ClaimDirectory, lists: Lists) -> None:
+def test_failed_run_revokes_own_grants(claims: ClaimDirectory, lists: Lists) -> None:
     start(claims, "c1", CONTROL)
     before = lists.read(POD, f"{POD}/c1", f"{POD}/c2")
-    journal = claims.open_journal(Owner("c2", 8, 80), ("4",))
-    permits.take_numbers(claims, (CONTROL, GROUP), journal, Deadline(5))
-    permits.give(claims, place("c2"), [CONTROL, GROUP], True, None, journal, Deadline(5))
-    assert permits.take_back(claims, journal, claims.read_entries(journal), Deadline(5)) == []
+    undo_log = claims.open_undo_log(Owner("c2", 8, 80), ("4",))
+    permits.claim_numbers(claims, (CONTROL, GROUP), undo_log, Deadline(5))
+    permits.allow_nodes(claims, place("c2"), [CONTROL, GROUP], True, None, undo_log, Deadline(5))
+    assert permits.undo_grants(claims, undo_log, claims.read_entries(undo_log), Deadline(5)) == []
     assert lists.read(POD, f"{POD}/c1", f"{POD}/c2") == before
 
 
-def test_a_second_run_that_fails_leaves_what_the_first_run_gave(claims: ClaimDirectory, lists: Lists) -> None:
+def test_failed_second_run_keeps_first_grants(claims: ClaimDirectory, lists: Lists) -> None:
     path = start(claims, "c1", CONTROL)
     before = lists.read(POD, f"{POD}/c1")
-    journal = claims.reopen_journal(read(claims, path))
-    assert journal is not None
-    permits.give(claims, place("c1"), [CONTROL], True, None, journal, Deadline(5))
-    assert permits.take_back(claims, journal, claims.read_entries(journal), Deadline(5)) == []
+    undo_log = claims.reopen_undo_log(read(claims, path))
+    assert undo_log is not None
+    permits.allow_nodes(claims, place("c1"), [CONTROL], True, None, undo_log, Deadline(5))
+    assert permits.undo_grants(claims, undo_log, claims.read_entries(undo_log), Deadline(5)) == []
     assert lists.read(POD, f"{POD}/c1") == before
 
 
-def test_a_second_run_notes_no_number_twice(claims: ClaimDirectory, lists: Lists) -> None:
+def test_second_run_adds_no_duplicate_numbers(claims: ClaimDirectory, lists: Lists) -> None:
     path = start(claims, "c1", GROUP)
     before = read(claims, path).entries
-    journal = claims.reopen_journal(read(claims, path))
-    assert journal is not None
-    assert permits.take_numbers(claims, (GROUP,), journal, Deadline(5)) is False
+    undo_log = claims.reopen_undo_log(read(claims, path))
+    assert undo_log is not None
+    assert permits.claim_numbers(claims, (GROUP,), undo_log, Deadline(5)) is False
     assert read(claims, path).entries == before
 
 
-def test_without_the_lock_nothing_is_taken_back_and_the_claim_stays(claims: ClaimDirectory, lists: Lists) -> None:
+def test_revoke_without_lock_keeps_claim(claims: ClaimDirectory, lists: Lists) -> None:
     path = start(claims, "c1", CONTROL)
     before = lists.read(POD)
     lock = claims.lock(Deadline(5))
-    journal = claims.reopen_journal(read(claims, path))
-    assert journal is not None
-    (finding,) = permits.take_back(claims, journal, read(claims, path).entries, Deadline(0.1))
+    undo_log = claims.reopen_undo_log(read(claims, path))
+    assert undo_log is not None
+    (finding,) = permits.undo_grants(claims, undo_log, read(claims, path).entries, Deadline(0.1))
     assert (finding.code, recovery.is_unfinished([finding]), lists.read(POD)) == ("permission-left", True, before)
     os.close(lock)
 
@@ -235,7 +237,7 @@ def test_without_the_lock_nothing_is_taken_back_and_the_claim_stays(claims: Clai
 # The end of an init ---------------------------------------------------------------------------------------------------
 
 
-def test_it_is_revoked_whether_the_init_lives_or_not(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
+def test_revoke_with_and_without_init(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
     before = lists.read(f"{POD}/c1")
     start(claims, "c1", CONTROL, GROUP)
     machine.place("/proc/7/stat").unlink()
@@ -244,15 +246,15 @@ def test_it_is_revoked_whether_the_init_lives_or_not(machine: Machine, claims: C
 
 
 @pytest.mark.parametrize("inner", ["", "/inner/most"])
-def test_what_can_not_be_revoked_while_processes_are_left_keeps_the_claim(
+def test_revoke_failure_with_processes_keeps_claim(
     machine: Machine, claims: ClaimDirectory, lists: Lists, inner: str
 ) -> None:
-    journal = claims.open_journal(Owner("c1", 7, 70, "/nowhere"), ("4",))
-    journal.note(*machine.note_bound(NIC, "e1000e", "before"))
-    permits.take_numbers(claims, (GROUP,), journal, Deadline(5))
-    permits.give(claims, place("c1"), [GROUP], False, None, journal, Deadline(5))
-    journal.note("done")
-    journal.close()
+    undo_log = claims.open_undo_log(Owner("c1", 7, 70, "/nowhere"), ("4",))
+    undo_log.add(*machine.note_bound(NIC, "e1000e", "before"))
+    permits.claim_numbers(claims, (GROUP,), undo_log, Deadline(5))
+    permits.allow_nodes(claims, place("c1"), [GROUP], False, None, undo_log, Deadline(5))
+    undo_log.add("done")
+    undo_log.close()
     machine.place("/proc/7/stat").unlink()
     lists.refused = "/c1/devices.deny"
     for path in ("/inner", "/inner/most"):
@@ -273,7 +275,7 @@ def test_what_can_not_be_revoked_while_processes_are_left_keeps_the_claim(
     assert os.listdir(f"{claims.path}/claims") == []
 
 
-def test_what_was_not_looked_through_may_hold_a_process(
+def test_revoke_unscanned_cgroup_counts_as_occupied(
     machine: Machine, claims: ClaimDirectory, lists: Lists, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(claims, "c1", GROUP, widen=False)
@@ -281,13 +283,13 @@ def test_what_was_not_looked_through_may_hold_a_process(
     lists.refused = "/c1/devices.deny"
     lists.make(f"{POD}/c1/inner")
     machine.write(f"{POD}/c1/inner/cgroup.procs")
-    monkeypatch.setattr(homes, "MOST_DIRECTORIES", 1)
+    monkeypatch.setattr(homes, "MAX_DIRECTORIES", 1)
     (finding,) = binding.release(machine.root, make_state(), Deadline(5))
     assert finding.code == "permission-left"
     assert os.listdir(f"{claims.path}/claims") == ["c1"]
 
 
-def test_a_later_cgroup_of_the_same_path_keeps_what_it_has(claims: ClaimDirectory, lists: Lists) -> None:
+def test_revoke_recreated_cgroup_unchanged(claims: ClaimDirectory, lists: Lists) -> None:
     inode = os.stat(lists.place(f"{POD}/c1").parent).st_ino
     lists.make(POD, "c 243:* rw")
     path = start(claims, "c1", GROUP, widen=False, home=Home("", 0, f"{POD}/c1", inode + 1))
@@ -296,7 +298,7 @@ def test_a_later_cgroup_of_the_same_path_keeps_what_it_has(claims: ClaimDirector
     assert lists.read(f"{POD}/c1") == now
 
 
-def test_a_spoilt_entry_is_reported_and_stops_no_other(claims: ClaimDirectory, lists: Lists) -> None:
+def test_revoke_damaged_entry_reported(claims: ClaimDirectory, lists: Lists) -> None:
     before = lists.read(f"{POD}/c1")
     path = start(claims, "c1", GROUP)
     entries = (Entry("permit", ("243:x", "", "rw /d")), *read(claims, path).entries)
@@ -308,26 +310,26 @@ def test_a_spoilt_entry_is_reported_and_stops_no_other(claims: ClaimDirectory, l
 # Numbers that are given out anew --------------------------------------------------------------------------------------
 
 
-def test_a_dead_number_is_revoked_and_only_that(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
+def test_revoke_stale_numbers_only(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
     path = start(claims, "c1", CONTROL, GROUP)
     held = claims.read_claims()
-    permits.revoke_dead(claims, held, but="")
+    permits.revoke_stale_numbers(claims, held, excluding="")
     assert lists.read(f"{POD}/c1") == [{"c 1:3 rwm", "c 10:196 rw", "c 243:0 rw"}]
     machine.place("/sys/dev/char/243:0/uevent").unlink()
     machine.place("/sys/dev/char/243:0").rmdir()
-    permits.revoke_dead(claims, held, but=path)
+    permits.revoke_stale_numbers(claims, held, excluding=path)
     assert "c 243:0 rw" in lists.read(f"{POD}/c1")[0]
-    permits.revoke_dead(claims, held, but="")
+    permits.revoke_stale_numbers(claims, held, excluding="")
     assert lists.read(f"{POD}/c1") == [{"c 1:3 rwm", "c 10:196 rw"}]
     assert permission.list_numbers(read(claims, path).entries) == set()
     assert [grant.nodes for grant in permission.list_grants(read(claims, path).entries)] == [((10, 196),)]
     # Noted, so that it is done once, and what anybody permits from now on is not the hook's.
     size = os.stat(path).st_size
-    permits.revoke_dead(claims, claims.read_claims(), but="")
+    permits.revoke_stale_numbers(claims, claims.read_claims(), excluding="")
     assert os.stat(path).st_size == size
 
 
-def test_dead_numbers_are_revoked_before_devices_are_bound(
+def test_revoke_stale_numbers_before_bind(
     machine: Machine, claims: ClaimDirectory, lists: Lists, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = start(claims, "c1", CONTROL, GROUP)
@@ -346,64 +348,64 @@ def test_dead_numbers_are_revoked_before_devices_are_bound(
     assert permission.list_numbers(read(claims, path).entries) == set()
 
 
-def test_a_number_is_taken_from_whoever_had_it(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
+def test_claim_numbers_revokes_from_other_container(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
     """Its node too, where that can be reached, and its parents' permission only from who does not need it."""
     first = start(claims, "c1", CONTROL, GROUP)
-    journal = claims.open_journal(Owner("c2", 8, 80), ("4",))
-    assert permits.take_numbers(claims, (CONTROL, GROUP), journal, Deadline(5)) is True
+    undo_log = claims.open_undo_log(Owner("c2", 8, 80), ("4",))
+    assert permits.claim_numbers(claims, (CONTROL, GROUP), undo_log, Deadline(5)) is True
     assert lists.read(f"{POD}/c1", POD) == [{"c 1:3 rwm", "c 10:196 rw"}] * 2
-    permits.give(claims, place("c2"), [GROUP], True, None, journal, Deadline(5))
+    permits.allow_nodes(claims, place("c2"), [GROUP], True, None, undo_log, Deadline(5))
     assert lists.read(f"{POD}/c2", POD) == [{"c 1:3 rwm", "c 243:0 rw"}, {"c 1:3 rwm", "c 10:196 rw", "c 243:0 rw"}]
     end(claims, first)
     assert lists.read(f"{POD}/c2", POD) == [{"c 1:3 rwm", "c 243:0 rw"}] * 2
 
 
-def test_a_number_that_can_not_be_revoked_is_refused(claims: ClaimDirectory, lists: Lists) -> None:
+def test_claim_numbers_unrevocable_refused(claims: ClaimDirectory, lists: Lists) -> None:
     start(claims, "c1", CONTROL, GROUP)
     lists.refused = "/c1/devices.deny"
-    journal = claims.open_journal(Owner("c2", 8, 80), ("4",))
+    undo_log = claims.open_undo_log(Owner("c2", 8, 80), ("4",))
     with pytest.raises(StepError) as caught:
-        permits.take_numbers(claims, (CONTROL, GROUP), journal, Deadline(5))
+        permits.claim_numbers(claims, (CONTROL, GROUP), undo_log, Deadline(5))
     (finding,) = caught.value.findings
     assert (finding.code, finding.subject) == ("permission-left", "device number 243:0")
     assert "cannot be revoked from container c1, which had it for a device that was unplugged" in finding.problem
     assert finding.hint == "end container c1, then start this one again"
 
 
-def test_a_devices_own_node_is_refused_once(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
+def test_claim_numbers_cdev_refused_once(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
     """It may be open by now, which nothing can tell; after that the number is revoked before it is given out."""
-    cdev = Node("vfio/devices/vfio0", 243, 0)
+    cdev = MadeNode("vfio/devices/vfio0", 243, 0)
     machine.write("/sys/class/vfio-dev/vfio0/dev", "243:0\n")
     start(claims, "c1", cdev)
-    journal = claims.open_journal(Owner("c2", 8, 80), ("4",))
+    undo_log = claims.open_undo_log(Owner("c2", 8, 80), ("4",))
     with pytest.raises(StepError, match=r"\[numbers-reused\] /dev/vfio/devices/vfio0: has device number 243:0"):
-        permits.take_numbers(claims, (cdev,), journal, Deadline(5))
-    assert permits.take_numbers(claims, (cdev,), journal, Deadline(5)) is False
+        permits.claim_numbers(claims, (cdev,), undo_log, Deadline(5))
+    assert permits.claim_numbers(claims, (cdev,), undo_log, Deadline(5)) is False
 
 
-def test_who_lost_its_device_is_given_nothing(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
+def test_allow_nodes_lost_device_refused(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
     """Its number may be another's by now: the one who looks first finds its own device gone, the other one revokes."""
     make_claim(claims, "c2", 8, 80)
-    journal = claims.open_journal(Owner("c1", 7, 70), ("4",))
-    journal.note(*machine.note_bound(NIC, "e1000e", ""))
-    permits.take_numbers(claims, (CONTROL, GROUP), journal, Deadline(5))
-    other = claims.open_journal(Owner("c3", 8, 80), ("5",))
-    assert permits.take_numbers(claims, (GROUP,), other, Deadline(5)) is True
+    undo_log = claims.open_undo_log(Owner("c1", 7, 70), ("4",))
+    undo_log.add(*machine.note_bound(NIC, "e1000e", ""))
+    permits.claim_numbers(claims, (CONTROL, GROUP), undo_log, Deadline(5))
+    other = claims.open_undo_log(Owner("c3", 8, 80), ("5",))
+    assert permits.claim_numbers(claims, (GROUP,), other, Deadline(5)) is True
     before = lists.read(f"{POD}/c1")
     with pytest.raises(StepError, match=r"\[device-gone\] /dev/vfio/4"):
-        permits.give(claims, place("c1"), [CONTROL, GROUP], False, None, journal, Deadline(5))
+        permits.allow_nodes(claims, place("c1"), [CONTROL, GROUP], False, None, undo_log, Deadline(5))
     assert lists.read(f"{POD}/c1") == before
     # The device that is in its place is not the one that was bound; nor is a number that is another's now.
     machine.write("/sys/class/vfio/4/dev", "243:1\n")
     with pytest.raises(StepError, match=r"\[device-gone\] /dev/vfio/4"):
-        permits.take_numbers(claims, (GROUP,), journal, Deadline(5))
+        permits.claim_numbers(claims, (GROUP,), undo_log, Deadline(5))
     machine.write("/sys/class/vfio/4/dev", "243:0\n")
     machine.place(f"{PCI_DEVICES}/{NIC}").unlink()
     with pytest.raises(StepError, match=rf"\[device-gone\] {NIC}"):
-        permits.take_numbers(claims, (GROUP,), journal, Deadline(5))
+        permits.claim_numbers(claims, (GROUP,), undo_log, Deadline(5))
 
 
-def test_nodes_of_a_number_are_removed(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
+def test_remove_nodes_of_number(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
     """Of a container whose init lives: this process."""
     rootfs = machine.place("/rootfs")
     (rootfs / "dev/vfio").mkdir(parents=True)
@@ -415,21 +417,19 @@ def test_nodes_of_a_number_are_removed(machine: Machine, claims: ClaimDirectory,
     machine.place(f"/proc/{pid}/stat").symlink_to(f"/proc/{pid}/stat")
     begun = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     make_claim(claims, "c9", pid, begun, ("numbers", "243:0,243:5"), *entries)
-    journal = claims.open_journal(Owner("c2", 8, 80), ("4",))
-    assert permits.take_numbers(claims, (GROUP,), journal, Deadline(5)) is True
+    undo_log = claims.open_undo_log(Owner("c2", 8, 80), ("4",))
+    assert permits.claim_numbers(claims, (GROUP,), undo_log, Deadline(5)) is True
     assert sorted(os.listdir(rootfs / "dev/vfio")) == ["5", "vfio"]
 
 
-def test_what_fails_before_the_first_change_is_not_noted(
-    claims: ClaimDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_allow_nodes_early_failure_adds_no_entry(claims: ClaimDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """So nothing is to be taken back, which could not be done either."""
 
     def refuse(*_: object) -> None:
         raise StepError("permit-failed", "/u", "can't be read", "x")
 
-    monkeypatch.setattr(device_filter.Swaps, "prepare", refuse)
-    journal = claims.open_journal(Owner("c1", 7, 70), ("4",))
+    monkeypatch.setattr(device_filter.Replacements, "prepare", refuse)
+    undo_log = claims.open_undo_log(Owner("c1", 7, 70), ("4",))
     with pytest.raises(StepError, match="permit-failed"):
-        permits.give(claims, Cgroup(1, "/u", "", "/"), [CONTROL], False, None, journal, Deadline(5))
-    assert not permits.is_permitting(claims.read_entries(journal))
+        permits.allow_nodes(claims, Cgroup(1, "/u", "", "/"), [CONTROL], False, None, undo_log, Deadline(5))
+    assert not permits.has_grant(claims.read_entries(undo_log))

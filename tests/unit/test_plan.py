@@ -10,7 +10,7 @@ import pytest
 
 from oci_hooks.findings import Refusal
 from oci_hooks.guest.plan import MapEntry, Plan, PlanOptions, Rebind, list_actions, make_plan
-from oci_hooks.guest.selection import Choice
+from oci_hooks.guest.selection import ChosenGroup
 from oci_hooks.guest.settings import NodeOwner
 from oci_hooks.linux.instances import Instance
 from oci_hooks.linux.pci import PCI_DEVICES
@@ -45,31 +45,31 @@ def entry(path: str, major: int, minor: int, **more: Any) -> dict[str, Any]:
 
 def plan(machine: Machine, config: Spec, options: PlanOptions | None = None, **choice: Any) -> Plan:
     """Return the plan for group 4."""
-    chosen = Choice(machine.look().groups["4"], **choice)
+    chosen = ChosenGroup(machine.look().groups["4"], **choice)
     return make_plan(machine.root, (chosen,), config, options or PlanOptions())
 
 
-def test_every_endpoint_is_bound_with_what_it_had(machine: Machine) -> None:
+def test_make_plan_rebinds_every_endpoint(machine: Machine) -> None:
     machine.write(f"{PCI_DEVICES}/{OTHER}/driver_override", "igb\n")
     ids = Instance(0, "8086", "10d3", "020000")
     assert plan(machine, spec()).rebinds == (Rebind(NIC, "e1000e", "", ids), Rebind(OTHER, "", "igb", ids))
 
 
 @pytest.mark.parametrize("driver", ["vfio-pci", "mlx5_vfio_pci"])
-def test_what_vfio_has_stays(machine: Machine, driver: str) -> None:
+def test_make_plan_vfio_bound_device_kept(machine: Machine, driver: str) -> None:
     machine.add("0000:02:00.0", driver=driver, group="5")
     machine.place(f"{PCI_DEVICES}/0000:02:00.0/vfio-dev").mkdir()
-    chosen = Choice(machine.look().groups["5"])
+    chosen = ChosenGroup(machine.look().groups["5"])
     made = make_plan(machine.root, (chosen,), spec(), PlanOptions())
     assert made.rebinds == ()
     assert [node.path for node in made.nodes] == ["/dev/vfio/vfio", "/dev/vfio/5"]
 
 
-def test_an_unplugged_device_is_refused(machine: Machine) -> None:
-    picture = machine.look()
+def test_make_plan_unplugged_device_refused(machine: Machine) -> None:
+    inventory = machine.look()
     machine.place(f"{PCI_DEVICES}/{OTHER}").unlink()
     with pytest.raises(Refusal) as caught:
-        make_plan(machine.root, (Choice(picture.groups["4"]),), spec(), PlanOptions())
+        make_plan(machine.root, (ChosenGroup(inventory.groups["4"]),), spec(), PlanOptions())
     assert (caught.value.findings[0].code, caught.value.findings[0].subject) == ("device-gone", OTHER)
 
 
@@ -91,7 +91,7 @@ MAPPINGS = {
         ({"uid": 70000, "gid": 0}, NodeOwner(), MAPPINGS, (0o600, -1, 200000)),
     ],
 )
-def test_owner_and_mode_come_from_the_entry_the_settings_or_the_user(
+def test_plan_node_owner_precedence(
     machine: Machine, of_entry: dict[str, int], of_settings: NodeOwner, linux: dict[str, Any], wanted: tuple[int, ...]
 ) -> None:
     config = spec([entry("/dev/vfio/12", 244, 3, **of_entry)], (1, 2), **linux)
@@ -100,7 +100,7 @@ def test_owner_and_mode_come_from_the_entry_the_settings_or_the_user(
     assert (group.path, (group.mode, group.uid, group.gid)) == ("/dev/vfio/4", wanted)
 
 
-def test_nodes_with_the_hosts_numbers_are_stale_but_those_that_are_wanted(machine: Machine) -> None:
+def test_make_plan_stale_nodes(machine: Machine) -> None:
     entries = [
         entry("/dev/vfio/vfio", 10, 196, fileMode=0o666),
         entry("/dev/vfio/12", 244, 3),
@@ -113,7 +113,7 @@ def test_nodes_with_the_hosts_numbers_are_stale_but_those_that_are_wanted(machin
     assert made.nodes[0].mode == 0o666
 
 
-def test_device_nodes_of_iommufd_are_made_where_they_are_asked_for(machine: Machine) -> None:
+def test_make_plan_cdev_nodes_on_request(machine: Machine) -> None:
     made = plan(machine, spec(), PlanOptions(wants_cdev=True))
     assert [(node.kind, node.subject) for node in made.nodes] == [
         ("control", ""),
@@ -124,7 +124,7 @@ def test_device_nodes_of_iommufd_are_made_where_they_are_asked_for(machine: Mach
     ]
 
 
-def test_the_map_tells_what_each_device_is(machine: Machine) -> None:
+def test_make_plan_map_entries(machine: Machine) -> None:
     made = plan(machine, spec(), host_addresses={NIC: "0000:3b:00.0"}, drivers_before={OTHER: "igb"})
     assert made.map == (
         MapEntry(NIC, "8086", "10d3", "4", "e1000e", "0000:3b:00.0"),
@@ -134,7 +134,7 @@ def test_the_map_tells_what_each_device_is(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(("namespaces", "how"), [([], "create"), ([{"type": "pid"}, {"type": "user"}], "mount")])
-def test_the_actions_are_those_that_are_carried_out(machine: Machine, namespaces: list[Any], how: str) -> None:
+def test_list_actions_match_applied_steps(machine: Machine, namespaces: list[Any], how: str) -> None:
     made = plan(machine, spec([entry("/dev/vfio/12", 244, 3)], namespaces=namespaces))
     assert made.user_namespace == (how == "mount")
     assert list_actions(made) == [

@@ -26,19 +26,19 @@ from oci_hooks import program
 from oci_hooks.findings import Finding
 from oci_hooks.guest import hook as guest_hook
 from oci_hooks.host import hook as host_hook
-from oci_hooks.host.kata.config import KataConfig, Place, load_config
+from oci_hooks.host.kata.config import ConfigFile, KataConfig, load_config
 from oci_hooks.oci import MAP_ANNOTATION
 from oci_hooks.program import Arguments, Run, run_work, summarize
 from oci_hooks.record import encoding, hidehost, hidetext, hidewords, privacy
 from oci_hooks.record import writer as record_writer
-from oci_hooks.record.hidehost import Teller
+from oci_hooks.record.hidehost import Redactor
 from oci_hooks.record.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, hide_text
 from oci_hooks.record.privacy import hide_document, hide_finding
-from oci_hooks.record.reader import RunRecord, read_record
+from oci_hooks.record.reader import Recording, read_record
 from oci_hooks.replay.kinds import KINDS
-from oci_hooks.replay.rerun import RecordedRoot, find_differences
+from oci_hooks.replay.rerun import ReplayRoot, find_differences
 from oci_hooks.schema import load_schema
-from oci_hooks.system import Deadline, NotingRoot, name_tag, tagged
+from oci_hooks.system import Deadline, RecordingRoot, name_tag, tagged
 from tests.unit.host_tree import HostTree
 from tests.unit.kata_corpus import SAMPLE, lay_out, load_cases
 
@@ -48,7 +48,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "oci_hooks"
 RECORDS = sorted((PACKAGE.parent / "tests/data/records").glob("*.tar.gz"))
 CONTAINER = "0123456789abcdef" * 4
 GUEST_SETTINGS = "/etc/oci-vfio-hooks/guest.toml"
-SECRET = "geheimnisvoll"  # noqa: S105 - a word to look for
+SECRET = "secretword"  # noqa: S105 - a word to look for
 NIC = "0000:03:00.0"
 DEVICES = [
     {"path": "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196},
@@ -171,7 +171,7 @@ def find_secrets(data: bytes, secret: str = SECRET) -> list[str]:
     return found + [text[m.start() - 60 : m.end() + 20].decode() for m in re.finditer(secret.encode(), text)][:3]
 
 
-class TreeRoot(NotingRoot):
+class TreeRoot(RecordingRoot):
     """The live system's notes of a made tree."""
 
     def __init__(self, top: str) -> None:
@@ -181,7 +181,7 @@ class TreeRoot(NotingRoot):
     def ask(self, question: Callable[..., Any], path: str, *more: object) -> Any:
         """Return what a reading function says of a path below the tree."""
         entry = self.add("ask", name_tag(question), (path,))
-        answer = self.noted(entry, question, self.tree + path, *more)
+        answer = self.call_noted(entry, question, self.tree + path, *more)
         if isinstance(answer, str) and answer.startswith(self.tree):
             entry.answer = answer = answer[len(self.tree) :]
         return answer
@@ -189,7 +189,7 @@ class TreeRoot(NotingRoot):
 
 def run_host(
     tree: HostTree, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: str = ""
-) -> tuple[RunRecord, bytes]:
+) -> tuple[Recording, bytes]:
     """Run the host hook on a tree, and return its recording and the bytes of it."""
     monkeypatch.setattr(record_writer, "DIRECTORY", str(tree.top / "records"))
     monkeypatch.setattr(program, "read_input", read_input)
@@ -199,9 +199,9 @@ def run_host(
     run = Run("vfio-host-check", Arguments(), Deadline(60.0), root)
     outcome = run_work(run, host_hook.work)
     run.record_asked = run.record_asked or asked
-    (said,) = record_writer.keep_record(summarize(run, outcome), root.notes)
-    assert said.code == "recorded", said
-    return read_record(said.subject), Path(said.subject).read_bytes()
+    (output,) = record_writer.save_recording(summarize(run, outcome), root.notes)
+    assert output.code == "recorded", output
+    return read_record(output.subject), Path(output.subject).read_bytes()
 
 
 @tagged("read-state")
@@ -338,83 +338,83 @@ def merge(config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("how", [plant, extend])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_no_string_of_a_configuration_is_kept(name: str, how: Callable[..., Any]) -> None:
+def test_hide_document_keeps_no_string_of_tenant(name: str, how: Callable[..., Any]) -> None:
     count = [0]
     planted = how({key: value for key, value in CONFIGS[name].items() if key not in ("root", "linux")}, "v", count)
     # A path below /dev/vfio and the root file system are what the hooks go by.
     linux = how({key: value for key, value in LINUX.items() if key != "devices"}, "l", count)
     linux["devices"] = [{**how(device, "d", count), "path": f"/dev/tty{SECRET}"} for device in DEVICES]
-    told = hide_document(json.dumps(merge({**planted, "linux": linux}, GOES_BY)).encode(), "config.json")
+    reported = hide_document(json.dumps(merge({**planted, "linux": linux}, GOES_BY)).encode(), "config.json")
     assert count[0] > 45
-    assert SECRET.encode() not in told
-    kept = json.loads(told)
+    assert SECRET.encode() not in reported
+    kept = json.loads(reported)
     assert kept["annotations"]["io.katacontainers.x.vfio.devices"] == "auto"
     assert [type(value) for value in kept["linux"].values()] == [type(value) for value in linux.values()]
     assert len(kept["process"]["env"]) == len(planted["process"]["env"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_the_hooks_go_by_is_kept(name: str) -> None:
+def test_hide_document_keeps_deciding_values(name: str) -> None:
     """Word for word, so that a replay comes to the same."""
-    told = json.loads(hide_document(json.dumps(merge(CONFIGS[name], GOES_BY)).encode(), "config.json"))
-    assert told["root"] == CONFIGS[name]["root"]
-    assert told["annotations"]["io.kubernetes.cri.sandbox-id"] == CONTAINER
-    assert told["linux"]["devices"] == [*DEVICES[:2], {**DEVICES[2], "path": "/" + LEFT_OUT}]
-    assert told["linux"]["resources"] == LINUX["resources"]
-    assert [entry["type"] for entry in told["linux"]["namespaces"]] == ["pid", "network", "mount"]
-    assert told["process"]["user"] == {"uid": 1000, "gid": 1000, f"{LEFT_OUT} 3": LEFT_OUT}
-    assert told["process"]["env"] == [
+    reported = json.loads(hide_document(json.dumps(merge(CONFIGS[name], GOES_BY)).encode(), "config.json"))
+    assert reported["root"] == CONFIGS[name]["root"]
+    assert reported["annotations"]["io.kubernetes.cri.sandbox-id"] == CONTAINER
+    assert reported["linux"]["devices"] == [*DEVICES[:2], {**DEVICES[2], "path": "/" + LEFT_OUT}]
+    assert reported["linux"]["resources"] == LINUX["resources"]
+    assert [entry["type"] for entry in reported["linux"]["namespaces"]] == ["pid", "network", "mount"]
+    assert reported["process"]["user"] == {"uid": 1000, "gid": 1000, f"{LEFT_OUT} 3": LEFT_OUT}
+    assert reported["process"]["env"] == [
         f"{LEFT_OUT}={LEFT_OUT}",
         LEFT_OUT,
         f"PCIDEVICE_INTEL_COM_NIC=0000:03:00.0,{LEFT_OUT}",
         f"{LEFT_OUT}={LEFT_OUT}",
     ]
-    assert told["process"]["rlimits"] == PROCESS["rlimits"]
-    assert told["process"]["capabilities"]["effective"] == ["CAP_IPC_LOCK", LEFT_OUT]
-    assert [mount["destination"] for mount in told["mounts"][:3]] == [LEFT_OUT, "/dev", LEFT_OUT]
-    assert told["mounts"][1]["options"] == ["rbind", LEFT_OUT]
+    assert reported["process"]["rlimits"] == PROCESS["rlimits"]
+    assert reported["process"]["capabilities"]["effective"] == ["CAP_IPC_LOCK", LEFT_OUT]
+    assert [mount["destination"] for mount in reported["mounts"][:3]] == [LEFT_OUT, "/dev", LEFT_OUT]
+    assert reported["mounts"][1]["options"] == ["rbind", LEFT_OUT]
 
 
-def test_a_state_is_kept_as_far_as_it_decides() -> None:
+def test_hide_state_keeps_deciding_values() -> None:
     state = {"ociVersion": "1.0.2", "id": "c1", "status": "creating", "pid": 7, "bundle": "/run/b", "root": SECRET}
     state["annotations"] = {f"a{SECRET}": SECRET, "io.kubernetes.cri.x" + SECRET: SECRET, "x": None}
-    told = json.loads(hide_document(json.dumps({**state, SECRET: [SECRET]}).encode(), "state.json"))
+    reported = json.loads(hide_document(json.dumps({**state, SECRET: [SECRET]}).encode(), "state.json"))
     names = [f"{LEFT_OUT} 1", f"io.kubernetes.cri.{LEFT_OUT} 2", f"{LEFT_OUT} 3"]
-    assert told["annotations"] == dict(zip(names, [LEFT_OUT, LEFT_OUT, None]))
-    assert {key: told[key] for key in ("id", "status", "pid", "bundle")} == {
+    assert reported["annotations"] == dict(zip(names, [LEFT_OUT, LEFT_OUT, None]))
+    assert {key: reported[key] for key in ("id", "status", "pid", "bundle")} == {
         key: state[key] for key in ("id", "status", "pid", "bundle")
     }
-    assert SECRET not in json.dumps(told)
+    assert SECRET not in json.dumps(reported)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        '{"env": ["A=geheim",]}',
-        '{"a": "geheim \\" geheim\\u00e9',
-        '{"a" "geheim"}',
-        '"geheim" "x"',
-        '{"geheim": ge}',
-        '{"a": geheim}',
+        '{"env": ["A=secret",]}',
+        '{"a": "secret \\" secret\\u00e9',
+        '{"a" "secret"}',
+        '"secret" "x"',
+        '{"secret": ge}',
+        '{"a": secret}',
         '{"a": truegeheim}',
         '{"a": 1geheim}',
-        '{"a": "b"} geheim',
-        "TOKEN=geheim\n",
-        '{"a": "geheim\x01"}',
+        '{"a": "b"} secret',
+        "TOKEN=secret\n",
+        '{"a": "secret\x01"}',
         '{"a": "\\ugeheim"}',
-        '{"a": "\\geheim"}',
+        '{"a": "\\secret"}',
         '{"ä": "gehéim€😀", }',
-        '\ufeff{"a": "geheim"}',
-        '{"a": "geheim\\',
-        '{"a": "geheim',
+        '\ufeff{"a": "secret"}',
+        '{"a": "secret\\',
+        '{"a": "secret',
         '{"a": "\\u0067\\u0065\\u0068eim",}',
-        "[" * 5000 + '"geheim"',
+        "[" * 5000 + '"secret"',
     ],
 )
-def test_what_is_not_json_keeps_its_mistake(text: str) -> None:
+def test_hide_text_keeps_json_mistake(text: str) -> None:
     """At the same place, in the same words."""
     hidden = hide_document(text.encode(), "config.json")
-    assert b"geheim" not in hidden
+    assert b"secret" not in hidden
     assert b"\\u0067" not in hidden
     assert len(hidden) == len(text.encode())
     errors = []
@@ -425,10 +425,10 @@ def test_what_is_not_json_keeps_its_mistake(text: str) -> None:
     assert errors[0] == errors[1]
 
 
-def test_bytes_that_are_no_text_stay_such() -> None:
-    data = b'{"a": "geheim \xc3", "b": \xff\xe2\x28 "/dev/vfio/12", "c": "x vfio y"}'
+def test_hide_text_keeps_invalid_bytes() -> None:
+    data = b'{"a": "secret \xc3", "b": \xff\xe2\x28 "/dev/vfio/12", "c": "x vfio y"}'
     hidden = hide_document(data, "config.json")
-    assert b"geheim" not in hidden
+    assert b"secret" not in hidden
     assert b'"/dev/vfio/12"' in hidden
     assert b"vfiox" in hidden
     for each in (data, hidden):
@@ -443,7 +443,7 @@ UNITS = ['\\"', '"', "\\\\", "\\", '"\\', "[", "a", '","', "\\u", 'é"', "\\u00"
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("head", ['{"a": "', ""])
-def test_each_piece_is_looked_at_once(head: str, unit: str) -> None:
+def test_hide_text_linear_time(head: str, unit: str) -> None:
     """Twice the text is twice the work, whatever it is made of."""
     counts = []
     for size in (4096, 8192):
@@ -471,7 +471,7 @@ for unit in sys.argv[1:]:
 """
 
 
-def test_a_mebibyte_is_hidden_at_once() -> None:
+def test_hide_text_one_mebibyte_in_time() -> None:
     """Of escaped quotes 32 KiB took five seconds once, so this would take an hour. The system stops it before that."""
     done = subprocess.run(
         [sys.executable, "-c", HIDE_ALL, *UNITS],
@@ -486,7 +486,7 @@ def test_a_mebibyte_is_hidden_at_once() -> None:
 # The machine ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_secret_of_a_kata_host_is_kept(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hide_kata_host_keeps_no_secret(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """All at once: configuration, command lines, files. And the hook comes to the same findings again."""
     count = [0]
     config = extend(CONFIGS["kata"], "v", count)
@@ -506,7 +506,7 @@ def test_no_secret_of_a_kata_host_is_kept(tree: HostTree, monkeypatch: pytest.Mo
     assert find_differences(found) == []
 
 
-def test_the_same_without_a_running_hypervisor(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hide_kata_host_without_running_hypervisor(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kata's configuration decides, on its lines."""
     config = merge(CONFIGS["kata"], GOES_BY)
     del config["annotations"]["io.katacontainers.config.hypervisor.kernel_params"]
@@ -520,7 +520,7 @@ def test_the_same_without_a_running_hypervisor(tree: HostTree, monkeypatch: pyte
     assert find_differences(found) == []
 
 
-def test_full_means_nothing_left_out(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_recording_hides_nothing(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
     tree.write("/run/b/config.json", json.dumps(merge(CONFIGS["podman"], GOES_BY)))
     state = {"ociVersion": "", "id": CONTAINER, "status": "", "pid": 812, "bundle": "/run/b", "annotations": {"x": "y"}}
     found, _ = run_host(tree, state, monkeypatch, "full")
@@ -532,9 +532,9 @@ def test_full_means_nothing_left_out(tree: HostTree, monkeypatch: pytest.MonkeyP
     assert find_differences(found) == []
 
 
-def tell(told: str = "", *names: str) -> Teller:
+def tell(told: str = "", *names: str) -> Redactor:
     """Return what decides for a run with these words in its findings."""
-    return Teller(told, names, {GUEST_SETTINGS: load_schema("guest-settings")})
+    return Redactor(told, names, {GUEST_SETTINGS: load_schema("guest-settings")})
 
 
 def read(path: str, answer: object, question: str = "read") -> dict[str, Any]:
@@ -545,14 +545,14 @@ def read(path: str, answer: object, question: str = "read") -> dict[str, Any]:
 
 NETWORK = "network"
 MOUNTINFO = """\
-22 1 8:1 /@geheim / rw,relatime shared:1 - ext4 /dev/root rw,errors=geheim
-30 22 0:45 /geheim /mnt/geheim rw - cifs //srv/geheim rw,username=geheim,password=geheim
-31 22 0:46 / /var/lib/geheim rw,geheim - overlay overlay rw,lowerdir=/geheim,upperdir=/geheim
-32 22 0:47 / /home/geheim rw - fuse.geheim user@geheim:/ rw
+22 1 8:1 /@secret / rw,relatime shared:1 - ext4 /dev/root rw,errors=secret
+30 22 0:45 /secret /mnt/secret rw - cifs //srv/secret rw,username=secret,password=secret
+31 22 0:46 / /var/lib/secret rw,secret - overlay overlay rw,lowerdir=/secret,upperdir=/secret
+32 22 0:47 / /home/secret rw - fuse.secret user@secret:/ rw
 33 22 8:17 / /data rw - xfs /dev/sdb1 rw
 34 22 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate
-35 22 0:29 /x /sys/fs/cgroup/devices rw - cgroup cgroup rw,devices,release_agent=/geheim
-geheim
+35 22 0:29 /x /sys/fs/cgroup/devices rw - cgroup cgroup rw,devices,release_agent=/secret
+secret
 """
 FILES = {
     "/proc/self/mountinfo": (
@@ -566,51 +566,51 @@ FILES = {
         "35 22 0:29 /x /sys/fs/cgroup/devices rw - cgroup /(left-out) rw,devices\n"
         "(left out)\n",
     ),
-    "/proc/cmdline": ("root=geheim intel_iommu=on key=geheim iommu=pt", "(left out) intel_iommu=on iommu=pt"),
+    "/proc/cmdline": ("root=secret intel_iommu=on key=secret iommu=pt", "(left out) intel_iommu=on iommu=pt"),
     "/proc/swaps": (
-        "Filename Type\n/dev/dm-1 partition 1 2 3\n/home/geheim file 1 2 3\n",
+        "Filename Type\n/dev/dm-1 partition 1 2 3\n/home/secret file 1 2 3\n",
         "Filename Type\n/dev/dm-1 partition 1 2 3\n/(left-out) file 0 0 0\n",
     ),
-    "/proc/net/route": ("Iface Dest\neth0 0A00A8C0 01 geheim\n", "Iface 0\neth0 0\n"),
+    "/proc/net/route": ("Iface Dest\neth0 0A00A8C0 01 secret\n", "Iface 0\neth0 0\n"),
     "/proc/net/if_inet6": (
         f"{'20010db8' * 4} 02 40 00 80 eth0\n{'fd00' * 8} 03 40 00 80 eth1\n",
         f"{'20010db8' * 4} 02 40 00 80 eth0\n{'0' * 32} 03 40 00 80 eth1\n",
     ),
-    "/proc/7/stat": ("7 (geheim ) x) S 1 2 3", "7 ((left out)) S 1 2 3"),
+    "/proc/7/stat": ("7 (secret ) x) S 1 2 3", "7 ((left out)) S 1 2 3"),
     "/proc/7/status": ("Name:\tgeheim\nPPid:\t1\nTgid:\t7\nNSpid:\t7\t1\n", "PPid:\t1\nTgid:\t7\nNSpid:\t7\t1\n"),
-    "/proc/7/comm": ("geheim\n", "(left out)"),
-    "/proc/7/environ": ("TOKEN=geheim\0KATA_CONF_FILE=/etc/kata.toml\0", "KATA_CONF_FILE=/etc/kata.toml"),
+    "/proc/7/comm": ("secret\n", "(left out)"),
+    "/proc/7/environ": ("TOKEN=secret\0KATA_CONF_FILE=/etc/kata.toml\0", "KATA_CONF_FILE=/etc/kata.toml"),
     "/proc/7/uid_map": (" 0 100000 65536\n", " 0 100000 65536\n"),
     "/proc/7/task/9/children": ("11 12 ", "11 12 "),
     "/proc/consoles": ("ttyS0 -W- (EC p a) 4:64\n", "ttyS0 -W- (EC p a) 4:64\n"),
-    "/x/spec.json": ('{"root": {"path": "r"}, "hostname": "geheim"}', None),
-    "/x/bad.json": ('{"root": {"path": geheim}', None),
-    "/proc/7/maps": ("7f00-8000 r-xp /geheim", "(left out)"),
-    "/proc/7/cmdline": ("/usr/bin/dpdk\0--key=geheim\0", "dpdk"),
-    "/proc/8/cmdline": ("geheim: worker\0--key=geheim\0", "(left out)"),
+    "/x/spec.json": ('{"root": {"path": "r"}, "hostname": "secret"}', None),
+    "/x/bad.json": ('{"root": {"path": secret}', None),
+    "/proc/7/maps": ("7f00-8000 r-xp /secret", "(left out)"),
+    "/proc/7/cmdline": ("/usr/bin/dpdk\0--key=secret\0", "dpdk"),
+    "/proc/8/cmdline": ("secret: worker\0--key=secret\0", "(left out)"),
     "/proc/9/cmdline": (
-        f"/bin/firecracker\0--id\0geheim\0--api-sock\0/run/{CONTAINER}/geheim\0--key=geheim\0",
+        f"/bin/firecracker\0--id\0geheim\0--api-sock\0/run/{CONTAINER}/secret\0--key=secret\0",
         f"firecracker\0--(left out)\0(left out)\0--(left out)\0"
         f"(left out)/{CONTAINER}/(left out)\0--(left out)=(left out)\0",
     ),
-    "/proc/10/cmdline": ("crun\0--log\0/geheim\0create\0--bundle\0/run/b\0-f\0/x/spec.json\0id", None),
+    "/proc/10/cmdline": ("crun\0--log\0/secret\0create\0--bundle\0/run/b\0-f\0/x/spec.json\0id", None),
     GUEST_SETTINGS: (
-        '# geheim\n[auto]\nids = ["8086:10d3", "geheim"]\ngeheim = "geheim"\n[node]\nmode = 384\n',
+        '# secret\n[auto]\nids = ["8086:10d3", "secret"]\ngeheim = "secret"\n[node]\nmode = 384\n',
         '\n\nauto.ids = ["8086:10d3", "(left out)"]\nauto."(left out) 2" = "(left out)"\n\nnode.mode = 384\n',
     ),
-    "/etc/kata-containers/x.toml": ('[runtime]\na = "geheim"\nx = geheim # geheim\n', "\n\nx = xxxxxx # xxxxxx"),
+    "/etc/kata-containers/x.toml": ('[runtime]\na = "secret"\nx = secret # secret\n', "\n\nx = xxxxxx # xxxxxx"),
     "/opt/kata/VERSION": ("3.2.0\n", "3.2.0\n"),
 }
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_of_a_file_its_form_is_kept(path: str) -> None:
+def test_hide_file_keeps_form(path: str) -> None:
     text, expected = FILES[path]
-    told = (
+    reported = (
         "in-use: holds /dev/sdb1, mounted on /data; mounted on /; 2001:0db8:2001:0db8:2001:0db8:2001:0db8; dpdk (pid 7)"
     )
-    kept = tell(told, CONTAINER).hide_file(path, text)
-    assert "geheim" not in kept
+    kept = tell(reported, CONTAINER).hide_file(path, text)
+    assert "secret" not in kept
     assert expected is None or kept == expected
     if path == "/proc/10/cmdline":
         assert "--bundle\0/run/b\0-f\0/x/spec.json" in kept
@@ -618,32 +618,32 @@ def test_of_a_file_its_form_is_kept(path: str) -> None:
         assert json.loads(kept) == {"root": {"path": "r"}, "hostname": LEFT_OUT}
 
 
-def test_of_other_processes_only_what_was_looked_for_is_told() -> None:
+def test_hide_events_other_processes() -> None:
     events = [
         read("/proc", ["1", "2", "3", "5", "self"], "listdir"),
         read("/proc/1/fd", ["0", "1"], "listdir"),
-        read("/proc/1/fd/0", "/home/geheim", "readlink"),
+        read("/proc/1/fd/0", "/home/secret", "readlink"),
         read("/proc/1/fd/1", "socket:[1]", "readlink"),
         read("/proc/2/fd", ["0", "1"], "listdir"),
-        read("/proc/2/fd/0", "/home/geheim", "readlink"),
+        read("/proc/2/fd/0", "/home/secret", "readlink"),
         read("/proc/2/fd/1", "/dev/vfio/18", "readlink"),
-        read("/proc/2/cmdline", "/usr/bin/dpdk\0--key=geheim\0"),
+        read("/proc/2/cmdline", "/usr/bin/dpdk\0--key=secret\0"),
         {"at": 0.0, "ask": "listdir", "path": "/proc/3/fd", "errno": 13},
         read("/proc/4/cmdline", "/usr/bin/qemu-system-x86_64\0-device\0intel-iommu"),
-        read("/proc/4/environ", "KATA_CONF_FILE=/etc/kata.toml\0TOKEN=geheim"),
+        read("/proc/4/environ", "KATA_CONF_FILE=/etc/kata.toml\0TOKEN=secret"),
         read("/proc/5/fd", ["3", "4"], "listdir"),
         read("/proc/5/fd/3", "/dev/ttyS0", "readlink"),
-        read("/proc/5/fd/4", "/dev/shm/geheim", "readlink"),  # noqa: S108
+        read("/proc/5/fd/4", "/dev/shm/secret", "readlink"),  # noqa: S108
         read("/sys/x", "y"),
         read("eth0", "10.0.0.1", "ipv4"),
         read("eth1", "10.0.0.2", "ipv4"),
         read("/proc/net", [["address", "e0", "10.0.0.2"], ["address", "e1", "10.9.9.9"], ["route", "e1", ""]], NETWORK),
-        read("/x", "geheim", "ask_something_new"),
+        read("/x", "secret", "ask_something_new"),
     ]
-    told = tell("dpdk (pid 2) has it; /dev/ttyS0 is open; with address 10.0.0.2").hide_events(events)
-    assert "geheim" not in json.dumps(told)
+    reported = tell("dpdk (pid 2) has it; /dev/ttyS0 is open; with address 10.0.0.2").hide_events(events)
+    assert "secret" not in json.dumps(reported)
     text = {"!": "bytes"}
-    assert [(event["path"], event["answer"]) for event in told] == [
+    assert [(event["path"], event["answer"]) for event in reported] == [
         ("/proc", ["2", "5", "self"]),
         ("/proc/2/fd", ["1"]),
         ("/proc/2/fd/1", "/dev/vfio/18"),
@@ -661,11 +661,11 @@ def test_of_other_processes_only_what_was_looked_for_is_told() -> None:
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
-def test_a_real_run_comes_to_the_same_with_what_is_kept(path: Path) -> None:
+def test_hidden_recording_replays_same(path: Path) -> None:
     found = read_record(path)
-    told = "\n".join(f"{finding.subject}: {finding.problem}; {finding.hint}" for finding in found.findings)
-    settings = {place: load_schema(schema) for place, schema in hidehost.SETTINGS.items()}
-    events = Teller(told, (found.about["container"],), settings).hide_events(list(found.events))
+    reported = "\n".join(f"{finding.subject}: {finding.problem}; {finding.hint}" for finding in found.findings)
+    settings = {location: load_schema(schema) for location, schema in hidehost.SETTINGS.items()}
+    events = Redactor(reported, (found.about["container"],), settings).hide_events(list(found.events))
     documents = {name: hide_document(data, name) for name, data in found.documents.items()}
     assert find_differences(found.replace(events=tuple(events), documents=documents)) == find_differences(found)
 
@@ -676,41 +676,41 @@ def test_a_real_run_comes_to_the_same_with_what_is_kept(path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "problem", "kept"),
     [
-        ("bad-config", 'expected one of c, b, found "geheim"', "expected one of c, b, found (left out)"),
+        ("bad-config", 'expected one of c, b, found "secret"', "expected one of c, b, found (left out)"),
         ("bad-config", "expected object, found string", "expected object, found string"),
-        ("bad-state", 'expected a name, found ["found geheim"]', 'expected a name, found ["found (left out)'),
-        ("bad-settings", "unknown key geheim; known are a, b", "unknown key (left out); known are a, b"),
-        ("internal", "ValueError: invalid literal: 'geheim'", "ValueError: invalid literal: '(left out)'"),
-        ("internal", "KeyError: \"geheim'", "KeyError: '(left out)'"),
+        ("bad-state", 'expected a name, found ["found secret"]', 'expected a name, found ["found (left out)'),
+        ("bad-settings", "unknown key secret; known are a, b", "unknown key (left out); known are a, b"),
+        ("internal", "ValueError: invalid literal: 'secret'", "ValueError: invalid literal: '(left out)'"),
+        ("internal", "KeyError: \"secret'", "KeyError: '(left out)'"),
         ("in-use", "found mounted on /data", "found mounted on /data"),
     ],
 )
-def test_a_finding_quotes_no_value(code: str, problem: str, kept: str) -> None:
+def test_hide_finding_quotes_no_value(code: str, problem: str, kept: str) -> None:
     if "[" in problem:
         kept = "expected a name, found (left out)"
-        problem = 'expected a name, found ["geheim"]'
+        problem = 'expected a name, found ["secret"]'
     assert hide_finding(Finding("error", code, "x", problem)).problem == kept
 
 
 @pytest.mark.parametrize(
     ("code", "subject", "problem", "kept"),
     [
-        ("bad-config", "/b/config.json: annotations.geheim", "x", "/b/config.json: annotations.(left out)"),
+        ("bad-config", "/b/config.json: annotations.secret", "x", "/b/config.json: annotations.(left out)"),
         ("bad-config", "/b/config.json: linux.devices[0].path", "x", "/b/config.json: linux.devices[0].path"),
-        ("bad-settings", '/x.toml line 1: "geheim"', "unknown key; known are a", "/x.toml line 1: (left out)"),
-        ("bad-settings", "/x.toml: auto", "unknown key geheim; known are a", "/x.toml: (left out)"),
+        ("bad-settings", '/x.toml line 1: "secret"', "unknown key; known are a", "/x.toml line 1: (left out)"),
+        ("bad-settings", "/x.toml: auto", "unknown key secret; known are a", "/x.toml: (left out)"),
         ("bad-settings", "/x.toml: auto.ids", "expected a list, found string", "/x.toml: auto.ids"),
     ],
 )
-def test_a_finding_names_no_name_of_a_document(code: str, subject: str, problem: str, kept: str) -> None:
+def test_hide_finding_names_no_key(code: str, subject: str, problem: str, kept: str) -> None:
     hidden = hide_finding(Finding("error", code, subject, problem))
     assert hidden.subject == kept
-    assert "geheim" not in hidden.problem
+    assert "secret" not in hidden.problem
 
 
-def test_a_defects_traceback_has_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hide_traceback_without_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path))
-    run = Run("vfio-guest-bind", Arguments(), Deadline(8.0), NotingRoot())
+    run = Run("vfio-guest-bind", Arguments(), Deadline(8.0), RecordingRoot())
 
     def work(_run: Run) -> int:
         word = SECRET
@@ -720,30 +720,30 @@ def test_a_defects_traceback_has_no_value(tmp_path: Path, monkeypatch: pytest.Mo
         except ValueError:
             return numbers[word]
 
-    (said,) = record_writer.keep_record(summarize(run, run_work(run, work)), [])
-    text = read_record(said.subject).about["traceback"]
-    assert find_secrets(Path(said.subject).read_bytes()) == []
+    (output,) = record_writer.save_recording(summarize(run, run_work(run, work)), [])
+    text = read_record(output.subject).about["traceback"]
+    assert find_secrets(Path(output.subject).read_bytes()) == []
     assert "ValueError: invalid literal" in text
     assert "KeyError: '(left out)'" in text
     assert "test_privacy.py" in text
 
 
-def test_a_variable_of_the_hook_has_neither_name_nor_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hide_hook_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path))
     monkeypatch.setenv(f"A_{SECRET}", SECRET)
     monkeypatch.setenv("PYTHONPATH", SECRET)
-    run = Run("vfio-guest-bind", Arguments(), Deadline(8.0), NotingRoot())
-    (said,) = record_writer.keep_record(summarize(run, run_work(run, guest_hook.work)), [])
-    kept = read_record(said.subject).about["environment"]
+    run = Run("vfio-guest-bind", Arguments(), Deadline(8.0), RecordingRoot())
+    (output,) = record_writer.save_recording(summarize(run, run_work(run, guest_hook.work)), [])
+    kept = read_record(output.subject).about["environment"]
     assert "PYTHONPATH" in kept
     assert kept[-1] == LEFT_OUT
-    assert find_secrets(Path(said.subject).read_bytes()) == []
+    assert find_secrets(Path(output.subject).read_bytes()) == []
 
 
 # Code and lists together ----------------------------------------------------------------------------------------------
 
 
-def test_every_setting_of_kata_that_is_read_is_kept() -> None:
+def test_kept_keys_cover_kata_settings() -> None:
     """Who reads one more adds it to HYPERVISOR_KEYS or RUNTIME_KEYS, or a replay would come to something else."""
     text = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if not path.name.startswith("hide"))
     read_keys = set(re.findall(r'hypervisor_setting\(\s*"(\w+)"', text))
@@ -754,7 +754,7 @@ def test_every_setting_of_kata_that_is_read_is_kept() -> None:
     assert set(re.findall(r'runtime_setting\(\s*"(\w+)"', text)) <= set(RUNTIME_KEYS)
 
 
-def test_every_question_is_known() -> None:
+def test_questions_all_listed() -> None:
     """An answer to another one is left out: who asks it decides what of it is kept, in hidehost.py."""
     text = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     tags = {name: tag for tag, name in re.findall(r'@tagged\("([\w-]+)"\)\s+def (\w+)', text)}
@@ -764,14 +764,14 @@ def test_every_question_is_known() -> None:
     assert asked <= {*hidehost.QUESTIONS, *hidehost.ADDRESS_QUESTIONS, "read"}
 
 
-def test_every_annotation_that_is_read_is_kept() -> None:
+def test_kept_annotations_cover_read_ones() -> None:
     text = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "privacy.py")
     names = {name for name in re.findall(r'"(io\.[\w./-]+[\w])"', text) if name.count(".") > 2 and ".v1" not in name}
     unknown = [name for name in names if name not in privacy.DECIDING and not name.startswith(MAP_ANNOTATION)]
     assert unknown == []
 
 
-def test_the_hooks_own_settings_are_known() -> None:
+def test_own_settings_paths_listed() -> None:
     """By their places, as the code that reads them has these."""
     text = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if not path.name.startswith("hide"))
     assert set(re.findall(r'_SETTINGS = "(/etc/[\w./-]+\.toml)"', text)) == set(hidehost.SETTINGS)
@@ -784,14 +784,14 @@ PROBLEMS = ("refused", "uncertain")
 
 def load_again(path: Path, flavour: str, annotations: dict[str, str]) -> tuple[KataConfig, KataConfig, bytes]:
     """Return a configuration as it is read, as a replay of the recording has it, and the recorded events."""
-    root = NotingRoot()
-    place = Place(str(path), root.real_path(str(path)), "test")
-    config = load_config(root, place, flavour, annotations)
+    root = RecordingRoot()
+    location = ConfigFile(str(path), root.real_path(str(path)), "test")
+    config = load_config(root, location, flavour, annotations)
     events = tell().hide_events(record_writer.list_events(root.notes, {}, False))
     data = json.dumps(events).encode()
-    again = RecordedRoot(RunRecord("", {}, tuple(json.loads(data)), {}, ()))
-    replayed = load_config(again, place, flavour, annotations)
-    assert again.strange == []
+    again = ReplayRoot(Recording("", {}, tuple(json.loads(data)), {}, ()))
+    replayed = load_config(again, location, flavour, annotations)
+    assert again.unexpected == []
     return config, replayed, data
 
 
@@ -811,7 +811,7 @@ def list_settings(config: KataConfig) -> list[Any]:
 
 
 @pytest.mark.parametrize("flavour", ["go", "rs"])
-def test_a_replay_has_what_kata_makes_of_its_configuration(flavour: str, tmp_path: Path) -> None:
+def test_replay_kata_reading_as_recorded(flavour: str, tmp_path: Path) -> None:
     """Of every tenth configuration with the answers of Kata's own readers: values, and what is refused."""
     kinds = set()
     for number, case in enumerate(load_cases(SAMPLE)[::10]):
@@ -842,7 +842,7 @@ def test_a_replay_has_what_kata_makes_of_its_configuration(flavour: str, tmp_pat
         '[runtime]\nhypervisor_name = "qemu"\nagent_name = "$"\nname = "$"',
     ],
 )
-def test_what_kata_refuses_quotes_nothing(flavour: str, text: str, tmp_path: Path) -> None:
+def test_hide_kata_refusal_quotes_nothing(flavour: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / "configuration.toml"
     path.write_text(f"[hypervisor.qemu]\n{text}\n".replace("$", SECRET))
     annotations = {
@@ -858,7 +858,7 @@ def test_what_kata_refuses_quotes_nothing(flavour: str, text: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("place", ["/x line 3", f"annotation {SECRET}"])
-def test_a_finding_about_kata_keeps_the_words_of_its_readers(place: str) -> None:
+def test_hide_kata_finding_keeps_reader_words(place: str) -> None:
     problem = f"shared_fs {SECRET} is none of virtio-9p; Kata 4.1 (here is 3) refuses to start a sandbox with it"
     hidden = hide_finding(Finding("warning", "kata-config-refused", place, problem, "h"))
     assert hidden.problem == problem.replace(SECRET, LEFT_OUT)
@@ -868,13 +868,13 @@ def test_a_finding_about_kata_keeps_the_words_of_its_readers(place: str) -> None
     assert doubt.problem == f"{LEFT_OUT} is there twice"
 
 
-def test_a_recording_without_what_kata_makes_is_replayed(tmp_path: Path) -> None:
+def test_replay_recording_without_kata_reading(tmp_path: Path) -> None:
     """One of an earlier version: it is read again from what was kept of the files."""
     path = tmp_path / "configuration.toml"
     path.write_text("[hypervisor.qemu]\nenable_iommu = true\n")
-    root = NotingRoot()
-    place = Place(str(path), str(path), "test")
-    load_config(root, place, "go", {})
+    root = RecordingRoot()
+    location = ConfigFile(str(path), str(path), "test")
+    load_config(root, location, "go", {})
     events = [event for event in record_writer.list_events(root.notes, {}, True) if "ask" in event]
-    again = load_config(RecordedRoot(RunRecord("", {}, tuple(events), {}, ())), place, "go", {})
+    again = load_config(ReplayRoot(Recording("", {}, tuple(events), {}, ())), location, "go", {})
     assert again.hypervisor_setting("enable_iommu").value is True

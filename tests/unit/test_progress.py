@@ -34,7 +34,7 @@ class Terminal(io.StringIO):
         return done
 
 
-def test_a_step_has_a_line_at_its_begin_and_its_seconds_at_its_end() -> None:
+def test_progress_step_line_and_seconds() -> None:
     stream = io.StringIO()
     progress = Progress(stream, interval=0.01)
     with progress.step("kernel", "getting the kernel"):
@@ -42,7 +42,7 @@ def test_a_step_has_a_line_at_its_begin_and_its_seconds_at_its_end() -> None:
     assert stream.getvalue() == "getting the kernel\n  kernel: done in 0 s\n"
 
 
-def test_a_step_that_fails_is_not_done() -> None:
+def test_progress_failed_step_not_done() -> None:
     stream = io.StringIO()
     progress = Progress(stream)
     with pytest.raises(OSError, match="no mirror"), progress.step("kernel"):
@@ -50,7 +50,7 @@ def test_a_step_that_fails_is_not_done() -> None:
     assert (stream.getvalue(), progress.steps) == ("kernel\n", {})
 
 
-def test_seconds_run_on_a_terminal_and_the_next_line_takes_their_place() -> None:
+def test_progress_terminal_seconds_overwritten() -> None:
     stream = Terminal()
     progress = Progress(stream, interval=0.01)
     with progress.step("kernel"), progress.step("root"):
@@ -60,7 +60,7 @@ def test_seconds_run_on_a_terminal_and_the_next_line_takes_their_place() -> None
     assert f"{ERASE}a line\n" in stream.getvalue()
 
 
-def test_seconds_do_not_break_a_line_that_is_not_whole() -> None:
+def test_progress_seconds_keep_partial_line() -> None:
     """The virtual machine prints in pieces."""
     stream = Terminal()
     progress = Progress(stream, interval=0.01)
@@ -74,7 +74,7 @@ def test_seconds_do_not_break_a_line_that_is_not_whole() -> None:
         assert stream.drawn.wait(20)
 
 
-def test_no_silence_on_a_real_terminal() -> None:
+def test_progress_real_terminal() -> None:
     """Through a pseudo-terminal, as long as the step lasts."""
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as stream, os.fdopen(master, "rb", buffering=0) as output:
@@ -85,7 +85,7 @@ def test_no_silence_on_a_real_terminal() -> None:
                 seen += output.read(1024)
 
 
-def test_all_that_is_printed_is_in_the_log_and_more(tmp_path: Path) -> None:
+def test_progress_log_complete(tmp_path: Path) -> None:
     """What commands printed, too; none of the running seconds."""
     progress = Progress(io.StringIO())
     log = tmp_path / "demo.log"

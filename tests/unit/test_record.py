@@ -23,9 +23,9 @@ from oci_hooks.guest.undo_log import Entry
 from oci_hooks.program import Arguments, Hook, Outcome, Run, record_run, summarize
 from oci_hooks.record import encoding
 from oci_hooks.record import writer as record_writer
-from oci_hooks.record.reader import RunRecord, read_record
+from oci_hooks.record.reader import Recording, read_record
 from oci_hooks.replay.kinds import KINDS
-from oci_hooks.system import Deadline, Descriptor, NotingRoot, Root, step
+from oci_hooks.system import Deadline, Descriptor, RecordingRoot, Root, step
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 FINDING = Finding("error", "in-use", "0000:01:00.0", "is mounted", "stop using it first")
@@ -33,7 +33,7 @@ FINDING = Finding("error", "in-use", "0000:01:00.0", "is mounted", "stop using i
 
 def make_run(root: Root | None = None, record: str = "failure", asked: str = "", **arguments: Any) -> Run:
     """Return a run of the guest hook that came as far as its settings."""
-    run = Run("vfio-guest-bind", Arguments(**arguments), Deadline(8.0), root or NotingRoot())
+    run = Run("vfio-guest-bind", Arguments(**arguments), Deadline(8.0), root or RecordingRoot())
     run.container, run.record, run.record_asked = "web", record, asked
     return run
 
@@ -41,16 +41,16 @@ def make_run(root: Root | None = None, record: str = "failure", asked: str = "",
 def record_failure(run: Run | None = None, error: Exception | None = None) -> list[Finding]:
     """Record a run that failed, and return what is reported of that."""
     run = run or make_run()
-    notes = run.root.notes if isinstance(run.root, NotingRoot) else []
-    return record_writer.keep_record(summarize(run, Outcome(1, [FINDING], 0.5, error)), notes)
+    notes = run.root.notes if isinstance(run.root, RecordingRoot) else []
+    return record_writer.save_recording(summarize(run, Outcome(1, [FINDING], 0.5, error)), notes)
 
 
-def keep(run: Run, directory: Path, monkeypatch: pytest.MonkeyPatch) -> RunRecord:
+def keep(run: Run, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Recording:
     """Write a record into a directory and read it back."""
     monkeypatch.setattr(record_writer, "DIRECTORY", str(directory / "records"))
-    (said,) = record_failure(run)
-    assert (said.level, said.code) == ("info", "recorded"), said
-    return read_record(said.subject)
+    (output,) = record_failure(run)
+    assert (output.level, output.code) == ("info", "recorded"), output
+    return read_record(output.subject)
 
 
 # Noting ---------------------------------------------------------------------------------------------------------------
@@ -71,10 +71,10 @@ def outer(root: Root, fail: bool) -> int:
     return number
 
 
-def test_every_question_is_noted_with_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_root_notes_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"\xff text\n")
     (tmp_path / "link").symlink_to("else/where")
-    root = NotingRoot()
+    root = RecordingRoot()
     assert root.read_text(f"{tmp_path}/file") == "\udcff text"
     assert root.read_link(f"{tmp_path}/link") == "else/where"
     assert root.read_link(f"{tmp_path}/file") == ""
@@ -95,8 +95,8 @@ def test_every_question_is_noted_with_its_answer(tmp_path: Path, monkeypatch: py
     assert events[4]["errno"] == errno.ENOENT
 
 
-def test_steps_are_noted_with_parts_and_errors() -> None:
-    root = NotingRoot()
+def test_recording_root_notes_steps() -> None:
+    root = RecordingRoot()
     assert outer(root, False) == 7
     with pytest.raises(StepError):
         outer(root, True)
@@ -111,8 +111,8 @@ def test_steps_are_noted_with_parts_and_errors() -> None:
     assert all(event["seconds"] >= 0 for event in events)
 
 
-def test_an_answer_that_changes_is_noted_again(tmp_path: Path) -> None:
-    root, path = NotingRoot(), tmp_path / "file"
+def test_list_events_changed_answer_repeated(tmp_path: Path) -> None:
+    root, path = RecordingRoot(), tmp_path / "file"
     for text in ("a", "a", "b", "a"):
         path.write_text(text)
         root.read_text(str(path))
@@ -135,11 +135,11 @@ def test_an_answer_that_changes_is_noted_again(tmp_path: Path) -> None:
         Finding("error", "a", "b", "c", "d"),
     ],
 )
-def test_values_come_back(value: object) -> None:
+def test_encoding_values_round_trip(value: object) -> None:
     assert encoding.decode(json.loads(json.dumps(encoding.encode(value))), KINDS) == value
 
 
-def test_stat_and_descriptor_come_back_as_such() -> None:
+def test_encoding_stat_and_descriptor_round_trip() -> None:
     found = os.stat("/dev/null")
     again = encoding.decode(json.loads(json.dumps(encoding.encode(found))), KINDS)
     assert (again.st_mode, again.st_rdev, again.st_uid) == (found.st_mode, found.st_rdev, found.st_uid)
@@ -157,7 +157,7 @@ def test_stat_and_descriptor_come_back_as_such() -> None:
         OSError(errno.EBUSY, "Device busy"),
     ],
 )
-def test_errors_come_back(error: Exception) -> None:
+def test_encoding_errors_round_trip(error: Exception) -> None:
     again = encoding.decode_error(json.loads(json.dumps(encoding.encode_error(error))))
     assert (type(again), str(again)) == (type(error), str(error))
 
@@ -174,7 +174,7 @@ def test_errors_come_back(error: Exception) -> None:
         {"!": "undo-log", "path": "/x"},
     ],
 )
-def test_only_what_steps_return_is_made_of_a_record(value: Any) -> None:
+def test_decode_only_step_results(value: Any) -> None:
     with pytest.raises(encoding.NotationError):
         encoding.decode(value, KINDS)
 
@@ -183,32 +183,32 @@ def test_only_what_steps_return_is_made_of_a_record(value: Any) -> None:
 
 CONFIG = {
     "process": {
-        "args": ["/bin/app", "--password=geheim"],
-        "env": ["PATH=/geheim", "PCIDEVICE_NIC=0000:01:00.0,0000:02:00.0", "FLAG", "EMPTY="],
-        "commandLine": "geheim",
+        "args": ["/bin/app", "--password=secret"],
+        "env": ["PATH=/secret", "PCIDEVICE_NIC=0000:01:00.0,0000:02:00.0", "FLAG", "EMPTY="],
+        "commandLine": "secret",
     },
     "annotations": {
         "io.katacontainers.x.vfio.devices": "auto",
         "io.katacontainers.config.hypervisor.enable_iommu": "true",
-        "io.katacontainers.config.hypervisor.cc_init_data": "geheim",
-        "io.katacontainers.config.agent.policy": "geheim",
+        "io.katacontainers.config.hypervisor.cc_init_data": "secret",
+        "io.katacontainers.config.agent.policy": "secret",
         "io.kubernetes.cri.container-type": "container",
-        "note": "geheim",
+        "note": "secret",
     },
-    "hooks": {"prestart": [{"path": "/hook", "args": ["hook", "prestart"], "env": ["A=geheim"]}, None], "x": None},
+    "hooks": {"prestart": [{"path": "/hook", "args": ["hook", "prestart"], "env": ["A=secret"]}, None], "x": None},
     "linux": {"devices": [{"path": "/dev/vfio/1", "type": "c", "major": 1, "minor": 2}]},
 }
 
 
 @pytest.mark.parametrize(("asked", "kept"), [("", False), ("on", False), ("full", True)])
-def test_everything_is_kept_only_where_asked_for(
+def test_recording_full_only_on_request(
     asked: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    root = NotingRoot()
+    root = RecordingRoot()
     root.read_bytes(f"{tmp_path}/config.json")
     again = keep(make_run(root, **({"asked": asked} if asked else {})), tmp_path, monkeypatch)
-    assert (b"geheim" in again.documents["config.json"]) is kept
+    assert (b"secret" in again.documents["config.json"]) is kept
     assert again.about["full"] is kept
     assert all(name == name.partition("=")[0] for name in again.about["environment"])
 
@@ -216,17 +216,17 @@ def test_everything_is_kept_only_where_asked_for(
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_newest_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in range(record_writer.NEWEST + 3):
+def test_recording_keeps_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(record_writer.KEPT_RECORDINGS + 3):
         last = keep(make_run(), tmp_path, monkeypatch)
     kept = sorted((tmp_path / "records").iterdir())
-    assert len(kept) == record_writer.NEWEST
+    assert len(kept) == record_writer.KEPT_RECORDINGS
     assert str(kept[-1]) == last.path
     assert {path.stat().st_mode & 0o777 for path in kept} == {0o600}
     assert (tmp_path / "records").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_container_id_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_name_container_id_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     run.container = "../../../etc/\n\x1b[0m"
     again = keep(run, tmp_path, monkeypatch)
@@ -234,15 +234,15 @@ def test_a_container_id_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Path(again.path).name.isprintable()
 
 
-def test_where_the_first_place_is_read_only_there_is_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_fallback_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(record_writer, "DIRECTORY", f"{tmp_path}/file/records")
     monkeypatch.setattr(record_writer, "SPARE_DIRECTORY", f"{tmp_path}/spare")
-    (said,) = record_failure()
-    assert said.subject.startswith(f"{tmp_path}/spare/")
+    (output,) = record_failure()
+    assert output.subject.startswith(f"{tmp_path}/spare/")
 
 
-def test_a_full_disk_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_full_disk_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_writer, "DIRECTORY", f"{tmp_path}/one")
     monkeypatch.setattr(record_writer, "SPARE_DIRECTORY", f"{tmp_path}/two")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
@@ -251,39 +251,42 @@ def test_a_full_disk_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", write)
-    (said,) = record_failure()
-    assert (said.level, said.code) == ("warning", "not-recorded")
-    assert "No space left" in said.problem
+    (output,) = record_failure()
+    assert (output.level, output.code) == ("warning", "not-recorded")
+    assert "No space left" in output.problem
     assert list(tmp_path.glob("*/*")) == list(tmp_path.glob("*/.*")) == []
 
 
-def test_somebody_elses_directory_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_foreign_directory_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "records").symlink_to("elsewhere")
     monkeypatch.setattr(record_writer, "DIRECTORY", f"{tmp_path}/records")
     monkeypatch.setattr(record_writer, "SPARE_DIRECTORY", f"{tmp_path}/records")
-    said = record_failure()
-    assert [finding.code for finding in said] in (["not-recorded"], [])
+    output = record_failure()
+    assert [finding.code for finding in output] in (["not-recorded"], [])
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_another_users_directory_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_other_user_directory_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "records").mkdir()
     os.chown(tmp_path / "records", 1234, 1234)
     monkeypatch.setattr(record_writer, "DIRECTORY", f"{tmp_path}/records")
     monkeypatch.setattr(record_writer, "SPARE_DIRECTORY", f"{tmp_path}/records")
-    (said,) = record_failure()
-    assert (said.code, "another user's" in said.problem or "not permitted" in said.problem) == ("not-recorded", True)
+    (output,) = record_failure()
+    assert (output.code, "another user's" in output.problem or "not permitted" in output.problem) == (
+        "not-recorded",
+        True,
+    )
     assert list((tmp_path / "records").iterdir()) == []
 
 
-def test_a_defect_leaves_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_internal_error_has_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path))
     try:
         raise ZeroDivisionError("a defect")
     except ZeroDivisionError as error:
-        (said,) = record_failure(error=error)
-    assert "ZeroDivisionError: a defect" in read_record(said.subject).about["traceback"]
+        (output,) = record_failure(error=error)
+    assert "ZeroDivisionError: a defect" in read_record(output.subject).about["traceback"]
 
 
 @pytest.mark.parametrize(
@@ -300,15 +303,15 @@ def test_a_defect_leaves_its_traceback(tmp_path: Path, monkeypatch: pytest.Monke
         (1, {"record": "never", "asked": "on"}, False),
     ],
 )
-def test_which_runs_are_recorded(code: int, wishes: dict[str, str], recorded: bool) -> None:
+def test_is_recorded_cases(code: int, wishes: dict[str, str], recorded: bool) -> None:
     assert make_run(None, wishes.get("record", ""), wishes.get("asked", "")).is_recorded(code) is recorded
 
 
-def test_a_survey_is_not_recorded() -> None:
+def test_is_recorded_survey_not() -> None:
     assert not make_run(all=True).is_recorded(1)
 
 
-def test_the_admins_never_holds_for_a_run_that_did_not_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_never_applies_before_settings_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run failed on its config.json, before it came to its settings."""
     monkeypatch.setattr(record_writer, "DIRECTORY", str(tmp_path / "records"))
     settings = tmp_path / "guest.toml"
@@ -337,7 +340,7 @@ def test_settings_that_cannot_be_read_keep_no_run_from_its_recording(
     assert len(list((tmp_path / "records").iterdir())) == 1
 
 
-def test_whatever_befalls_a_record_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_any_failure_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hook's answer stands: it must not become a traceback here."""
 
     def explode(_run: object) -> str:
@@ -345,9 +348,9 @@ def test_whatever_befalls_a_record_is_one_warning(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(record_writer, "make_name", explode)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    (said,) = record_failure()
-    assert (said.level, said.code) == ("warning", "not-recorded")
-    assert "ZeroDivisionError" in said.problem
+    (output,) = record_failure()
+    assert (output.level, output.code) == ("warning", "not-recorded")
+    assert "ZeroDivisionError" in output.problem
 
 
 # What it costs --------------------------------------------------------------------------------------------------------
@@ -365,7 +368,7 @@ def without(tmp_path: Path) -> Path:
     for name in FEATURE:
         shutil.rmtree(package / name)
     command = package / "program.py"
-    text = command.read_text().replace("NotingRoot", "Root").replace("run.is_recorded(outcome.code)", "False")
+    text = command.read_text().replace("RecordingRoot", "Root").replace("run.is_recorded(outcome.code)", "False")
     command.write_text(text)
     for copy in ("with", "without"):
         subprocess.run([sys.executable, "-m", "compileall", "-q", tmp_path / copy / "oci_hooks"], check=True)
@@ -388,7 +391,7 @@ def list_opens(hook: Path, state: str, scratch: Path, *arguments: str) -> list[s
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 @pytest.mark.parametrize("hook", ["vfio-host-check", "vfio-guest-bind"])
 @pytest.mark.parametrize("vfio", [False, True])
-def test_switched_off_it_opens_nothing_more(without: Path, hook: str, vfio: bool) -> None:
+def test_recording_never_opens_no_more_files(without: Path, hook: str, vfio: bool) -> None:
     """Counted, with the feature and without: for a container without VFIO, and for one that fails with `never`."""
     bundle = without / "bundle"
     bundle.mkdir()

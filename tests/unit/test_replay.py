@@ -22,7 +22,7 @@ from oci_hooks.record import writer as record_writer
 from oci_hooks.record.bounds import RecordError
 from oci_hooks.record.reader import read_record
 from oci_hooks.replay import cli as replay_cli
-from oci_hooks.replay.rerun import RecordedRoot, find_differences, sealed
+from oci_hooks.replay.rerun import ReplayRoot, find_differences, sealed
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RECORDS = sorted((REPOSITORY / "tests/data/records").glob("*.tar.gz"))
@@ -50,7 +50,7 @@ def change(path: Path, target: Path, edit: Callable[[dict[str, Any], list[dict[s
 # The same again -------------------------------------------------------------------------------------------------------
 
 
-def test_there_are_records_of_many_failures() -> None:
+def test_recordings_cover_many_codes() -> None:
     codes = {finding.code for path in RECORDS for finding in read_record(path).findings}
     assert len(codes) >= 12, sorted(codes)
     assert max(path.stat().st_size for path in RECORDS) < 60_000
@@ -58,7 +58,7 @@ def test_there_are_records_of_many_failures() -> None:
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
-def test_a_record_says_the_same_again(path: Path) -> None:
+def test_rerun_recordings_unchanged(path: Path) -> None:
     assert find_differences(read_record(path)) == []
 
 
@@ -80,7 +80,7 @@ print(len(records), os.getuid() != 0, os.listdir("."))
 """
 
 
-def test_they_say_the_same_to_anybody() -> None:
+def test_rerun_recordings_unprivileged() -> None:
     """As a user without any rights, in a directory where it may write: it writes nothing."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -100,21 +100,21 @@ def test_they_say_the_same_to_anybody() -> None:
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
-def test_a_record_can_be_told(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_show_recordings(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = read_record(path)
     for command in (["explain"], ["show"], ["show", "--reads"]):
         assert replay_cli.main([*command, str(path)]) == 0
-        told = capfd.readouterr().out
+        reported = capfd.readouterr().out
         for finding in found.findings:
-            assert f"[{finding.code}]" in told
-        assert all(line.isprintable() for line in told.splitlines())
-    assert f"kernel {found.about['versions']['kernel']}"[:12] in told
+            assert f"[{finding.code}]" in reported
+        assert all(line.isprintable() for line in reported.splitlines())
+    assert f"kernel {found.about['versions']['kernel']}"[:12] in reported
 
 
 # What differs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_machine_that_was_otherwise_is_seen(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_rerun_changed_answer_differs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As if this version of the code saw another bridge there: a unified diff of the findings."""
 
     def edit(_about: dict[str, Any], events: list[dict[str, Any]]) -> None:
@@ -126,12 +126,12 @@ def test_a_machine_that_was_otherwise_is_seen(tmp_path: Path, capfd: pytest.Capt
 
     path = change(BY_NAME["guest-bridge"], tmp_path / "x.tar.gz", edit)
     assert replay_cli.main(["run", str(path)]) == 1
-    told = capfd.readouterr().out
-    assert told.startswith("--- recorded\n+++ replayed\n")
-    assert "-error: [bridge]" in told
+    reported = capfd.readouterr().out
+    assert reported.startswith("--- recorded\n+++ replayed\n")
+    assert "-error: [bridge]" in reported
 
 
-def test_what_the_record_does_not_know_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_rerun_unknown_question_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As if this version of the code read and did more than the one that was recorded."""
 
     def edit(_about: dict[str, Any], events: list[dict[str, Any]]) -> None:
@@ -139,25 +139,25 @@ def test_what_the_record_does_not_know_is_told(tmp_path: Path, capfd: pytest.Cap
 
     path = change(BY_NAME["guest-ambiguous"], tmp_path / "x.tar.gz", edit)
     assert replay_cli.main(["run", str(path)]) == 1
-    told = capfd.readouterr().out
-    assert "+error: [bundle-unreadable]" in told
-    assert "config.json: not in the recording, assumed absent" in told
+    reported = capfd.readouterr().out
+    assert "+error: [bundle-unreadable]" in reported
+    assert "config.json: not in the recording, assumed absent" in reported
 
 
-def test_a_step_more_is_told_and_no_difference(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_rerun_extra_step_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def edit(_about: dict[str, Any], events: list[dict[str, Any]]) -> None:
         events[:] = [event for event in events if event.get("do") != "prepare-claims"]
 
     assert replay_cli.main(["run", str(change(BY_NAME["guest-ambiguous"], tmp_path / "x.tar.gz", edit))]) == 0
-    told = capfd.readouterr().out.splitlines()
-    assert "# did prepare-claims: not in the recording, assumed done" in told
-    assert told[-1] == "the same as recorded"
+    reported = capfd.readouterr().out.splitlines()
+    assert "# did prepare-claims: not in the recording, assumed done" in reported
+    assert reported[-1] == "the same as recorded"
 
 
-def test_answers_change_with_the_steps() -> None:
+def test_replay_root_answers_follow_steps() -> None:
     """The same link was read before the device was bound, after that, and after it was given back."""
     found = read_record(BY_NAME["guest-no-cdev"])
-    root = RecordedRoot(found)
+    root = ReplayRoot(found)
     (link,) = {
         event["path"] for event in found.events if event.get("ask") == "readlink" and event["path"].endswith("/driver")
     }
@@ -165,7 +165,7 @@ def test_answers_change_with_the_steps() -> None:
     for _, event in root.steps:
         root.do(type(event["do"], (), {}))
         if event["do"] == "write-sysfs":
-            seen.append(root.link_name(link))
+            seen.append(root.read_link_name(link))
     assert seen == ["vfio-pci", "e1000e"]
 
 
@@ -257,7 +257,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_record_is_refused_and_writes_nothing(
+def test_rerun_hostile_recording_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data, words = HOSTILE[name]
@@ -266,14 +266,14 @@ def test_a_hostile_record_is_refused_and_writes_nothing(
     path.write_bytes(data)
     monkeypatch.chdir(tmp_path / "inside")
     code = replay_cli.main(["run", str(path)])
-    told = capfd.readouterr()
-    assert code == (1 if name == "answer of a wrong kind" else 2), told
-    assert words in told.err + (told.out if not words else "")
-    assert len(told.err.splitlines()) <= 1
+    reported = capfd.readouterr()
+    assert code == (1 if name == "answer of a wrong kind" else 2), reported
+    assert words in reported.err + (reported.out if not words else "")
+    assert len(reported.err.splitlines()) <= 1
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "inside", path]
 
 
-def test_a_record_cannot_write_to_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_show_escapes_terminal_codes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     escape = "\x1b]0;evil\x07\nnext"
 
     def edit(about: dict[str, Any], events: list[dict[str, Any]]) -> None:
@@ -291,10 +291,10 @@ def test_a_record_cannot_write_to_a_terminal(tmp_path: Path, capfd: pytest.Captu
         assert replay_cli.main(command) == 0
     assert replay_cli.main(["run", str(path)]) == 1
     assert replay_cli.main(["diff", str(path), str(BY_NAME["guest-bridge"])]) == 1
-    told = capfd.readouterr().out
-    assert "evil" in told
-    assert "\x1b" not in told
-    assert "\x07" not in told
+    reported = capfd.readouterr().out
+    assert "evil" in reported
+    assert "\x1b" not in reported
+    assert "\x07" not in reported
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_a_record_cannot_write_to_a_terminal(tmp_path: Path, capfd: pytest.Captu
         lambda _: subprocess.run(["true"], check=True),
     ],
 )
-def test_a_step_that_forgets_the_door_is_refused(change_something: Callable[[Path], object], tmp_path: Path) -> None:
+def test_sealed_refuses_direct_change(change_something: Callable[[Path], object], tmp_path: Path) -> None:
     with sealed(), pytest.raises(PermissionError, match="a replay changes nothing"):
         change_something(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -336,7 +336,7 @@ def run_tool(*words: str, cwd: Path | None = None) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd)
 
 
-def test_a_new_user_finds_out_what_was_wrong(directory: Path) -> None:
+def test_replay_tool_walkthrough(directory: Path) -> None:
     """list, explain, show, run, in this order, without reading anything before."""
     listed = run_tool("--directory", str(directory), "list").stdout.splitlines()
     assert len(listed) == 4
@@ -356,7 +356,7 @@ def test_a_new_user_finds_out_what_was_wrong(directory: Path) -> None:
     assert "[group-missing]" in newest
 
 
-def test_the_difference_of_two_runs(directory: Path) -> None:
+def test_diff_two_recordings(directory: Path) -> None:
     done = run_tool("--directory", str(directory), "diff", "20260101", "20260102")
     assert done.returncode == 1
     assert "-error: [bridge]" in done.stdout
@@ -364,7 +364,7 @@ def test_the_difference_of_two_runs(directory: Path) -> None:
     assert run_tool("--directory", str(directory), "diff", "20260101", "20260101").returncode == 0
 
 
-def test_a_report_becomes_a_test(directory: Path, tmp_path: Path) -> None:
+def test_export_runs_as_test(directory: Path, tmp_path: Path) -> None:
     done = run_tool("--directory", str(directory), "export", "20260101", "--test", str(tmp_path / "tests"))
     assert done.stdout.strip() == str(tmp_path / "tests/test_vfio_guest_bind_bridge.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", done.stdout.strip()]
@@ -372,7 +372,7 @@ def test_a_report_becomes_a_test(directory: Path, tmp_path: Path) -> None:
     assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
 
 
-def test_on_this_machine(directory: Path) -> None:
+def test_run_live(directory: Path) -> None:
     """The recorded state and config against the real system here, as a dry run: nothing like the recorded machine."""
     done = run_tool("--directory", str(directory), "run", "20260103", "--live")
     assert done.returncode in (0, 1), done.stderr
@@ -390,19 +390,19 @@ def test_on_this_machine(directory: Path) -> None:
         (["explain", "2026"], "3 recordings begin with this name"),
     ],
 )
-def test_wrong_use_is_told(words: list[str], told: str, directory: Path) -> None:
+def test_replay_tool_wrong_usage(words: list[str], told: str, directory: Path) -> None:
     done = run_tool("--directory", str(directory), *words)
     assert done.returncode == 2
     assert told in done.stderr
 
 
-def test_help_names_every_command() -> None:
+def test_replay_tool_help() -> None:
     text = run_tool("--help").stdout
     for word in ("list", "explain", "show", "run", "diff", "export"):
         assert f"    {word} " in text
 
 
-def test_an_unreadable_directory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_replay_tool_unreadable_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     def refuse(path: str) -> list[str]:
         raise PermissionError(13, "Permission denied", path)
 
@@ -411,7 +411,7 @@ def test_an_unreadable_directory_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     assert "use sudo" in capfd.readouterr().err
 
 
-def test_a_file_that_is_not_there_is_told(capfd: Any) -> None:
+def test_replay_tool_missing_file(capfd: Any) -> None:
     with pytest.raises(RecordError):
         read_record("/dev/null")
     assert replay_cli.main(["--directory", "/nonexistent", "list"]) == 2

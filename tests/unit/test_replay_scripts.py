@@ -49,7 +49,7 @@ def make_script(path: Path, *changes: tuple[str, str]) -> Path:
     return path / "catch-state"
 
 
-def test_a_state_is_caught_and_replayed(bundle: Path, tmp_path: Path) -> None:
+def test_catch_state_replayed(bundle: Path, tmp_path: Path) -> None:
     state = json.dumps({"ociVersion": "1.0.2", "id": "c", "bundle": str(bundle), "pid": 1, "status": "creating"})
     hook = REPOSITORY / "hooks/vfio-guest-bind"
     first = run(make_script(tmp_path), hook, "--dry-run", text=state)
@@ -68,14 +68,14 @@ def test_a_state_is_caught_and_replayed(bundle: Path, tmp_path: Path) -> None:
     assert "[bad-annotation]" in again.stderr
 
 
-def test_a_caught_container_starts_when_the_hook_lets_it(bundle: Path, tmp_path: Path) -> None:
+def test_catch_state_passes_exit_code(bundle: Path, tmp_path: Path) -> None:
     state = json.dumps({"id": "c", "bundle": str(bundle)})
     script = make_script(tmp_path)
     assert run(script, "/bin/true", text=state).returncode == 0
     assert run(script, text=state).returncode == 0
 
 
-def test_a_state_comes_out_of_a_record(tmp_path: Path) -> None:
+def test_replay_state_from_recording(tmp_path: Path) -> None:
     with tarfile.open(RECORD) as tar:
         for name in ("state.json", "config.json"):
             (tmp_path / name).write_bytes(tar.extractfile(name).read())  # type: ignore[union-attr]
@@ -83,23 +83,23 @@ def test_a_state_comes_out_of_a_record(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["bundle"] == str(tmp_path)
 
 
-def test_replay_state_says_how() -> None:
+def test_replay_state_usage() -> None:
     done = run(SCRIPTS / "replay-state")
     assert done.returncode == 2
     assert "replay-state DIRECTORY HOOK" in done.stderr
 
 
 @pytest.mark.parametrize("stamp", ["", "[   12.345678] ", "Jan 02 03:04:05 host kata[7]: "])
-def test_a_record_goes_through_a_console(stamp: str, tmp_path: Path) -> None:
-    said = run(SCRIPTS / "record-to-text", RECORD)
-    assert said.returncode == 0, said.stderr
-    log = "".join(f"{stamp}{line}\r\n" for line in ["boot", *said.stdout.splitlines(), "more"])
+def test_record_text_round_trip(stamp: str, tmp_path: Path) -> None:
+    output = run(SCRIPTS / "record-to-text", RECORD)
+    assert output.returncode == 0, output.stderr
+    log = "".join(f"{stamp}{line}\r\n" for line in ["boot", *output.stdout.splitlines(), "more"])
     back = subprocess.run([SCRIPTS / "record-from-text"], input=log.encode(), capture_output=True, check=False)
     assert back.returncode == 0, back.stderr
     assert back.stdout == RECORD.read_bytes()
 
 
-def test_a_torn_console_is_seen() -> None:
+def test_record_from_text_truncated_refused() -> None:
     lines = run(SCRIPTS / "record-to-text", RECORD).stdout.splitlines()
     for text, words in (("\n".join(lines[:3] + lines[4:]), "part"), ("nothing", "no record")):
         done = run(SCRIPTS / "record-from-text", text=text)
@@ -108,7 +108,7 @@ def test_a_torn_console_is_seen() -> None:
         assert done.stdout == ""
 
 
-def test_a_report(tmp_path: Path) -> None:
+def test_report_script(tmp_path: Path) -> None:
     done = run(SCRIPTS / "report", RECORD, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "[bridge]" in done.stdout
@@ -117,7 +117,7 @@ def test_a_report(tmp_path: Path) -> None:
     assert re.search(r"^  config\.json$", done.stderr, re.MULTILINE)
 
 
-def test_every_script_is_told_of() -> None:
+def test_replay_scripts_documented() -> None:
     text = (SCRIPTS / "README.md").read_text()
     for path in SCRIPTS.iterdir():
         assert f"({path.name})" in text or path.name == "README.md"

@@ -62,12 +62,12 @@ NO_SELECTORS = (
 
 
 @pytest.mark.parametrize(("word", "kind", "value"), SELECTORS, ids=repr)
-def test_a_selector_is_read(word: str, kind: str, value: str) -> None:
+def test_parse_selector(word: str, kind: str, value: str) -> None:
     assert parse_selector(word, "annotation") == Selector(kind, value)
 
 
 @pytest.mark.parametrize("word", NO_SELECTORS, ids=repr)
-def test_what_is_no_selector_is_refused(word: str) -> None:
+def test_parse_selector_invalid_refused(word: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_selector(word, "annotation x")
     (finding,) = caught.value.findings
@@ -77,13 +77,13 @@ def test_what_is_no_selector_is_refused(word: str) -> None:
 
 
 @pytest.mark.parametrize(("word", "kind", "value"), SELECTORS, ids=repr)
-def test_a_selector_as_it_is_shown_is_the_same_selector(word: str, kind: str, value: str) -> None:
+def test_parse_selector_round_trip(word: str, kind: str, value: str) -> None:
     selector = parse_selector(word, "annotation")
     assert parse_selector(str(selector), "annotation") == selector
 
 
 @given(st.text(st.sampled_from("0123456789abcdefABCDEFG:./xipathcls, \n\0\u0661"), max_size=20))
-def test_any_word_is_a_selector_or_refused(word: str) -> None:
+def test_parse_selector_any_word(word: str) -> None:
     try:
         selector = parse_selector(word, "annotation")
     except InputError:
@@ -91,7 +91,7 @@ def test_any_word_is_a_selector_or_refused(word: str) -> None:
     assert parse_selector(str(selector), "annotation") == selector
 
 
-def test_the_annotation_is_a_list() -> None:
+def test_read_request_annotation_list() -> None:
     request = ask({"linux": {"devices": [group_entry()]}}, devices=" 02:00.0 ,id:8086:10d3, cdev,auto")
     assert request is not None
     assert [str(selector) for selector in request.selectors] == ["0000:02:00.0", "id:8086:10d3", "auto"]
@@ -101,7 +101,7 @@ def test_the_annotation_is_a_list() -> None:
     assert [entry.path for entry in request.entries] == ["/dev/vfio/12"]
 
 
-def test_what_is_asked_for_twice_is_asked_for_once() -> None:
+def test_read_request_deduplicates() -> None:
     """Each `auto` is a look at every device in use: a tenant could ask for thirteen thousand of them."""
     request = ask({"linux": {"devices": [group_entry()] * 3}}, devices="auto,02:00.0,auto,0000:02:00.0,auto")
     assert request is not None
@@ -113,12 +113,12 @@ def test_what_is_asked_for_twice_is_asked_for_once() -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", "cdev", "auto,", "auto,,auto", "auto cdev"])
-def test_an_annotation_that_names_nothing_is_refused(text: str) -> None:
+def test_read_request_empty_annotation_refused(text: str) -> None:
     with pytest.raises(InputError):
         ask({}, devices=text)
 
 
-def test_a_container_that_asks_for_nothing_gets_nothing() -> None:
+def test_read_request_none() -> None:
     assert ask({}) is None
     assert (
         ask({"linux": {"devices": [{"path": "/dev/vfio/vfio", "type": "c"}, {"path": "/dev/sda", "type": "b"}]}})
@@ -127,8 +127,8 @@ def test_a_container_that_asks_for_nothing_gets_nothing() -> None:
     assert ask({"process": {"env": ["PCIDEVICE_A=0000:02:00.0"]}}) is None
 
 
-@pytest.mark.parametrize(("name", "value"), oci.SANDBOX_MARKS.items())
-def test_a_pause_container_gets_nothing_of_its_pods_annotations(name: str, value: str) -> None:
+@pytest.mark.parametrize(("name", "value"), oci.SANDBOX_ANNOTATIONS.items())
+def test_read_request_sandbox_none(name: str, value: str) -> None:
     assert ask({"linux": {"devices": [group_entry()]}}, devices="auto", **{name: value}) is None
 
 
@@ -143,12 +143,12 @@ WANTED = Selector("path", "02.0/00.0", "0000:3b:00.0")
     [{"Path": ["02.0", "00.0"]}, {"path": ["02", "0"]}, {"PATH": "02/00"}, ["02.0", "00.0"], "02/00", "02.0/00.0"],
     ids=repr,
 )
-def test_every_form_of_a_path_in_the_map_is_read(path: object) -> None:
+def test_parse_map_path_forms(path: object) -> None:
     text = json.dumps([{"host-group": 12, "devices": [{**DEVICE, "guest-path": path}]}])
     assert parse_map(text) == (WANTED,)
 
 
-def test_the_map_stands_for_its_devices() -> None:
+def test_read_request_map() -> None:
     other = {"guest-path": "03/00"}
     text = json.dumps([{"host-group": "12", "devices": [DEVICE]}, {"devices": [other], "new": 1}])
     request = ask({"linux": {"devices": [group_entry()]}}, map=text)
@@ -157,7 +157,7 @@ def test_the_map_stands_for_its_devices() -> None:
     assert oci.MAP_ANNOTATION in request.source
 
 
-def test_the_map_adds_host_addresses_to_the_annotation() -> None:
+def test_read_request_map_adds_host_addresses() -> None:
     request = ask({}, devices="path:02/00,path:03/00,auto", map=json.dumps([{"devices": [DEVICE]}]))
     assert request is not None
     assert request.selectors == (WANTED, Selector("path", "03.0/00.0"), Selector("auto", "auto"))
@@ -183,7 +183,7 @@ def test_the_map_adds_host_addresses_to_the_annotation() -> None:
     ],
     ids=repr,
 )
-def test_a_map_that_can_not_be_read_is_refused_with_the_place(text: str, where: str) -> None:
+def test_parse_map_invalid_names_path(text: str, where: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_map(text)
     (finding,) = caught.value.findings
@@ -196,7 +196,7 @@ def test_a_map_that_can_not_be_read_is_refused_with_the_place(text: str, where: 
 # Hints ---------------------------------------------------------------------------------------------------------------
 
 
-def test_hints_are_the_addresses_in_the_device_plugins_variables() -> None:
+def test_read_hints_from_device_plugin() -> None:
     environment = [
         "PCIDEVICE_INTEL_COM_NIC=0000:02:00.0,3B:00.1",
         "PCIDEVICE_OTHER=0000:02:00.0",
@@ -212,6 +212,6 @@ def test_hints_are_the_addresses_in_the_device_plugins_variables() -> None:
 
 
 @given(st.text(max_size=24))
-def test_a_normal_address_stays_as_it_is(text: str) -> None:
+def test_normalize_address_unchanged(text: str) -> None:
     address = normalize_address(text)
     assert normalize_address(address) == address

@@ -67,21 +67,21 @@ def say_through(path: Path, *messages: dict[str, object]) -> str:
     return shlex.join([sys.executable, "-c", program])
 
 
-def test_exit_code_and_output_come_back(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
+def test_rig_returns_exit_code_and_output(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
     """The exit code is what inside says, not what the emulator returns."""
-    said = say_through(tmp_path / "control", {"up": True}, {"exit": 7})
-    outcome, printed = run_shell(f"echo hello; {said}; exit 1", wires)
+    output = say_through(tmp_path / "control", {"up": True}, {"exit": 7})
+    outcome, printed = run_shell(f"echo hello; {output}; exit 1", wires)
     assert outcome.exit_code == 7
     assert printed == b"hello\n"
 
 
-def test_boot_that_ends_early_says_what_it_said(wires: tuple[Wire, Wire]) -> None:
+def test_rig_early_exit_shows_output(wires: tuple[Wire, Wire]) -> None:
     """A wrong option of QEMU's is readable."""
     with pytest.raises(rig.MachineError, match="no such device"):
         run_shell("echo no such device >&2; exit 1", wires)
 
 
-def test_boot_that_hangs_is_killed(wires: tuple[Wire, Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rig_hanging_boot_killed(wires: tuple[Wire, Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never up: stalled, and no process is left, not even a grandchild."""
     monkeypatch.setattr(rig, "BOOT_LIMIT", 3.0)
     with pytest.raises(rig.MachineError, match="not reached"):
@@ -90,14 +90,14 @@ def test_boot_that_hangs_is_killed(wires: tuple[Wire, Wire], tmp_path: Path, mon
     assert_dead(int(Path((tmp_path / "pid").read_text().strip()).name))
 
 
-def test_command_over_its_limit_is_killed(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
+def test_rig_command_over_limit_killed(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
     """Up, but never done."""
     with pytest.raises(rig.BootError, match="hard limit"):
         run_shell(f"{say_through(tmp_path / 'control', {'up': True})}; exec sleep 1000", wires, limit=0.5)
 
 
 @pytest.mark.parametrize(("repeatable", "error"), [(False, rig.BootError), (True, rig.MachineError)])
-def test_machine_that_dies_under_its_command_is_no_success(
+def test_rig_crash_during_command_fails(
     wires: tuple[Wire, Wire], tmp_path: Path, repeatable: bool, error: type[rig.BootError]
 ) -> None:
     """A kernel panic: up, no exit code. What may be run twice may be tried again."""
@@ -107,7 +107,7 @@ def test_machine_that_dies_under_its_command_is_no_success(
 
 
 @pytest.mark.parametrize("repeatable", [False, True])
-def test_machine_that_falls_silent_is_given_up(
+def test_rig_silent_machine_killed(
     wires: tuple[Wire, Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repeatable: bool
 ) -> None:
     """Not while it talks; and a developer's own command may be silent for as long as it likes."""
@@ -137,7 +137,7 @@ def make_thread(proc: Path, pid: int, tid: int, waited: float, children: str = "
     (thread / "children").write_text(children)
 
 
-def test_starvation_is_the_hungriest_descendants(tmp_path: Path) -> None:
+def test_measure_starvation_of_descendants(tmp_path: Path) -> None:
     """The leash and virtme-ng sleep; QEMU's processors, far below them, wait. Who has ended is passed over."""
     make_thread(tmp_path, 10, 10, 0.1, "11 99")
     make_thread(tmp_path, 11, 11, 0.2, "12")
@@ -148,7 +148,7 @@ def test_starvation_is_the_hungriest_descendants(tmp_path: Path) -> None:
     assert starvation.measure_starvation(99, tmp_path) == 0.0
 
 
-def test_starved_boot_gets_more_time_but_not_for_ever(
+def test_rig_starved_boot_gets_more_time(
     wires: tuple[Wire, Wire], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up after its limit by the clock, because it was not let run; given up after some times the limit."""
@@ -163,7 +163,7 @@ def test_starved_boot_gets_more_time_but_not_for_ever(
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2], ids=["holder", "leash", "command"])
-def test_leash_lets_nothing_outlive_whoever_is_killed(victim: int) -> None:
+def test_leash_kills_all_descendants(victim: int) -> None:
     """Whichever of them gets no chance to say goodbye, all go, also who went into a session of its own."""
     program = "import subprocess, sys; subprocess.run(sys.argv[1:])"
     script = "setsid sleep 1000 & echo; exec sleep 1000"
@@ -186,7 +186,7 @@ def make_job(tmp_path: Path) -> rig.Job:
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2])
-def test_machine_that_failed_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+def test_rig_failed_machine_retried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
     """Once, not twice."""
     boots: list[int] = []
 
@@ -207,7 +207,7 @@ def test_machine_that_failed_is_tried_once_more(tmp_path: Path, monkeypatch: pyt
     assert len(boots) == min(failures + 1, 2)
 
 
-def test_failed_command_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rig_failed_command_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that hangs would hang again."""
     boots: list[int] = []
 
@@ -222,7 +222,7 @@ def test_failed_command_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.M
     assert len(boots) == 1
 
 
-def test_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rig_missing_program_names_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a user types next stands in the message."""
     monkeypatch.setattr("shutil.which", lambda *_arguments, **_named: None)
     with pytest.raises(provision.MissingError, match="apt-get install --no-install-recommends qemu-system-x86"):
@@ -230,7 +230,7 @@ def test_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("machine", machines.MACHINES.values(), ids=list(machines.MACHINES))
-def test_machine_takes_no_name_twice(machine: machines.Machine, tmp_path: Path) -> None:
+def test_rig_duplicate_device_name_refused(machine: machines.Machine, tmp_path: Path) -> None:
     """QEMU refuses a second device with one id; its firmware stops at the tenth port with a NIC."""
     board = Board(tmp_path)
     machine.plug(board)
@@ -241,9 +241,7 @@ def test_machine_takes_no_name_twice(machine: machines.Machine, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("machine", machines.MACHINES.values(), ids=list(machines.MACHINES))
-def test_only_a_machine_with_iommu_has_one(
-    machine: machines.Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rig_iommu_only_on_request(machine: machines.Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Device and kernel argument go together; emulation unless asked for otherwise."""
     monkeypatch.delenv("RIG_ACCEL", raising=False)
     command = rig.make_vng_command(machine, KERNEL, make_job(tmp_path), Board(tmp_path))
@@ -254,7 +252,7 @@ def test_only_a_machine_with_iommu_has_one(
     assert "--disable-kvm" not in rig.make_vng_command(machine, KERNEL, make_job(tmp_path), Board(tmp_path))
 
 
-def test_relay_carries_questions_to_qmp_and_answers_back(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
+def test_relay_passes_qmp_commands(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
     """The greeting is ours, what follows is inside's."""
     relay = Relay(*wires)
     inside, qemu = connect(wires[0], tmp_path / "control"), connect(wires[1], tmp_path / "qmp")
@@ -284,7 +282,7 @@ def test_relay_hands_out_each_event_once(wires: tuple[Wire, Wire], tmp_path: Pat
         assert read_line(inside) == {"event": gone}
 
 
-def test_wire_puts_broken_lines_together(tmp_path: Path) -> None:
+def test_wire_joins_partial_lines(tmp_path: Path) -> None:
     """A message may come in pieces, two may come at once."""
     wire = Wire(tmp_path / "wire")
     with connect(wire, tmp_path / "wire") as other:
@@ -296,6 +294,6 @@ def test_wire_puts_broken_lines_together(tmp_path: Path) -> None:
     wire.close()
 
 
-def test_port_name_is_the_one_inside_writes_to() -> None:
+def test_rig_port_name_matches_inside() -> None:
     """inside.sh can't import it."""
     assert f"/dev/virtio-ports/{control.PORT_NAME}" in rig.INSIDE.read_text()

@@ -22,7 +22,7 @@ REPORT = """<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
-def test_report_is_counted(tmp_path: Path) -> None:
+def test_runner_counts_report(tmp_path: Path) -> None:
     """An error is a failure."""
     report = tmp_path / "junit.xml"
     report.write_text(REPORT)
@@ -30,14 +30,14 @@ def test_report_is_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [1, 2, 3, 4, 255])
-def test_bad_end_without_a_failed_test_counts(tmp_path: Path, code: int) -> None:
+def test_runner_bad_exit_counts_as_failure(tmp_path: Path, code: int) -> None:
     """A pytest that was interrupted, or could not collect, has not passed."""
     report = tmp_path / "junit.xml"
     report.write_text('<testsuites><testsuite><testcase name="a"/></testsuite></testsuites>')
     assert runner.read_report(report, code) == Count(1, 1, 0)
 
 
-def test_no_report_is_a_failure(tmp_path: Path) -> None:
+def test_runner_missing_report_fails(tmp_path: Path) -> None:
     """The machine went down before pytest could write it."""
     assert runner.read_report(tmp_path / "junit.xml", 0) == Count(failed=1)
 
@@ -55,12 +55,12 @@ def test_no_report_is_a_failure(tmp_path: Path) -> None:
         (Count(5), (Count(2), Count()), 1),
     ],
 )
-def test_exit_code(total: Count, inside: tuple[Count, ...], code: int) -> None:
+def test_runner_exit_code(total: Count, inside: tuple[Count, ...], code: int) -> None:
     """A test of a machine that was skipped, or none at all, is a failure."""
     assert runner.judge(total, *inside) == code
 
 
-KNOWN = Skip("tests/unit/test_fuzz.py::test_guided_by_coverage", "no atheris for this interpreter: pip")
+KNOWN = Skip("tests/unit/test_fuzz.py::test_fuzz_with_atheris", "no atheris for this interpreter: pip")
 UNKNOWN = Skip("tests/unit/test_x.py::test_y", "the author was in a hurry")
 
 
@@ -75,7 +75,7 @@ UNKNOWN = Skip("tests/unit/test_x.py::test_y", "the author was in a hurry")
         ((Skip(KNOWN.test, "another reason"),), "true", 1),
     ],
 )
-def test_a_skip_that_is_not_known_fails_in_ci(
+def test_runner_unknown_skip_fails_in_ci(
     skips: tuple[Skip, ...], environment: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Known is a test with its reason: the same test skipped for another one is not."""
@@ -83,27 +83,27 @@ def test_a_skip_that_is_not_known_fails_in_ci(
     assert runner.judge(Count(5, 0, len(skips), skips=skips)) == code
 
 
-def test_what_was_skipped_is_told_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runner_lists_skips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By name, with its reason; also where nothing failed."""
     report = tmp_path / "junit.xml"
     report.write_text(
         '<testsuites><testsuite><testcase classname="tests.unit.test_x" name="y"><skipped message="no x"/></testcase>'
-        '<testcase classname="tests.unit.test_fuzz" name="test_guided_by_coverage">'
+        '<testcase classname="tests.unit.test_fuzz" name="test_fuzz_with_atheris">'
         '<skipped message="no atheris for this interpreter"/></testcase></testsuite></testsuites>'
     )
     (runner.read_report(report, 0) + Count(1)).print_failures()
     out = capsys.readouterr().out
     assert "SKIPPED tests/unit/test_x.py::y: no x (NOT KNOWN)\n" in out
-    assert "SKIPPED tests/unit/test_fuzz.py::test_guided_by_coverage: no atheris for this interpreter (known: " in out
+    assert "SKIPPED tests/unit/test_fuzz.py::test_fuzz_with_atheris: no atheris for this interpreter (known: " in out
 
 
-def test_a_skip_is_not_forgotten_when_something_is_tried_again() -> None:
+def test_runner_retry_keeps_skips() -> None:
     first = Count(1, 1, 1, make_failures("a"), skips=(UNKNOWN,))
     assert runner.try_again(lambda _: Count(1), first).skips == (UNKNOWN,)
 
 
 @pytest.mark.parametrize("known", skips.KNOWN, ids=lambda known: known.test)
-def test_each_known_skip_has_a_test_that_has_its_words(known: skips.Known) -> None:
+def test_known_skips_match_tests(known: skips.Known) -> None:
     """Else it would excuse what is not there any more."""
     file, _, name = known.test.partition("::")
     text = (REPOSITORY / file).read_text()
@@ -111,7 +111,7 @@ def test_each_known_skip_has_a_test_that_has_its_words(known: skips.Known) -> No
     assert f"def {name}" in text
 
 
-def test_each_kind_installs_what_it_needs_before_the_first_test(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runner_installs_packages_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """All at once, and no kind's packages for another."""
     asked: list[set[str]] = []
     monkeypatch.setattr(provision, "ensure_packages", lambda packages: asked.append(set(packages)))
@@ -122,7 +122,7 @@ def test_each_kind_installs_what_it_needs_before_the_first_test(monkeypatch: pyt
     assert all_ >= {*few, "git", "debootstrap", "lintian", "dpdk-dev"}
 
 
-def test_a_newcomers_files_are_jobs_of_their_own() -> None:
+def test_runner_newcomer_files_separate_jobs() -> None:
     """Side by side, each with its name before its lines."""
     jobs = list(runner.make_newcomer_jobs())
     assert [job.keywords["prefix"] for job in jobs] == ["newcomer demo: ", "newcomer install: ", "newcomer tests: "]
@@ -130,7 +130,7 @@ def test_a_newcomers_files_are_jobs_of_their_own() -> None:
     assert {"newcomer"} <= set(runner.KINDS) & set(runner.TOGETHER)
 
 
-def test_what_failed_is_told_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runner_lists_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its name and the end of its traceback."""
     report = tmp_path / "junit.xml"
     report.write_text(REPORT)
@@ -143,7 +143,7 @@ def make_failures(*tests: str) -> tuple[Failure, ...]:
     return tuple(Failure((test,) if test else (), f"{test}\nassert") for test in tests)
 
 
-def test_what_failed_is_tried_once_more(capsys: pytest.CaptureFixture[str]) -> None:
+def test_runner_retries_failures_once(capsys: pytest.CaptureFixture[str]) -> None:
     """One passes alone, and that is told; the other fails for good."""
     asked: list[str] = []
 
@@ -164,12 +164,12 @@ def test_what_failed_is_tried_once_more(capsys: pytest.CaptureFixture[str]) -> N
     [(), make_failures("a", ""), make_failures(*"abcdefgh")],
     ids=["none failed", "no test failed", "too many for an accident"],
 )
-def test_what_is_not_tried_again(failures: tuple[Failure, ...]) -> None:
+def test_runner_no_retry_cases(failures: tuple[Failure, ...]) -> None:
     first = Count(1, len(failures), 0, failures)
     assert runner.try_again(lambda _: pytest.fail("was tried"), first) is first
 
 
-def test_a_machine_that_failed_runs_all_of_its_files_again() -> None:
+def test_runner_failed_machine_reruns_all_files() -> None:
     """They fail by themselves now, and what the machine said is not excused."""
     first = Count(0, 1, 0, (Failure(("x.py", "y.py"), "the hard limit was reached"),))
     asked: list[str] = []
@@ -181,18 +181,18 @@ def test_a_machine_that_failed_runs_all_of_its_files_again() -> None:
     assert (str(runner.try_again(run, first)), asked) == ("5 passed, 0 failed, 0 skipped", ["x.py", "y.py"])
 
 
-def test_a_second_try_that_goes_wrong_excuses_nothing() -> None:
+def test_runner_failed_retry_counts() -> None:
     """The machine does not come up: what failed has not passed."""
     count = runner.try_again(lambda _: Count(0, 1, 0, make_failures("")), Count(7, 2, 0, make_failures("a", "b")))
     assert (count.again, runner.judge(count)) == ((), 1)
 
 
-def test_last_line_is_for_programs() -> None:
+def test_runner_last_line_machine_readable() -> None:
     """As .ci reads it."""
     assert str(Count(3, 2, 1) + Count(1)) == "4 passed, 2 failed, 1 skipped"
 
 
-def test_file_says_which_machine_and_kernels(tmp_path: Path) -> None:
+def test_read_wishes_machine_and_kernels(tmp_path: Path) -> None:
     """Read, not imported: outside the machine an import might fail."""
     file = tmp_path / "test_x.py"
     file.write_text('import nothing_there\nMACHINE = "single"\n')
@@ -202,7 +202,7 @@ def test_file_says_which_machine_and_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", 'MACHINE = "big"', 'MACHINE = "many"\nKERNELS = "6.1"'])
-def test_file_without_a_known_machine_is_refused(tmp_path: Path, text: str) -> None:
+def test_read_wishes_unknown_machine_refused(tmp_path: Path, text: str) -> None:
     """It would run nowhere."""
     file = tmp_path / "test_x.py"
     file.write_text(text)
@@ -217,7 +217,7 @@ def make_file(directory: Path, name: str, machine: str, *kernels: str) -> Path:
     return file
 
 
-def test_one_boot_serves_files_that_ask_for_the_same(tmp_path: Path) -> None:
+def test_runner_groups_files_by_machine(tmp_path: Path) -> None:
     """By machine and kernel, the longest first."""
     single = make_file(tmp_path, "test_single.py", "single")
     first = make_file(tmp_path, "test_first.py", "standard", "6.1", "6.12")
@@ -230,7 +230,7 @@ def test_one_boot_serves_files_that_ask_for_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("more", "wanted"), [(0, 1), (1, 2), (runner.FILES_PER_BOOT + 1, 3)])
-def test_many_files_are_shared_by_several_boots(tmp_path: Path, more: int, wanted: int) -> None:
+def test_runner_splits_many_files(tmp_path: Path, more: int, wanted: int) -> None:
     """Each file once."""
     files = [make_file(tmp_path, f"test_{number:02}.py", "standard") for number in range(runner.FILES_PER_BOOT + more)]
     boots = runner.plan_boots(files)
@@ -238,7 +238,7 @@ def test_many_files_are_shared_by_several_boots(tmp_path: Path, more: int, wante
     assert sorted(sum((boot.files for boot in boots), ())) == files
 
 
-def test_a_test_that_hangs_fails_and_the_others_go_on(
+def test_runner_hanging_test_fails_others_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is told by its name, instead of holding up the run until somebody ends it from outside."""
@@ -257,7 +257,7 @@ def test_a_test_that_hangs_fails_and_the_others_go_on(
     assert "FAILED tests/test_x.py::test_hangs" in capsys.readouterr().out
 
 
-def test_a_pytest_that_hangs_is_ended(
+def test_runner_hanging_pytest_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before its first test: no report, which is a failure."""
@@ -271,7 +271,7 @@ def test_a_pytest_that_hangs_is_ended(
     assert (count.failed, "exit code 124" in capsys.readouterr().out) == (1, True)
 
 
-def test_lines_of_two_machines_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:
+def test_runner_output_lines_not_mixed(capsys: pytest.CaptureFixture[str]) -> None:
     """A line is printed when it is whole."""
     first, second = runner.LinePrinter("a: "), runner.LinePrinter("b: ")
     first.write(b"one ")
@@ -280,7 +280,7 @@ def test_lines_of_two_machines_do_not_mix(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == "b: two\na: one three\n"
 
 
-def test_command_that_fails_says_what_it_said() -> None:
+def test_provision_failed_command_shows_output() -> None:
     """The tail of its output is in the message."""
     with pytest.raises(provision.MissingError, match="no network"):
         provision.run(["sh", "-c", "echo no network >&2; exit 100"])
@@ -288,7 +288,7 @@ def test_command_that_fails_says_what_it_said() -> None:
         provision.run(["/nowhere/at-all"])
 
 
-def test_missing_packages_without_root_are_listed_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provision_without_root_lists_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with what it is for."""
     monkeypatch.setattr(provision, "find_missing_packages", list)
     monkeypatch.setattr("os.geteuid", lambda: 1000)

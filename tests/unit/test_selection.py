@@ -10,7 +10,7 @@ import pytest
 
 from oci_hooks.findings import Refusal
 from oci_hooks.guest.request import Request, parse_selector
-from oci_hooks.guest.selection import Choice, NotYet, Pool, choose_groups
+from oci_hooks.guest.selection import Candidates, ChosenGroup, NotAvailableYet, choose_groups
 from oci_hooks.guest.settings import NEVER
 from oci_hooks.linux.pci import PciDevice
 from oci_hooks.oci import Device
@@ -38,11 +38,11 @@ def make_machine(tmp_path: Path) -> Machine:
     return machine
 
 
-def make_pool(machine: Machine, **changes: Any) -> Pool:
+def make_pool(machine: Machine, **changes: Any) -> Candidates:
     """Return a pool with the usual never-list, changed."""
     used = changes.pop("used", {})
     values = {"claims": {}, "live": {}, "uses": lambda device: used.get(device.address, []), "never": NEVER, **changes}
-    return Pool(machine.look(), **values)
+    return Candidates(machine.look(), **values)
 
 
 def ask(*words: str, entries: tuple[Device, ...] = (), hints: tuple[str, ...] = ()) -> Request:
@@ -56,18 +56,18 @@ def entry(name: str = "12", major: int = 244, minor: int = 99) -> Device:
     return Device(f"/dev/vfio/{name}", "c", major, minor, -1, -1, -1)
 
 
-def names(choices: tuple[Choice, ...]) -> list[str]:
+def names(choices: tuple[ChosenGroup, ...]) -> list[str]:
     """Return the names of the groups."""
-    return [choice.group.name for choice in choices]
+    return [chosen.group.name for chosen in choices]
 
 
-def refuse(request: Request, pool: Pool, code: str, *words: str, waits: bool = False) -> None:
+def refuse(request: Request, candidates: Candidates, code: str, *words: str, waits: bool = False) -> None:
     """Check that a request is refused in these words, for good or until something arrives."""
     with pytest.raises(Refusal) as caught:
-        choose_groups(request, pool)
+        choose_groups(request, candidates)
     (finding,) = caught.value.findings
     assert finding.code == code, finding
-    assert isinstance(caught.value, NotYet) == waits
+    assert isinstance(caught.value, NotAvailableYet) == waits
     assert finding.hint
     for word in words:
         assert word in finding.as_line()
@@ -99,7 +99,7 @@ def refuse(request: Request, pool: Pool, code: str, *words: str, waits: bool = F
     ],
     ids=repr,
 )
-def test_what_the_annotation_means(machine: Machine, words: list[str], groups: list[str]) -> None:
+def test_choose_named_by_selector(machine: Machine, words: list[str], groups: list[str]) -> None:
     assert names(choose_groups(ask(*words), make_pool(machine))) == groups
 
 
@@ -120,7 +120,7 @@ def test_what_the_annotation_means(machine: Machine, words: list[str], groups: l
         ("class:0106", "never-taken", "0000:00:1f.2"),
     ],
 )
-def test_what_the_annotation_can_not_have(machine: Machine, word: str, code: str, said: str) -> None:
+def test_choose_named_refused(machine: Machine, word: str, code: str, said: str) -> None:
     refuse(ask(word), make_pool(machine), code, said, waits=code == "no-such-device")
 
 
@@ -137,7 +137,7 @@ def test_what_the_annotation_can_not_have(machine: Machine, word: str, code: str
         ("/sys/devices/pci0000:00/0000:00:0e.0/pci10000:e0", "path:02/03/04/05"),
     ],
 )
-def test_a_path_leads_through_bridges_in_any_domain(tmp_path: Path, root: str, word: str) -> None:
+def test_matches_path_through_bridges(tmp_path: Path, root: str, word: str) -> None:
     machine = Machine(tmp_path)
     domain = root.rpartition("/pci")[2].partition(":")[0]
     above = root
@@ -145,12 +145,12 @@ def test_a_path_leads_through_bridges_in_any_domain(tmp_path: Path, root: str, w
         bridge = machine.add(f"{domain}:{bus}:{slot}.0", "1b36:0001", "060400", "", "1", above=above)
         above += f"/{bridge}"
     device = machine.add(f"{domain}:03:05.0", group="1", above=above)
-    (choice,) = choose_groups(ask(word), make_pool(machine))
-    assert [member.address for member in choice.group.endpoints] == [device]
+    (chosen,) = choose_groups(ask(word), make_pool(machine))
+    assert [member.address for member in chosen.group.endpoints] == [device]
     refuse(ask("path:03/04/05"), make_pool(machine), "no-such-device", waits=True)
 
 
-def test_a_path_that_two_root_complexes_have_is_not_guessed(tmp_path: Path) -> None:
+def test_matches_path_ambiguous_refused(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     for domain, group in (("0000", "1"), ("0001", "2")):
         machine.add(f"{domain}:00:02.0", group=group)
@@ -158,20 +158,20 @@ def test_a_path_that_two_root_complexes_have_is_not_guessed(tmp_path: Path) -> N
     assert names(choose_groups(ask("path:0001:02"), make_pool(machine))) == ["2"]
 
 
-def test_two_devices_of_one_group_are_one_choice(machine: Machine) -> None:
+def test_choose_named_same_group_once(machine: Machine) -> None:
     machine.add("0000:01:00.1", "8086:10d3", "020000", "e1000e", "4", above=f"{BUS}/{PORT}")
     entries = (entry("12"), entry("13"))
-    (choice,) = choose_groups(ask(NIC, "0000:01:00.1", entries=entries), make_pool(machine))
-    assert (choice.group.name, choice.entry) == ("4", entries[0])
+    (chosen,) = choose_groups(ask(NIC, "0000:01:00.1", entries=entries), make_pool(machine))
+    assert (chosen.group.name, chosen.entry) == ("4", entries[0])
 
 
-def test_groups_are_sorted_as_numbers_and_take_their_entries_in_the_order_asked(machine: Machine) -> None:
+def test_choose_groups_sorted_numerically(machine: Machine) -> None:
     entries = (entry("12"), entry("13"))
     first, second = choose_groups(ask(NIC2, NIC, entries=entries), make_pool(machine))
     assert (first.group.name, first.entry, second.group.name, second.entry) == ("4", entries[1], "10", entries[0])
 
 
-def test_a_device_without_a_group_has_no_iommu(machine: Machine) -> None:
+def test_choose_named_without_group_viommu_off(machine: Machine) -> None:
     device = machine.add("0000:00:09.0")
     refuse(ask(device), make_pool(machine), "viommu-off", device, "enable_iommu = true")
 
@@ -179,38 +179,38 @@ def test_a_device_without_a_group_has_no_iommu(machine: Machine) -> None:
 # Claims, guards ------------------------------------------------------------------------------------------------------
 
 
-def test_what_another_container_has_is_not_taken(machine: Machine) -> None:
-    pool = make_pool(machine, claims={"4": "other"})
-    refuse(ask(NIC), pool, "claimed", "group 4", "container other")
-    refuse(ask("path:02/00"), pool, "claimed", "container other")
-    assert names(choose_groups(ask("id:8086:10d3"), pool)) == ["10"]
-    assert names(choose_groups(ask("auto"), pool)) == ["2", "10"]
+def test_choose_groups_claimed_refused(machine: Machine) -> None:
+    candidates = make_pool(machine, claims={"4": "other"})
+    refuse(ask(NIC), candidates, "claimed", "group 4", "container other")
+    refuse(ask("path:02/00"), candidates, "claimed", "container other")
+    assert names(choose_groups(ask("id:8086:10d3"), candidates)) == ["10"]
+    assert names(choose_groups(ask("auto"), candidates)) == ["2", "10"]
     everything = make_pool(machine, claims={"4": "other", "10": "third"})
     refuse(ask("class:02"), everything, "claimed", "container other")
 
 
-def test_what_is_in_use_is_not_taken(machine: Machine) -> None:
-    pool = make_pool(machine, used={NIC: ["is network interface eth0, up with address 10.0.0.1"]})
-    refuse(ask(NIC), pool, "in-use", NIC, "eth0, up with address 10.0.0.1")
-    assert names(choose_groups(ask("auto"), pool)) == ["2", "10"]
+def test_choose_groups_in_use_refused(machine: Machine) -> None:
+    candidates = make_pool(machine, used={NIC: ["is network interface eth0, up with address 10.0.0.1"]})
+    refuse(ask(NIC), candidates, "in-use", NIC, "eth0, up with address 10.0.0.1")
+    assert names(choose_groups(ask("auto"), candidates)) == ["2", "10"]
     busy = make_pool(machine, used={NIC: ["a"], NIC2: ["b"], DISK: ["mounted on /"]})
     refuse(ask("auto"), busy, "nothing-to-take", "mounted on /", waits=True)
 
 
-def test_a_group_is_taken_whole_or_not(machine: Machine) -> None:
+def test_choose_groups_whole_group_only(machine: Machine) -> None:
     other = machine.add("0000:01:00.1", "8086:10d3", "020000", "e1000e", "4", above=f"{BUS}/{PORT}")
-    pool = make_pool(machine, used={other: ["is busy"]})
-    refuse(ask(NIC), pool, "in-use", other, "group 4 can only be bound as a whole")
-    assert names(choose_groups(ask("auto"), pool)) == ["2", "10"]
+    candidates = make_pool(machine, used={other: ["is busy"]})
+    refuse(ask(NIC), candidates, "in-use", other, "group 4 can only be bound as a whole")
+    assert names(choose_groups(ask("auto"), candidates)) == ["2", "10"]
 
 
-def test_only_the_settings_force(machine: Machine) -> None:
+def test_choose_groups_force_by_settings(machine: Machine) -> None:
     used = {NIC: ["is busy"], NIC2: ["is busy"]}
-    pool = make_pool(machine, used=used, forced=(NIC,))
-    assert names(choose_groups(ask(NIC), pool)) == ["4"]
-    refuse(ask(NIC2), pool, "in-use")
+    candidates = make_pool(machine, used=used, forced=(NIC,))
+    assert names(choose_groups(ask(NIC), candidates)) == ["4"]
+    refuse(ask(NIC2), candidates, "in-use")
     # What is forced is still not taken without being named.
-    assert names(choose_groups(ask("auto"), pool)) == ["2"]
+    assert names(choose_groups(ask("auto"), candidates)) == ["2"]
 
 
 @pytest.mark.parametrize(
@@ -229,40 +229,40 @@ def test_only_the_settings_force(machine: Machine) -> None:
     ],
     ids=repr,
 )
-def test_what_auto_may_take_is_in_the_settings(machine: Machine, changes: dict[str, Any], groups: list[str]) -> None:
+def test_choose_auto_limited_by_settings(machine: Machine, changes: dict[str, Any], groups: list[str]) -> None:
     assert names(choose_groups(ask("auto"), make_pool(machine, **changes))) == groups
 
 
 # By linux.devices ----------------------------------------------------------------------------------------------------
 
 
-def test_the_numbers_of_a_live_group_are_that_group(machine: Machine) -> None:
-    pool = make_pool(machine, live={(244, 0): "4"})
-    (choice,) = choose_groups(ask(entries=(entry("12", 244, 0),)), pool)
-    assert (choice.group.name, choice.entry) == ("4", entry("12", 244, 0))
+def test_choose_listed_by_live_numbers(machine: Machine) -> None:
+    candidates = make_pool(machine, live={(244, 0): "4"})
+    (chosen,) = choose_groups(ask(entries=(entry("12", 244, 0),)), candidates)
+    assert (chosen.group.name, chosen.entry) == ("4", entry("12", 244, 0))
 
 
-def test_a_host_group_number_is_not_taken_for_a_guest_group(machine: Machine) -> None:
+def test_choose_listed_host_group_name_ignored(machine: Machine) -> None:
     # /dev/vfio/4 with the host's numbers, while guest group 4 is another device: only one candidate is left to mean.
-    pool = make_pool(machine, live={(244, 0): "4"}, used={DISK: ["busy"], NIC: ["busy"]})
-    assert names(choose_groups(ask(entries=(entry("4", 244, 7),)), pool)) == ["10"]
+    candidates = make_pool(machine, live={(244, 0): "4"}, used={DISK: ["busy"], NIC: ["busy"]})
+    assert names(choose_groups(ask(entries=(entry("4", 244, 7),)), candidates)) == ["10"]
 
 
-def test_numbers_of_another_containers_group_are_the_hosts_by_accident(machine: Machine) -> None:
-    pool = make_pool(machine, live={(244, 0): "4"}, claims={"4": "other"}, used={DISK: ["busy"]})
-    assert names(choose_groups(ask(entries=(entry("12", 244, 0),)), pool)) == ["10"]
+def test_choose_listed_ignores_claimed_numbers(machine: Machine) -> None:
+    candidates = make_pool(machine, live={(244, 0): "4"}, claims={"4": "other"}, used={DISK: ["busy"]})
+    assert names(choose_groups(ask(entries=(entry("12", 244, 0),)), candidates)) == ["10"]
     # With the path of that group too, it is meant, and refused.
-    refuse(ask(entries=(entry("4", 244, 0),)), pool, "claimed", "container other")
+    refuse(ask(entries=(entry("4", 244, 0),)), candidates, "claimed", "container other")
 
 
-def test_as_many_candidates_as_entries_are_they(machine: Machine) -> None:
+def test_choose_listed_assigns_when_counts_match(machine: Machine) -> None:
     entries = (entry("20"), entry("21"), entry("22"))
     assert names(choose_groups(ask(entries=entries), make_pool(machine))) == ["2", "4", "10"]
     live = make_pool(machine, live={(244, 0): "4"}, used={DISK: ["busy"]})
     assert names(choose_groups(ask(entries=(entry("4", 244, 0), entry("21"))), live)) == ["4", "10"]
 
 
-def test_more_candidates_than_entries_are_listed(machine: Machine) -> None:
+def test_choose_listed_ambiguous_lists_candidates(machine: Machine) -> None:
     refuse(
         ask(entries=(entry("20"), entry("21"))),
         make_pool(machine),
@@ -273,11 +273,11 @@ def test_more_candidates_than_entries_are_listed(machine: Machine) -> None:
     )
 
 
-def test_fewer_candidates_than_entries_may_still_come(machine: Machine) -> None:
-    pool = make_pool(machine, used={DISK: ["is mounted"]}, claims={"10": "other"})
+def test_choose_listed_too_few_not_yet(machine: Machine) -> None:
+    candidates = make_pool(machine, used={DISK: ["is mounted"]}, claims={"10": "other"})
     refuse(
         ask(entries=(entry("20"), entry("21"))),
-        pool,
+        candidates,
         "no-candidate",
         "2 groups requested, free in this guest: group 4",
         "is mounted",
@@ -286,16 +286,16 @@ def test_fewer_candidates_than_entries_may_still_come(machine: Machine) -> None:
     )
 
 
-def test_hints_decide_where_they_name_as_many_candidates(machine: Machine) -> None:
+def test_choose_listed_by_hints(machine: Machine) -> None:
     assert names(choose_groups(ask(entries=(entry(),), hints=(NIC2,)), make_pool(machine))) == ["10"]
 
 
 @pytest.mark.parametrize("hints", [(NIC, NIC2), (NIC, "0000:3b:00.0"), ("0000:3b:00.0",), (VIRTIO,)], ids=repr)
-def test_hints_that_do_not_fit_decide_nothing(machine: Machine, hints: tuple[str, ...]) -> None:
+def test_choose_listed_unfit_hints_ignored(machine: Machine, hints: tuple[str, ...]) -> None:
     refuse(ask(entries=(entry(),), hints=hints), make_pool(machine), "ambiguous")
 
 
-def test_a_machine_without_an_iommu_says_so(tmp_path: Path) -> None:
+def test_choose_groups_without_iommu_refused(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     machine.add(VIRTIO, "1af4:1041", "020000", "virtio-pci")
     # A device may still arrive, but nothing could be done with it.
@@ -306,14 +306,14 @@ def test_a_machine_without_an_iommu_says_so(tmp_path: Path) -> None:
     refuse(ask("auto"), make_pool(machine), "viommu-off", NIC, "enable_iommu = true")
 
 
-def test_a_refusal_says_how_long_it_was_waited_for() -> None:
-    refusal = NotYet("no-such-device", "annotation", "x matches nothing", "look").after(7.04)
-    assert not isinstance(refusal, NotYet)
+def test_not_yet_after_names_seconds() -> None:
+    refusal = NotAvailableYet("no-such-device", "annotation", "x matches nothing", "look").after(7.04)
+    assert not isinstance(refusal, NotAvailableYet)
     assert refusal.findings[0].problem == "x matches nothing; waited 7.0 s for it"
     assert refusal.findings[0].hint == "look"
 
 
-def test_uses_are_asked_of_endpoints_only(machine: Machine) -> None:
+def test_choose_groups_asks_uses_of_endpoints_only(machine: Machine) -> None:
     asked: list[PciDevice] = []
 
     def uses(device: PciDevice) -> list[str]:

@@ -55,22 +55,22 @@ def refuse(root: Root, path: str = "") -> tuple[Finding, ...]:
     return caught.value.findings
 
 
-def test_no_file_is_no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_settings_without_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain_toml, "load_toml", lambda _text: pytest.fail("a TOML reader was loaded for nothing"))
     assert read_host_settings(Root(str(tmp_path)), "") == HostSettings()
 
 
-def test_no_file_is_an_error_where_it_was_named(tmp_path: Path) -> None:
+def test_read_settings_named_file_missing_refused(tmp_path: Path) -> None:
     (finding,) = refuse(Root(str(tmp_path)), "/x.toml")
     assert (finding.code, finding.subject) == ("settings-unreadable", "/x.toml")
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", 'mode = "enforce"\n', "[kata]\n", "[checks]\n"])
-def test_settings_that_set_nothing(tmp_path: Path, text: str) -> None:
+def test_read_settings_empty(tmp_path: Path, text: str) -> None:
     assert read_host_settings(write(tmp_path, text), "") == HostSettings()
 
 
-def test_every_key_is_heeded(tmp_path: Path) -> None:
+def test_host_settings_every_key_applied(tmp_path: Path) -> None:
     assert read_host_settings(write(tmp_path, WHOLE), "") == ALL
     # A key that the schema lets through and nobody reads would be a setting that is not in force.
     assert [key for key, value in ALL.as_dict().items() if value == getattr(HostSettings(), key)] == []
@@ -86,14 +86,14 @@ def test_every_key_is_heeded(tmp_path: Path) -> None:
         WHOLE.replace('"warn"', "'warn'"),
     ],
 )
-def test_another_spelling_says_the_same(tmp_path: Path, text: str) -> None:
+def test_read_settings_spelling_variants(tmp_path: Path, text: str) -> None:
     if "kata.mode" in text:
         text = text.replace("group-busy", "checks.group-busy").replace("viommu-off", "checks.viommu-off")
     assert read_plain(text) is None
     assert read_host_settings(write(tmp_path, text), "") == ALL
 
 
-def test_every_mistake_is_reported_with_its_line(tmp_path: Path) -> None:
+def test_read_settings_every_mistake_with_line(tmp_path: Path) -> None:
     text = 'moed = 1\nmode = 1\n\ndeadline = "x"\n[checks]\n"A b" = "warn"\n[kata]\nmode = [\n "auto",\n]\n'
     findings = refuse(write(tmp_path, text))
     assert [finding.subject.partition(".toml ")[2] for finding in findings] == [
@@ -107,12 +107,12 @@ def test_every_mistake_is_reported_with_its_line(tmp_path: Path) -> None:
     assert all(finding.code == "bad-settings" and finding.hint for finding in findings)
 
 
-def test_no_more_than_a_screen_of_mistakes(tmp_path: Path) -> None:
+def test_read_settings_mistakes_limited(tmp_path: Path) -> None:
     text = "".join(f"x{number} = 1\n" for number in range(100))
-    assert len(refuse(write(tmp_path, text))) == settings.MOST_FINDINGS
+    assert len(refuse(write(tmp_path, text))) == settings.MAX_FINDINGS
 
 
-def test_a_directory_that_is_none(tmp_path: Path) -> None:
+def test_read_settings_parent_not_directory(tmp_path: Path) -> None:
     """Not absent: the system says not a regular file that."""
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/oci-vfio-hooks").write_text("")
@@ -168,7 +168,9 @@ ROOTLESS = "         0       1000          1\n"
         (0o644, 65534, 65534, 0, "", "belongs to user 65534"),
     ],
 )
-def test_who_could_write_it(tmp_path: Path, mode: int, uid: int, gid: int, me: int, uid_map: str, said: str) -> None:
+def test_check_file_writable_by(
+    tmp_path: Path, mode: int, uid: int, gid: int, me: int, uid_map: str, said: str
+) -> None:
     write(tmp_path, 'mode = "warn"\n')
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/uid_map").write_text(uid_map)
@@ -187,7 +189,7 @@ def test_who_could_write_it(tmp_path: Path, mode: int, uid: int, gid: int, me: i
 
 @pytest.mark.parametrize("name", ["guest", "host"])
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "not plain"])
-def test_good_settings_load_no_library(tmp_path: Path, name: str, plain: bool) -> None:
+def test_read_settings_loads_no_library(tmp_path: Path, name: str, plain: bool) -> None:
     """jsonschema never, and tomllib only for what is not plain."""
     text = 'deadline = 30\nrecord = "never"\n' if plain else "deadline = +30\nrecord = 'never'\n"
     script = (
@@ -208,7 +210,7 @@ def test_good_settings_load_no_library(tmp_path: Path, name: str, plain: bool) -
     assert plain == ("re" not in modules)
 
 
-def test_without_a_toml_reader_plain_settings_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_settings_plain_without_tomllib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python 3.9 and 3.10 without tomli."""
     for name in ("tomllib", "tomli"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -98,7 +98,7 @@ def test_reader_and_schema_find_the_same_mistakes(name: str, data: st.DataObject
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_both_verdicts_are_reached(name: str) -> None:
+def test_settings_property_accepts_and_refuses(name: str) -> None:
     """The property above is not one of refusals alone."""
     seen = []
 
@@ -132,7 +132,7 @@ PIECES = st.sampled_from([*SHORT.split(), *LONG, *ODD_SIGNS])
 
 @settings(max_examples=2000)
 @given(st.lists(PIECES, max_size=10).map("".join))
-def test_what_is_plain_is_the_same_to_tomllib(text: str) -> None:
+def test_read_plain_matches_tomllib(text: str) -> None:
     plain = read_plain(text)
     if plain is not None:
         # repr: 1, 1.0 and True are three values, and the order of keys is the text's.
@@ -155,12 +155,12 @@ def test_what_is_plain_is_the_same_to_tomllib(text: str) -> None:
         ('a = [ "x", "y=]" , ] # z', ["x", "y=]"]),
     ],
 )
-def test_plain_lines(line: str, value: object) -> None:
+def test_read_plain_lines(line: str, value: object) -> None:
     assert repr(read_plain(f"# first\n\n{line}\n[t] # x\n")) == repr({"a": value, "t": {}})
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_the_examples_are_plain_whatever_is_switched_on(name: str) -> None:
+def test_example_settings_are_plain(name: str) -> None:
     """Who takes the comment signs away from the installed example has settings that cost nothing."""
     text = (EXAMPLES / f"{name}.toml").read_text()
     whole = "".join(

@@ -37,7 +37,7 @@ def make_machine(tmp_path: Path) -> Iterator[ActingMachine]:
     machine.end()
 
 
-def test_32_hooks_for_four_groups(machine: ActingMachine, record_property: Note) -> None:
+def test_concurrent_hooks_32_for_four_groups(machine: ActingMachine, record_property: Note) -> None:
     """Each container has two hooks at once. What they come to is told by what is there afterwards, not by who won."""
     before = machine.take_stock()
     killed = 0
@@ -53,11 +53,11 @@ def test_32_hooks_for_four_groups(machine: ActingMachine, record_property: Note)
             ends = [run.finish() for run in runs]
             killing.wait_for_children()
         killed += ends[victim][0] == -signal.SIGKILL
-        for hook, (code, said) in enumerate(ends):
-            assert code in (0, 1) or hook == victim, (number, hook, code, said)
+        for hook, (code, output) in enumerate(ends):
+            assert code in (0, 1) or hook == victim, (number, hook, code, output)
             # On a machine with little time the lock may not be had within the deadline.
-            words = "[claimed]" in said or "[lock-timeout]" in said
-            assert code == 0 or hook == victim or words, (number, hook, said)
+            words = "[claimed]" in output or "[lock-timeout]" in output
+            assert code == 0 or hook == victim or words, (number, hook, output)
         check_owners(machine, ends, number)
         for container in machine.containers:
             assert machine.call(container.stopped, "poststop") == (0, ""), number

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oci_hooks import json_input, oci, traces
 from oci_hooks.findings import InputError
 from oci_hooks.json_input import parse_json
-from oci_hooks.traces import is_file_free, is_free, read_traces
+from oci_hooks.traces import file_lacks_vfio, lacks_vfio, read_traces
 from tests.unit.documents import CONFIGS
 
 pytestmark = pytest.mark.unit
@@ -30,7 +30,7 @@ def find_request(data: bytes) -> bool | None:
 
 def look_for_request(path: str) -> bool | None:
     """Tell the same of a file."""
-    return traces.look_for_request(path, oci.is_traced)
+    return traces.read_request_traces(path, oci.is_traced)
 
 
 STATE = oci.State("c1", "/b", 1, "", {})
@@ -63,18 +63,18 @@ def write_json(document: object, choose: Callable[[tuple[str, ...]], str]) -> by
 def read_fully(data: bytes) -> bool | None:
     """Tell whether the full reader finds a request; None where it refuses."""
     try:
-        return oci.is_asked(STATE, oci.make_spec(parse_json(data, "x"), "x"))
+        return oci.asks_for_vfio(STATE, oci.make_spec(parse_json(data, "x"), "x"))
     except (InputError, json_input.Mismatch):
         return None
 
 
 @settings(max_examples=300)
 @given(MIXED, st.data())
-def test_surely_nothing_is_never_said_of_a_request(document: object, data: st.DataObject) -> None:
+def test_lacks_vfio_never_misses_request(document: object, data: st.DataObject) -> None:
     text = write_json(document, lambda ways: data.draw(st.sampled_from(ways)) if len(ways) > 1 else ways[0])
     found = read_fully(text)
     if found:
-        assert not is_free(text)
+        assert not lacks_vfio(text)
     asks = find_request(text)
     assert asks is not None
     if found is not None:
@@ -85,16 +85,14 @@ def test_surely_nothing_is_never_said_of_a_request(document: object, data: st.Da
     st.sampled_from(REQUESTS),
     st.lists(st.sampled_from(["null", "{}", "[1e999]", '"\udcff"', "9" * 5000, "[" * 2000 + "]" * 2000])),
 )
-def test_a_request_is_found_among_what_no_reader_takes(request: dict[str, Any], odd: list[str]) -> None:
+def test_find_request_in_invalid_json(request: dict[str, Any], odd: list[str]) -> None:
     members = [f'"odd {number}": {text}' for number, text in enumerate(odd)]
     text = "{" + ",".join([*members, json.dumps(request)[1:]]) + " and more"
     assert find_request(text.encode("utf-8", "surrogateescape"))
 
 
 @given(st.binary(max_size=60), st.sampled_from([b"vfio", b"\\u0076fio", b"v\\u0066io", b"vf\\u0069o", b"vfi\\u006F"]))
-def test_pieces_of_a_file_are_as_the_whole(
-    tmp_path_factory: pytest.TempPathFactory, before: bytes, word: bytes
-) -> None:
+def test_file_lacks_vfio_in_pieces(tmp_path_factory: pytest.TempPathFactory, before: bytes, word: bytes) -> None:
     path = tmp_path_factory.mktemp("x") / "file"
     saved = traces.PIECE
     try:
@@ -102,7 +100,7 @@ def test_pieces_of_a_file_are_as_the_whole(
             traces.PIECE = size
             for data in (before, before + word + before):
                 path.write_bytes(data)
-                assert is_file_free(str(path)) == is_free(data)
+                assert file_lacks_vfio(str(path)) == lacks_vfio(data)
     finally:
         traces.PIECE = saved
 
@@ -124,8 +122,8 @@ def test_pieces_of_a_file_are_as_the_whole(
         (b"\xff\xfe\0", True),
     ],
 )
-def test_a_text_is_free(text: bytes, free: bool) -> None:
-    assert is_free(text) == free
+def test_lacks_vfio_free_texts(text: bytes, free: bool) -> None:
+    assert lacks_vfio(text) == free
 
 
 @pytest.mark.parametrize(
@@ -146,7 +144,7 @@ def test_a_text_is_free(text: bytes, free: bool) -> None:
         (b"[]", {}, []),
     ],
 )
-def test_what_is_followed(text: bytes, annotations: dict[str, str], paths: list[str]) -> None:
+def test_read_traces_cases(text: bytes, annotations: dict[str, str], paths: list[str]) -> None:
     found = read_traces(text)
     assert found is not None
     assert (found.annotations, found.paths) == (annotations, paths)
@@ -171,19 +169,19 @@ def test_what_is_followed(text: bytes, annotations: dict[str, str], paths: list[
     ]
     + [b'{"\\q": 1}', b"{: 1}", b"[1: 2]", b",", b'"a"'],
 )
-def test_what_can_not_be_followed(text: bytes) -> None:
+def test_read_traces_unreadable(text: bytes) -> None:
     assert read_traces(text) is None
     assert find_request(text + b"vfio") is None
     assert find_request(text) is False
 
 
-def test_nothing_is_said_of_what_is_not_there(tmp_path: Path) -> None:
+def test_read_request_traces_missing_file(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert look_for_request(str(tmp_path / "empty")) is None
     assert look_for_request(str(tmp_path / "gone")) is None
 
 
-def test_a_pods_pause_container_gets_the_annotations_and_asks_for_nothing() -> None:
+def test_find_request_sandbox_none() -> None:
     text = (
         b'{"annotations": {"io.kubernetes.cri.container-type": "%s", "io.katacontainers.x.vfio.devices": "auto"}, "odd"'
     )
@@ -192,7 +190,7 @@ def test_a_pods_pause_container_gets_the_annotations_and_asks_for_nothing() -> N
 
 
 @pytest.mark.parametrize("piece", [b'\\"', b"\\\\", b'"a",', b"[", b'{"a":', b'"/*",'])
-def test_a_tenant_can_not_make_it_slow(piece: bytes) -> None:
+def test_read_traces_linear_time(piece: bytes) -> None:
     text = b'{"annotations": {"vfio": "' + piece * ((2 << 20) // len(piece))
     begun = time.monotonic()
     read_traces(text)
@@ -200,13 +198,13 @@ def test_a_tenant_can_not_make_it_slow(piece: bytes) -> None:
     assert time.monotonic() - begun < 60
 
 
-def test_a_large_file_is_followed_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_request_traces_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x"
     path.write_bytes(b'{"annotations": {"io.katacontainers.x.vfio": "b"}}')
     assert look_for_request(str(path)) is True
-    monkeypatch.setattr(traces, "LARGEST_TEXT", 10)
+    monkeypatch.setattr(traces, "MAX_TEXT_BYTES", 10)
     assert look_for_request(str(path)) is None
     path.write_bytes(b'{"annotations": {"a": "b"}}')
     assert look_for_request(str(path)) is False
-    monkeypatch.setattr(traces, "LARGEST_FILE", 10)
+    monkeypatch.setattr(traces, "MAX_FILE_BYTES", 10)
     assert look_for_request(str(path)) is None

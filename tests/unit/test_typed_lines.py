@@ -15,17 +15,17 @@ import pytest
 from tests.newcomer import lines
 from tests.provision import REPOSITORY
 
-DEMO = "tests/newcomer/test_demo.py::test_every_row_is_as_it_should_be"
-TESTS = "tests/newcomer/test_tests.py::test_tests_run_names_all_that_it_needs"
-BUILT = "tests/newcomer/test_install.py::test_building_asks_for_what_control_names_and_no_more"
-DEBS = "tests/newcomer/test_install.py::test_debs_are_installed_and_used"
-PIP = "tests/newcomer/test_install.py::test_pip_into_a_directory_of_its_own"
-TYPED = "tests/newcomer/test_install.py::test_lines_of_the_documents"
-INSTALLS = "tests/newcomer/test_install.py::test_lines_that_put_examples_in_place"
+DEMO = "tests/newcomer/test_demo.py::test_demo_every_row_as_expected"
+TESTS = "tests/newcomer/test_tests.py::test_tests_run_lists_all_packages"
+BUILT = "tests/newcomer/test_install.py::test_build_needs_exactly_the_packages_in_control"
+DEBS = "tests/newcomer/test_install.py::test_debs_install_and_run"
+PIP = "tests/newcomer/test_install.py::test_pip_install_into_virtual_environment"
+TYPED = "tests/newcomer/test_install.py::test_documented_commands_run"
+INSTALLS = "tests/newcomer/test_install.py::test_documented_example_commands_run"
 PAGE = "tests/packaging/test_install_page.py::test_every_line_of_the_page_works"
-PURGE = "tests/newcomer/test_install.py::test_purging_leaves_nothing"
-CDI = "tests/vm/test_installed.py::test_cdi"
-ALWAYS = "tests/vm/test_installed.py::test_the_check_for_every_container"
+PURGE = "tests/newcomer/test_install.py::test_purge_leaves_nothing"
+CDI = "tests/vm/test_installed.py::test_installed_cdi"
+ALWAYS = "tests/vm/test_installed.py::test_installed_check_always"
 
 # tests/run runs up to its first test, where it is run inside itself.
 RUN = {
@@ -66,17 +66,17 @@ RUN = {
     " --ulimit memlock=-1 IMAGE": CDI,
     "install -D -m 644 containerd/config.toml /etc/containerd/conf.d/vfio.toml": INSTALLS,
     "install -m 755 docker/vfio-runc /usr/local/sbin/ && install -D -m 644 config.json/guest.json"
-    " /etc/oci-vfio-hooks/hooks.json": "tests/vm/test_installed.py::test_dockers_wrapper",
+    " /etc/oci-vfio-hooks/hooks.json": "tests/vm/test_installed.py::test_installed_docker_wrapper",
     "install -D -m 644 settings/host.toml /etc/oci-vfio-hooks/host.toml": INSTALLS,
     "install -m 0755 vfio-labels /usr/local/sbin/": INSTALLS,
     "install -m 0644 vfio-labels.service vfio-labels.timer /etc/systemd/system/": INSTALLS,
     'mkdir -p "$ROOTFS_DIR/etc/oci-vfio-hooks"': TYPED,
     'echo \'on_failure = "kill"\' > "$ROOTFS_DIR/etc/oci-vfio-hooks/guest.toml"': TYPED,
     './add-to-rootfs "$ROOTFS_DIR" dist/python3-oci-vfio-hooks_*.deb dist/oci-vfio-hooks-guest_*.deb': (
-        "tests/packaging/test_install.py::test_kata_guest_image"
+        "tests/packaging/test_install.py::test_examples_kata_guest_image"
     ),
     "ctr oci spec | containerd/add-hooks config.json/host.json > /etc/containerd/vfio-spec.json": (
-        "tests/packaging/test_examples.py::test_containerd_base_spec"
+        "tests/packaging/test_examples.py::test_examples_containerd_base_spec"
     ),
 }
 OSBUILDER = "needs kata-containers' osbuilder, which is not here; add-to-rootfs itself is run"
@@ -148,12 +148,12 @@ def list_typed() -> list[tuple[str, str]]:
     ]
 
 
-def test_every_typed_line_is_run_or_there_is_a_reason() -> None:
+def test_typed_lines_have_test_or_reason() -> None:
     new = [f"{document}: {text}" for document, text in list_typed() if text not in RUN and text not in NOT_RUN]
     assert new == [], "name the test that runs the line in RUN, or the reason why none does in NOT_RUN"
 
 
-def test_no_entry_has_lost_its_line() -> None:
+def test_typed_lines_entries_still_documented() -> None:
     typed = {text for _, text in list_typed()}
     assert sorted({*RUN, *NOT_RUN} - typed) == []
     assert sorted(RUN.keys() & NOT_RUN.keys()) == []
@@ -162,13 +162,13 @@ def test_no_entry_has_lost_its_line() -> None:
 
 
 @pytest.mark.parametrize("test", sorted(set(RUN.values())))
-def test_each_named_test_is_there(test: str) -> None:
+def test_typed_lines_tests_exist(test: str) -> None:
     file, _, name = test.partition("::")
     tree = ast.parse((REPOSITORY / file).read_text())
     assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
 
 
-def test_the_documents_are_all_there() -> None:
+def test_typed_lines_documents_found() -> None:
     """The list is not empty by accident: each kind of document and of block is in it."""
     found = {document for document, _ in list_typed()}
     assert {"README.md", "CONTRIBUTING.md", "docs/howto/install.md", "examples/kubernetes/README.md"} <= found
@@ -196,11 +196,11 @@ fenced
 """
 
 
-def test_code_blocks_are_found() -> None:
+def test_typed_lines_markdown_blocks() -> None:
     blocks = [lines.join_lines(block) for block in lines.find_code_blocks(TEXT)]
     assert blocks == [["first      # a remark", "second  and on"], ["in an item", "echo '#' > file"], ["fenced"]]
     assert lines.strip_remark("first      # a remark") == "first"
 
 
-def test_literal_blocks_are_found() -> None:
+def test_typed_lines_rst_blocks() -> None:
     assert lines.find_literal_blocks("Words::\n\n    one\n\n    two\n\nNot this:\n\n    three\n") == [["one", "two"]]

@@ -48,7 +48,7 @@ def count_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_writes_are_done_in_order_each_in_one(tmp_path: Path) -> None:
+def test_run_jobs_writes_in_order(tmp_path: Path) -> None:
     path = make_file(tmp_path / "a")
     other = tmp_path / "b"
     jobs = [
@@ -62,7 +62,7 @@ def test_writes_are_done_in_order_each_in_one(tmp_path: Path) -> None:
     assert (count_descriptors(), list_children()) == before
 
 
-def test_the_first_failure_ends_a_job_and_is_told(tmp_path: Path) -> None:
+def test_run_jobs_first_failure_ends_job(tmp_path: Path) -> None:
     last = make_file(tmp_path / "last")
     gone = str(tmp_path / "gone/attribute")
     jobs = [Job("a", (Write(gone, "x"), Write(last, "x"))), Job("b", (Write("/dev/full", "x"),))]
@@ -70,7 +70,7 @@ def test_the_first_failure_ends_a_job_and_is_told(tmp_path: Path) -> None:
     assert Path(last).read_text() == ""
 
 
-def test_a_tolerated_error_is_none(tmp_path: Path) -> None:
+def test_run_jobs_tolerated_error(tmp_path: Path) -> None:
     last = make_file(tmp_path / "last")
     job = Job("a", (Write(str(tmp_path / "gone"), "x", (errno.ENOENT,)), Write("/dev/full", "x"), Write(last, "x")))
     assert run_jobs([job], Deadline(10)) == [Result("a", errno.ENOSPC, "/dev/full")]
@@ -80,7 +80,7 @@ def test_a_tolerated_error_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["in a thread", "in the first thread"])
-def test_a_write_that_blocks_ends_at_the_deadline(tmp_path: Path, order: int) -> None:
+def test_run_jobs_blocked_write_ends_at_deadline(tmp_path: Path, order: int) -> None:
     blocking, free = make_blocking(tmp_path / "unbind"), make_file(tmp_path / "free")
     before = count_descriptors()
     begun = time.monotonic()
@@ -96,7 +96,7 @@ def test_a_write_that_blocks_ends_at_the_deadline(tmp_path: Path, order: int) ->
     assert Path(free).read_text() == "y"
 
 
-def test_a_child_that_hangs_does_not_keep_the_runtimes_pipes_or_private_descriptors(tmp_path: Path) -> None:
+def test_writer_child_closes_runtime_descriptors(tmp_path: Path) -> None:
     # The runtime reads the hook's output to its end, which does not come while anybody holds the pipe.
     blocking = make_blocking(tmp_path / "unbind")
     program = f"""
@@ -121,7 +121,7 @@ print(result.blocked, child, {str(tmp_path)!r} in links, [links.count("/dev/null
     assert done.stderr == ""
 
 
-def test_a_child_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_child_dies_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(_: Job) -> tuple[int, int]:
         os.kill(os.getpid(), signal.SIGKILL)
         return 0, 0
@@ -131,7 +131,7 @@ def test_a_child_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
     assert run_jobs([job], Deadline(10)) == [Result("a", errno.EIO, "", started=False)]
 
 
-def test_what_a_child_raises_stays_in_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_child_exception_stays_in_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What its parent does on the way out is done once, by the parent."""
     parent = os.getpid()
     trace = tmp_path / "trace"
@@ -151,7 +151,7 @@ def test_what_a_child_raises_stays_in_the_child(tmp_path: Path, monkeypatch: pyt
     assert trace.read_text() == f"{parent}\n"
 
 
-def test_no_process_to_be_had_is_each_jobs_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_jobs_without_process_fails_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fork() -> int:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
@@ -165,9 +165,7 @@ def test_no_process_to_be_had_is_each_jobs_failure(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("haves", [[False, False], [True, False], [False, True]])
-def test_what_has_no_thread_is_done_when_the_others_have_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, haves: list[bool]
-) -> None:
+def test_run_jobs_without_thread_done_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, haves: list[bool]) -> None:
     start, supply = _thread.start_new_thread, iter(haves)
 
     def start_new_thread(*arguments: Any) -> int:
@@ -196,7 +194,7 @@ def read_all(fds: list[int]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("first", range(4))
-def test_jobs_are_done_side_by_side(tmp_path: Path, first: int) -> None:
+def test_run_jobs_in_parallel(tmp_path: Path, first: int) -> None:
     """A pipe takes a writer when it has a reader: each is done while all others still wait."""
     pipes = [make_blocking(tmp_path / name) for name in "abcd"]
     readers: list[int] = []
@@ -209,12 +207,12 @@ def test_jobs_are_done_side_by_side(tmp_path: Path, first: int) -> None:
         readers.extend(open_reading(pipes[:first] + pipes[first + 1 :]))
 
     jobs = [Job(pipe, (Write(pipe, "x"),)) for pipe in pipes]
-    results = run_jobs(jobs, Deadline(20), meanwhile=read_the_others_later)
+    results = run_jobs(jobs, Deadline(20), while_waiting=read_the_others_later)
     assert results == [Result(pipe, 0, "") for pipe in pipes]
     assert read_all(readers) == [b"x"] * 4
 
 
-def test_fewer_descriptors_than_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_jobs_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who finds none free gives way, and has its turn when the others have closed theirs."""
     real = sysfs_writer.do_jobs
 
@@ -234,12 +232,12 @@ def test_fewer_descriptors_than_devices(tmp_path: Path, monkeypatch: pytest.Monk
         time.sleep(0.2)
         readers.extend(open_reading(pipes))
 
-    results = run_jobs(jobs, Deadline(20), meanwhile=read_late)
+    results = run_jobs(jobs, Deadline(20), while_waiting=read_late)
     assert [result.code for result in results] == [0] * 8
     assert read_all(readers) == [b"x", b"x"]
 
 
-def test_no_descriptor_to_be_had_is_the_jobs_failure(tmp_path: Path) -> None:
+def test_run_jobs_without_descriptor_fails_job(tmp_path: Path) -> None:
     path = make_file(tmp_path / "a")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (count_descriptors() + 20, limits[1]))
@@ -257,7 +255,7 @@ def test_no_descriptor_to_be_had_is_the_jobs_failure(tmp_path: Path) -> None:
     assert Path(path).read_text() == ""
 
 
-def test_an_interruption_ends_the_children_before_anything_is_put_back(tmp_path: Path) -> None:
+def test_run_jobs_interrupt_ends_children_first(tmp_path: Path) -> None:
     blocking, last = make_blocking(tmp_path / "unbind"), make_file(tmp_path / "last")
 
     class Told(Exception):
@@ -276,7 +274,7 @@ def test_an_interruption_ends_the_children_before_anything_is_put_back(tmp_path:
     jobs = [Job("a", (Write(blocking, "x"), Write(last, "late"))), Job("b", (Write(last, "y"),))]
     try:
         with pytest.raises(Told):
-            run_jobs(jobs, Deadline(20), meanwhile=interrupt_soon)
+            run_jobs(jobs, Deadline(20), while_waiting=interrupt_soon)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
@@ -287,7 +285,7 @@ def test_an_interruption_ends_the_children_before_anything_is_put_back(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["waitpid", "close"])
-def test_an_interruption_while_a_child_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_end_child_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A signal comes right after a child was reaped, or right after its pipe was closed: that is what is told."""
     parent, before = os.getpid(), (count_descriptors(), list_children())
     real, pipe = getattr(os, name), os.pipe()
@@ -305,7 +303,7 @@ def test_an_interruption_while_a_child_is_ended(tmp_path: Path, monkeypatch: pyt
     assert (count_descriptors(), list_children()) == before
 
 
-def test_a_runtime_that_ignores_its_children_does_no_harm(tmp_path: Path) -> None:
+def test_run_jobs_with_sigchld_ignored(tmp_path: Path) -> None:
     # SIG_IGN for SIGCHLD is inherited through exec, and the kernel then reaps the children by itself.
     path = make_file(tmp_path / "a")
     old = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -315,14 +313,14 @@ def test_a_runtime_that_ignores_its_children_does_no_harm(tmp_path: Path) -> Non
         signal.signal(signal.SIGCHLD, old)
 
 
-def test_meanwhile_is_done_while_the_children_are_at_work(tmp_path: Path) -> None:
+def test_run_jobs_while_waiting_runs_in_parallel(tmp_path: Path) -> None:
     """A pipe holds its writer until it has a reader."""
     pipe = make_blocking(tmp_path / "pipe")
     readers: list[int] = []
     job = Job("0000:01:00.0", (Write(pipe, "x"),))
-    results = run_jobs([job], Deadline(10), meanwhile=lambda: readers.extend(open_reading([pipe])))
+    results = run_jobs([job], Deadline(10), while_waiting=lambda: readers.extend(open_reading([pipe])))
     assert ([result.code for result in results], read_all(readers)) == ([0], [b"x"])
 
 
-def test_without_a_job_there_is_no_meanwhile() -> None:
-    assert run_jobs([], Deadline(10), meanwhile=lambda: pytest.fail("there was nothing to wait for")) == []
+def test_run_jobs_empty() -> None:
+    assert run_jobs([], Deadline(10), while_waiting=lambda: pytest.fail("there was nothing to wait for")) == []

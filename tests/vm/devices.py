@@ -102,8 +102,8 @@ def add_two_function_nics(board: Board) -> None:
     for function in (1, 0):
         name = f"net{board.take_number('net')}"
         board.add("-netdev", f"hubport,id={name},hubid={hub}")
-        place = f"bus={port},addr=0.{function},multifunction=on"
-        board.add("-device", f"e1000e,{NO_ROM},{place},netdev={name}")
+        location = f"bus={port},addr=0.{function},multifunction=on"
+        board.add("-device", f"e1000e,{NO_ROM},{location},netdev={name}")
 
 
 def add_edu(board: Board) -> None:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from oci_hooks.record.reader import RunRecord, read_record
+from oci_hooks.record.reader import Recording, read_record
 from oci_hooks.replay.rerun import find_differences
 from tests.vm import bundles
 from tests.vm.bundles import Done
@@ -20,7 +20,7 @@ LARGEST = 60_000
 PLACES = (Path("/var/lib/oci-vfio-hooks/records"), Path("/run/oci-vfio-hooks/records"))
 
 
-def check_record(done: Done, code: str, name: str = "") -> RunRecord:
+def check_record(done: Done, code: str, name: str = "") -> Recording:
     """Return the record that a failed hook left: small, with this code, and the same when it is run again."""
     assert f"[{code}]" in done.stderr, done.stderr
     assert "recorded]" not in done.stderr, done.stderr
@@ -29,10 +29,10 @@ def check_record(done: Done, code: str, name: str = "") -> RunRecord:
 
 def list_records() -> list[Path]:
     """Return the machine's records, the newest last: their names begin with the time."""
-    return sorted((path for place in PLACES for path in place.glob("*.tar.gz")), key=lambda path: path.name)
+    return sorted((path for location in PLACES for path in location.glob("*.tar.gz")), key=lambda path: path.name)
 
 
-def check_file(path: Path, code: str, name: str = "") -> RunRecord:
+def check_file(path: Path, code: str, name: str = "") -> Recording:
     """Return a record: for nobody else to read, small, with this code (or none), and the same when it is run again."""
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     assert path.stat().st_size < LARGEST

@@ -20,13 +20,13 @@ def write_hook(directory: Path, body: str) -> dict[str, list[dict[str, object]]]
     return {"createRuntime": [bundles.make_hook(str(script))]}
 
 
-def test_container_runs(containers: Containers) -> None:
+def test_bundle_container_runs(containers: Containers) -> None:
     """An ordinary container: output, exit code, words."""
     done = containers.run("/bin/sh", "-c", "echo out; echo err >&2; exit 3", hooks={})
     assert (done.code, done.stdout, done.stderr) == (3, "out\n", "err\n")
 
 
-def test_failing_hook_stops_the_container_and_is_heard(containers: Containers, tmp_path: Path) -> None:
+def test_bundle_failing_hook_stops_container(containers: Containers, tmp_path: Path) -> None:
     """Both runtimes give up, and the test sees why."""
     hooks = write_hook(tmp_path, "echo because I say so >&2; exit 1")
     done = containers.run("/bin/true", hooks=hooks)
@@ -34,7 +34,7 @@ def test_failing_hook_stops_the_container_and_is_heard(containers: Containers, t
     assert "because I say so" in done.stderr
 
 
-def test_hook_gets_the_state(containers: Containers, tmp_path: Path) -> None:
+def test_bundle_hook_gets_state(containers: Containers, tmp_path: Path) -> None:
     """The state is on the hook's standard input, and the init it names is there."""
     hooks = write_hook(tmp_path, f"cat > {tmp_path}/state")
     container = containers.make("/bin/sleep", "60", hooks=hooks)
@@ -82,7 +82,7 @@ def test_probe_with_an_allow_rule_gets_the_device(containers: Containers) -> Non
     ]
 
 
-def test_user_namespace_and_readonly_root(containers: Containers) -> None:
+def test_bundle_user_namespace_and_readonly_root(containers: Containers) -> None:
     """The options that change what a container is."""
     script = "cat /proc/self/uid_map; touch /new 2>&1 || true"
     done = containers.run("/bin/sh", "-c", script, hooks={}, user_namespace=100000, readonly_root=True)
@@ -91,7 +91,7 @@ def test_user_namespace_and_readonly_root(containers: Containers) -> None:
     assert "Read-only file system" in done.stdout
 
 
-def test_nothing_is_left_of_a_container(containers: Containers) -> None:
+def test_bundle_cleanup(containers: Containers) -> None:
     """Bundles and mounts go with the test."""
     containers.run("/bin/true", hooks={})
     containers.destroy_all()

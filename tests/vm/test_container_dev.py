@@ -47,7 +47,7 @@ def mount_btrfs() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("top", ["", "volume"])
-def test_a_directory_of_a_btrfs_of_the_guest_is_foreign(containers: Containers, btrfs: Path, top: str) -> None:
+def test_container_dev_btrfs_directory_is_foreign(containers: Containers, btrfs: Path, top: str) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     borrowed = btrfs / top / "dev"
     borrowed.mkdir()
@@ -64,35 +64,35 @@ def test_a_directory_of_a_btrfs_of_the_guest_is_foreign(containers: Containers, 
         shutil.rmtree(borrowed)
 
 
-def test_a_root_file_system_on_btrfs_is_the_containers_own(btrfs: Path) -> None:
+def test_container_dev_btrfs_rootfs_is_own(btrfs: Path) -> None:
     """Without a mount on /dev: its directory is found by the same path, when the container's mounts are gone."""
     root = btrfs / "volume/rootfs"
     (root / "dev").mkdir(parents=True)
     dev = container_dev.open_dev(0, str(root))
-    assert not container_dev.is_borrowed(dev, 0, str(root))
+    assert not container_dev.is_foreign_mount(dev, 0, str(root))
     (btrfs / "dev").mkdir()
     run("mount", "--bind", btrfs / "dev", root / "dev")
     borrowed = container_dev.open_dev(0, str(root))
     # Found by the same path: it is what this machine itself has there.
-    assert not container_dev.is_borrowed(borrowed, 0, str(root))
-    assert container_dev.is_borrowed(borrowed, 0, str(btrfs / "volume"))
+    assert not container_dev.is_foreign_mount(borrowed, 0, str(root))
+    assert container_dev.is_foreign_mount(borrowed, 0, str(btrfs / "volume"))
     for fd in (dev, borrowed):
         os.close(fd)
     run("umount", root / "dev")
 
 
 @pytest.mark.usefixtures("native_drivers")
-def test_the_proof_opens_no_other_node_of_the_same_numbers(tmp_path: Path) -> None:
+def test_verify_nodes_same_numbers_elsewhere_refused(tmp_path: Path) -> None:
     """A process in the container makes /dev/vfio a link, after the hook made its nodes there."""
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
     group = guest.group_of(nic)
-    node = cgroup.Node(f"vfio/{group}", *guest.numbers_of_group(group), is_group=True)
+    node = cgroup.MadeNode(f"vfio/{group}", *guest.numbers_of_group(group), is_group=True)
     guests = os.open("/dev", os.O_PATH)
-    assert proof.try_node(guests, node) == (0, True)
+    assert proof.verify_node(guests, node) == (0, True)
     (tmp_path / "vfio").symlink_to("/dev/vfio")
     linked = os.open(tmp_path, os.O_PATH)
     assert (tmp_path / f"vfio/{group}").is_char_device()
-    assert proof.try_node(linked, node) == (errno.ENOTDIR, False)
+    assert proof.verify_node(linked, node) == (errno.ENOTDIR, False)
     os.close(guests)
     os.close(linked)

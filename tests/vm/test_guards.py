@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.linux import pci
-from oci_hooks.linux.usage import Uses
+from oci_hooks.linux.usage import UsageFinder
 from oci_hooks.system import Deadline, Root
 from tests.vm import devices, guest
 
@@ -33,7 +33,7 @@ def find(address: str) -> list[str]:
     """Return the uses of a device now."""
     device = pci.read_device(ROOT, address)
     assert device is not None
-    return Uses(ROOT, Deadline(60)).find(device)
+    return UsageFinder(ROOT, Deadline(60)).find(device)
 
 
 # Disks ----------------------------------------------------------------------------------------------------------------
@@ -98,21 +98,21 @@ def mapped(name: str, uuid: str, table: str) -> Iterator[Path]:
         run("dmsetup", "remove", "--retry", name)
 
 
-def test_a_mounted_disk(disk: Disk) -> None:
+def test_usage_mounted_disk(disk: Disk) -> None:
     run("mkfs.ext4", "-q", disk.node)
     assert disk.uses() == []
     with mounted(disk.node):
         assert disk.uses() == [f"holds {disk.node}, mounted on {POINT}"]
 
 
-def test_a_mounted_partition(disk: Disk, partition: Path) -> None:
+def test_usage_mounted_partition(disk: Disk, partition: Path) -> None:
     run("mkfs.ext4", "-q", partition)
     assert disk.uses() == []
     with mounted(partition):
         assert disk.uses() == [f"holds {partition}, mounted on {POINT}"]
 
 
-def test_a_loop_file_needs_nothing_of_its_own(disk: Disk) -> None:
+def test_usage_loop_file(disk: Disk) -> None:
     """The disk with the file is mounted; that it is, is enough."""
     run("modprobe", "loop")
     run("mkfs.ext4", "-q", disk.node)
@@ -131,7 +131,7 @@ def test_a_loop_file_needs_nothing_of_its_own(disk: Disk) -> None:
             guest.settle()
 
 
-def test_a_mount_that_only_another_namespace_sees(disk: Disk) -> None:
+def test_usage_mount_in_other_namespace(disk: Disk) -> None:
     run("mkfs.ext4", "-q", disk.node)
     script = f"mount --make-rprivate / && mount {disk.node} {POINT} && echo up && exec sleep 600"
     with subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.PIPE, text=True) as other:
@@ -143,7 +143,7 @@ def test_a_mount_that_only_another_namespace_sees(disk: Disk) -> None:
             other.kill()
 
 
-def test_swap(disk: Disk, partition: Path) -> None:
+def test_usage_swap(disk: Disk, partition: Path) -> None:
     run("mkswap", partition)
     run("swapon", partition)
     try:
@@ -152,7 +152,7 @@ def test_swap(disk: Disk, partition: Path) -> None:
         run("swapoff", partition)
 
 
-def test_a_logical_volume(disk: Disk, partition: Path) -> None:
+def test_usage_logical_volume(disk: Disk, partition: Path) -> None:
     """LVM's part in it is the table and the uuid."""
     with mapped("vg-data", "LVM-oGWwHcXBEFkz", f"0 32768 linear {partition} 0") as volume:
         name = volume.resolve().name
@@ -162,7 +162,7 @@ def test_a_logical_volume(disk: Disk, partition: Path) -> None:
             assert disk.uses() == [f"holds {partition}, under LVM volume vg-data ({name}), mounted on {POINT}"]
 
 
-def test_a_volume_over_an_encrypted_disk(disk: Disk) -> None:
+def test_usage_encrypted_disk(disk: Disk) -> None:
     run("modprobe", "dm-crypt")
     table = f"0 {disk.sectors - 8} crypt cipher_null-ecb - 0 {disk.node} 0"
     with (
@@ -179,7 +179,7 @@ def test_a_volume_over_an_encrypted_disk(disk: Disk) -> None:
             run("swapoff", inner)
 
 
-def test_a_raid_array(disk: Disk) -> None:
+def test_usage_raid_array(disk: Disk) -> None:
     """Put together by sysfs (Documentation/admin-guide/md.rst), because no mdadm is needed for that."""
     run("modprobe", "-a", "md-mod", "raid1")
     Path("/sys/module/md_mod/parameters/new_array").write_text("md_test")
@@ -196,7 +196,7 @@ def test_a_raid_array(disk: Disk) -> None:
         guest.settle()
 
 
-def test_virtual_functions() -> None:
+def test_usage_parent_of_virtual_functions() -> None:
     controller = guest.find_nvme("sriov")
     count = guest.PCI / controller / "sriov_numvfs"
     assert find(controller) == []
@@ -252,7 +252,7 @@ def read_if_inet6(card: Card) -> list[str]:
     return [line for line in Path("/proc/net/if_inet6").read_text().splitlines() if line.endswith(f" {card.name}")]
 
 
-def test_a_link_that_is_only_up(card: Card) -> None:
+def test_usage_interface_up_only(card: Card) -> None:
     """With its automatic address, its routes to fe80::/64 and multicast: udev brings links up by itself."""
     card.ip("link", "set", "NIC", "up")
     wait_for_carrier(card)
@@ -261,7 +261,7 @@ def test_a_link_that_is_only_up(card: Card) -> None:
     assert card.uses() == []
 
 
-def test_addresses(card: Card) -> None:
+def test_usage_interface_addresses(card: Card) -> None:
     card.ip("address", "add", "192.0.2.15/24", "dev", "NIC")
     assert card.uses() == []
     card.ip("link", "set", "NIC", "up")
@@ -273,7 +273,7 @@ def test_addresses(card: Card) -> None:
 
 
 @pytest.mark.parametrize("route", ["192.0.2.0/24", "2001:db8::/64"])
-def test_routes(card: Card, route: str) -> None:
+def test_usage_interface_routes(card: Card, route: str) -> None:
     card.ip("link", "set", "NIC", "up")
     card.ip("route", "add", route, "dev", "NIC")
     assert card.uses() == [f"is network interface {card.name}, up with a route"]
@@ -281,7 +281,7 @@ def test_routes(card: Card, route: str) -> None:
     assert card.uses() == []
 
 
-def test_a_part_of_a_bridge(card: Card) -> None:
+def test_usage_bridge_port(card: Card) -> None:
     card.ip("link", "add", "guards0", "type", "bridge")
     try:
         card.ip("link", "set", "NIC", "master", "guards0")
@@ -292,7 +292,7 @@ def test_a_part_of_a_bridge(card: Card) -> None:
         card.ip("link", "del", "guards0")
 
 
-def test_below_a_vlan(card: Card) -> None:
+def test_usage_interface_below_vlan(card: Card) -> None:
     card.ip("link", "set", "NIC", "up")
     card.ip("link", "add", "link", "NIC", "name", "guards0", "type", "vlan", "id", "7")
     try:
@@ -301,7 +301,7 @@ def test_below_a_vlan(card: Card) -> None:
         card.ip("link", "del", "guards0")
 
 
-def test_in_another_namespace(card: Card) -> None:
+def test_usage_interface_in_network_namespace(card: Card) -> None:
     """As where a network plugin moved it into another container."""
     card.ip("netns", "add", "guards")
     try:
@@ -314,7 +314,7 @@ def test_in_another_namespace(card: Card) -> None:
 
 
 @pytest.mark.usefixtures("native_drivers")
-def test_a_card_that_vfio_has_is_free() -> None:
+def test_usage_vfio_bound_card_free() -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
     assert find(nic) == []
@@ -323,7 +323,7 @@ def test_a_card_that_vfio_has_is_free() -> None:
 # The machine ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_whole_machine() -> None:
+def test_usage_every_function_of_vm() -> None:
     """Every function of this machine has the verdict that a person would give."""
     free = {devices.NIC_E1000E, devices.NIC_E1000, devices.EDU, devices.NVME}
     verdicts = {address: find(address) for address in sorted(path.name for path in guest.PCI.iterdir())}

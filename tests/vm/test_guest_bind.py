@@ -33,7 +33,7 @@ def node(path: str, numbers: tuple[int, int], **more: Any) -> dict[str, Any]:
     return {"path": path, "type": "c", "major": numbers[0], "minor": numbers[1], **more}
 
 
-def test_group_opens_with_the_hook_and_not_without(containers: Containers) -> None:
+def test_guest_bind_opens_group(containers: Containers) -> None:
     """The node alone, even with the right numbers, gives EPERM; after the hook the device is read through VFIO.
 
     Only the group asked for opens: the neighbour's node and /dev/mem, listed in config.json too, stay closed.
@@ -57,7 +57,7 @@ def test_group_opens_with_the_hook_and_not_without(containers: Containers) -> No
     assert report["paths"] == {"/dev/neighbour": "EPERM", "/dev/memory": "EPERM"}
 
 
-def test_plain_spec_gets_its_groups_by_counting(containers: Containers) -> None:
+def test_guest_bind_by_counting(containers: Containers) -> None:
     """As many groups with the host's numbers as there are free ones here: these are they, whatever the numbers.
 
     One of them has two endpoints and a bridge and is taken whole. The host's nodes are gone, the guest's are there
@@ -92,8 +92,8 @@ def test_plain_spec_gets_its_groups_by_counting(containers: Containers) -> None:
     assert [entry["id"] for entry in endpoints] == [devices.NIC_E1000, devices.NIC_E1000]
     owners = dict(line.split(" ", 1) for line in done.stderr.splitlines() if line.startswith("/dev/vfio/"))
     assert owners == {f"/dev/vfio/{name}": "640 1000 1001" if name == free[1] else "600 0 0" for name in free}
-    told = json.loads(done.stderr[done.stderr.index("{") : done.stderr.rindex("}") + 1])
-    assert told == {
+    reported = json.loads(done.stderr[done.stderr.index("{") : done.stderr.rindex("}") + 1])
+    assert reported == {
         "version": 1,
         "devices": [
             {
@@ -113,7 +113,7 @@ def test_plain_spec_gets_its_groups_by_counting(containers: Containers) -> None:
     assert calls.list_claims() == []
 
 
-def test_user_namespace(containers: Containers) -> None:
+def test_guest_bind_user_namespace(containers: Containers) -> None:
     """A container with a user namespace, whose /dev can hold no working node, is given a mount of them.
 
     The runtime binds what linux.devices lists from the guest's own /dev, so only the control node can stand there. With
@@ -135,24 +135,24 @@ def test_user_namespace(containers: Containers) -> None:
     assert calls.look_at_drivers() == before
 
 
-def test_mounted_disk_is_refused(containers: Containers) -> None:
+def test_guest_bind_mounted_disk_refused(containers: Containers) -> None:
     """A disk in use stays what it is, and the refusal names where it is mounted."""
     address = guest.find_nvme("disk")
     (disk,) = guest.disks_of(address)
     subprocess.run(["mkfs.ext4", "-q", str(disk)], check=True)
-    place = Path("/run/mounted")
-    place.mkdir(exist_ok=True)
-    subprocess.run(["mount", str(disk), str(place)], check=True)
+    location = Path("/run/mounted")
+    location.mkdir(exist_ok=True)
+    subprocess.run(["mount", str(disk), str(location)], check=True)
     try:
         before = calls.look_at_drivers()
         done = containers.probe(annotations=ask(address))
         assert done.code != 0
         assert f"[in-use] {address}" in done.stderr
-        assert f"{disk}, mounted on {place}" in done.stderr
+        assert f"{disk}, mounted on {location}" in done.stderr
         assert calls.look_at_drivers() == before
-        assert (place / "lost+found").exists()
+        assert (location / "lost+found").exists()
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(location)], check=True)
     assert calls.list_claims() == []
 
 
@@ -167,7 +167,7 @@ def hardened_bpf() -> Any:
 
 
 @pytest.mark.usefixtures("hardened_bpf")
-def test_failing_step_puts_everything_back(containers: Containers) -> None:
+def test_guest_bind_failure_rolls_back(containers: Containers) -> None:
     """Bound, exposed, and then the cgroup's program can't be changed: nothing is left, and the words say what to do."""
     nic = guest.find_device(devices.NIC_E1000E)
     before = calls.look_at_drivers()
@@ -184,7 +184,7 @@ def test_failing_step_puts_everything_back(containers: Containers) -> None:
 
 
 @pytest.mark.usefixtures("hardened_bpf")
-def test_rule_in_config_json_leaves_the_program_alone(containers: Containers) -> None:
+def test_guest_bind_allowed_by_config_keeps_program(containers: Containers) -> None:
     """What config.json allows already is not allowed once more: here the program can't even be read."""
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")

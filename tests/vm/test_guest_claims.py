@@ -15,7 +15,7 @@ MACHINE = "standard"
 
 
 @one_runtime
-def test_two_containers(containers: Containers) -> None:
+def test_guest_claims_two_containers(containers: Containers) -> None:
     """A group is one container's; `auto` is what the others have left. Dead containers have nothing.
 
     Most runtimes are killed before they ever call poststop, so a claim ends with the container's init.
@@ -47,8 +47,8 @@ def test_two_containers(containers: Containers) -> None:
     done = calls.call_hook({**second_state, "annotations": ask(nic)})
     assert (done.code, done.stderr) == (0, "")
     assert calls.list_claims() == [second.name]
-    journal = (calls.CLAIMS / second.name).read_text()
-    assert f"device\t{nic}\te1000e\t\t" in journal
+    undo_log = (calls.CLAIMS / second.name).read_text()
+    assert f"device\t{nic}\te1000e\t\t" in undo_log
 
     assert calls.release(second_state).code == 0
     assert calls.look_at_drivers() == before
@@ -60,31 +60,31 @@ def test_two_containers(containers: Containers) -> None:
 
 
 @one_runtime
-def test_two_hooks_at_once(containers: Containers) -> None:
+def test_guest_claims_concurrent_hooks_one_device(containers: Containers) -> None:
     """Whoever asks for the same device at the same moment: one has it, the other is told so, every time."""
     nic = guest.find_device(devices.NIC_E1000E)
     states = [calls.make_created(containers, annotations=ask(nic))[1] for _ in range(2)]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as candidates:
         for _ in range(3):
-            done = list(pool.map(calls.call_hook, states))
+            done = list(candidates.map(calls.call_hook, states))
             assert sorted(one.code for one in done) == [0, 1], done
             (lost,) = (one for one in done if one.code)
             assert "[claimed]" in lost.stderr
             (claim,) = calls.list_claims()
-            assert all(one.code == 0 for one in pool.map(calls.release, states))
+            assert all(one.code == 0 for one in candidates.map(calls.release, states))
             assert guest.driver_of(nic) == "e1000e"
     assert claim in [state["id"] for state in states]
 
 
 @one_runtime
-def test_two_hooks_at_once_by_counting(containers: Containers) -> None:
+def test_guest_claims_concurrent_hooks_by_counting(containers: Containers) -> None:
     """Two plain containers count at the same moment: one has all there is, the other finds nothing free."""
     before = calls.look_at_drivers()
     groups = bundles.vfio_devices("77", "78", "79", "80")
     made = [calls.make_created(containers, devices=groups) for _ in range(2)]
     # The one that finds nothing waits for a device to be plugged in, until its deadline.
-    with calls.settings("deadline = 40"), ThreadPoolExecutor() as pool:
-        done = list(pool.map(calls.call_hook, [state for _, state in made]))
+    with calls.settings("deadline = 40"), ThreadPoolExecutor() as candidates:
+        done = list(candidates.map(calls.call_hook, [state for _, state in made]))
     assert sorted(one.code for one in done) == [0, 1], done
     (lost,) = (one for one in done if one.code)
     assert "[no-candidate]" in lost.stderr

@@ -30,7 +30,7 @@ def functions() -> Iterator[list[str]]:
 
 
 @one_runtime
-def test_virtual_function(containers: Containers, functions: list[str]) -> None:
+def test_guest_bind_virtual_function(containers: Containers, functions: list[str]) -> None:
     """One function for the container; its sibling stays as it is, and the controller above them is off-limits."""
     taken, sibling = functions
     controller = guest.find_nvme("sriov")
@@ -50,7 +50,7 @@ def test_virtual_function(containers: Containers, functions: list[str]) -> None:
 
 
 @one_runtime
-def test_mixed_drivers_in_a_group(containers: Containers) -> None:
+def test_guest_bind_mixed_drivers_in_group(containers: Containers) -> None:
     """One member is on vfio-pci already, one on its native driver: whole afterwards, and each as before at the end.
 
     A member that is in use keeps the whole group from being taken, and says why.

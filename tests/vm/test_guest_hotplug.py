@@ -76,7 +76,7 @@ def before_step(module: str, name: str, act: Callable[[], object]) -> Callable[[
 
 @one_runtime
 @pytest.mark.usefixtures("plugged")
-def test_device_comes_while_the_hook_waits(containers: Containers) -> None:
+def test_guest_hotplug_device_arrives(containers: Containers) -> None:
     """The kernel's own event wakes the hook, long before its deadline; no udevd is needed for it."""
     container, state = calls.make_created(containers, annotations=ask(f"id:{IDS}"))
     reader, writer = os.pipe()
@@ -104,7 +104,7 @@ def test_device_comes_while_the_hook_waits(containers: Containers) -> None:
 
 
 @one_runtime
-def test_device_never_comes(containers: Containers) -> None:
+def test_guest_hotplug_device_never_arrives(containers: Containers) -> None:
     """The hook gives up by itself at its deadline, in its own words, and not later."""
     container, state = calls.make_created(containers, annotations=ask(f"id:{IDS}"))
     # The first hook of all imports everything, which takes seconds in here.
@@ -128,7 +128,7 @@ def test_device_never_comes(containers: Containers) -> None:
     ("module", "step"),
     [("oci_hooks.guest.apply.drivers", "bind_devices"), ("oci_hooks.guest.apply.nodes", "expose_nodes")],
 )
-def test_device_goes_while_the_hook_works(containers: Containers, module: str, step: str) -> None:
+def test_guest_hotplug_device_unplugged(containers: Containers, module: str, step: str) -> None:
     """Unplugged after the plan was made, or after it was bound: the rest is put back, the other device included."""
     plug()
     guest.settle()
@@ -138,8 +138,8 @@ def test_device_goes_while_the_hook_works(containers: Containers, module: str, s
     container, state = calls.make_created(containers, annotations=ask([nic, address]))
     done = calls.fork_hook(state, prepare=before_step(module, step, unplug))
     assert done.code == 1
-    (told,) = calls.list_findings(done)
-    assert "[device-gone]" in told
+    (reported,) = calls.list_findings(done)
+    assert "[device-gone]" in reported
     assert not guest.find_devices(IDS)
     del before[address]
     assert calls.look_at_drivers() == before

@@ -69,7 +69,7 @@ def make_container(containers: Containers, annotations: dict[str, str]) -> Conta
 
 
 @pytest.mark.usefixtures("guest_image")
-def test_agent_calls_the_hook(containers: Containers) -> None:
+def test_kata_agent_runs_hook(containers: Containers) -> None:
     """The hook finds its package from where it lies in the image, and the container from what little it is told."""
     nic = guest.find_device(devices.NIC_E1000E)
     before = calls.look_at_drivers()
@@ -85,15 +85,15 @@ def test_agent_calls_the_hook(containers: Containers) -> None:
 
 
 @pytest.mark.usefixtures("guest_image")
-def test_agent_ignores_a_failure(containers: Containers) -> None:
+def test_kata_agent_ignores_failure_on_failure_kill(containers: Containers) -> None:
     """By itself the hook can only say so, in the guest's kernel log too; with on_failure = "kill" nothing runs."""
     annotations = ask(guest.members_of(guest.group_of(guest.find_device(devices.NIC_E1000)))[0])
     container = make_container(containers, annotations)
     done = container.run()
     assert done.code == 0, done.stderr
     assert done.read_json()["nodes"] == []
-    said = f"vfio-guest-bind: error: [bridge] {annotations[calls.DEVICES]}"
-    assert said in (container.bundle / "prestart.log").read_text()
+    output = f"vfio-guest-bind: error: [bridge] {annotations[calls.DEVICES]}"
+    assert output in (container.bundle / "prestart.log").read_text()
     assert f"container {container.name}: error: [bridge]" in guest.read_kernel_log()
 
     container = make_container(containers, annotations)
@@ -104,7 +104,7 @@ def test_agent_ignores_a_failure(containers: Containers) -> None:
     assert f"container {container.name}: error: [bridge]" in guest.read_kernel_log()
 
 
-def test_pause_container_gets_nothing(tmp_path: Path) -> None:
+def test_kata_agent_pause_container_skipped(tmp_path: Path) -> None:
     """It has the pod's annotations, and no process here: touching anything would be an error."""
     nic = guest.find_device(devices.NIC_E1000E)
     for mark in ("pod_sandbox", "pod_container"):
@@ -118,17 +118,17 @@ def test_pause_container_gets_nothing(tmp_path: Path) -> None:
     assert guest.driver_of(nic) == "e1000e"
 
 
-def test_config_where_kata_1_has_it() -> None:
+def test_kata_1_config_location() -> None:
     """The bundle of Kata 1.x holds no config.json; it lies below /run/libcontainer."""
     nic = guest.find_device(devices.NIC_E1000E)
-    place = Path("/run/libcontainer/one")
-    place.mkdir(parents=True)
+    location = Path("/run/libcontainer/one")
+    location.mkdir(parents=True)
     try:
         config = bundles.make_config(["/bin/true"], "/nowhere", bundles.Options(annotations=ask(nic)), "/none")
-        (place / "config.json").write_text(json.dumps(config))
+        (location / "config.json").write_text(json.dumps(config))
         state = {"ociVersion": "1.0", "id": "one", "status": "", "pid": 1, "bundle": "/run/kata-containers/one"}
         done = calls.fork_hook(state, "prestart", "--dry-run")
         assert done.code == 0, done.stderr
         assert f"probe {nic}: vfio-pci" in done.stdout
     finally:
-        shutil.rmtree(place.parent)
+        shutil.rmtree(location.parent)

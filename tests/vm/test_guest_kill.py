@@ -116,8 +116,8 @@ def kill_at_every_step(
             assert calls.fork_hook({**state, "status": "stopped"}, "poststop") == Done(0, "", ""), nth
         else:
             refused = calls.fork_hook(other)
-            (told,) = calls.list_findings(refused)
-            assert "[bridge]" in told, nth
+            (reported,) = calls.list_findings(refused)
+            assert "[bridge]" in reported, nth
         assert take_stock(container, address) == before, nth
         nth += 1
 
@@ -128,7 +128,7 @@ def find_bridge() -> str:
 
 
 @one_runtime
-def test_kill_at_every_step(containers: Containers) -> None:
+def test_guest_hook_killed_at_every_step(containers: Containers) -> None:
     """Of a hook that binds, then of one that releases."""
     nic = guest.find_device(devices.NIC_E1000E)
     # The driver stays loaded, so that the control node can be tried before and after.
@@ -165,7 +165,7 @@ def test_kill_at_every_step(containers: Containers) -> None:
 
 
 @one_runtime
-def test_kill_with_a_user_namespace(containers: Containers) -> None:
+def test_guest_hook_killed_with_user_namespace(containers: Containers) -> None:
     """The same where nodes are mounted instead of made; until there they are the same steps."""
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
@@ -179,14 +179,14 @@ def test_kill_with_a_user_namespace(containers: Containers) -> None:
 
 
 @one_runtime
-def test_told_to_end_at_every_step(containers: Containers) -> None:
+def test_guest_hook_sigterm_at_every_step(containers: Containers) -> None:
     """SIGTERM, as a service manager or a runtime that is stopped sends it: the hook itself puts everything back."""
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
     guest.bind_native(nic)
     container, state = calls.make_created(containers, annotations=ask(nic), devices=bundles.vfio_devices("77"))
     before = take_stock(container, nic)
-    told, nth = 0, 0
+    reported, nth = 0, 0
     while True:
         ending = Steps(nth, steps.terminate)
         done = calls.fork_hook(state, prepare=ending.prepare)
@@ -194,7 +194,7 @@ def test_told_to_end_at_every_step(containers: Containers) -> None:
             break
         if done.code == 1:
             assert "[interrupted] the hook: was ended by SIGTERM" in done.stderr
-            told += 1
+            reported += 1
         else:
             # Before its first change, or after its last one.
             assert done.code in (0, -signal.SIGTERM), (nth, done)
@@ -202,7 +202,7 @@ def test_told_to_end_at_every_step(containers: Containers) -> None:
             assert calls.fork_hook({**state, "status": "stopped"}, "poststop") == Done(0, "", ""), nth
         assert take_stock(container, nic) == before, nth
         nth += STRIDE
-    assert told > 15 // STRIDE
+    assert reported > 15 // STRIDE
     assert calls.release(state).code == 0
 
 
@@ -218,7 +218,7 @@ sys.exit(hook.main([]))
 """
 
 
-def test_the_runtimes_own_timeout(containers: Containers) -> None:
+def test_guest_hook_runtime_timeout(containers: Containers) -> None:
     """runc and crun kill a hook that takes longer than config.json allows, and the container with it."""
     nic = guest.find_device(devices.NIC_E1000E)
     _, other = calls.make_created(containers)
@@ -233,14 +233,14 @@ def test_the_runtimes_own_timeout(containers: Containers) -> None:
     # It had come so far, and nobody has put anything back yet.
     assert guest.driver_of(nic) == "vfio-pci"
     assert calls.list_claims() == [container.name]
-    (told,) = calls.list_findings(calls.fork_hook(other))
-    assert "[bridge]" in told
+    (reported,) = calls.list_findings(calls.fork_hook(other))
+    assert "[bridge]" in reported
     assert calls.look_at_drivers() == before
     assert calls.list_claims() == []
 
 
 @one_runtime
-def test_the_clock_is_set_back(containers: Containers) -> None:
+def test_guest_hook_clock_set_back(containers: Containers) -> None:
     """A day, while the hook waits for a device: its deadline does not move."""
     _, state = calls.make_created(containers, annotations=ask("0000:7f:1f.7"))
     now = time.clock_gettime(time.CLOCK_REALTIME)
@@ -257,7 +257,7 @@ def test_the_clock_is_set_back(containers: Containers) -> None:
 
 
 @one_runtime
-def test_24_mebibytes(containers: Containers) -> None:
+def test_guest_hook_memory_limit(containers: Containers) -> None:
     """The real executable in a cgroup with that much memory and no swap; with 4 it is killed, and nothing is left."""
     nic = guest.find_device(devices.NIC_E1000E)
     container, state = calls.make_created(containers, annotations=ask(nic))

@@ -16,7 +16,7 @@ HIDDEN = Path("/etc/modprobe.d/hidden.conf")
 
 
 @one_runtime
-def test_modules_are_loaded_or_missed_in_words(containers: Containers) -> None:
+def test_guest_modules_loaded_or_reported(containers: Containers) -> None:
     """Nothing but their absence is different; when they can't be had, the words name what the kernel lacks."""
     nic = guest.find_device(devices.NIC_E1000E)
     before = calls.look_at_drivers()

@@ -11,7 +11,7 @@ MACHINE = "no-iommu"
 
 
 @one_runtime
-def test_no_iommu(containers: Containers) -> None:
+def test_guest_without_iommu_refused(containers: Containers) -> None:
     """By annotation and by counting; at once, not at the deadline; nothing is touched."""
     nic = guest.find_device(devices.NIC_E1000E)
     assert guest.group_of(nic) == ""
@@ -31,7 +31,7 @@ def test_no_iommu(containers: Containers) -> None:
 
 
 @one_runtime
-def test_no_iommu_under_the_runtime(containers: Containers) -> None:
+def test_guest_without_iommu_container_not_started(containers: Containers) -> None:
     """The container is not started."""
     done = containers.probe(annotations=ask("auto"))
     assert done.code != 0

@@ -26,7 +26,7 @@ def is_open(report: dict[str, Any], address: str) -> bool:
 
 
 @one_runtime
-def test_settings_and_readonly_root(containers: Containers) -> None:
+def test_guest_nodes_settings_and_readonly_root(containers: Containers) -> None:
     """guest.toml gives owner and mode and switches the map off; a read-only root has a /dev all the same."""
     nic = guest.find_device(devices.NIC_E1000E)
     script = "stat -c '%a %u %g' /dev/vfio/vfio /dev/vfio/[0-9]* >&2; exec " + " ".join(bundles.PROBE)
@@ -40,7 +40,7 @@ def test_settings_and_readonly_root(containers: Containers) -> None:
 
 
 @one_runtime
-def test_container_user_owns_the_nodes(containers: Containers) -> None:
+def test_guest_nodes_owned_by_container_user(containers: Containers) -> None:
     """Without any word about it, the nodes are for the container's own user, who then opens them."""
     nic = guest.find_device(devices.NIC_E1000E)
     report = containers.probe(annotations=ask(nic), user=1234).read_json()
@@ -48,7 +48,7 @@ def test_container_user_owns_the_nodes(containers: Containers) -> None:
 
 
 @one_runtime
-def test_dev_of_the_guest(containers: Containers) -> None:
+def test_guest_nodes_guest_dev(containers: Containers) -> None:
     """A container that has the guest's own /dev: the kernel's nodes are there, none is made, none is taken away."""
     nic = guest.find_device(devices.NIC_E1000E)
     mounts = [*MOUNTS_WITHOUT_DEV, GUESTS_DEV]
@@ -62,7 +62,7 @@ def test_dev_of_the_guest(containers: Containers) -> None:
 
 
 @one_runtime
-def test_no_dev_of_its_own(containers: Containers) -> None:
+def test_guest_nodes_without_dev_mount(containers: Containers) -> None:
     """Without a mount on /dev the nodes lie in the image's tree; nothing of them is left there at the end."""
     nic = guest.find_device(devices.NIC_E1000E)
     container = containers.make(*bundles.PROBE, annotations=ask(nic), edit={"mounts": MOUNTS_WITHOUT_DEV}, hooks=BOTH)
@@ -73,7 +73,7 @@ def test_no_dev_of_its_own(containers: Containers) -> None:
 
 
 @one_runtime
-def test_link_in_the_image(containers: Containers) -> None:
+def test_guest_nodes_symlink_in_image_refused(containers: Containers) -> None:
     """An image whose /dev/vfio leads elsewhere gets no node anywhere, and the device its driver back."""
     nic = guest.find_device(devices.NIC_E1000E)
     before = calls.look_at_drivers()
@@ -88,7 +88,7 @@ def test_link_in_the_image(containers: Containers) -> None:
     assert calls.look_at_drivers() == before
 
 
-def test_by_hand_on_a_running_container(containers: Containers) -> None:
+def test_guest_nodes_by_hand_on_running_container(containers: Containers) -> None:
     """`--bundle DIR --pid PID`, long after pivot_root; the map holds the host's address where an annotation knew it.
 
     A second time changes nothing: no rebind, no new node, no other program.
@@ -107,8 +107,8 @@ def test_by_hand_on_a_running_container(containers: Containers) -> None:
     assert (done.code, done.stderr) == (0, "")
     report = container.execute(*bundles.PROBE).read_json()
     assert is_open(report, nic)
-    told = json.loads(container.execute("/bin/cat", "/dev/vfio/devices.json").stdout)
-    assert [(entry["address"], entry["host_address"]) for entry in told["devices"]] == [(nic, "0000:5e:00.1")]
+    reported = json.loads(container.execute("/bin/cat", "/dev/vfio/devices.json").stdout)
+    assert [(entry["address"], entry["host_address"]) for entry in reported["devices"]] == [(nic, "0000:5e:00.1")]
 
     before = take_stock(container.name, container.read_pid(), nic)
     done = calls.call_hook(None, *by_hand)
@@ -133,6 +133,6 @@ def take_stock(name: str, pid: int, address: str) -> tuple[object, ...]:
     link = (guest.PCI / address / "driver").lstat()
     made = Path(f"/proc/{pid}/root/dev/vfio")
     nodes = sorted((path.name, path.stat().st_ino) for path in made.iterdir())
-    journal = (calls.CLAIMS / name).read_text()
-    changes = [line for line in journal.splitlines() if line != "done"]
+    undo_log = (calls.CLAIMS / name).read_text()
+    changes = [line for line in undo_log.splitlines() if line != "done"]
     return link.st_ino, nodes, calls.list_programs(f"/sys/fs/cgroup/{name}"), changes

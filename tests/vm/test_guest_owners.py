@@ -62,7 +62,7 @@ def empty_port() -> Iterator[None]:
 
 @one_runtime
 @pytest.mark.usefixtures("empty_port")
-def test_another_device_at_the_address_is_left_alone(containers: Containers) -> None:
+def test_guest_owners_another_device_at_address(containers: Containers) -> None:
     """The NIC of a container is unplugged; a disk comes to its slot and is mounted; then the claim is cleaned up."""
     other_nic = guest.find_device(devices.NIC_E1000E)
     address = plug_nic()
@@ -84,8 +84,8 @@ def test_another_device_at_the_address_is_left_alone(containers: Containers) -> 
 
     done = calls.call_hook(second_state)
     assert done.code == 0, done.stderr
-    (told,) = calls.list_findings(done)
-    assert f"warning: [device-replaced] {address}: was unplugged since it was bound" in told
+    (reported,) = calls.list_findings(done)
+    assert f"warning: [device-replaced] {address}: was unplugged since it was bound" in reported
     assert (guest.driver_of(address), guest.override_of(address)) == ("nvme", "")
     subprocess.run(["sync", "-f", MOUNT], check=True)
     Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -95,7 +95,7 @@ def test_another_device_at_the_address_is_left_alone(containers: Containers) -> 
 
 @one_runtime
 @pytest.mark.usefixtures("empty_port")
-def test_the_same_device_plugged_in_again_is_another(containers: Containers) -> None:
+def test_guest_owners_replugged_device(containers: Containers) -> None:
     """Vendor, device and class are the same then; only the inode number of its directory tells them apart."""
     address = plug_nic()
     inode = (guest.PCI / address).stat().st_ino
@@ -117,7 +117,7 @@ def test_the_same_device_plugged_in_again_is_another(containers: Containers) -> 
 
 @one_runtime
 @pytest.mark.parametrize("asks", [False, True])
-def test_a_second_container_of_the_id_takes_nothing(containers: Containers, asks: bool) -> None:
+def test_guest_owners_same_id_second_container(containers: Containers, asks: bool) -> None:
     """Below another state directory an id is free; its poststop comes while the first one lives."""
     nic = guest.find_device(devices.NIC_E1000E)
     first, state = calls.make_created(containers, annotations=ask(nic))
@@ -142,7 +142,7 @@ def test_a_second_container_of_the_id_takes_nothing(containers: Containers, asks
 
 
 @one_runtime
-def test_a_container_lives_as_long_as_a_process_of_it(containers: Containers) -> None:
+def test_guest_owners_remaining_process_keeps_claim(containers: Containers) -> None:
     """In a shared pid namespace the kernel does not end the others with the init."""
     nic = guest.find_device(devices.NIC_E1000E)
     namespaces = [{"type": name} for name in bundles.NAMESPACES if name != "pid"]

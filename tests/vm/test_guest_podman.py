@@ -19,8 +19,8 @@ MACHINE = "standard"
 @pytest.fixture
 def rootfs() -> Iterator[Path]:
     """Return a root file system that a container may write to."""
-    place = Path("/run/podman-rootfs")
-    root = bundles.mount_rootfs(place)
+    location = Path("/run/podman-rootfs")
+    root = bundles.mount_rootfs(location)
     yield root
     subprocess.run(["umount", "--lazy", str(root)], check=True)
 
@@ -34,7 +34,7 @@ def run_podman(hooks: Path, *arguments: str) -> Done:
 
 
 @pytest.mark.usefixtures("native_drivers")
-def test_podman_run(rootfs: Path, tmp_path: Path) -> None:
+def test_guest_podman_run(rootfs: Path, tmp_path: Path) -> None:
     """The annotation brings the hook in, and with it the group; its driver is back when the container is gone."""
     hook = {
         "version": "1.0.0",

@@ -82,7 +82,7 @@ def try_open(path: Path) -> int:
     return 0
 
 
-def test_its_nodes_open_and_nothing_more(containers: Containers) -> None:
+def test_guest_privilege_only_own_nodes_open(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
     container, state = calls.make_created(containers, annotations=ask(nic))
@@ -174,7 +174,7 @@ CAPABILITY_TITLES = {
 
 @one_runtime
 @pytest.mark.parametrize("case", GUEST_CASES)
-def test_the_guest_hook_with_only_what_it_needs(containers: Containers, case: str) -> None:
+def test_guest_privilege_documented_set_suffices(containers: Containers, case: str) -> None:
     """The real executable, to bind and to release, with the capabilities and system calls that are written down."""
     nic = guest.find_device(devices.NIC_E1000E)
     # The lists are those with the module loaded: modprobe has needs of its own.
@@ -198,7 +198,7 @@ def test_the_guest_hook_with_only_what_it_needs(containers: Containers, case: st
 
 
 @one_runtime
-def test_the_guest_hook_without_one_of_them(containers: Containers) -> None:
+def test_guest_privilege_each_one_needed(containers: Containers) -> None:
     """None is there for nothing: without it the hook refuses in words and leaves the device as it was."""
     nic = guest.find_device(devices.NIC_E1000E)
     before = calls.look_at_drivers()
@@ -240,7 +240,7 @@ def make_group(native_drivers: None) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("good", [True, False])
-def test_the_host_check_with_only_what_it_needs(group: str, tmp_path: Path, good: bool) -> None:
+def test_host_privilege_documented_set_suffices(group: str, tmp_path: Path, good: bool) -> None:
     """A good group and one that is not there; the check opens the group and looks at who holds it."""
     entry = bundles.vfio_device(group, *guest.numbers_of_group(group)) if good else bundles.vfio_device("999")
     (tmp_path / "config.json").write_text(json.dumps({"linux": {"devices": [entry]}}))

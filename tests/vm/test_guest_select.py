@@ -62,7 +62,7 @@ def list_free() -> dict[str, str]:
     return {guest.group_of(address): address for address in (*guest.find_devices(devices.NIC_E1000E), *found)}
 
 
-def test_each_kind_of_selector(bundle: Bundle) -> None:
+def test_guest_select_each_selector_kind(bundle: Bundle) -> None:
     """Address, id, class, guest path, auto; the whole group each time, and each group once."""
     nics, pair = guest.find_devices(devices.NIC_E1000E), guest.find_devices(devices.NIC_E1000)
     edu = guest.find_device(devices.EDU)
@@ -82,7 +82,7 @@ def test_each_kind_of_selector(bundle: Bundle) -> None:
         assert groups == sorted((guest.group_of(address) for address in expected), key=int), text
 
 
-def test_map_of_the_predecessor(bundle: Bundle) -> None:
+def test_guest_select_predecessor_map(bundle: Bundle) -> None:
     """The JSON map that dgibson/kata-vfio-tools put into an annotation."""
     nic = guest.find_device(devices.NIC_E1000E, 1)
     known = [
@@ -91,7 +91,7 @@ def test_map_of_the_predecessor(bundle: Bundle) -> None:
     assert plan_groups(bundle(annotations={MAP: json.dumps(known)})) == [guest.group_of(nic)]
 
 
-def test_counting(bundle: Bundle) -> None:
+def test_guest_select_counting(bundle: Bundle) -> None:
     """Host's numbers stand for the free groups when there are as many; else the candidates are listed.
 
     The host's /dev/vfio/N is not the guest's group N, and a PCIDEVICE_* variable with a guest address decides.
@@ -113,7 +113,7 @@ def test_counting(bundle: Bundle) -> None:
 
 
 @pytest.mark.usefixtures("native_drivers")
-def test_numbers_of_a_live_group_are_that_group(bundle: Bundle) -> None:
+def test_guest_select_live_numbers(bundle: Bundle) -> None:
     """An entry with the numbers of a VFIO group of this guest is that group, under whatever name, and however often."""
     nic = guest.find_device(devices.NIC_E1000E, 1)
     guest.bind(nic, "vfio-pci")
@@ -122,7 +122,7 @@ def test_numbers_of_a_live_group_are_that_group(bundle: Bundle) -> None:
     assert plan_groups(bundle(devices=entries)) == [guest.group_of(nic)]
 
 
-def test_refusals_name_the_reason(bundle: Bundle) -> None:
+def test_guest_select_refusals(bundle: Bundle) -> None:
     """What is never taken, not there, or can't be read."""
     (bridge,) = (
         member
@@ -140,7 +140,7 @@ def test_refusals_name_the_reason(bundle: Bundle) -> None:
         assert expected in refuse(bundle(annotations={DEVICES: text})), text
 
 
-def test_dry_run_prints_the_plan_and_does_nothing(bundle: Bundle) -> None:
+def test_guest_select_dry_run(bundle: Bundle) -> None:
     """For a person, in the order in which it would be done."""
     nic = guest.find_device(devices.NIC_E1000E)
     before = calls.look_at_drivers()

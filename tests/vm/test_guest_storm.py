@@ -45,7 +45,7 @@ def start_hook(state: dict[str, Any], steps_of_it: Steps | None) -> int:
 
 
 @one_runtime
-def test_32_hooks_at_once(containers: Containers) -> None:
+def test_guest_storm_32_hooks(containers: Containers) -> None:
     nics = [*guest.find_devices(devices.NIC_E1000E), guest.find_device(devices.NIC_E1000)]
     made = [calls.make_created(containers, annotations=ask(nics[number % 3])) for number in range(6)]
     before = calls.look_at_drivers()

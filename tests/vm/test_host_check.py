@@ -95,19 +95,19 @@ def plain(directory: Path, pid: int = 1) -> Done:
 # Verdicts ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_good_group(nic: str, tmp_path: Path) -> None:
+def test_host_check_good_group(nic: str, tmp_path: Path) -> None:
     done = plain(write_bundle(tmp_path, nic))
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_check_leaves_the_group_free(nic: str, tmp_path: Path) -> None:
+def test_host_check_closes_group(nic: str, tmp_path: Path) -> None:
     """It has opened the group for the kernel's word, and closed it again."""
     assert plain(write_bundle(tmp_path, nic)).code == 0
     fd = os.open(f"/dev/vfio/{guest.group_of(nic)}", os.O_RDWR)
     os.close(fd)
 
 
-def test_a_group_that_is_half_bound(nic: str, tmp_path: Path) -> None:
+def test_host_check_half_bound_group(nic: str, tmp_path: Path) -> None:
     first, second = guest.find_devices(devices.NIC_E1000)
     guest.bind(first, "vfio-pci")
     done = plain(write_bundle(tmp_path, first))
@@ -117,7 +117,7 @@ def test_a_group_that_is_half_bound(nic: str, tmp_path: Path) -> None:
     assert done.stderr.endswith(f"bind it with: driverctl set-override {second} vfio-pci\n")
 
 
-def test_the_hint_mends_it(nic: str, tmp_path: Path) -> None:
+def test_host_check_bind_hint_works(nic: str, tmp_path: Path) -> None:
     """What the line tells to type is typed, and then the check has nothing to say."""
     first, second = guest.find_devices(devices.NIC_E1000)
     guest.bind(first, "vfio-pci")
@@ -129,14 +129,14 @@ def test_the_hint_mends_it(nic: str, tmp_path: Path) -> None:
     assert (done.code, done.stderr) == (0, "")
 
 
-def test_a_group_that_nobody_bound(native_drivers: None, settings: None, tmp_path: Path) -> None:
+def test_host_check_unbound_group(native_drivers: None, settings: None, tmp_path: Path) -> None:
     address = guest.find_device(devices.NIC_E1000E, 1)
     done = plain(write_bundle(tmp_path, address))
     assert done.code == 1
     assert f"[group-not-viable] group {guest.group_of(address)}: {address} is bound to e1000e" in done.stderr
 
 
-def test_a_device_without_driver_does_not_hurt_its_group(nic: str, tmp_path: Path) -> None:
+def test_host_check_member_without_driver_fine(nic: str, tmp_path: Path) -> None:
     first, second = guest.find_devices(devices.NIC_E1000)
     guest.bind(first, "vfio-pci")
     (guest.PCI / second / "driver/unbind").write_text(second)
@@ -144,7 +144,7 @@ def test_a_device_without_driver_does_not_hurt_its_group(nic: str, tmp_path: Pat
     assert (done.code, done.stderr) == (0, "")
 
 
-def test_a_group_that_is_not_there(nic: str, tmp_path: Path) -> None:
+def test_host_check_missing_group(nic: str, tmp_path: Path) -> None:
     write_bundle(tmp_path, nic)
     config = json.loads((tmp_path / "config.json").read_text())
     config["linux"]["devices"].append(bundles.vfio_device("4999"))
@@ -155,7 +155,7 @@ def test_a_group_that_is_not_there(nic: str, tmp_path: Path) -> None:
     assert line.startswith("vfio-host-check: error: [group-missing] group 4999: ")
 
 
-def test_numbers_of_another_device(nic: str, tmp_path: Path) -> None:
+def test_host_check_wrong_numbers(nic: str, tmp_path: Path) -> None:
     write_bundle(tmp_path, nic)
     config = json.loads((tmp_path / "config.json").read_text())
     config["linux"]["devices"][1].update(major=1, minor=3)
@@ -169,7 +169,7 @@ def test_numbers_of_another_device(nic: str, tmp_path: Path) -> None:
 # Who holds it --------------------------------------------------------------------------------------------------------
 
 
-def test_a_group_that_another_process_holds(nic: str, tmp_path: Path) -> None:
+def test_host_check_group_held(nic: str, tmp_path: Path) -> None:
     node = f"/dev/vfio/{guest.group_of(nic)}"
     with subprocess.Popen(["/bin/sh", "-c", f"exec 9<>{node}; echo; exec sleep 600"], stdout=subprocess.PIPE) as holder:
         assert holder.stdout
@@ -182,7 +182,7 @@ def test_a_group_that_another_process_holds(nic: str, tmp_path: Path) -> None:
     assert f"error: [group-busy] group {guest.group_of(nic)}: is in use by sleep (pid {holder.pid}); " in done.stderr
 
 
-def test_the_own_qemu_holds_it_and_has_an_iommu(nic: str, kata: None, tmp_path: Path) -> None:
+def test_host_check_own_qemu_with_iommu(nic: str, kata: None, tmp_path: Path) -> None:
     """Cold plug. What runs is right, and what the file says does not matter."""
     bundle = write_bundle(tmp_path, nic)
     with run_qemu("c1", *VIOMMU, address=nic) as pid:
@@ -192,7 +192,7 @@ def test_the_own_qemu_holds_it_and_has_an_iommu(nic: str, kata: None, tmp_path: 
     assert "group-busy" not in done.stderr
 
 
-def test_the_own_qemu_has_no_iommu(nic: str, kata: None, tmp_path: Path) -> None:
+def test_host_check_own_qemu_without_iommu(nic: str, kata: None, tmp_path: Path) -> None:
     KATA.write_text(CONFIGURATION.format("true"))
     with run_qemu("c1", address=nic) as pid:
         done = check(write_bundle(tmp_path, nic), pid=pid)
@@ -204,7 +204,7 @@ def test_the_own_qemu_has_no_iommu(nic: str, kata: None, tmp_path: Path) -> None
     )
 
 
-def test_another_sandboxs_qemu_holds_it(nic: str, kata: None, tmp_path: Path) -> None:
+def test_host_check_other_qemu_holds_group(nic: str, kata: None, tmp_path: Path) -> None:
     with run_qemu("other", address=nic) as other, run_qemu("c1", *VIOMMU) as own:
         done = check(write_bundle(tmp_path, nic), pid=own)
     assert done.code == 1
@@ -215,14 +215,14 @@ def test_another_sandboxs_qemu_holds_it(nic: str, kata: None, tmp_path: Path) ->
 # Kata's configuration ------------------------------------------------------------------------------------------------
 
 
-def test_the_configuration_decides_before_anything_runs(nic: str, kata: None, tmp_path: Path) -> None:
+def test_host_check_configuration_before_vm(nic: str, kata: None, tmp_path: Path) -> None:
     done = check(write_bundle(tmp_path, nic))
     assert done.code == 1
-    said = f"enable_iommu = false in {KATA} line 5, not overridden by config.d/ or annotations; "
-    assert f"error: [viommu-off] virtual IOMMU: {said}" in done.stderr
+    output = f"enable_iommu = false in {KATA} line 5, not overridden by config.d/ or annotations; "
+    assert f"error: [viommu-off] virtual IOMMU: {output}" in done.stderr
 
 
-def test_the_hint_mends_the_configuration(nic: str, kata: None, tmp_path: Path) -> None:
+def test_host_check_viommu_hint_works(nic: str, kata: None, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path, nic)
     command = check(bundle).stderr.rpartition("set it there, or: ")[2].partition("; then start")[0]
     subprocess.run(command, shell=True, check=True)  # noqa: S602
@@ -236,7 +236,7 @@ def test_the_hint_mends_the_configuration(nic: str, kata: None, tmp_path: Path) 
         drop_in.parent.rmdir()
 
 
-def test_warn_mode(nic: str, kata: None, tmp_path: Path) -> None:
+def test_host_check_warn_mode(nic: str, kata: None, tmp_path: Path) -> None:
     bundles.write_settings(host='mode = "warn"\n')
     done = check(write_bundle(tmp_path, nic))
     assert done.code == 0
@@ -246,7 +246,7 @@ def test_warn_mode(nic: str, kata: None, tmp_path: Path) -> None:
 # By hand -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_listing_tells_the_truth(nic: str) -> None:
+def test_host_check_survey_matches_sysfs(nic: str) -> None:
     """Every group and every member, with the driver that sysfs shows."""
     done = subprocess.run(
         [bundles.find_hook(bundles.HOST_HOOK), "--all", "--json"], capture_output=True, text=True, check=False, env={}
@@ -260,7 +260,7 @@ def test_the_listing_tells_the_truth(nic: str) -> None:
     assert done.returncode == 0
 
 
-def test_the_listing_names_who_holds_a_group(nic: str) -> None:
+def test_host_check_survey_names_holder(nic: str) -> None:
     with run_qemu("c1", address=nic) as pid:
         done = subprocess.run(
             [bundles.find_hook(bundles.HOST_HOOK), "--all"], capture_output=True, text=True, check=False, env={}
@@ -278,7 +278,7 @@ def host_hooks() -> dict[str, list[dict[str, Any]]]:
     return {"createRuntime": [bundles.make_hook(bundles.find_hook(bundles.HOST_HOOK))]}
 
 
-def test_a_good_container_starts(containers: Containers, nic: str) -> None:
+def test_host_check_good_container_starts(containers: Containers, nic: str) -> None:
     rules = [{"allow": True, "type": "c", "access": "rwm"}]
     done = containers.probe(devices=list_devices(nic), device_rules=rules, hooks=host_hooks())
     assert done.code == 0, done.stderr
@@ -287,7 +287,7 @@ def test_a_good_container_starts(containers: Containers, nic: str) -> None:
     assert group["viable"]
 
 
-def test_a_bad_container_does_not(containers: Containers, nic: str) -> None:
+def test_host_check_bad_container_not_started(containers: Containers, nic: str) -> None:
     first = guest.find_device(devices.NIC_E1000)
     guest.bind(first, "vfio-pci")
     done = containers.run("/bin/echo", "started", devices=list_devices(first), hooks=host_hooks())
@@ -296,7 +296,7 @@ def test_a_bad_container_does_not(containers: Containers, nic: str) -> None:
     assert "[group-not-viable]" in done.stderr
 
 
-def test_a_container_without_vfio_starts_whatever_kata_says(containers: Containers, kata: None) -> None:
+def test_host_check_without_vfio_starts(containers: Containers, kata: None) -> None:
     KATA.write_text("no toml")
     done = containers.run("/bin/echo", "started", hooks=host_hooks())
     assert (done.code, done.stdout, done.stderr) == (0, "started\n", "")

@@ -26,7 +26,7 @@ def run(*argv: str, text: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=text, capture_output=True, text=True, env={}, check=False)
 
 
-def test_a_group_cannot_be_had(tmp_path: Path) -> None:
+def test_host_check_no_iommu_group_refused(tmp_path: Path) -> None:
     assert not guest.GROUPS.is_dir() or not list(guest.GROUPS.iterdir())
     options = bundles.Options(devices=bundles.vfio_devices("12"), device_rules=[{"allow": True, "access": "rwm"}])
     (tmp_path / "config.json").write_text(json.dumps(bundles.make_config(["/bin/true"], "rootfs", options, "/x")))
@@ -36,7 +36,7 @@ def test_a_group_cannot_be_had(tmp_path: Path) -> None:
     assert line.startswith("vfio-host-check: error: [iommu-off] host: the kernel uses no IOMMU")
 
 
-def test_a_container_without_vfio_is_let_through(tmp_path: Path) -> None:
+def test_host_check_no_iommu_without_vfio_starts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps(bundles.make_config(["/bin/true"], "rootfs", bundles.Options(), "/x"))
     )
@@ -44,7 +44,7 @@ def test_a_container_without_vfio_is_let_through(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_node_has_a_problem() -> None:
+def test_host_check_no_iommu_npd() -> None:
     done = run("--all", "--format", "npd")
     assert done.returncode == 1
     assert done.stdout.startswith("iommu-off: host: ")

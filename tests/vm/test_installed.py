@@ -122,7 +122,7 @@ def check_probe(done: Done) -> None:
     assert guest.driver_of(guest.find_device(devices.NIC_E1000E)) == "e1000e"
 
 
-def test_config_json(fresh: Root, containers: Containers) -> None:
+def test_installed_config_json(fresh: Root, containers: Containers) -> None:
     declared = json.loads(fresh.run("cat", f"{EXAMPLES}/config.json/guest.json").stdout)
     container = containers.make(*PROBE, hooks=declared["hooks"], annotations=declared["annotations"])
     check_probe(run_bundle(fresh, container, containers.runtime))
@@ -133,21 +133,21 @@ def test_line_for_podman(fresh: Root, image: Path) -> None:
     check_probe(follow(fresh, line, image))
 
 
-def test_podman_without_an_annotation_runs_no_hook(fresh: Root, image: Path) -> None:
+def test_installed_podman_without_annotation(fresh: Root, image: Path) -> None:
     done = follow(fresh, "podman run IMAGE", image)
     assert done.code == 0, done.stderr
     report = done.read_json()
     assert (report["groups"], report["nodes"]) == ([], [])
 
 
-def test_cdi(fresh: Root, image: Path) -> None:
+def test_installed_cdi(fresh: Root, image: Path) -> None:
     install, line = read_lines(Path(f"{fresh.layers[0]}{EXAMPLES}/README.md"), "**CDI**")
     assert follow(fresh, install, image).code == 0
     # A directory without hooks, so that it must be the CDI file that brings them.
     check_probe(follow(fresh, line, image, "--hooks-dir", "/srv"))
 
 
-def test_the_check_for_every_container(fresh: Root, image: Path) -> None:
+def test_installed_check_always(fresh: Root, image: Path) -> None:
     readme = Path(f"{fresh.layers[0]}{EXAMPLES}/README.md")
     *installs, line = read_lines(readme, "**Podman and CRI-O, the check for every container**")
     for install in installs:
@@ -167,7 +167,7 @@ def test_the_check_for_every_container(fresh: Root, image: Path) -> None:
 
 
 @pytest.mark.parametrize("containers", ["runc"], indirect=True)
-def test_dockers_wrapper(fresh: Root, containers: Containers) -> None:
+def test_installed_docker_wrapper(fresh: Root, containers: Containers) -> None:
     install, _ = read_lines(Path(f"{fresh.layers[0]}{EXAMPLES}/README.md"), "**Docker**")
     fresh.run("sh", "-ec", install, cwd=EXAMPLES)
     container = containers.make(*PROBE, hooks={}, annotations={DEVICES: "auto"})
@@ -175,19 +175,19 @@ def test_dockers_wrapper(fresh: Root, containers: Containers) -> None:
 
 
 @pytest.mark.parametrize("containers", ["crun"], indirect=True)
-def test_what_failed_is_told_by_the_tool(fresh: Root, containers: Containers) -> None:
+def test_installed_replay_tool(fresh: Root, containers: Containers) -> None:
     declared = json.loads(fresh.run("cat", f"{EXAMPLES}/config.json/guest.json").stdout)
     container = containers.make(*PROBE, hooks=declared["hooks"], annotations={DEVICES: "0000:00:00.0"})
     done = run_bundle(fresh, container, "crun")
     assert done.code != 0
-    said = re.search(r"vfio-guest-bind: error: \[([a-z-]+)\]", done.stderr)
-    assert said, done.stderr
-    told = fresh.run("vfio-hook-replay", "explain").stdout
-    assert said.group(1) in told
-    assert "0000:00:00.0" in told
+    output = re.search(r"vfio-guest-bind: error: \[([a-z-]+)\]", done.stderr)
+    assert output, done.stderr
+    reported = fresh.run("vfio-hook-replay", "explain").stdout
+    assert output.group(1) in reported
+    assert "0000:00:00.0" in reported
 
 
-def test_the_host_check_by_hand(fresh: Root) -> None:
+def test_installed_host_check_by_hand(fresh: Root) -> None:
     (line,) = [line for line in read_lines(INSTALL, "for the check:") if "--all" in line]
     done = fresh.run("sh", "-c", f"{line} --json", code=None, limit=bundles.LIMIT)
     nic = guest.find_device(devices.NIC_E1000E)

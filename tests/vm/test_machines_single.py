@@ -9,14 +9,14 @@ MACHINE = "single"
 KERNELS = ("6.1", "6.12")
 
 
-def test_one_group_is_half_bound() -> None:
+def test_single_half_bound_group() -> None:
     """A USB controller with a driver, a device without one, one group."""
     controller, idle = guest.find_device(devices.XHCI), guest.find_device(devices.TESTDEV)
     assert guest.group_of(controller) == guest.group_of(idle)
     assert (guest.driver_of(controller), guest.driver_of(idle)) == ("xhci_hcd", "")
 
 
-def test_one_nic_is_alone() -> None:
+def test_single_nic_alone() -> None:
     """The one endpoint that is not QEMU's own."""
     (nic,) = guest.find_devices(devices.NIC_E1000E)
     assert guest.members_of(guest.group_of(nic)) == [nic]

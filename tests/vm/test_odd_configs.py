@@ -43,7 +43,7 @@ def run(containers: Containers, kind: str, **options: Any) -> Done:
 
 
 @pytest.mark.parametrize(("kind", "containers"), list_runs(), indirect=["containers"])
-def test_what_runs_without_the_hooks_runs_with_them(containers: Containers, kind: str) -> None:
+def test_odd_configs_run_with_hooks(containers: Containers, kind: str) -> None:
     done = run(containers, kind, hooks=HOOKS)
     if done.code == 0:
         assert "error: [" not in done.stderr
@@ -77,7 +77,7 @@ NOT_HEARD = {
 
 
 @pytest.mark.parametrize(("kind", "containers"), list(list_pairs())[:: 1 if IS_FULL else 2], indirect=["containers"])
-def test_what_asks_works_or_is_refused_in_words(containers: Containers, kind: str) -> None:
+def test_odd_configs_with_vfio_work_or_refused(containers: Containers, kind: str) -> None:
     """No kind is passed by in silence where it asks, and none leaves anything behind."""
     options: dict[str, Any] = {"annotations": calls.ask("auto"), "devices": bundles.vfio_devices("77")}
     hooks = {"createRuntime": GUEST, "poststop": RELEASE}

@@ -20,7 +20,7 @@ import pytest
 
 from oci_hooks.findings import StepError
 from oci_hooks.guest.apply import bpf, cgroup, permission, proof
-from oci_hooks.guest.apply.cgroup import Node
+from oci_hooks.guest.apply.cgroup import MadeNode
 from oci_hooks.guest.apply.permission import Grant, Widening
 from oci_hooks.system import Deadline, Root
 from tests.vm import devices, guest
@@ -33,7 +33,7 @@ UNIFIED = Path("/sys/fs/cgroup")
 NODES = Path("/run/permission-nodes")
 HARDEN = Path("/proc/sys/net/core/bpf_jit_harden")
 ALLOW_OVERRIDE, ALLOW_MULTI = 1, 2
-VFIO, MEM, NULL, ZERO = Node("vfio", 10, 196), Node("mem", 1, 1), Node("null", 1, 3), Node("zero", 1, 5)
+VFIO, MEM, NULL, ZERO = MadeNode("vfio", 10, 196), MadeNode("mem", 1, 1), MadeNode("null", 1, 3), MadeNode("zero", 1, 5)
 
 
 # Programs of the tests' own -------------------------------------------------------------------------------------------
@@ -126,16 +126,16 @@ class Container:
         self.path.rmdir()
         self.pod.rmdir()
 
-    def make(self, *nodes: Node) -> None:
+    def make(self, *nodes: MadeNode) -> None:
         """Make nodes."""
         for node in nodes:
             os.mknod(NODES / node.name, 0o20600, os.makedev(node.major, node.minor))
 
-    def open(self, node: Node, flags: int = os.O_RDWR) -> int:
+    def open(self, node: MadeNode, flags: int = os.O_RDWR) -> int:
         """Return errno of opening a node from inside, 0 when it opens: the test's own proof."""
         return self.attempt(lambda: os.open(NODES / node.name, flags))
 
-    def mknod(self, node: Node, kind: int = 0o20600) -> int:
+    def mknod(self, node: MadeNode, kind: int = 0o20600) -> int:
         """Return errno of making a node from inside, 0 when it can be made."""
         return self.attempt(lambda: os.mknod(NODES / "new", kind, os.makedev(node.major, node.minor)))
 
@@ -153,11 +153,11 @@ class Container:
                 os._exit(254)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    def prove(self, *nodes: Node) -> list[int]:
+    def prove(self, *nodes: MadeNode) -> list[int]:
         """Return what the module under test says."""
-        return [proof.error for proof in proof.prove(ROOT, self.place, self.directory, nodes, Deadline(20))]
+        return [check.error for check in proof.verify_nodes(ROOT, self.place, self.directory, nodes, Deadline(20))]
 
-    def plan(self, *nodes: Node, widen_parents: bool = False) -> Grant:
+    def plan(self, *nodes: MadeNode, widen_parents: bool = False) -> Grant:
         """Return what the module under test would do."""
         return permission.plan_grant(ROOT, self.place, nodes, widen_parents)
 
@@ -177,14 +177,14 @@ def container() -> Iterator[Container]:
 
 
 @pytest.fixture
-def two_groups(native_drivers: None) -> tuple[Node, Node]:
+def two_groups(native_drivers: None) -> tuple[MadeNode, MadeNode]:
     """Two real groups with a node each."""
     nodes = []
     for nth in (0, 1):
         nic = guest.find_device(devices.NIC_E1000E, nth)
         guest.bind(nic, "vfio-pci")
         group = guest.group_of(nic)
-        nodes.append(Node(group, *guest.numbers_of_group(group), is_group=True))
+        nodes.append(MadeNode(group, *guest.numbers_of_group(group), is_group=True))
     return nodes[0], nodes[1]
 
 
@@ -194,14 +194,14 @@ EPERM = errno.EPERM
 # Version 2 ------------------------------------------------------------------------------------------------------------
 
 
-def test_exactly_the_node_is_permitted(container: Container, two_groups: tuple[Node, Node]) -> None:
+def test_permission_exactly_the_node(container: Container, two_groups: tuple[MadeNode, MadeNode]) -> None:
     group, neighbour = two_groups
     everything = (group, neighbour, VFIO, MEM, NULL, ZERO)
     container.make(*everything)
     assert container.place.unified == str(container.path)
     # Nothing attached: all open, nothing to do, nothing done.
     assert container.prove(*everything) == [0] * 6
-    permission.permit(ROOT, container.plan(group))
+    permission.allow(ROOT, container.plan(group))
     assert list_programs(container.path) == []
 
     attach(load(*ONLY_NULL), container.path)
@@ -211,7 +211,7 @@ def test_exactly_the_node_is_permitted(container: Container, two_groups: tuple[N
     assert container.prove(*everything) == [container.open(node) for node in everything] == before
 
     grant = container.plan(group, VFIO)
-    permission.permit(ROOT, grant)
+    permission.allow(ROOT, grant)
     after = [0, EPERM, 0, EPERM, 0, EPERM]
     assert container.prove(*everything) == [container.open(node) for node in everything] == after
     assert container.open(group, os.O_RDONLY) == container.open(group, os.O_WRONLY) == 0
@@ -222,16 +222,16 @@ def test_exactly_the_node_is_permitted(container: Container, two_groups: tuple[N
 
     # Once more changes nothing; the program is the same one.
     (program,) = list_programs(container.path)
-    permission.permit(ROOT, grant)
+    permission.allow(ROOT, grant)
     assert list_programs(container.path) == [program]
 
-    permission.forbid(ROOT, grant)
+    permission.disallow(ROOT, grant)
     assert container.prove(*everything) == [container.open(node) for node in everything] == before
     (program,) = list_programs(container.path)
     assert dump(program) == original
 
 
-def test_two_programs_on_one_cgroup(container: Container, two_groups: tuple[Node, Node]) -> None:
+def test_permission_two_programs(container: Container, two_groups: tuple[MadeNode, MadeNode]) -> None:
     """As systemd attaches its own beside the runtime's."""
     group, neighbour = two_groups
     container.make(group, neighbour, NULL)
@@ -239,26 +239,26 @@ def test_two_programs_on_one_cgroup(container: Container, two_groups: tuple[Node
     attach(load(*ONLY_NULL), container.path)
     assert container.prove(group, neighbour, NULL) == [EPERM] * 3
     grant = container.plan(group)
-    permission.permit(ROOT, grant)
+    permission.allow(ROOT, grant)
     assert len(list_programs(container.path)) == 2
     assert container.prove(group, neighbour, NULL) == [0, EPERM, EPERM]
-    permission.forbid(ROOT, grant)
+    permission.disallow(ROOT, grant)
     assert container.prove(group, neighbour, NULL) == [EPERM] * 3
 
 
 @pytest.mark.parametrize("flags", [0, ALLOW_OVERRIDE, ALLOW_MULTI])
-def test_however_the_program_is_attached(container: Container, flags: int) -> None:
+def test_permission_any_attach_flags(container: Container, flags: int) -> None:
     container.make(VFIO, MEM)
     attach(load(*RETURN_0), container.path, flags)
     grant = container.plan(VFIO)
-    permission.permit(ROOT, grant)
+    permission.allow(ROOT, grant)
     assert len(list_programs(container.path)) == 1
     assert [container.open(VFIO), container.open(MEM)] == [0, EPERM]
-    permission.forbid(ROOT, grant)
+    permission.disallow(ROOT, grant)
     assert [container.open(VFIO), container.open(MEM)] == [EPERM, EPERM]
 
 
-def test_another_process_takes_it_back_after_a_kill(container: Container, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permission_revoked_by_next_process(container: Container, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two programs, killed after the first: the journal's grant is all that the next process knows."""
     container.make(VFIO, MEM)
     attach(load(*RETURN_0), container.path)
@@ -275,7 +275,7 @@ def test_another_process_takes_it_back_after_a_kill(container: Container, monkey
                 os.kill(os.getpid(), signal.SIGKILL)
 
             monkeypatch.setattr(bpf, "replace_program", replace_and_die)
-            permission.permit(ROOT, grant)
+            permission.allow(ROOT, grant)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -283,30 +283,30 @@ def test_another_process_takes_it_back_after_a_kill(container: Container, monkey
 
     code = (
         "from oci_hooks import system; from oci_hooks.guest.apply import permission;"
-        f"permission.forbid(system.Root(), permission.Grant({grant.nodes!r}, {grant.unified!r}, ()))"
+        f"permission.disallow(system.Root(), permission.Grant({grant.nodes!r}, {grant.unified!r}, ()))"
     )
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     subprocess.run([sys.executable, "-S", "-c", code], check=True, env=environment)
     assert [dump(program) for program in list_programs(container.path)] == dumps
     # And after a kill, permitting goes on where it was.
-    permission.permit(ROOT, grant)
+    permission.allow(ROOT, grant)
     assert [container.open(VFIO), container.open(MEM)] == [0, EPERM]
 
 
-def test_an_ancestor_is_never_changed_and_is_named(container: Container) -> None:
+def test_permission_ancestor_unchanged_named(container: Container) -> None:
     container.make(VFIO)
     attach(load(*RETURN_0), container.path)
     attach(load(*RETURN_0), container.pod)
     above = list_programs(container.pod)
-    permission.permit(ROOT, container.plan(VFIO))
+    permission.allow(ROOT, container.plan(VFIO))
     assert list_programs(container.pod) == above
-    proofs = proof.prove(ROOT, container.place, container.directory, [VFIO], Deadline(20))
-    assert [proof.is_denied for proof in proofs] == [True]
-    error = permission.explain_denial(ROOT, container.place, proofs)
+    checks = proof.verify_nodes(ROOT, container.place, container.directory, [VFIO], Deadline(20))
+    assert [check.is_denied for check in checks] == [True]
+    error = permission.explain_denial(ROOT, container.place, checks)
     assert f"{container.pod} above has a device program" in str(error)
 
 
-def test_the_scope_above_is_the_containers_own() -> None:
+def test_permission_own_scope_changed() -> None:
     """As under systemd: crun's container is below its scope, and systemd's program is on the scope."""
     container = Container(UNIFIED, "test-pod.scope")
     try:
@@ -315,13 +315,13 @@ def test_the_scope_above_is_the_containers_own() -> None:
             attach(load(*RETURN_0), path)
         grant = container.plan(VFIO)
         (container.pod / "other").mkdir()
-        permission.permit(ROOT, grant)
+        permission.allow(ROOT, grant)
         # Another one is in the scope: it is not for this container alone.
         assert [container.open(VFIO), container.open(MEM)] == [EPERM, EPERM]
         (container.pod / "other").rmdir()
-        permission.permit(ROOT, grant)
+        permission.allow(ROOT, grant)
         assert [container.open(VFIO), container.open(MEM)] == [0, EPERM]
-        permission.forbid(ROOT, grant)
+        permission.disallow(ROOT, grant)
         assert [container.open(VFIO), container.open(MEM)] == [EPERM, EPERM]
     finally:
         container.remove()
@@ -331,7 +331,7 @@ def refused(container: Container) -> str:
     """Return what permitting says, which must leave the programs as they were and name the rule to add."""
     before = list_programs(container.path)
     with pytest.raises(StepError) as caught:
-        permission.permit(ROOT, container.plan(VFIO))
+        permission.allow(ROOT, container.plan(VFIO))
     assert list_programs(container.path) == before
     assert container.open(VFIO) == EPERM
     (finding,) = caught.value.findings
@@ -341,7 +341,7 @@ def refused(container: Container) -> str:
     return finding.problem
 
 
-def test_hardened_programs_are_not_rewritten(container: Container) -> None:
+def test_permission_hardened_jit_refused(container: Container) -> None:
     """net.core.bpf_jit_harden=2: constants are blinded, the dump is empty or in terms of a hidden register."""
     container.make(VFIO)
     before = HARDEN.read_text()
@@ -363,7 +363,7 @@ def test_hardened_programs_are_not_rewritten(container: Container) -> None:
         Path("/proc/sys/kernel/kptr_restrict").write_text("0")
 
 
-def test_a_program_of_a_link_is_left_to_its_owner(container: Container) -> None:
+def test_permission_link_program_refused(container: Container) -> None:
     container.make(VFIO)
     fd = os.open(container.path, os.O_RDONLY)
     program = load(*RETURN_0)
@@ -376,7 +376,7 @@ def test_a_program_of_a_link_is_left_to_its_owner(container: Container) -> None:
             os.close(each)
 
 
-def test_a_program_with_a_map_is_left_alone(container: Container) -> None:
+def test_permission_program_with_map_refused(container: Container) -> None:
     container.make(VFIO)
     # BPF_MAP_CREATE: an array of one entry; then a 64-bit load of its address by descriptor.
     array = call_bpf(0, struct.pack("<IIII56x", 2, 4, 4, 1))
@@ -385,7 +385,7 @@ def test_a_program_with_a_map_is_left_alone(container: Container) -> None:
     assert "maps" in refused(container)
 
 
-def test_a_program_that_calls_the_kernel_is_left_alone(container: Container) -> None:
+def test_permission_program_with_call_refused(container: Container) -> None:
     """Where the dump can't be loaded again, the verifier's last word is passed on."""
     container.make(VFIO)
     attach(load((0x85, 0, 0, 5), *RETURN_0), container.path)
@@ -395,7 +395,7 @@ def test_a_program_that_calls_the_kernel_is_left_alone(container: Container) -> 
 # Proofs ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_group_that_somebody_holds(container: Container, two_groups: tuple[Node, Node]) -> None:
+def test_permission_group_held(container: Container, two_groups: tuple[MadeNode, MadeNode]) -> None:
     group, _ = two_groups
     container.make(group)
     holder = os.open(NODES / group.name, os.O_RDWR)
@@ -409,21 +409,21 @@ def test_a_group_that_somebody_holds(container: Container, two_groups: tuple[Nod
 
 
 @pytest.mark.usefixtures("native_drivers")
-def test_a_group_that_is_not_viable(container: Container) -> None:
+def test_permission_group_not_viable(container: Container) -> None:
     """Of two cards in a group one is still bound to its native driver."""
     cards = guest.find_devices(devices.NIC_E1000)
     guest.bind(cards[0], "vfio-pci")
     name = guest.group_of(cards[0])
-    group = Node(name, *guest.numbers_of_group(name), is_group=True)
+    group = MadeNode(name, *guest.numbers_of_group(name), is_group=True)
     container.make(group)
-    proofs = proof.prove(ROOT, container.place, container.directory, [group], Deadline(20))
-    assert [(proof.error, proof.is_viable) for proof in proofs] == [(0, False)]
+    checks = proof.verify_nodes(ROOT, container.place, container.directory, [group], Deadline(20))
+    assert [(check.error, check.is_viable) for check in checks] == [(0, False)]
     guest.bind(cards[1], "vfio-pci")
-    proofs = proof.prove(ROOT, container.place, container.directory, [group], Deadline(20))
-    assert [(proof.error, proof.is_viable) for proof in proofs] == [(0, True)]
+    checks = proof.verify_nodes(ROOT, container.place, container.directory, [group], Deadline(20))
+    assert [(check.error, check.is_viable) for check in checks] == [(0, True)]
 
 
-def test_nobody_is_left_in_the_cgroup(container: Container) -> None:
+def test_permission_leaves_no_process_in_cgroup(container: Container) -> None:
     container.make(NULL)
     container.prove(NULL)
     assert (container.path / "cgroup.procs").read_text().split() == [str(container.process.pid)]
@@ -467,7 +467,7 @@ def legacy_below(hierarchy: Path) -> Iterator[Container]:
     made.remove()
 
 
-def test_version_1_exactly_the_node_is_permitted(legacy: Container, two_groups: tuple[Node, Node]) -> None:
+def test_permission_v1_exactly_the_node(legacy: Container, two_groups: tuple[MadeNode, MadeNode]) -> None:
     group, neighbour = two_groups
     everything = (group, neighbour, VFIO, MEM, NULL)
     legacy.make(*everything)
@@ -477,34 +477,34 @@ def test_version_1_exactly_the_node_is_permitted(legacy: Container, two_groups: 
     before = [EPERM, EPERM, EPERM, EPERM, 0]
     assert legacy.prove(*everything) == [legacy.open(node) for node in everything] == before
     grant = legacy.plan(group, VFIO)
-    permission.permit(ROOT, grant)
-    permission.permit(ROOT, grant)
+    permission.allow(ROOT, grant)
+    permission.allow(ROOT, grant)
     after = [0, EPERM, 0, EPERM, 0]
     assert legacy.prove(*everything) == [legacy.open(node) for node in everything] == after
     assert legacy.mknod(group) == EPERM
-    permission.forbid(ROOT, grant)
+    permission.disallow(ROOT, grant)
     assert legacy.prove(*everything) == before
     assert (legacy.path / "devices.list").read_text() == listed
 
 
-def test_version_1_what_the_parent_lacks(legacy_below: Container) -> None:
+def test_permission_v1_parent_lacks_rule(legacy_below: Container) -> None:
     legacy = legacy_below
     legacy.make(VFIO, MEM, NULL)
     listed = [(path / "devices.list").read_text() for path in (legacy.pod, legacy.path)]
     with pytest.raises(StepError, match=f"the parent cgroup {legacy.pod} does not allow it") as caught:
-        permission.permit(ROOT, legacy.plan(VFIO))
+        permission.allow(ROOT, legacy.plan(VFIO))
     assert '"major": 10, "minor": 196' in caught.value.findings[0].hint
 
     grant = legacy.plan(VFIO, widen_parents=True)
     assert [widening.path for widening in grant.devices] == [str(legacy.pod), str(legacy.path)]
-    permission.permit(ROOT, grant)
+    permission.allow(ROOT, grant)
     assert legacy.prove(VFIO, MEM, NULL) == [0, EPERM, 0]
-    permission.forbid(ROOT, grant)
+    permission.disallow(ROOT, grant)
     assert legacy.prove(VFIO, MEM, NULL) == [EPERM, EPERM, 0]
     assert [(path / "devices.list").read_text() for path in (legacy.pod, legacy.path)] == listed
 
 
-def test_both_versions_at_once(legacy: Container) -> None:
+def test_permission_v1_and_v2(legacy: Container) -> None:
     """The kernel asks both; the container's own cgroup of each is widened."""
     legacy.make(VFIO, MEM)
     both = UNIFIED / "test-both"
@@ -517,9 +517,9 @@ def test_both_versions_at_once(legacy: Container) -> None:
         grant = legacy.plan(VFIO)
         assert (grant.unified, grant.devices) == (str(both), (Widening(str(legacy.path), ("rw",)),))
         assert legacy.prove(VFIO, MEM) == [EPERM, EPERM]
-        permission.permit(ROOT, grant)
+        permission.allow(ROOT, grant)
         assert legacy.prove(VFIO, MEM) == [0, EPERM]
-        permission.forbid(ROOT, grant)
+        permission.disallow(ROOT, grant)
         assert legacy.prove(VFIO, MEM) == [EPERM, EPERM]
     finally:
         (UNIFIED / "cgroup.procs").write_text(str(legacy.process.pid))

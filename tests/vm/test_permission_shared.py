@@ -141,7 +141,7 @@ def release(state: dict[str, Any]) -> tuple[int, str]:
 
 
 @one_runtime
-def test_a_process_that_is_left_has_no_permission_any_more(containers: Containers, party: Party) -> None:
+def test_shared_remaining_process_loses_permission(containers: Containers, party: Party) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     first, state = calls.make_created(containers)
     second, second_state = calls.make_created(containers)
@@ -161,7 +161,7 @@ def test_a_process_that_is_left_has_no_permission_any_more(containers: Container
 
 
 @one_runtime
-def test_what_can_not_be_revoked_is_not_given_away(containers: Containers, party: Party) -> None:
+def test_shared_unrevocable_device_kept(containers: Containers, party: Party) -> None:
     """A device program that came later can't be read: with the process that is left the claim stays, and its device."""
     nic = guest.find_device(devices.NIC_E1000E)
     first, state = calls.make_created(containers)
@@ -173,11 +173,11 @@ def test_what_can_not_be_revoked_is_not_given_away(containers: Containers, party
     attach(load((0x18, 0x12, 0, array), (0, 0, 0, 0), *RETURN_1), UNIFIED / first.name)
     os.close(array)
     end_init(first)
-    code, said = release(state)
+    code, output = release(state)
     assert code == 1
-    assert "[permission-left]" in said
-    assert f"cannot be revoked from its processes {staying.process.pid}: " in said
-    assert f"end them with: kill -9 {staying.process.pid}" in said
+    assert "[permission-left]" in output
+    assert f"cannot be revoked from its processes {staying.process.pid}: " in output
+    assert f"end them with: kill -9 {staying.process.pid}" in output
     assert guest.driver_of(nic) == "vfio-pci"
     refused = calls.fork_hook({**second_state, "annotations": ask(nic)})
     assert refused.code == 1
@@ -196,7 +196,7 @@ def test_what_can_not_be_revoked_is_not_given_away(containers: Containers, party
 @one_runtime
 @pytest.mark.usefixtures("plugged")
 @pytest.mark.parametrize("when", ["before", "while"])
-def test_a_number_that_is_given_out_anew_is_one_containers(containers: Containers, party: Party, when: str) -> None:
+def test_shared_reused_number_single_owner(containers: Containers, party: Party, when: str) -> None:
     """Unplugged before the next hook, or after that has looked at the claims: then the number is revoked once bound."""
     plug()
     guest.settle()
@@ -233,7 +233,7 @@ def test_a_number_that_is_given_out_anew_is_one_containers(containers: Container
 
 @one_runtime
 @pytest.mark.usefixtures("plugged")
-def test_a_number_that_can_not_be_revoked_is_not_given(containers: Containers, party: Party) -> None:
+def test_shared_unrevocable_number_refused(containers: Containers, party: Party) -> None:
     plug()
     guest.settle()
     (first_nic,) = guest.find_devices(IDS)
@@ -259,8 +259,10 @@ def test_a_number_that_can_not_be_revoked_is_not_given(containers: Containers, p
     staying.end()
     done = calls.fork_hook({**second_state, "annotations": ask(nic)})
     assert done.code == 0
-    (told,) = calls.list_findings(done)
-    assert f"warning: [undo-failed] {UNIFIED / first.name}: device numbers 10:196,{numbers[0]}:{numbers[1]} " in told
+    (reported,) = calls.list_findings(done)
+    assert (
+        f"warning: [undo-failed] {UNIFIED / first.name}: device numbers 10:196,{numbers[0]}:{numbers[1]} " in reported
+    )
     assert guest.numbers_of_group(guest.group_of(nic)) == numbers
 
 
@@ -302,7 +304,7 @@ def list_rules(*paths: Path) -> list[set[str]]:
 
 
 @one_runtime
-def test_a_device_list_is_given_back_as_it_was(containers: Containers, party: Party, pod: Path) -> None:
+def test_shared_v1_device_list_restored(containers: Containers, party: Party, pod: Path) -> None:
     """What it had is neither lost nor found among what was given: an entry of its own, a wildcard, nothing."""
     nic = guest.find_device(devices.NIC_E1000E)
     subprocess.run(["modprobe", "vfio-pci"], check=True)
@@ -322,7 +324,7 @@ def test_a_device_list_is_given_back_as_it_was(containers: Containers, party: Pa
 
 
 @one_runtime
-def test_what_another_one_of_the_pod_needs_stays(containers: Containers, party: Party, pod: Path) -> None:
+def test_shared_v1_pod_rules_kept_while_needed(containers: Containers, party: Party, pod: Path) -> None:
     """The control node is permitted to the pod for both of its containers, and is taken back with the last of them."""
     nics = guest.find_devices(devices.NIC_E1000E)
     subprocess.run(["modprobe", "vfio-pci"], check=True)
@@ -357,7 +359,7 @@ def test_what_another_one_of_the_pod_needs_stays(containers: Containers, party: 
 
 
 @one_runtime
-def test_a_hidden_exception_is_given_back_as_it_was(containers: Containers, party: Party) -> None:
+def test_shared_v1_hidden_exception_restored(containers: Containers, party: Party) -> None:
     """A cgroup that permits by default lists only that; what it denies is found out by opening."""
     nic = guest.find_device(devices.NIC_E1000E)
     subprocess.run(["modprobe", "vfio-pci"], check=True)

@@ -58,14 +58,14 @@ def meanwhile(work: Callable[[], object]) -> Iterator[None]:
     ("code", "devices_asked"),
     [("bad-annotation", "nonsense"), ("never-taken", "class:0601"), ("bridge", find_bridge)],
 )
-def test_annotations(containers: Containers, code: str, devices_asked: Any) -> None:
+def test_record_annotations(containers: Containers, code: str, devices_asked: Any) -> None:
     text = devices_asked if isinstance(devices_asked, str) else devices_asked()
     _, state = calls.make_created(containers, annotations=ask(text))
     check_record(calls.fork_hook(state), code)
 
 
 @one_runtime
-def test_a_device_that_does_not_come(containers: Containers) -> None:
+def test_record_device_never_arrives(containers: Containers) -> None:
     """Waited for in vain: the uevent that came meanwhile is in the record, and when."""
     nic = guest.find_device(devices.NIC_E1000E)
     _, state = calls.make_created(containers, annotations=ask(ABSENT))
@@ -79,24 +79,24 @@ def test_a_device_that_does_not_come(containers: Containers) -> None:
 
 @one_runtime
 @pytest.mark.parametrize(("code", "count"), [("ambiguous", 1), ("no-candidate", 30)])
-def test_counting(containers: Containers, code: str, count: int) -> None:
+def test_record_ambiguous_count(containers: Containers, code: str, count: int) -> None:
     listed = bundles.vfio_devices(*(str(number) for number in range(70, 70 + count)))
-    _, state = calls.make_created(containers, devices=listed, environment={"TOKEN": "geheim"})
+    _, state = calls.make_created(containers, devices=listed, environment={"TOKEN": "secret"})
     with calls.settings(SHORT):
         record = check_record(calls.fork_hook(state), code)
-    assert b"geheim" not in b"".join(record.documents.values())
-    assert "geheim" not in json.dumps(record.events)
+    assert b"secret" not in b"".join(record.documents.values())
+    assert "secret" not in json.dumps(record.events)
 
 
 @one_runtime
-def test_auto_without_anything_to_take(containers: Containers) -> None:
+def test_record_auto_nothing_free(containers: Containers) -> None:
     _, state = calls.make_created(containers, annotations=ask("auto"))
     with calls.settings(SHORT, 'auto.classes = ["0b"]'):
         check_record(calls.fork_hook(state), "nothing-to-take")
 
 
 @one_runtime
-def test_a_disk_in_use(containers: Containers) -> None:
+def test_record_disk_in_use(containers: Containers) -> None:
     address = guest.find_nvme("disk")
     (disk,) = guest.disks_of(address)
     subprocess.run(["mkfs.ext4", "-q", disk], check=True)
@@ -112,7 +112,7 @@ def test_a_disk_in_use(containers: Containers) -> None:
 
 
 @one_runtime
-def test_a_device_of_another_container(containers: Containers) -> None:
+def test_record_claimed_device(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     _, first = calls.make_created(containers, annotations=ask(nic))
     before = recording.list_records()
@@ -125,14 +125,14 @@ def test_a_device_of_another_container(containers: Containers) -> None:
 
 
 @one_runtime
-def test_a_process_that_is_gone(containers: Containers) -> None:
+def test_record_ended_process(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     _, state = calls.make_created(containers, annotations=ask(nic))
     check_record(calls.fork_hook({**state, "pid": 4194303}), "no-process")
 
 
 @one_runtime
-def test_a_lock_that_is_held(containers: Containers) -> None:
+def test_record_lock_held(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     _, state = calls.make_created(containers, annotations=ask(nic))
     Path("/run/oci-vfio-hooks").mkdir(mode=0o700, exist_ok=True)
@@ -148,19 +148,19 @@ def test_a_lock_that_is_held(containers: Containers) -> None:
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        ("bad-json", '{"process": {"env": ["TOKEN=geheim", ]}, "annotations": {"io.katacontainers.x.vfio": "[]"}}'),
+        ("bad-json", '{"process": {"env": ["TOKEN=secret", ]}, "annotations": {"io.katacontainers.x.vfio": "[]"}}'),
         ("bad-config", '{"linux": {"devices": [{"path": "/dev/vfio/1", "type": "c", "major": "x"}]}}'),
     ],
 )
-def test_a_config_that_is_wrong(containers: Containers, code: str, text: str) -> None:
+def test_record_bad_config(containers: Containers, code: str, text: str) -> None:
     container, state = calls.make_created(containers)
     (container.bundle / "config.json").write_text(text)
     record = check_record(calls.fork_hook(state), code)
-    assert b"geheim" not in record.documents["config.json"]
+    assert b"secret" not in record.documents["config.json"]
 
 
 @one_runtime
-def test_settings_that_are_wrong(containers: Containers) -> None:
+def test_record_bad_settings(containers: Containers) -> None:
     _, state = calls.make_created(containers, annotations=ask("auto"))
     with calls.settings("dead_line = 3"):
         check_record(calls.fork_hook(state), "bad-settings")
@@ -170,7 +170,7 @@ def test_settings_that_are_wrong(containers: Containers) -> None:
 
 
 @one_runtime
-def test_a_kernel_without_device_nodes(containers: Containers) -> None:
+def test_record_no_cdev(containers: Containers) -> None:
     """It shows after the device was bound: all of the way back is in the record too."""
     nic = guest.find_device(devices.NIC_E1000E)
     _, state = calls.make_created(containers, annotations=ask([nic, "cdev"]))
@@ -180,14 +180,14 @@ def test_a_kernel_without_device_nodes(containers: Containers) -> None:
 
 
 @one_runtime
-def test_a_file_where_a_node_belongs(containers: Containers) -> None:
+def test_record_node_in_the_way(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     mount = {"destination": "/dev/vfio/vfio", "type": "bind", "source": "/etc/hostname", "options": ["bind", "ro"]}
     _, state = calls.make_created(containers, annotations=ask(nic), mounts=[mount])
     check_record(calls.fork_hook(state), "node-in-the-way")
 
 
-def test_a_link_in_the_image(containers: Containers) -> None:
+def test_record_symlink_in_image(containers: Containers) -> None:
     """By both runtimes from the container's start to its end: the words are in the runtime's error."""
     nic = guest.find_device(devices.NIC_E1000E)
     mounts = [mount for mount in bundles.MOUNTS if not mount["destination"].startswith("/dev")]
@@ -201,7 +201,7 @@ def test_a_link_in_the_image(containers: Containers) -> None:
 
 
 @one_runtime
-def test_a_group_that_another_process_holds(containers: Containers) -> None:
+def test_record_group_held(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
     _, state = calls.make_created(containers, annotations=ask(nic))
@@ -221,7 +221,7 @@ def numbers_of(address: str) -> tuple[int, int]:
 
 
 @one_runtime
-def test_no_driver_to_load(containers: Containers) -> None:
+def test_record_no_driver(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     _, state = calls.make_created(containers, annotations=ask(nic))
     modules = f"/lib/modules/{os.uname().release}"
@@ -234,7 +234,7 @@ def test_no_driver_to_load(containers: Containers) -> None:
 
 
 @one_runtime
-def test_a_root_file_system_that_lacks_dev(containers: Containers) -> None:
+def test_record_rootfs_without_dev(containers: Containers) -> None:
     """The process is one that is still in this machine's root, as a container's init is when its hooks run."""
     nic = guest.find_device(devices.NIC_E1000E)
     _, state = calls.make_created(containers, annotations=ask(nic))
@@ -252,13 +252,13 @@ def test_a_root_file_system_that_lacks_dev(containers: Containers) -> None:
 
 
 @one_runtime
-def test_a_group_that_the_host_does_not_have(containers: Containers) -> None:
+def test_record_group_missing(containers: Containers) -> None:
     _, state = calls.make_created(containers, devices=bundles.vfio_devices("4711"))
     check_record(check_host(json.dumps(state)), "group-missing")
 
 
 @one_runtime
-def test_a_group_that_is_not_viable(containers: Containers) -> None:
+def test_record_group_not_viable(containers: Containers) -> None:
     first, _ = guest.find_devices(devices.NIC_E1000)
     guest.bind(first, "vfio-pci")
     listed = [bundles.vfio_devices()[0], bundles.vfio_device(guest.group_of(first), *numbers_of(first))]
@@ -269,7 +269,7 @@ def test_a_group_that_is_not_viable(containers: Containers) -> None:
 # Not only failures ---------------------------------------------------------------------------------------------------
 
 
-def test_a_success_that_was_asked_for(containers: Containers) -> None:
+def test_record_success_on_request(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     before = set(RECORDS.iterdir()) if RECORDS.exists() else set()
     annotations = {**ask(nic), "io.katacontainers.x.vfio.record": "on", "io.katacontainers.x.vfio.log": "debug"}
@@ -284,7 +284,7 @@ def test_a_success_that_was_asked_for(containers: Containers) -> None:
 
 
 @one_runtime
-def test_never_is_never(containers: Containers) -> None:
+def test_record_never(containers: Containers) -> None:
     before = set(RECORDS.iterdir()) if RECORDS.exists() else set()
     annotations = {**ask(ABSENT), "io.katacontainers.x.vfio.record": "on"}
     _, state = calls.make_created(containers, annotations=annotations)
@@ -295,7 +295,7 @@ def test_never_is_never(containers: Containers) -> None:
 
 
 @one_runtime
-def test_a_machine_that_cannot_write(containers: Containers) -> None:
+def test_record_read_only_guest(containers: Containers) -> None:
     """A guest whose image is read-only: the record lies in /run, and nothing more is said."""
     _, state = calls.make_created(containers, annotations=ask("nonsense"))
     RECORDS.mkdir(parents=True, exist_ok=True)

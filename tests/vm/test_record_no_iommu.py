@@ -14,12 +14,12 @@ MACHINE = "no-iommu"
 
 
 @one_runtime
-def test_the_guest_has_no_iommu(containers: Containers) -> None:
+def test_record_guest_without_iommu(containers: Containers) -> None:
     _, state = calls.make_created(containers, annotations=ask(guest.find_device(devices.NIC_E1000E)))
     check_record(calls.fork_hook(state), "viommu-off")
 
 
 @one_runtime
-def test_the_host_has_no_iommu(containers: Containers) -> None:
+def test_record_host_without_iommu(containers: Containers) -> None:
     _, state = calls.make_created(containers, devices=bundles.vfio_devices("12"))
     check_record(check_host(json.dumps(state)), "iommu-off")

@@ -22,7 +22,7 @@ PRETEND = "import os, sys, time; os.open(sys.argv[1], os.O_RDWR | os.O_CREAT); p
 
 
 @one_runtime
-def test_a_file_called_as_a_devices_memory_is_no_use(containers: Containers, tmp_path: Path) -> None:
+def test_review_fake_resource_file_no_use(containers: Containers, tmp_path: Path) -> None:
     edu = guest.find_device(devices.EDU)
     _, state = calls.make_created(containers)
     directory = tmp_path / f"devices/{edu}"
@@ -37,7 +37,7 @@ def test_a_file_called_as_a_devices_memory_is_no_use(containers: Containers, tmp
 
 
 @one_runtime
-def test_a_devices_own_memory_is_a_use(containers: Containers) -> None:
+def test_review_mapped_resource_is_use(containers: Containers) -> None:
     edu = guest.find_device(devices.EDU)
     _, state = calls.make_created(containers)
     command = ["/usr/bin/python3", "-ISc", PRETEND, f"{guest.PCI}/{edu}/resource0"]
@@ -73,7 +73,7 @@ def usb_interface() -> Iterator[None]:
 
 @one_runtime
 @pytest.mark.usefixtures("usb_interface")
-def test_a_usb_interface_in_another_namespace_is_a_use(containers: Containers) -> None:
+def test_review_usb_interface_in_other_namespace_is_use(containers: Containers) -> None:
     """Of its controller: sysfs has no more of it there than an empty directory, some levels below the function."""
     end = time.monotonic() + 60
     while not (found := [path for path in NET.iterdir() if "/usb" in os.readlink(path)]):

@@ -38,7 +38,7 @@ def test_disk_has_a_node() -> None:
 
 
 @pytest.mark.usefixtures("native_drivers")
-def test_vfio_takes_a_nic_and_gives_it_back() -> None:
+def test_rig_vfio_binds_and_releases_nic() -> None:
     """The node of a group appears with vfio-pci and goes with the native driver."""
     nic = guest.find_device(devices.NIC_E1000E, 1)
     guest.bind(nic, "vfio-pci")
@@ -60,7 +60,7 @@ def test_virtual_functions_have_groups_of_their_own() -> None:
         (guest.PCI / controller / "sriov_numvfs").write_text("0")
 
 
-def test_device_is_plugged_and_unplugged_from_inside() -> None:
+def test_rig_hotplug_from_inside() -> None:
     """QEMU adds a NIC at a test's word, the kernel sees it, QEMU takes it away."""
     before = guest.find_devices(devices.NIC_E1000E)
     with subprocess.Popen(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.linux import netlink, pci
-from oci_hooks.linux.usage import Uses
+from oci_hooks.linux.usage import UsageFinder
 from oci_hooks.system import Deadline, Root
 from tests.vm import calls, devices, guest
 from tests.vm.bundles import Containers
@@ -35,7 +35,7 @@ def find(address: str, seconds: float = 60) -> list[str]:
     """Return the uses of a device now."""
     device = pci.read_device(Root(), address)
     assert device is not None
-    return Uses(Root(), Deadline(seconds)).find(device)
+    return UsageFinder(Root(), Deadline(seconds)).find(device)
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def find_node(address: str, kind: str) -> Path:
     return Path("/dev") / path.parent.name
 
 
-def test_a_serial_port_that_a_getty_has() -> None:
+def test_uses_serial_port_of_getty() -> None:
     card = guest.find_device(devices.SERIAL)
     node = find_node(card, "tty")
     assert find(card) == []
@@ -80,7 +80,7 @@ def test_a_serial_port_that_a_getty_has() -> None:
     assert find(card) == []
 
 
-def test_a_node_by_any_name_in_any_namespace() -> None:
+def test_uses_node_any_name_any_namespace() -> None:
     """A container's private node, removed after it was opened."""
     card = guest.find_device(devices.SERIAL)
     node = find_node(card, "tty")
@@ -92,7 +92,7 @@ def test_a_node_by_any_name_in_any_namespace() -> None:
     assert find(card) == []
 
 
-def test_a_clock_of_a_network_card() -> None:
+def test_uses_ptp_clock() -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     node = find_node(nic, "ptp")
     assert find(nic) == []
@@ -105,7 +105,7 @@ def test_a_clock_of_a_network_card() -> None:
 
 
 @pytest.mark.usefixtures("native_drivers")
-def test_a_device_that_a_program_drives_through_uio() -> None:
+def test_uses_uio_device() -> None:
     """As DPDK does without vfio."""
     nic = guest.find_device(devices.NIC_E1000E)
     run("modprobe", "uio_pci_generic")
@@ -124,7 +124,7 @@ def test_a_device_that_a_program_drives_through_uio() -> None:
 
 @pytest.mark.usefixtures("native_drivers")
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_device_without_driver_whose_memory_is_mapped(keep: bool) -> None:
+def test_uses_mapped_memory_without_driver(keep: bool) -> None:
     """A program that drives it by sysfs alone. keep: whether the descriptor stays open."""
     nic = guest.find_device(devices.NIC_E1000E)
     (guest.PCI / nic / "driver/unbind").write_text(nic)
@@ -151,7 +151,7 @@ def find_disk() -> tuple[str, Path]:
     return address, node
 
 
-def test_a_mounted_loop_device_over_a_disk(disk: tuple[str, Path]) -> None:
+def test_uses_mounted_loop_device(disk: tuple[str, Path]) -> None:
     """The kernel lets others have the disk exclusively all the same."""
     address, node = disk
     run("modprobe", "loop")
@@ -159,7 +159,7 @@ def test_a_mounted_loop_device_over_a_disk(disk: tuple[str, Path]) -> None:
     loop = Path(run("losetup", "--find", "--show", node))
     try:
         guest.settle()
-        assert not Root().is_held(str(node))
+        assert not Root().is_exclusively_open(str(node))
         assert find(address) == [f"holds {node}, part of loop device {loop.name}"]
         run("mount", loop, POINT)
         try:
@@ -173,7 +173,7 @@ def test_a_mounted_loop_device_over_a_disk(disk: tuple[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("how", ["open", "mapped"])
-def test_a_program_that_reads_a_disk(disk: tuple[str, Path], how: str) -> None:
+def test_uses_disk_read_by_program(disk: tuple[str, Path], how: str) -> None:
     address, node = disk
     script = "fd = os.open(sys.argv[1], os.O_RDONLY)"
     if how == "mapped":
@@ -185,7 +185,7 @@ def test_a_program_that_reads_a_disk(disk: tuple[str, Path], how: str) -> None:
     assert find(address) == []
 
 
-def test_the_controller_of_a_disk(disk: tuple[str, Path]) -> None:
+def test_uses_disk_controller(disk: tuple[str, Path]) -> None:
     address, _ = disk
     (path,) = (guest.PCI / address).glob("nvme/nvme*")
     with running(OPEN, Path("/dev") / path.name) as who:
@@ -196,7 +196,7 @@ def test_the_controller_of_a_disk(disk: tuple[str, Path]) -> None:
 # Interfaces -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_can_interface_that_is_up() -> None:
+def test_uses_can_interface_up() -> None:
     card = guest.find_device(devices.CAN)
     run("modprobe", "kvaser_pci")
     guest.settle()
@@ -243,7 +243,7 @@ USES = [
 
 
 @pytest.mark.parametrize(("words", "use"), USES, ids=[words.split(" dev")[0] for words, _ in USES])
-def test_what_the_kernel_knows_of_a_link(nic: tuple[str, str], words: str, use: str) -> None:
+def test_uses_interface_states(nic: tuple[str, str], words: str, use: str) -> None:
     address, name = nic
     run("ip", "link", "set", "lo", "up")
     command = ["ip", *words.replace("NIC", name).split(" ")]
@@ -256,9 +256,9 @@ def test_what_the_kernel_knows_of_a_link(nic: tuple[str, str], words: str, use: 
     assert find(address) == []
 
 
-def test_more_routes_than_are_looked_at(nic: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uses_more_routes_than_limit(nic: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     address, name = nic
-    monkeypatch.setattr(netlink, "LONGEST_DUMP", 20_000)
+    monkeypatch.setattr(netlink, "MAX_DUMP_BYTES", 20_000)
     batch = Path("/run/routes")
     batch.write_text("".join(f"route add 10.{n // 256}.{n % 256}.0/24 dev lo\n" for n in range(1000)))
     run("ip", "link", "set", "lo", "up")
@@ -274,7 +274,7 @@ def test_more_routes_than_are_looked_at(nic: tuple[str, str], monkeypatch: pytes
 
 
 @one_runtime
-def test_the_hook_refuses_it(containers: Containers) -> None:
+def test_uses_hook_refuses(containers: Containers) -> None:
     """Also where the annotation names it, and it takes what is free."""
     nic, serial = guest.find_device(devices.NIC_E1000E), guest.find_device(devices.SERIAL)
     node = find_node(serial, "tty")

@@ -125,7 +125,9 @@ def load_program(instructions: bytes, name: str = "vfio_hooks") -> int:
         except (OSError, ValueError):
             # ValueError: not even the limit can be raised. The first refusal is the one to tell.
             pass
-    raise ProgramError(f"the kernel rejects the changed program: {refusal.strerror}{ask_verifier(instructions, name)}")
+    raise ProgramError(
+        f"the kernel rejects the changed program: {refusal.strerror}{read_verifier_log(instructions, name)}"
+    )
 
 
 def load_without_limit(instructions: bytes, name: str) -> int:
@@ -177,7 +179,7 @@ def try_load(instructions: bytes, name: str, log: bytearray | None) -> int:
     raise AssertionError("unreachable")
 
 
-def ask_verifier(instructions: bytes, name: str) -> str:
+def read_verifier_log(instructions: bytes, name: str) -> str:
     """Return the verifier's last word about a program that it refused, as " (...)"; "" where it has none."""
     log = bytearray(1 << 16)
     try:

@@ -12,7 +12,7 @@ import errno
 import os
 
 from oci_hooks.findings import StepError
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux.mounts import read_mounts
 
 TYPE_CHECKING = False
@@ -28,7 +28,7 @@ ACCESS = "rw"
 RULE = '{{"allow": true, "type": "c", "major": {}, "minor": {}, "access": "rw"}}'
 
 
-class Node(Record):
+class MadeNode(Frozen):
     """A character device node in a container.
 
     name: relative to the directory that is given with it ("12", "vfio"); major, minor: what it must be; is_group:
@@ -43,7 +43,7 @@ class Node(Record):
     is_group: bool = False
 
 
-class Cgroup(Record):
+class Cgroup(Frozen):
     """Where a process's permission for devices is decided.
 
     pid: of that process; unified: directory of the version 2 hierarchy; devices: directory of the version 1 devices
@@ -62,7 +62,7 @@ class Cgroup(Record):
     shared: tuple[str, ...] = ()
 
 
-class NodeProof(Record):
+class NodeCheck(Frozen):
     """What opening a node from inside the cgroup came to.
 
     error: errno, 0 when it opened; is_viable: what VFIO_GROUP_GET_STATUS said, True for nodes that are no groups.
@@ -70,7 +70,7 @@ class NodeProof(Record):
 
     tag = "node-proof"
 
-    node: Node
+    node: MadeNode
     error: int
     is_viable: bool = True
 
@@ -93,11 +93,11 @@ def find_cgroup(root: Root, pid: int) -> Cgroup:
         paths = read_paths(root, str(pid))
         own_paths = read_paths(root, "self")
     except OSError as error:
-        raise fail(f"process {pid}", f"cannot read which cgroup it is in: {error.strerror}") from None
+        raise permit_failed(f"process {pid}", f"cannot read which cgroup it is in: {error.strerror}") from None
     unified, unified_mount = place_path(mounts, "cgroup2", paths, pid)
     devices, devices_mount = place_path(mounts, "devices", paths, pid)
-    places = (("cgroup2", unified), ("devices", devices))
-    shared = tuple(place for kind, place in places if place and paths[kind] in ("/", own_paths.get(kind)))
+    locations = (("cgroup2", unified), ("devices", devices))
+    shared = tuple(location for kind, location in locations if location and paths[kind] in ("/", own_paths.get(kind)))
     return Cgroup(pid, unified, devices, unified_mount, devices_mount, shared)
 
 
@@ -148,7 +148,7 @@ def place_path(mounts: dict[str, list[tuple[str, str]]], kind: str, paths: dict[
 # Around it ------------------------------------------------------------------------------------------------------------
 
 
-def list_own(root: Root, unified: str) -> list[str]:
+def list_container_cgroups(root: Root, unified: str) -> list[str]:
     """Return the directories of version 2 that are one container's alone: its cgroup, and up to its systemd scope.
 
     crun puts a container below its scope (run.oci.systemd.subgroup, run.oci.delegate-cgroup in crun(1)), and systemd
@@ -157,13 +157,13 @@ def list_own(root: Root, unified: str) -> list[str]:
     """
     if not unified:
         return []
-    above = list_scope(unified)
+    above = list_scope_ancestors(unified)
     below = (unified, *above)
-    alone = all(is_alone(root, path, child) for path, child in zip(above, below))
+    alone = all(has_only_child(root, path, child) for path, child in zip(above, below))
     return [unified, *(above if alone else ())]
 
 
-def list_scope(unified: str) -> tuple[str, ...]:
+def list_scope_ancestors(unified: str) -> tuple[str, ...]:
     """Return the directories from above a cgroup of version 2 up to its systemd scope; none where it is in no scope."""
     parent = unified.rpartition("/")[0]
     grandparent = parent.rpartition("/")[0]
@@ -174,13 +174,13 @@ def list_scope(unified: str) -> tuple[str, ...]:
     return (parent, grandparent) if grandparent.endswith(".scope") else ()
 
 
-def is_alone(root: Root, path: str, child: str) -> bool:
+def has_only_child(root: Root, path: str, child: str) -> bool:
     """Tell whether a cgroup has no process of its own and no other child than this."""
     children = [name for name in root.list_names(path) if root.exists(f"{path}/{name}/cgroup.procs")]
     return root.read_text_or(f"{path}/cgroup.procs", "unknown") == "" and children == [child.rpartition("/")[2]]
 
 
-def list_ancestors(path: str, mount: str) -> list[str]:
+def list_cgroup_ancestors(path: str, mount: str) -> list[str]:
     """Return the directories above a cgroup's, from below the hierarchy's mount point down."""
     parts = path[len(mount) :].strip("/").split("/")[:-1]
     return [f"{mount.rstrip('/')}/{'/'.join(parts[: count + 1])}" for count in range(len(parts))]
@@ -189,14 +189,14 @@ def list_ancestors(path: str, mount: str) -> list[str]:
 # For all that work on one ---------------------------------------------------------------------------------------------
 
 
-def fail(subject: str, problem: str, nodes: Iterable[Node | Numbers] = ()) -> StepError:
+def permit_failed(subject: str, problem: str, nodes: Iterable[MadeNode | Numbers] = ()) -> StepError:
     """Return the StepError [permit-failed]. nodes: those that an entry of config.json would permit, for the hint."""
-    numbers = [(node.major, node.minor) if isinstance(node, Node) else node for node in nodes]
+    numbers = [(node.major, node.minor) if isinstance(node, MadeNode) else node for node in nodes]
     rules = ", ".join(RULE.format(major, minor) for major, minor in numbers)
     return StepError("permit-failed", subject, problem, f"add to linux.resources.devices: {rules}" if rules else "")
 
 
-def write_file(path: str, text: str) -> None:
+def write_kernel_file(path: str, text: str) -> None:
     """Write to a file of the kernel in one system call. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Child(Record):
+class Child(Frozen):
     """A child at work. pipe: what it has to say; only the child has the other end, so that its end closes that."""
 
     pid: int
     pipe: int
 
 
-def start_child(work: Callable[[int], object], private: tuple[int, ...] = ()) -> Child:
+def start_child(work: Callable[[int], object], close_fds: tuple[int, ...] = ()) -> Child:
     """Start a child that does some work and ends. Raises OSError where there is no process or descriptor to be had.
 
-    work: is given the descriptor to write its answer to; what it raises ends the child; private: descriptors that the
+    work: is given the descriptor to write its answer to; what it raises ends the child; close_fds: descriptors that the
     child must not keep open: one that hangs keeps what it inherited, locks among it.
     """
     reader, writer = os.pipe()
@@ -36,7 +36,7 @@ def start_child(work: Callable[[int], object], private: tuple[int, ...] = ()) ->
         if pid == 0:
             # Each descriptor that is free is one more for the work.
             os.close(reader)
-            detach(private)
+            detach_from_runtime(close_fds)
             work(writer)
     except OSError:
         os.close(reader)
@@ -49,14 +49,14 @@ def start_child(work: Callable[[int], object], private: tuple[int, ...] = ()) ->
     return Child(pid, reader)
 
 
-def detach(private: tuple[int, ...]) -> None:
+def detach_from_runtime(close_fds: tuple[int, ...]) -> None:
     """Let go of what the runtime waits for: it reads the hook's output to its end."""
     # Where the limit on open files is reached there is no number for a fourth.
     os.close(0)
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (1, 2):
         os.dup2(null, fd)
-    for fd in private:
+    for fd in close_fds:
         os.close(fd)
 
 

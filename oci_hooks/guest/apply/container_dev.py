@@ -15,14 +15,14 @@ import os
 import stat
 
 from oci_hooks.findings import StepError
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.linux.mounts import read_mounts
 from oci_hooks.system import DEFAULT_LIMIT, Descriptor, Root, read_file, tagged
 
 FOLLOW_NOTHING = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class FoundNode(Record):
+class ExistingEntry(Frozen):
     """What lies in the container under a name. kind: "char", "file", "directory", "symbolic link", "special file"."""
 
     kind: str
@@ -81,7 +81,7 @@ def open_path(directory: int, path: str) -> int:
     return fd
 
 
-def make_directory(directory: int, name: str) -> None:
+def create_directory(directory: int, name: str) -> None:
     """Make a directory that everybody may search. Raises OSError."""
     old = os.umask(0)
     try:
@@ -89,12 +89,12 @@ def make_directory(directory: int, name: str) -> None:
     except OSError as error:
         if error.errno != errno.EOVERFLOW:
             raise
-        make_directory_as_owner(directory, name)
+        create_directory_as_owner(directory, name)
     finally:
         os.umask(old)
 
 
-def make_directory_as_owner(directory: int, name: str) -> None:
+def create_directory_as_owner(directory: int, name: str) -> None:
     """Make a directory for the owner of the one that it is made in. Raises OSError.
 
     A file system that belongs to a user namespace takes nothing of an owner that the namespace does not know, and this
@@ -125,7 +125,7 @@ def explain_tree_error(error: OSError, rootfs: str) -> StepError:
     return StepError("container-dev", rootfs, problem, hint)
 
 
-def look_at_node(directory: int, name: str) -> FoundNode | None:
+def inspect_node(directory: int, name: str) -> ExistingEntry | None:
     """Return what lies under a name in a directory, None for nothing. Raises other OSErrors."""
     try:
         found = os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -134,15 +134,15 @@ def look_at_node(directory: int, name: str) -> FoundNode | None:
     kinds = {stat.S_IFCHR: "char", stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symbolic link"}
     kind = kinds.get(stat.S_IFMT(found.st_mode), "special file")
     numbers = (os.major(found.st_rdev), os.minor(found.st_rdev))
-    return FoundNode(kind, *numbers, stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+    return ExistingEntry(kind, *numbers, stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
 
 
-def is_guests_own(directory: int) -> bool:
+def is_guest_dev(directory: int) -> bool:
     """Tell whether a directory lies on the guest's own /dev (a bind mount of it), whose nodes are not ours to make."""
     return os.fstat(directory).st_dev == os.stat("/dev").st_dev
 
 
-def is_borrowed(dev: int, pid: int, rootfs: str) -> bool:
+def is_foreign_mount(dev: int, pid: int, rootfs: str) -> bool:
     """Tell whether a container's /dev is a directory of this machine that is mounted there.
 
     What is made in one outlives the container, and can't be found again when the container's mounts are gone. A file
@@ -170,24 +170,24 @@ def find_file_system(fd: int, pid: int) -> str:
     By the id of its mount (proc(5)): the numbers that stat() gives for btrfs and others are in no mountinfo. Raises
     OSError.
     """
-    number = read_mount(fd).split()[1]
+    number = read_mount_id(fd).split()[1]
     text = read_file(f"/proc/{pid or 'self'}/mountinfo", DEFAULT_LIMIT)
     lines = (line.split(b" ", 3) for line in text.split(b"\n"))
     return next((fields[2].decode() for fields in lines if fields[0] == number and len(fields) > 3), "")
 
 
-def is_mounted(parent: int, directory: int) -> bool:
+def crosses_mount(parent: int, directory: int) -> bool:
     """Tell whether a directory below another one is a mount, so that it leads elsewhere. Raises OSError."""
-    return read_mount(parent) != read_mount(directory)
+    return read_mount_id(parent) != read_mount_id(directory)
 
 
-def read_mount(fd: int) -> bytes:
+def read_mount_id(fd: int) -> bytes:
     """Return the id of the mount that a descriptor is on (proc(5), /proc/pid/fdinfo, mnt_id). Raises OSError."""
     lines = read_file(f"/proc/self/fdinfo/{fd}", 4096).splitlines()
     return next(line for line in lines if line.startswith(b"mnt_id:"))
 
 
-def make_node(directory: int, name: str, numbers: tuple[int, int], mode: int, uid: int, gid: int) -> None:
+def create_node(directory: int, name: str, numbers: tuple[int, int], mode: int, uid: int, gid: int) -> None:
     """Make a character device node. Raises OSError.
 
     The mode comes with mknod and the owner by lchown: nothing here follows a link that somebody may put in its place.
@@ -202,7 +202,7 @@ def make_node(directory: int, name: str, numbers: tuple[int, int], mode: int, ui
 
 def remove_node(directory: int, name: str, numbers: tuple[int, int]) -> bool:
     """Remove a node if it is a character device with these numbers, and tell whether it was. Raises OSError."""
-    found = look_at_node(directory, name)
+    found = inspect_node(directory, name)
     if found is None or found.kind != "char" or (found.major, found.minor) != numbers:
         return False
     os.unlink(name, dir_fd=directory)
@@ -236,21 +236,21 @@ def read_head(directory: int, name: str, size: int) -> bytes:
 
     It is looked at before it is opened, and is what was looked at: to open a device may do something, a pipe waits.
     """
-    place = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    location = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
-        if not stat.S_ISREG(os.fstat(place).st_mode):
+        if not stat.S_ISREG(os.fstat(location).st_mode):
             return b""
-        fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/self/fd/{location}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             return os.read(fd, size)
         finally:
             os.close(fd)
     finally:
-        os.close(place)
+        os.close(location)
 
 
 def remove_file(directory: int, name: str) -> None:
     """Remove a regular file; anything else under that name is not the hook's. Raises OSError."""
-    found = look_at_node(directory, name)
+    found = inspect_node(directory, name)
     if found and found.kind == "file":
         os.unlink(name, dir_fd=directory)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.guest.apply import bpf, bpf_program
-from oci_hooks.guest.apply.cgroup import Cgroup, fail, list_ancestors
+from oci_hooks.guest.apply.cgroup import Cgroup, list_cgroup_ancestors, permit_failed
 from oci_hooks.system import step
 
 TYPE_CHECKING = False
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Change = Callable[[bytes, tuple[Numbers, ...]], bytes]
 
 
-class Swap(Record):
+class Replacement(Frozen):
     """A program that is loaded, to be put in the place of another. cgroup, new, old: descriptors; flags: how the
     programs of the cgroup are attached; path, nodes: for the words of an error."""
 
@@ -34,7 +34,7 @@ class Swap(Record):
     new: int
 
 
-class Swaps:
+class Replacements:
     """Changes of device programs, all of them ready before the first is made, so that what can't be done is not begun.
 
     Use it as a context: it closes the descriptors.
@@ -43,17 +43,17 @@ class Swaps:
     def __init__(self, root: Root, change: Change) -> None:
         self.root = root
         self.change = change
-        self.swaps: list[Swap] = []
+        self.swaps: list[Replacement] = []
         self.open: list[int] = []
 
-    def __enter__(self) -> Swaps:
+    def __enter__(self) -> Replacements:
         return self
 
     def __exit__(self, *_: object) -> None:
         for fd in self.open:
             os.close(fd)
 
-    def keep(self, fd: int) -> int:
+    def keep_open(self, fd: int) -> int:
         """Return a descriptor that is closed in the end."""
         self.open.append(fd)
         return fd
@@ -64,19 +64,19 @@ class Swaps:
         A cgroup without a program of its own restricts nothing, and is left alone; so is a program that stays the same.
         """
         try:
-            cgroup = self.keep(os.open(self.root.host_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            cgroup = self.keep_open(os.open(self.root.host_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             flags, programs = bpf.query_programs(cgroup)
             for program in programs:
-                old = self.keep(bpf.open_program(program))
+                old = self.keep_open(bpf.open_program(program))
                 code = bpf.dump_program(old)
                 changed = self.change(code, nodes)
                 if changed != code:
-                    new = self.keep(bpf.load_program(changed))
-                    self.swaps.append(Swap(path, nodes, cgroup, flags, old, new))
+                    new = self.keep_open(bpf.load_program(changed))
+                    self.swaps.append(Replacement(path, nodes, cgroup, flags, old, new))
         except (OSError, bpf_program.ProgramError) as error:
             raise explain_failure(error, path, nodes) from None
 
-    def carry_out(self) -> None:
+    def replace_all(self) -> None:
         """Replace the programs. Raises StepError."""
         for swap in self.swaps:
             try:
@@ -88,8 +88,8 @@ class Swaps:
 def explain_failure(error: Exception, path: str, nodes: tuple[Numbers, ...]) -> StepError:
     """Return the error for a cgroup whose device programs can't be changed."""
     if isinstance(error, OSError):
-        return fail(path, f"cannot read or replace its device filter: {error.strerror}", nodes)
-    return fail(path, f"cannot change its device filter: {error}", nodes)
+        return permit_failed(path, f"cannot read or replace its device filter: {error.strerror}", nodes)
+    return permit_failed(path, f"cannot change its device filter: {error}", nodes)
 
 
 def add_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
@@ -106,7 +106,7 @@ def remove_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
 def find_programs_above(root: Root, cgroup: Cgroup) -> list[str]:
     """Return the ancestors of a version 2 cgroup that have device programs of their own, the nearest first."""
     found = []
-    for path in reversed(list_ancestors(cgroup.unified, cgroup.unified_mount)):
+    for path in reversed(list_cgroup_ancestors(cgroup.unified, cgroup.unified_mount)):
         try:
             fd = os.open(root.host_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 
-from oci_hooks.guest.apply.cgroup import ACCESS, Node, fail, write_file
+from oci_hooks.guest.apply.cgroup import ACCESS, MadeNode, permit_failed, write_kernel_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def permits_by_default(rules: list[Rule]) -> bool:
     return any(kind == "a" for kind, *_ in rules)
 
 
-def find_missing(rules: list[Rule], node: Node) -> str:
+def find_missing(rules: list[Rule], node: MadeNode) -> str:
     """Return what an entry for a node has to be given, of reading and writing; "" where a rule permits both already."""
     if any(covers(rule, node) for rule in rules):
         return ""
@@ -52,7 +52,7 @@ def remove_letters(access: str, others: str) -> str:
     return "".join(letter for letter in access if letter not in others)
 
 
-def covers(rule: Rule, node: Node) -> bool:
+def covers(rule: Rule, node: MadeNode) -> bool:
     """Check whether a rule permits reading and writing of a node: the kernel asks for one that permits both."""
     kind, major, minor, access = rule
     return (
@@ -67,25 +67,25 @@ def allow_node(root: Root, path: str, numbers: Numbers, access: str) -> None:
     """Permit one node to a cgroup of version 1. Raises StepError, which names the parent if that lacks it."""
     rule = f"c {numbers[0]}:{numbers[1]} {access}"
     try:
-        write_file(root.host_path(f"{path}/devices.allow"), rule)
+        write_kernel_file(root.host_path(f"{path}/devices.allow"), rule)
     except OSError as error:
         problem = f"the kernel rejects the device rule {rule}: {error.strerror}"
         parent = path.rpartition("/")[0]
         # Kernel: devcgroup_update_access, parent_has_perm.
         if error.errno == errno.EPERM and root.exists(f"{parent}/devices.list"):
             problem = f"the kernel rejects the device rule {rule}, because the parent cgroup {parent} does not allow it"
-        raise fail(path, problem, [numbers]) from None
+        raise permit_failed(path, problem, [numbers]) from None
 
 
 def deny_node(root: Root, path: str, numbers: Numbers, access: str) -> None:
     """Take one node from a cgroup of version 1, if that is still there. Raises StepError."""
     rule = f"c {numbers[0]}:{numbers[1]} {access}"
     try:
-        write_file(root.host_path(f"{path}/devices.deny"), rule)
+        write_kernel_file(root.host_path(f"{path}/devices.deny"), rule)
     except FileNotFoundError:
         return
     except OSError as error:
         if error.errno == errno.ENODEV:
             # The directory went away between opening and writing.
             return
-        raise fail(path, f"cannot remove the device rule {rule}: {error.strerror}") from None
+        raise permit_failed(path, f"cannot remove the device rule {rule}: {error.strerror}") from None

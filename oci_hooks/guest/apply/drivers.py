@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from oci_hooks.guest.undo_log import Entry, Journal
+    from oci_hooks.guest.undo_log import Entry, UndoLog
     from oci_hooks.linux.instances import Instance
     from oci_hooks.system import Deadline, Root
 
@@ -35,18 +35,18 @@ UNFINISHED = ("unbind-blocked", "restore-unstarted", "permission-left")
 
 
 def bind_devices(
-    root: Root, rebinds: Iterable[Rebind], journal: Journal, deadline: Deadline, meanwhile: Callable[[], None]
+    root: Root, rebinds: Iterable[Rebind], undo_log: UndoLog, deadline: Deadline, while_waiting: Callable[[], None]
 ) -> None:
     """Bind PCI functions to vfio-pci, side by side, and read back that they are. Raises StepError.
 
-    meanwhile: is called while the kernel binds.
+    while_waiting: is called while the kernel binds.
     """
     rebinds = tuple(rebinds)
     for rebind in rebinds:
         identity = rebind.instance.as_dict().values()
-        journal.note("device", rebind.address, rebind.driver, rebind.override, *identity)
+        undo_log.add("device", rebind.address, rebind.driver, rebind.override, *identity)
     jobs = [make_job(root, rebind.address, rebind.instance, make_bind_writes(root, rebind)) for rebind in rebinds]
-    for rebind, result in zip(rebinds, root.do(run_jobs, jobs, deadline, (), meanwhile)):
+    for rebind, result in zip(rebinds, root.do(run_jobs, jobs, deadline, (), while_waiting)):
         check_bound(root, rebind, result, deadline)
 
 
@@ -55,7 +55,7 @@ def make_job(root: Root, address: str, instance: Instance, writes: Iterable[Writ
     return Job(address, tuple(writes), root.host_path(f"{pci.PCI_DEVICES}/{address}"), instance.inode)
 
 
-def is_at(root: Root, address: str, instance: Instance) -> bool:
+def is_still_at(root: Root, address: str, instance: Instance) -> bool:
     """Check whether a device still is at its address: not unplugged, whatever has come there since."""
     return instance.inode != 0 and pci.read_inode(root, f"{pci.PCI_DEVICES}/{address}") == instance.inode
 
@@ -85,7 +85,7 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
         problem = f"unbinding{driver} did not complete within {deadline.seconds:g} s"
         hint = "see dmesg; stop what uses the device and start the container again"
         raise StepError("unbind-blocked", address, problem, hint)
-    if not is_at(root, address, rebind.instance):
+    if not is_still_at(root, address, rebind.instance):
         raise StepError("device-gone", address, "was unplugged while it was being bound", "start the container again")
     if not result.started:
         problem = f"cannot start the helper process that binds the driver: {os.strerror(result.code)}"
@@ -146,13 +146,13 @@ def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
 
 
 def undo(
-    root: Root, entries: Iterable[Entry], pid: int, deadline: Deadline, private: tuple[int, ...] = ()
+    root: Root, entries: Iterable[Entry], pid: int, deadline: Deadline, close_fds: tuple[int, ...] = ()
 ) -> list[Finding]:
     """Put back what a journal notes, last change first, and return what could not be put back.
 
     Permissions are revoked before, by guest/permits.py: they are a matter of all claims. pid: the container's init, 0
     when it is gone: a process that it left has nodes in its mount namespace, which open nothing without permission;
-    private: descriptors that a child which hangs must not keep. A finding with a code of UNFINISHED means that the
+    close_fds: descriptors that a child which hangs must not keep. A finding with a code of UNFINISHED means that the
     journal has to stay.
     """
     findings: list[Finding] = []
@@ -164,7 +164,7 @@ def undo(
             findings += error.findings
         except (OSError, ValueError) as error:
             findings.append(explain_undo(entry, error))
-    return findings + restore_drivers(root, [entry for entry in entries if entry.kind == "device"], deadline, private)
+    return findings + restore_drivers(root, [entry for entry in entries if entry.kind == "device"], deadline, close_fds)
 
 
 def explain_undo(entry: Entry, error: Exception) -> Finding:
@@ -185,7 +185,7 @@ def undo_entry(root: Root, entry: Entry, pid: int) -> None:
 
 
 def restore_drivers(
-    root: Root, entries: list[Entry], deadline: Deadline, private: tuple[int, ...] = ()
+    root: Root, entries: list[Entry], deadline: Deadline, close_fds: tuple[int, ...] = ()
 ) -> list[Finding]:
     """Bind functions to the drivers that they had, side by side, and return what went wrong."""
     # A function that was bound again by a later run has the state of its first entry to go back to.
@@ -206,13 +206,13 @@ def restore_drivers(
             continue  # unplugged: nothing is left to put back
         known, current = before.get((address, found)), pci.read_driver(root, address)
         if known is None:
-            findings.append(explain_replaced(address, found))
-        elif is_ours(known, override):
+            findings.append(warn_device_replaced(address, found))
+        elif is_own_override(known, override):
             jobs.append(make_job(root, address, found, make_restore_writes(root, known, current)))
             wanted[address] = known
         elif not is_untouched(known, current, override):
-            findings.append(explain_taken(known, override))
-    for result in root.do(run_jobs, jobs, deadline, private):
+            findings.append(warn_override_changed(known, override))
+    for result in root.do(run_jobs, jobs, deadline, close_fds):
         findings += check_restored(root, result, wanted[result.address])
     return findings
 
@@ -226,7 +226,7 @@ def is_untouched(entry: Entry, driver: str, override: str) -> bool:
     return override == entry.words[2] and driver != DRIVER
 
 
-def is_ours(entry: Entry, override: str) -> bool:
+def is_own_override(entry: Entry, override: str) -> bool:
     """Check whether a function's override is one that the hook wrote, when it was bound or when it was put back."""
     return override == DRIVER or override == entry.words[1] != ""
 
@@ -246,14 +246,14 @@ def make_restore_writes(root: Root, entry: Entry, current: str) -> Iterator[Writ
     yield Write(f"{path}/driver_override", f"{override}\n")
 
 
-def explain_replaced(address: str, found: Instance) -> Finding:
+def warn_device_replaced(address: str, found: Instance) -> Finding:
     """Return the warning for another device at the address of the one that was bound."""
     problem = "was unplugged after it was bound; the device that has this address now"
     problem += f" ({found.vendor}:{found.device}, class {found.class_code}) is left unchanged"
     return Finding("warning", "device-replaced", address, problem, "nothing is left to restore")
 
 
-def explain_taken(entry: Entry, override: str) -> Finding:
+def warn_override_changed(entry: Entry, override: str) -> Finding:
     """Return the warning for a device whose override is not the hook's any more."""
     address, driver, before = entry.words[:3]
     problem = f"its driver_override is {override or 'unset'}, not what the hook wrote: the device is left unchanged"
@@ -262,7 +262,7 @@ def explain_taken(entry: Entry, override: str) -> Finding:
     return Finding("warning", "override-changed", address, problem, f"to restore its earlier state: {back}")
 
 
-def fail_restore(address: str, problem: str) -> Finding:
+def make_restore_error(address: str, problem: str) -> Finding:
     """Return the error for a device that was not put back."""
     return Finding("error", "restore-failed", address, problem, f"see {pci.PCI_DEVICES}/{address}/driver_override")
 
@@ -281,10 +281,10 @@ def check_restored(root: Root, result: Result, entry: Entry) -> list[Finding]:
         return [Finding("error", "restore-unstarted", address, problem, hint)]
     path = f"{pci.PCI_DEVICES}/{address}"
     current = pci.read_driver(root, address)
-    if not is_at(root, address, parse_instance(entry)) or (current == driver and not result.code):
+    if not is_still_at(root, address, parse_instance(entry)) or (current == driver and not result.code):
         return []
     if current == driver:
-        return [fail_restore(address, f"cannot write to {result.path}: {os.strerror(result.code)}")]
+        return [make_restore_error(address, f"cannot write to {result.path}: {os.strerror(result.code)}")]
     now = f"is bound to {current}" if current else "has no driver"
     problem = f"could not restore {f'driver {driver}' if driver else 'its earlier state, no driver'}; the device {now}"
     problem += f" ({os.strerror(result.code)})" if result.code else ""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 
-def end_container(root: Root, state: State) -> None:
+def kill_container(root: Root, state: State) -> None:
     """Kill a container's init, so that nothing runs without the devices it was promised (on_failure = "kill")."""
     # Never this machine's init, nor a process group.
     if state.pid > 1 and read_start_time(root, state.pid):

@@ -23,19 +23,19 @@ OPTIONS = (
 
 def load_drivers(root: Root, deadline: Deadline) -> None:
     """Load vfio-pci and vfio_iommu_type1 unless they are there. Raises StepError [no-vfio-driver]."""
-    missing = list_missing(root)
+    missing = list_missing_modules(root)
     if not missing:
         return
-    said = ""
+    output = ""
     path = next((path for path in MODPROBE if root.exists(path)), "")
     if path:
-        said = root.do(run_modprobe, root.host_path(path), missing, deadline)
-    if "vfio-pci" in list_missing(root):
-        problem = f"is not part of this kernel and cannot be loaded: {said or 'modprobe is not installed'}"
+        output = root.do(run_modprobe, root.host_path(path), missing, deadline)
+    if "vfio-pci" in list_missing_modules(root):
+        problem = f"is not part of this kernel and cannot be loaded: {output or 'modprobe is not installed'}"
         raise StepError("no-vfio-driver", "vfio-pci", problem, f"build the kernel with {OPTIONS}")
 
 
-def list_missing(root: Root) -> list[str]:
+def list_missing_modules(root: Root) -> list[str]:
     """Return which of the two modules are not there."""
     missing = [] if root.exists(f"{pci.PCI_DRIVERS}/vfio-pci") else ["vfio-pci"]
     # It has parameters, so that sysfs shows it when it is built in, too.
@@ -61,12 +61,12 @@ def run_modprobe(path: str, modules: list[str], deadline: Deadline) -> str:
     finally:
         os.close(writer)
     try:
-        said = read_pipe(reader, deadline)
+        output = read_pipe(reader, deadline)
     finally:
         os.close(reader)
-    if said is not None:
+    if output is not None:
         os.waitpid(pid, 0)
-        return make_one_line(said.decode("utf-8", "replace").strip())
+        return make_one_line(output.decode("utf-8", "replace").strip())
     os.kill(pid, signal.SIGKILL)
     hint = "load vfio-pci when the guest boots"
     raise StepError("no-vfio-driver", "vfio-pci", "modprobe did not finish before the deadline", hint)

@@ -36,7 +36,7 @@ MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
 
-def call(name: str, *arguments: object) -> int:
+def call_libc(name: str, *arguments: object) -> int:
     """Call a function of the C library and return its result. Raises OSError, named after the function."""
     library = ctypes.CDLL(None, use_errno=True)
     result: int = getattr(library, name)(*arguments)
@@ -49,13 +49,13 @@ def call(name: str, *arguments: object) -> int:
 def make_tmpfs() -> int:
     """Return a descriptor of a new, detached tmpfs that belongs to this user namespace. Raises StepError."""
     try:
-        context = call("syscall", SYS_FSOPEN, b"tmpfs", FSOPEN_CLOEXEC)
+        context = call_libc("syscall", SYS_FSOPEN, b"tmpfs", FSOPEN_CLOEXEC)
         try:
-            call("syscall", SYS_FSCONFIG, context, FSCONFIG_SET_STRING, b"mode", b"0755", 0)
-            call("syscall", SYS_FSCONFIG, context, FSCONFIG_SET_STRING, b"size", b"64k", 0)
-            call("syscall", SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+            call_libc("syscall", SYS_FSCONFIG, context, FSCONFIG_SET_STRING, b"mode", b"0755", 0)
+            call_libc("syscall", SYS_FSCONFIG, context, FSCONFIG_SET_STRING, b"size", b"64k", 0)
+            call_libc("syscall", SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
             attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC
-            return call("syscall", SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
+            return call_libc("syscall", SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
         finally:
             os.close(context)
     except OSError as error:
@@ -63,7 +63,7 @@ def make_tmpfs() -> int:
         raise StepError("mount-failed", "/dev/vfio", f"cannot create a tmpfs for it: {error.strerror}", hint) from None
 
 
-def attach(pid: int, tree: int, directory: int) -> None:
+def mount_tree(pid: int, tree: int, directory: int) -> None:
     """Mount a detached tree over a directory of another process's mount namespace. Raises StepError.
 
     pid: a process in that namespace; tree, directory: descriptors.
@@ -71,28 +71,28 @@ def attach(pid: int, tree: int, directory: int) -> None:
 
     def move() -> None:
         flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
-        call("syscall", SYS_MOVE_MOUNT, tree, b"", directory, b"", flags)
+        call_libc("syscall", SYS_MOVE_MOUNT, tree, b"", directory, b"", flags)
 
-    code = run_inside(pid, move)
+    code = run_in_mount_namespace(pid, move)
     if code:
         problem = f"cannot mount a tmpfs on it in the container: {os.strerror(code)}"
         raise StepError("mount-failed", "/dev/vfio", problem, "see dmesg; give the hook CAP_SYS_ADMIN in the guest")
 
 
-def detach(pid: int, directory: int, name: str) -> None:
+def unmount(pid: int, directory: int, name: str) -> None:
     """Take away what attach() mounted on a directory's entry. Raises OSError."""
 
     def unmount() -> None:
         os.fchdir(directory)
-        call("umount2", name.encode(), MNT_DETACH | UMOUNT_NOFOLLOW)
+        call_libc("umount2", name.encode(), MNT_DETACH | UMOUNT_NOFOLLOW)
 
-    code = run_inside(pid, unmount)
+    code = run_in_mount_namespace(pid, unmount)
     # EINVAL: nothing is mounted there.
     if code not in (0, errno.EINVAL):
         raise OSError(code, os.strerror(code), name)
 
 
-def run_inside(pid: int, work: Callable[[], None]) -> int:
+def run_in_mount_namespace(pid: int, work: Callable[[], None]) -> int:
     """Do something in another process's mount namespace, in a child, and return its errno, 0 for success."""
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     parent = os.getpid()
@@ -100,7 +100,7 @@ def run_inside(pid: int, work: Callable[[], None]) -> int:
     try:
         child = os.fork()
         if child == 0:
-            call("setns", namespace, CLONE_NEWNS)
+            call_libc("setns", namespace, CLONE_NEWNS)
             work()
             code = 0
     except OSError as error:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 from oci_hooks.findings import StepError
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.guest.apply import cgroup, container_dev
 from oci_hooks.guest.plan import MAP_PATH
 from oci_hooks.linux import pci
@@ -15,9 +15,9 @@ from oci_hooks.system import step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.guest.apply.container_dev import FoundNode
+    from oci_hooks.guest.apply.container_dev import ExistingEntry
     from oci_hooks.guest.plan import MapEntry, Node, Plan
-    from oci_hooks.guest.undo_log import Entry, Journal
+    from oci_hooks.guest.undo_log import Entry, UndoLog
     from oci_hooks.oci import Device
     from oci_hooks.system import Root
 
@@ -27,7 +27,7 @@ CONTROL_NUMBERS = (10, 196)
 MAP_HEAD = b'{\n  "version": 1,\n  "devices": [\n'
 
 
-class Target(Record):
+class Container(Frozen):
     """The container that nodes are made for. pid: its init; rootfs: real path of its root file system."""
 
     tag = "container"
@@ -36,7 +36,7 @@ class Target(Record):
     rootfs: str
 
 
-class Place(Record):
+class NodePath(Frozen):
     """Where a node belongs. directory: below /dev, "" for /dev itself; numbers: major and minor."""
 
     tag = "place"
@@ -54,22 +54,24 @@ class Place(Record):
 # Where they belong ---------------------------------------------------------------------------------------------------
 
 
-def find_place(root: Root, node: Node) -> Place:
+def resolve_node(root: Root, node: Node) -> NodePath:
     """Return where a node belongs, once its device is bound. Raises StepError where the kernel has no such device."""
     if node.kind == "control":
-        return Place("vfio", "vfio", CONTROL_NUMBERS)
+        return NodePath("vfio", "vfio", CONTROL_NUMBERS)
     if node.kind == "group":
-        return find_group_place(root, node.subject)
+        return resolve_group_node(root, node.subject)
     if node.kind == "iommu":
-        return Place("", "iommu", read_numbers(root, "/sys/class/misc/iommu", IOMMUFD_NODE))
+        return NodePath("", "iommu", read_cdev_numbers(root, "/sys/class/misc/iommu", IOMMUFD_NODE))
     names = root.list_names(f"{pci.PCI_DEVICES}/{node.subject}/vfio-dev")
     name = names[0] if names else "vfio?"
-    return Place(
-        "vfio/devices", name, read_numbers(root, f"/sys/class/vfio-dev/{name}", f"VFIO device node of {node.subject}")
+    return NodePath(
+        "vfio/devices",
+        name,
+        read_cdev_numbers(root, f"/sys/class/vfio-dev/{name}", f"VFIO device node of {node.subject}"),
     )
 
 
-def find_group_place(root: Root, group: str) -> Place:
+def resolve_group_node(root: Root, group: str) -> NodePath:
     """Return where a group's node belongs. Raises StepError where vfio has no such group.
 
     vfio's no-IOMMU mode gives a device a group, named vfio-noiommu, when it is bound, and calls the node noiommu-N.
@@ -77,7 +79,7 @@ def find_group_place(root: Root, group: str) -> Place:
     name = group
     if group.startswith(pci.NOIOMMU_GROUP):
         address = group[len(pci.NOIOMMU_GROUP) :]
-        name = root.link_name(f"{pci.PCI_DEVICES}/{address}/iommu_group") or group
+        name = root.read_link_name(f"{pci.PCI_DEVICES}/{address}/iommu_group") or group
     if root.read_text_or(f"{pci.IOMMU_GROUPS}/{name}/name", "") == pci.NOIOMMU_NAME:
         name = pci.NOIOMMU_PREFIX + name
     numbers = pci.read_group_number(root, name)
@@ -88,10 +90,10 @@ def find_group_place(root: Root, group: str) -> Place:
         problem = "VFIO created no device node for this group"
         hint = "see dmesg; check that the kernel was built with CONFIG_VFIO_GROUP"
         raise StepError("no-group-node", f"group {group}", problem, hint)
-    return Place("vfio", name, numbers)
+    return NodePath("vfio", name, numbers)
 
 
-def read_numbers(root: Root, path: str, subject: str) -> tuple[int, int]:
+def read_cdev_numbers(root: Root, path: str, subject: str) -> tuple[int, int]:
     """Return major and minor of a device in sysfs. Raises StepError [no-cdev]."""
     numbers = pci.read_numbers(root, path)
     if numbers is None:
@@ -106,73 +108,82 @@ def read_numbers(root: Root, path: str, subject: str) -> tuple[int, int]:
 # Making them ---------------------------------------------------------------------------------------------------------
 
 
-def expose_nodes(root: Root, plan: Plan, target: Target, journal: Journal) -> tuple[cgroup.Node, ...]:
+def expose_nodes(root: Root, plan: Plan, container: Container, undo_log: UndoLog) -> tuple[cgroup.MadeNode, ...]:
     """Make the plan's nodes in the container and return them as the proof wants them. Raises StepError."""
-    places = [(node, find_place(root, node)) for node in plan.nodes]
-    give_nodes(root, places, plan, target, journal)
-    return tuple(cgroup.Node(place.path, *place.numbers, is_group=node.kind == "group") for node, place in places)
+    node_paths = [(node, resolve_node(root, node)) for node in plan.nodes]
+    create_nodes(root, node_paths, plan, container, undo_log)
+    return tuple(
+        cgroup.MadeNode(node_path.path, *node_path.numbers, is_group=node.kind == "group")
+        for node, node_path in node_paths
+    )
 
 
 @step("create-nodes")
-def give_nodes(_root: Root, places: list[tuple[Node, Place]], plan: Plan, target: Target, journal: Journal) -> None:
+def create_nodes(
+    _root: Root, node_paths: list[tuple[Node, NodePath]], plan: Plan, container: Container, undo_log: UndoLog
+) -> None:
     """Make the nodes in the container's /dev, or mount them there. Raises StepError."""
     try:
-        dev = container_dev.open_dev(target.pid, target.rootfs)
+        dev = container_dev.open_dev(container.pid, container.rootfs)
         try:
-            if not container_dev.is_guests_own(dev) and container_dev.is_borrowed(dev, target.pid, target.rootfs):
+            if not container_dev.is_guest_dev(dev) and container_dev.is_foreign_mount(
+                dev, container.pid, container.rootfs
+            ):
                 problem = "is a directory of the guest that is mounted into the container, not private to it"
                 hint = "mount a tmpfs on /dev: nodes in the guest's directory would outlive the container"
                 raise StepError("hostile-tree", "/dev", problem, hint)
             if plan.user_namespace:
-                mount_nodes(dev, places, plan.map, target, journal)
+                mount_nodes(dev, node_paths, plan.map, container, undo_log)
             else:
-                make_nodes(dev, places, plan, target, journal)
+                ensure_nodes(dev, node_paths, plan, container, undo_log)
         finally:
             os.close(dev)
     except OSError as error:
-        raise container_dev.explain_tree_error(error, target.rootfs) from None
+        raise container_dev.explain_tree_error(error, container.rootfs) from None
 
 
-def make_nodes(dev: int, places: list[tuple[Node, Place]], plan: Plan, target: Target, journal: Journal) -> None:
+def ensure_nodes(
+    dev: int, node_paths: list[tuple[Node, NodePath]], plan: Plan, container: Container, undo_log: UndoLog
+) -> None:
     """Make every node that is not there as it should be. dev: descriptor of /dev. Raises StepError, OSError."""
-    for node, place in places:
-        directory = open_or_make(dev, place.directory, target, journal)
+    for node, node_path in node_paths:
+        directory = open_or_create(dev, node_path.directory, container, undo_log)
         try:
-            check_mount(dev, directory, place)
-            if place.directory == "vfio" and node.kind == "control" and not container_dev.is_guests_own(directory):
+            refuse_foreign_mount(dev, directory, node_path)
+            if node_path.directory == "vfio" and node.kind == "control" and not container_dev.is_guest_dev(directory):
                 for entry in plan.stale:
-                    remove_stale(dev, entry, target, journal)
+                    remove_stale(dev, entry, container, undo_log)
                 if plan.map:
-                    write_map(directory, plan.map, target, journal)
-            make_node(directory, node, place, target, journal)
+                    write_map(directory, plan.map, container, undo_log)
+            ensure_node(directory, node, node_path, container, undo_log)
         finally:
             os.close(directory)
 
 
-def check_mount(dev: int, directory: int, place: Place) -> None:
+def refuse_foreign_mount(dev: int, directory: int, node_path: NodePath) -> None:
     """Raise StepError where nodes would come to lie in a directory of somebody else that is mounted in /dev."""
     # The guest's own /dev/vfio is made no node in, and has those that are needed.
-    if container_dev.is_mounted(dev, directory) and not container_dev.is_guests_own(directory):
+    if container_dev.crosses_mount(dev, directory) and not container_dev.is_guest_dev(directory):
         problem = "is a directory of the guest that is mounted into the container, not private to it"
         hint = "remove this mount from config.json: the hook creates the nodes"
-        raise StepError("hostile-tree", f"/dev/{place.directory}", problem, hint)
+        raise StepError("hostile-tree", f"/dev/{node_path.directory}", problem, hint)
 
 
-def open_or_make(dev: int, path: str, target: Target, journal: Journal) -> int:
+def open_or_create(dev: int, path: str, container: Container, undo_log: UndoLog) -> int:
     """Return a descriptor of a directory below /dev, made if it is not there. Raises OSError."""
     fd = os.dup(dev)
     done = ""
     for name in path.split("/") if path else ():
         done = f"{done}/{name}".lstrip("/")
         try:
-            inner = open_or_make_one(fd, name, done, target, journal)
+            inner = open_or_create_one(fd, name, done, container, undo_log)
         finally:
             os.close(fd)
         fd = inner
     return fd
 
 
-def open_or_make_one(parent: int, name: str, path: str, target: Target, journal: Journal) -> int:
+def open_or_create_one(parent: int, name: str, path: str, container: Container, undo_log: UndoLog) -> int:
     """Return a descriptor of a directory in a directory, made if it is not there. Raises StepError, OSError.
 
     path: below /dev.
@@ -180,42 +191,42 @@ def open_or_make_one(parent: int, name: str, path: str, target: Target, journal:
     try:
         return container_dev.open_below(parent, name)
     except FileNotFoundError:
-        if container_dev.is_guests_own(parent):
-            raise missing_node(f"/dev/{path}") from None
-        journal.note("directory", target.rootfs, path)
-        container_dev.make_directory(parent, name)
+        if container_dev.is_guest_dev(parent):
+            raise make_missing_error(f"/dev/{path}") from None
+        undo_log.add("directory", container.rootfs, path)
+        container_dev.create_directory(parent, name)
         return container_dev.open_below(parent, name)
 
 
-def make_node(directory: int, node: Node, place: Place, target: Target, journal: Journal) -> None:
+def ensure_node(directory: int, node: Node, node_path: NodePath, container: Container, undo_log: UndoLog) -> None:
     """Make one node unless it is there as it should be. Raises StepError."""
-    path = f"/dev/{place.path}"
-    found = container_dev.look_at_node(directory, place.name)
+    path = f"/dev/{node_path.path}"
+    found = container_dev.inspect_node(directory, node_path.name)
     if found and found.kind != "char":
         problem = f"the container has a {found.kind} at this path, where a device node belongs"
         raise StepError("node-in-the-way", path, problem, "remove it from the image")
-    if found and (found.major, found.minor) == place.numbers:
+    if found and (found.major, found.minor) == node_path.numbers:
         return
-    if container_dev.is_guests_own(directory):
+    if container_dev.is_guest_dev(directory):
         # The kernel keeps the nodes there; one of the hook's making would outlive the device, for everybody.
-        raise missing_node(path)
+        raise make_missing_error(path)
     if found:
-        note_stale(journal, target, place.path, found)
-        container_dev.remove_node(directory, place.name, (found.major, found.minor))
-    journal.note("node", target.rootfs, place.path, *place.numbers)
+        log_stale(undo_log, container, node_path.path, found)
+        container_dev.remove_node(directory, node_path.name, (found.major, found.minor))
+    undo_log.add("node", container.rootfs, node_path.path, *node_path.numbers)
     try:
-        container_dev.make_node(directory, place.name, place.numbers, node.mode, node.uid, node.gid)
+        container_dev.create_node(directory, node_path.name, node_path.numbers, node.mode, node.uid, node.gid)
     except OSError as error:
         raise StepError("node-failed", path, f"cannot create it: {error.strerror}", "give the hook CAP_MKNOD") from None
 
 
-def missing_node(path: str) -> StepError:
+def make_missing_error(path: str) -> StepError:
     """Return the error for a node, or its directory, that the guest's own /dev lacks."""
     problem = "does not exist in the guest's /dev, which the container uses"
     return StepError("node-missing", path, problem, "mount devtmpfs on /dev in the guest")
 
 
-def remove_stale(dev: int, entry: Device, target: Target, journal: Journal) -> None:
+def remove_stale(dev: int, entry: Device, container: Container, undo_log: UndoLog) -> None:
     """Take away a node that the runtime made with the host's numbers, which mean something else here, or nothing."""
     path, _, name = entry.path[len("/dev/") :].rpartition("/")
     try:
@@ -223,21 +234,25 @@ def remove_stale(dev: int, entry: Device, target: Target, journal: Journal) -> N
     except FileNotFoundError:
         return
     try:
-        found = container_dev.look_at_node(directory, name)
+        found = container_dev.inspect_node(directory, name)
         if found and found.kind == "char" and (found.major, found.minor) == (entry.major, entry.minor):
-            note_stale(journal, target, f"{path}/{name}", found)
+            log_stale(undo_log, container, f"{path}/{name}", found)
             container_dev.remove_node(directory, name, (found.major, found.minor))
     finally:
         os.close(directory)
 
 
-def note_stale(journal: Journal, target: Target, path: str, found: FoundNode) -> None:
+def log_stale(undo_log: UndoLog, container: Container, path: str, found: ExistingEntry) -> None:
     """Write down a node that is about to be removed."""
-    journal.note("stale", target.rootfs, path, found.major, found.minor, found.mode, found.uid, found.gid)
+    undo_log.add("stale", container.rootfs, path, found.major, found.minor, found.mode, found.uid, found.gid)
 
 
 def mount_nodes(
-    dev: int, places: list[tuple[Node, Place]], entries: tuple[MapEntry, ...], target: Target, journal: Journal
+    dev: int,
+    node_paths: list[tuple[Node, NodePath]],
+    entries: tuple[MapEntry, ...],
+    container: Container,
+    undo_log: UndoLog,
 ) -> None:
     """Give a container with a user namespace its nodes, on a file system of the guest. Raises StepError, OSError.
 
@@ -246,48 +261,50 @@ def mount_nodes(
     """
     from oci_hooks.guest.apply import mount_ns
 
-    if any(place.directory != "vfio" for _, place in places):
+    if any(node_path.directory != "vfio" for _, node_path in node_paths):
         problem = "cannot be created for a container with a user namespace"
         hint = "remove cdev from the annotation: the container gets the group's node without it"
         raise StepError("cdev-user-namespace", IOMMUFD_NODE, problem, hint)
-    directory = open_or_make(dev, "vfio", target, journal)
+    directory = open_or_create(dev, "vfio", container, undo_log)
     try:
-        if all(is_there(directory, place) for _, place in places):
+        if all(has_node(directory, node_path) for _, node_path in node_paths):
             return
         tree = mount_ns.make_tmpfs()
         try:
-            for node, place in places:
-                container_dev.make_node(tree, place.name, place.numbers, node.mode, max(node.uid, 0), max(node.gid, 0))
+            for node, node_path in node_paths:
+                container_dev.create_node(
+                    tree, node_path.name, node_path.numbers, node.mode, max(node.uid, 0), max(node.gid, 0)
+                )
             if entries:
                 container_dev.write_file(tree, MAP_PATH.rpartition("/")[2], format_map(entries))
-            journal.note("mount", target.rootfs, "vfio")
-            mount_ns.attach(target.pid, tree, directory)
+            undo_log.add("mount", container.rootfs, "vfio")
+            mount_ns.mount_tree(container.pid, tree, directory)
         finally:
             os.close(tree)
     finally:
         os.close(directory)
 
 
-def is_there(directory: int, place: Place) -> bool:
+def has_node(directory: int, node_path: NodePath) -> bool:
     """Tell whether a node is in a directory, with the right numbers."""
-    found = container_dev.look_at_node(directory, place.name)
-    return found is not None and found.kind == "char" and (found.major, found.minor) == place.numbers
+    found = container_dev.inspect_node(directory, node_path.name)
+    return found is not None and found.kind == "char" and (found.major, found.minor) == node_path.numbers
 
 
 # The map -------------------------------------------------------------------------------------------------------------
 
 
-def write_map(directory: int, entries: tuple[MapEntry, ...], target: Target, journal: Journal) -> None:
+def write_map(directory: int, entries: tuple[MapEntry, ...], container: Container, undo_log: UndoLog) -> None:
     """Write the map of the container's devices. Raises StepError where another file lies there, OSError.
 
     PCIDEVICE_* variables hold the host's addresses, and a hook can't change a container's environment.
     """
     name = MAP_PATH.rpartition("/")[2]
     data = format_map(entries)
-    found = container_dev.look_at_node(directory, name)
+    found = container_dev.inspect_node(directory, name)
     if found:
         known = container_dev.read_head(directory, name, len(data) + 1)
-        if known == data and journal.kept:
+        if known == data and undo_log.kept:
             # An earlier run wrote it, and its journal says so.
             return
         # One of the hook's own gives way: it is an earlier run's, or was left in an image by a machine that lost power.
@@ -295,7 +312,7 @@ def write_map(directory: int, entries: tuple[MapEntry, ...], target: Target, jou
             problem = f"the container has a {found.kind} at this path that the hook did not create"
             hint = "remove it from the image, or set map = false in guest.toml"
             raise StepError("node-in-the-way", MAP_PATH, problem, hint)
-    journal.note("file", target.rootfs, f"vfio/{name}")
+    undo_log.add("file", container.rootfs, f"vfio/{name}")
     container_dev.remove_file(directory, name)
     container_dev.write_file(directory, name, data)
 
@@ -326,7 +343,7 @@ def undo(entry: Entry, pid: int) -> None:
         directory = container_dev.open_path(dev, parent)
         try:
             # Mounted there since: what the hook made lies below.
-            if not container_dev.is_guests_own(directory):
+            if not container_dev.is_guest_dev(directory):
                 undo_in(directory, name, entry, pid)
         finally:
             os.close(directory)
@@ -346,9 +363,9 @@ def undo_in(directory: int, name: str, entry: Entry, pid: int) -> None:
         if pid:
             from oci_hooks.guest.apply import mount_ns
 
-            mount_ns.detach(pid, directory, name)
+            mount_ns.unmount(pid, directory, name)
     elif entry.kind == "node":
         container_dev.remove_node(directory, name, (entry.number(2), entry.number(3)))
-    elif container_dev.look_at_node(directory, name) is None:
+    elif container_dev.inspect_node(directory, name) is None:
         numbers = (entry.number(2), entry.number(3))
-        container_dev.make_node(directory, name, numbers, entry.number(4), entry.number(5), entry.number(6))
+        container_dev.create_node(directory, name, numbers, entry.number(4), entry.number(5), entry.number(6))

@@ -5,9 +5,9 @@ What is widened is the container's own cgroup, with version 2 also the systemd s
 ancestor of version 2 ever is; one of version 1 only when asked for, because there a child can't get what its parent
 lacks.
 
-The caller's order: `cgroup.find_cgroup`, `proof.prove`; when something is not permitted `plan_grant`, `permit`, `prove`
-again; when it still is not, `forbid` and raise what `explain_denial` returns. guest/permits.py does it for all claims
-together: grants of several containers may be for one parent.
+The caller's order: `cgroup.find_cgroup`, `proof.verify_nodes`; when something is not permitted `plan_grant`, `permit`,
+`prove` again; when it still is not, `forbid` and raise what `explain_denial` returns. guest/permits.py does it for all
+claims together: grants of several containers may be for one parent.
 """
 
 from __future__ import annotations
@@ -16,9 +16,18 @@ import errno
 import os
 
 from oci_hooks.findings import StepError
-from oci_hooks.frozen import Record
-from oci_hooks.guest.apply.cgroup import ACCESS, Cgroup, Node, NodeProof, fail, list_ancestors, list_own, list_scope
-from oci_hooks.guest.apply.device_filter import Swaps, add_nodes, find_programs_above, remove_nodes
+from oci_hooks.frozen import Frozen
+from oci_hooks.guest.apply.cgroup import (
+    ACCESS,
+    Cgroup,
+    MadeNode,
+    NodeCheck,
+    list_cgroup_ancestors,
+    list_container_cgroups,
+    list_scope_ancestors,
+    permit_failed,
+)
+from oci_hooks.guest.apply.device_filter import Replacements, add_nodes, find_programs_above, remove_nodes
 from oci_hooks.guest.apply.device_list import (
     allow_node,
     deny_node,
@@ -41,7 +50,7 @@ if TYPE_CHECKING:
 MISC_MAJOR = 10
 
 
-class Widening(Record):
+class Widening(Frozen):
     """What a grant adds to a device list of version 1. path: the cgroup's directory; given: for each node of the grant
     what its entry there lacked, of "rw": this is given, and taken back."""
 
@@ -49,7 +58,7 @@ class Widening(Record):
     given: tuple[str, ...]
 
 
-class Grant(Record):
+class Grant(Frozen):
     """What to permit and where: known before anything is done, so that it can stand in a journal.
 
     nodes: major and minor of each; unified: version 2 directory or ""; devices: of version 1, from the top down:
@@ -64,8 +73,8 @@ class Grant(Record):
 
     def find_given(self, path: str, numbers: Numbers) -> str:
         """Return what a node is given in a directory of version 1; "" for nothing."""
-        places = [widening.given for widening in self.devices if widening.path == path]
-        return dict(zip(self.nodes, places[0])).get(numbers, "") if places else ""
+        locations = [widening.given for widening in self.devices if widening.path == path]
+        return dict(zip(self.nodes, locations[0])).get(numbers, "") if locations else ""
 
     def without(self, gone: Collection[Numbers]) -> Grant:
         """Return the grant but for some nodes."""
@@ -137,7 +146,7 @@ def list_numbers(entries: Iterable[Entry]) -> set[Numbers]:
 def plan_grant(
     root: Root,
     cgroup: Cgroup,
-    nodes: Iterable[Node],
+    nodes: Iterable[MadeNode],
     widen_parents: bool = False,
     others: tuple[Grant, ...] = (),
     opened: Mapping[Numbers, str] | None = None,
@@ -150,14 +159,14 @@ def plan_grant(
     permits by default, so that its list does not show it (`is_open_list`).
     """
     wanted = tuple(nodes)
-    own = [place for place in (cgroup.unified, cgroup.devices) if place and place not in cgroup.shared]
+    own = [location for location in (cgroup.unified, cgroup.devices) if location and location not in cgroup.shared]
     if cgroup.shared and not own:
         problem = "the container shares this cgroup with other processes; refusing to allow devices there"
-        raise fail(cgroup.shared[0], problem, wanted)
+        raise permit_failed(cgroup.shared[0], problem, wanted)
     devices: list[Widening] = []
     if cgroup.devices in own:
         if widen_parents:
-            ancestors = list_ancestors(cgroup.devices, cgroup.devices_mount)
+            ancestors = list_cgroup_ancestors(cgroup.devices, cgroup.devices_mount)
             planned = (plan_widening(root, path, wanted, others, None) for path in ancestors)
             devices += [widening for widening in planned if any(widening.given)]
         devices.append(plan_widening(root, cgroup.devices, wanted, others, opened))
@@ -166,7 +175,7 @@ def plan_grant(
 
 
 def plan_widening(
-    root: Root, path: str, nodes: tuple[Node, ...], others: tuple[Grant, ...], opened: Mapping[Numbers, str] | None
+    root: Root, path: str, nodes: tuple[MadeNode, ...], others: tuple[Grant, ...], opened: Mapping[Numbers, str] | None
 ) -> Widening:
     """Return what nodes have to be given in a directory of version 1. others, opened: as of `plan_grant`."""
     rules = read_rules(root, path)
@@ -189,24 +198,24 @@ def is_open_list(root: Root, cgroup: Cgroup) -> bool:
 
 
 @step("allow")
-def permit(root: Root, grant: Grant, note: Callable[[], object] = lambda: None) -> None:
+def allow(root: Root, grant: Grant, note: Callable[[], object] = lambda: None) -> None:
     """Permit reading and writing of exactly these nodes. Doing it twice is doing it once. Raises StepError.
 
     note: called when all is ready, before the first change: what fails before that has changed nothing.
     """
-    with Swaps(root, add_nodes) as swaps:
-        for path in list_own(root, grant.unified):
+    with Replacements(root, add_nodes) as swaps:
+        for path in list_container_cgroups(root, grant.unified):
             swaps.prepare(path, grant.nodes)
         note()
         for widening in grant.devices:
             for numbers, access in zip(grant.nodes, widening.given):
                 if access:
                     allow_node(root, widening.path, numbers, access)
-        swaps.carry_out()
+        swaps.replace_all()
 
 
 @step("disallow")
-def forbid(root: Root, grant: Grant, others: tuple[Grant, ...] = ()) -> None:
+def disallow(root: Root, grant: Grant, others: tuple[Grant, ...] = ()) -> None:
     """Take a permission back, whole or half given, by this process or another. Raises StepError, after trying all.
 
     others: what other containers were given, and so keep, where a directory is theirs too. A cgroup that is gone is as
@@ -233,17 +242,17 @@ def forbid(root: Root, grant: Grant, others: tuple[Grant, ...] = ()) -> None:
 
 def list_filtered(grant: Grant) -> tuple[str, ...]:
     """Return the directories of version 2 that a grant may have changed the device filters of."""
-    return (grant.unified, *list_scope(grant.unified)) if grant.unified else ()
+    return (grant.unified, *list_scope_ancestors(grant.unified)) if grant.unified else ()
 
 
 def remove_from_filter(root: Root, path: str, nodes: tuple[Numbers, ...]) -> None:
     """Take nodes out of the device filter of one cgroup, if that is still there. Raises StepError."""
     if not nodes or not root.exists(path):
         return
-    with Swaps(root, remove_nodes) as swaps:
+    with Replacements(root, remove_nodes) as swaps:
         try:
             swaps.prepare(path, nodes)
-            swaps.carry_out()
+            swaps.replace_all()
         except StepError:
             if root.exists(path):
                 raise
@@ -252,24 +261,24 @@ def remove_from_filter(root: Root, path: str, nodes: tuple[Numbers, ...]) -> Non
 # Explaining -----------------------------------------------------------------------------------------------------------
 
 
-def explain_denial(root: Root, cgroup: Cgroup, proofs: Iterable[NodeProof]) -> StepError:
+def explain_denial(root: Root, cgroup: Cgroup, checks: Iterable[NodeCheck]) -> StepError:
     """Return the error for nodes that don't open from inside the cgroup although everything was done for it."""
-    bad = [proof for proof in proofs if proof.error or not proof.is_viable]
-    problem = "; ".join(describe_proof(proof) for proof in bad)
-    denied = [proof.node for proof in bad if proof.is_denied]
+    bad = [check for check in checks if check.error or not check.is_viable]
+    problem = "; ".join(describe_check(check) for check in bad)
+    denied = [check.node for check in bad if check.is_denied]
     above = find_programs_above(root, cgroup) if denied and cgroup.unified else []
-    own = list_own(root, cgroup.unified)
+    own = list_container_cgroups(root, cgroup.unified)
     above = [path for path in above if path not in own]
     if above:
         problem += f" (the parent cgroup {above[0]} has a device filter of its own, which the hook does not change)"
-    return fail(cgroup.unified or cgroup.devices or f"process {cgroup.pid}", problem, denied)
+    return permit_failed(cgroup.unified or cgroup.devices or f"process {cgroup.pid}", problem, denied)
 
 
-def describe_proof(proof: NodeProof) -> str:
+def describe_check(check: NodeCheck) -> str:
     """Return in words what a proof came to."""
-    path = f"/dev/{proof.node.name}"
-    if not proof.error:
-        return f"can open {path}" if proof.is_viable else f"can open {path}, but its group is not viable"
+    path = f"/dev/{check.node.name}"
+    if not check.error:
+        return f"can open {path}" if check.is_viable else f"can open {path}, but its group is not viable"
     words = {
         errno.EPERM: "denied by the cgroup's device rules",
         errno.EACCES: "denied by its mode, a nodev mount or a security module",
@@ -278,4 +287,4 @@ def describe_proof(proof: NodeProof) -> str:
         errno.ENODEV: "it is the node of another device, or its device is gone",
         errno.ENXIO: "its device does not exist",
     }
-    return f"cannot open {path} from this cgroup: {words.get(proof.error, os.strerror(proof.error))}"
+    return f"cannot open {path} from this cgroup: {words.get(check.error, os.strerror(check.error))}"

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 
-from oci_hooks.guest.apply.cgroup import Cgroup, Node, NodeProof, fail, write_file
+from oci_hooks.guest.apply.cgroup import Cgroup, MadeNode, NodeCheck, permit_failed, write_kernel_file
 from oci_hooks.guest.apply.child import end_child, start_child
 from oci_hooks.system import read_pipe, step
 
@@ -26,9 +26,9 @@ KILL_SECONDS = 0.5
 
 
 @step("verify-nodes")
-def prove(
-    root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[Node], deadline: Deadline, flags: int = os.O_RDWR
-) -> tuple[NodeProof, ...]:
+def verify_nodes(
+    root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[MadeNode], deadline: Deadline, flags: int = os.O_RDWR
+) -> tuple[NodeCheck, ...]:
     """Open each node from inside the cgroup and return what each came to. Changes nothing.
 
     directory: descriptor of the container's directory that holds the nodes; flags: how they are opened. A forked child
@@ -36,30 +36,32 @@ def prove(
     is not done in time.
     """
     wanted = tuple(nodes)
-    answer = ask_child(lambda: answer_for(root, cgroup, directory, wanted, flags), deadline)
+    answer = read_child_answer(lambda: verify_in_child(root, cgroup, directory, wanted, flags), deadline)
     lines = [line.split(" ") for line in answer.splitlines()]
     if lines and lines[0][0] == "enter":
         reason = os.strerror(int(lines[0][1]))
-        raise fail(
+        raise permit_failed(
             lines[0][2], f"cannot move the helper process that tests the device nodes into this cgroup: {reason}"
         )
     if len(lines) != len(wanted):
-        raise fail(f"process {cgroup.pid}", "the helper process that tests the device nodes in its cgroup died")
-    return tuple(NodeProof(node, int(line[0]), line[1] == "1") for node, line in zip(wanted, lines))
+        raise permit_failed(
+            f"process {cgroup.pid}", "the helper process that tests the device nodes in its cgroup died"
+        )
+    return tuple(NodeCheck(node, int(line[0]), line[1] == "1") for node, line in zip(wanted, lines))
 
 
-def answer_for(root: Root, cgroup: Cgroup, directory: int, nodes: tuple[Node, ...], flags: int) -> str:
+def verify_in_child(root: Root, cgroup: Cgroup, directory: int, nodes: tuple[MadeNode, ...], flags: int) -> str:
     """Return the child's answer: a line `errno viable` a node, or one line `enter errno path`."""
     for path in (cgroup.devices, cgroup.unified):
         if path:
             try:
-                write_file(root.host_path(f"{path}/cgroup.procs"), "0")
+                write_kernel_file(root.host_path(f"{path}/cgroup.procs"), "0")
             except OSError as error:
                 return f"enter {error.errno} {path}"
-    return "\n".join(f"{code} {viable:d}" for code, viable in (try_node(directory, node, flags) for node in nodes))
+    return "\n".join(f"{code} {viable:d}" for code, viable in (verify_node(directory, node, flags) for node in nodes))
 
 
-def try_node(directory: int, node: Node, flags: int = os.O_RDWR) -> tuple[int, bool]:
+def verify_node(directory: int, node: MadeNode, flags: int = os.O_RDWR) -> tuple[int, bool]:
     """Open one node and close it.
 
     Returns errno (0: it opened; ENODEV: the node is another device) and whether it is viable.
@@ -70,14 +72,14 @@ def try_node(directory: int, node: Node, flags: int = os.O_RDWR) -> tuple[int, b
     from oci_hooks.guest.apply.container_dev import open_path
 
     above, _, name = node.name.rpartition("/")
-    place = fd = -1
+    location = fd = -1
     try:
         # Component by component: a link in place of a directory leads to another node of the same numbers.
-        place = open_path(directory, above)
+        location = open_path(directory, above)
         # Looked at before it is opened: opening a device may do something.
-        if not is_device(os.stat(name, dir_fd=place, follow_symlinks=False), node):
+        if not is_device(os.stat(name, dir_fd=location, follow_symlinks=False), node):
             return errno.ENODEV, False
-        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=place)
+        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=location)
         if not is_device(os.fstat(fd), node):
             return errno.ENODEV, False
         if not node.is_group:
@@ -86,19 +88,19 @@ def try_node(directory: int, node: Node, flags: int = os.O_RDWR) -> tuple[int, b
     except OSError as error:
         return error.errno or errno.EIO, False
     finally:
-        for opened in (fd, place):
+        for opened in (fd, location):
             if opened >= 0:
                 os.close(opened)
     return 0, bool(struct.unpack("=II", status)[1] & VFIO_GROUP_FLAGS_VIABLE)
 
 
-def is_device(status: os.stat_result, node: Node) -> bool:
+def is_device(status: os.stat_result, node: MadeNode) -> bool:
     """Tell whether this is the character device that the node is meant to be."""
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(node.major, node.minor)
 
 
 def find_access(
-    root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[Node], deadline: Deadline
+    root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[MadeNode], deadline: Deadline
 ) -> dict[tuple[int, int], str]:
     """Return what of reading and writing is permitted for each node inside the cgroup: "r", "w", "rw" or "".
 
@@ -106,13 +108,13 @@ def find_access(
     """
     access: dict[tuple[int, int], str] = {}
     for letter, flags in (("r", os.O_RDONLY), ("w", os.O_WRONLY)):
-        for proof in prove(root, cgroup, directory, nodes, deadline, flags):
-            numbers = (proof.node.major, proof.node.minor)
-            access[numbers] = access.get(numbers, "") + ("" if proof.is_denied else letter)
+        for check in verify_nodes(root, cgroup, directory, nodes, deadline, flags):
+            numbers = (check.node.major, check.node.minor)
+            access[numbers] = access.get(numbers, "") + ("" if check.is_denied else letter)
     return access
 
 
-def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
+def read_child_answer(work: Callable[[], str], deadline: Deadline) -> str:
     """Return what a forked child computes; it ends with its answer, and is killed when there is no time left.
 
     Raises StepError where it does not answer.
@@ -122,7 +124,7 @@ def ask_child(work: Callable[[], str], deadline: Deadline) -> str:
         answer = read_pipe(child.pipe, deadline)
         if answer is None:
             problem = "the helper process that tests the device nodes in the container's cgroup did not finish in time"
-            raise fail(f"process {child.pid}", problem)
+            raise permit_failed(f"process {child.pid}", problem)
         return answer.decode()
     finally:
         end_child(child, KILL_SECONDS)

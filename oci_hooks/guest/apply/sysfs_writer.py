@@ -12,7 +12,7 @@ import _thread
 import errno
 import os
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.guest.apply.child import end_child, start_child
 from oci_hooks.system import tagged
 
@@ -27,10 +27,10 @@ KILL_SECONDS = 0.1
 # What a thread needs, and not the 8 MiB that are usual: where memory is limited they count.
 STACK_BYTES = 1 << 18
 # No descriptor is free for a thread: what others have open, they close.
-CROWDED = (errno.EMFILE, errno.ENFILE)
+CROWDED_ERRNOS = (errno.EMFILE, errno.ENFILE)
 
 
-class Write(Record):
+class Write(Frozen):
     """One write to a sysfs attribute. tolerated: errno values that mean there was nothing to do."""
 
     tag = "write"
@@ -40,7 +40,7 @@ class Write(Record):
     tolerated: tuple[int, ...] = ()
 
 
-class Job(Record):
+class Job(Frozen):
     """The writes for one device, in order.
 
     address: BDF; directory: of the device in sysfs, "" where it does not matter which device it is; inode: number of
@@ -55,7 +55,7 @@ class Job(Record):
     inode: int = 0
 
 
-class Result(Record):
+class Result(Frozen):
     """How a job ended. code: errno, 0 for success, ETIMEDOUT where it still blocks; path: of the write that failed;
     started: False where there was no process to be had for it, or that was killed: it has to be done again."""
 
@@ -76,24 +76,24 @@ class Result(Record):
 def run_jobs(
     jobs: Iterable[Job],
     deadline: Deadline,
-    private: tuple[int, ...] = (),
-    meanwhile: Callable[[], None] | None = None,
+    close_fds: tuple[int, ...] = (),
+    while_waiting: Callable[[], None] | None = None,
 ) -> list[Result]:
     """Do the jobs side by side and return how each ended, in their order.
 
-    private: descriptors that a child must not keep open (children.start_child); meanwhile: what this process does where
-    it would only wait for the kernel.
+    close_fds: descriptors that a child must not keep open (children.start_child); while_waiting: what this process does
+    where it would only wait for the kernel.
     """
     jobs = tuple(jobs)
     if not jobs:
         return []
     try:
-        child = start_child(lambda writer: do_jobs(jobs, writer), private)
+        child = start_child(lambda writer: do_jobs(jobs, writer), close_fds)
     except OSError as error:
         return [Result(job.address, error.errno or errno.EIO, "", started=False) for job in jobs]
     try:
-        if meanwhile:
-            meanwhile()
+        if while_waiting:
+            while_waiting()
         answers, ended = read_answers(child.pipe, len(jobs), deadline)
         end_child(child, KILL_SECONDS)
     finally:
@@ -122,12 +122,12 @@ def read_answers(pipe: int, count: int, deadline: Deadline) -> tuple[dict[int, t
 
     poller = select.poll()
     poller.register(pipe, select.POLLIN)
-    said, ended = b"", False
-    while said.count(b"\n") < count and not ended and poller.poll(deadline.remaining() * 1000):
+    output, ended = b"", False
+    while output.count(b"\n") < count and not ended and poller.poll(deadline.remaining() * 1000):
         more = os.read(pipe, 65536)
-        said, ended = said + more, not more
+        output, ended = output + more, not more
     # One write each, so that no line is there by half.
-    lines = (tuple(map(int, line.split())) for line in said.splitlines())
+    lines = (tuple(map(int, line.split())) for line in output.splitlines())
     return {job: (code, index) for job, code, index in lines}, ended
 
 
@@ -138,12 +138,12 @@ def do_jobs(jobs: tuple[Job, ...], writer: int) -> None:
     """Do the jobs, each in a thread, the last in this one; tell how each ended, as soon as it has."""
     left: list[int] = []
     locks = []
-    never = make_locked()
+    never = make_locked_lock()
     _thread.stack_size(STACK_BYTES)
     for number in range(len(jobs) - 1):
-        lock = make_locked()
+        lock = make_locked_lock()
         try:
-            _thread.start_new_thread(do_job_aside, (jobs, number, writer, left, lock, never))
+            _thread.start_new_thread(do_job_in_thread, (jobs, number, writer, left, lock, never))
             locks.append(lock)
         except RuntimeError:
             # There is no thread to be had.
@@ -153,17 +153,17 @@ def do_jobs(jobs: tuple[Job, ...], writer: int) -> None:
         lock.acquire()
     # What had to give way to others.
     for number in left:
-        tell(writer, number, do_writes(jobs[number]))
+        send_answer(writer, number, do_writes(jobs[number]))
 
 
-def make_locked() -> _thread.LockType:
+def make_locked_lock() -> _thread.LockType:
     """Return a lock that somebody has."""
     lock = _thread.allocate_lock()
     lock.acquire()
     return lock
 
 
-def do_job_aside(
+def do_job_in_thread(
     jobs: tuple[Job, ...], number: int, writer: int, left: list[int], lock: _thread.LockType, never: _thread.LockType
 ) -> None:
     """Do one job in a thread, then release the lock and wait for the one that is never released: the child's end.
@@ -181,13 +181,13 @@ def do_job_aside(
 def do_job(jobs: tuple[Job, ...], number: int, writer: int, left: list[int]) -> None:
     """Do one job and tell how it ended, or leave it for later."""
     answer = do_writes(jobs[number])
-    if answer[0] in CROWDED:
+    if answer[0] in CROWDED_ERRNOS:
         left.append(number)
     else:
-        tell(writer, number, answer)
+        send_answer(writer, number, answer)
 
 
-def tell(writer: int, number: int, answer: tuple[int, int]) -> None:
+def send_answer(writer: int, number: int, answer: tuple[int, int]) -> None:
     """Say how a job ended. answer: errno and number of the write.
 
     Raises BrokenPipeError when the hook was killed: the writes that are not begun are then left to the next hook.

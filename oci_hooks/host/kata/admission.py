@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from oci_hooks.host.kata.regex import Node
 
 # Characters of an expression, and states of the program that it becomes.
-LONGEST = 5000
-MOST_STATES = 20000
+MAX_PATTERN_LENGTH = 5000
+MAX_STATES = 20000
 # States times characters, for all keys together: a second or two.
-MOST_WORK = 2000000
+MAX_WORK = 2000000
 
 
-class Gate:
+class AnnotationFilter:
     """The expressions of one `enable_annotations`.
 
     programs: what each became, None where it can't be told; work: how much may still be done.
@@ -33,7 +33,7 @@ class Gate:
     def __init__(self, patterns: list[str], rust: bool) -> None:
         self.rust = rust
         self.is_shut = False
-        self.work = MOST_WORK
+        self.work = MAX_WORK
         self.programs: list[list[Node] | None] = []
         for pattern in patterns:
             try:
@@ -47,7 +47,7 @@ class Gate:
     def compile(self, pattern: str) -> list[Node]:
         """Return the program of an expression. Raises Invalid, Unsure."""
         self.work -= 100 + 20 * len(pattern)
-        if len(pattern) > LONGEST or self.work < 0:
+        if len(pattern) > MAX_PATTERN_LENGTH or self.work < 0:
             raise Unsure("too long an expression")
         program: list[Node] = []
         compile_node(Expression(pattern, self.rust).read(), program)
@@ -55,7 +55,7 @@ class Gate:
         self.work -= len(program)
         return program
 
-    def admits(self, key: str) -> bool | None:
+    def allows(self, key: str) -> bool | None:
         """Tell whether a key is admitted; None where that can't be told."""
         if self.is_shut:
             return False
@@ -76,7 +76,7 @@ class Gate:
 
 def compile_node(node: Node, program: list[Node]) -> None:  # noqa: PLR0912 - one rule a line
     """Append an expression's states: ("set", characters), ("look", place), ("split", one, other), ("end",)."""
-    if len(program) > MOST_STATES:
+    if len(program) > MAX_STATES:
         raise Unsure("too large an expression")
     kind = node[0]
     if kind in ("set", "look"):
@@ -86,10 +86,10 @@ def compile_node(node: Node, program: list[Node]) -> None:  # noqa: PLR0912 - on
             compile_node(part, program)
     elif kind == "any":
         ends = []
-        for choice in node[1][:-1]:
+        for chosen in node[1][:-1]:
             split = len(program)
             program.append(())
-            compile_node(choice, program)
+            compile_node(chosen, program)
             ends.append(len(program))
             program.append(())
             program[split] = ("split", split + 1, len(program))
@@ -97,20 +97,20 @@ def compile_node(node: Node, program: list[Node]) -> None:  # noqa: PLR0912 - on
         for end in ends:
             program[end] = ("split", len(program), len(program))
     elif kind == "times":
-        _, part, least, most = node
+        _, part, least, maximum = node
         for _ in range(least):
             compile_node(part, program)
         begin = len(program)
-        for _ in range(1 if most < 0 else most - least):
+        for _ in range(1 if maximum < 0 else maximum - least):
             split = len(program)
             program.append(())
             compile_node(part, program)
-            if most < 0:
+            if maximum < 0:
                 program.append(("split", begin, begin))
             program[split] = ("split", split + 1, -1)
-        for place in range(begin, len(program)):
-            if program[place][0] == "split" and program[place][2] == -1:
-                program[place] = ("split", program[place][1], len(program))
+        for location in range(begin, len(program)):
+            if program[location][0] == "split" and program[location][2] == -1:
+                program[location] = ("split", program[location][1], len(program))
 
 
 def run(program: list[Node], key: str) -> bool:
@@ -140,10 +140,10 @@ def follow(program: list[Node], waiting: list[int], key: str, position: int, fou
             waiting.append(state + 1)
 
 
-def is_at(place: str, key: str, position: int) -> bool:
+def is_at(location: str, key: str, position: int) -> bool:
     """Tell whether a position is such a place."""
-    if place in ("begin", "end"):
-        return position == (0 if place == "begin" else len(key))
+    if location in ("begin", "end"):
+        return position == (0 if location == "begin" else len(key))
     before, after = key[position - 1 : position] if position else "", key[position : position + 1]
     edge = (before != "" and before in WORDS) != (after != "" and after in WORDS)
-    return edge == (place == "edge")
+    return edge == (location == "edge")

@@ -7,7 +7,7 @@ One object a runtime: the effective values with what decided each, or what Kata 
 from __future__ import annotations
 
 from oci_hooks.findings import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, InputError, make_one_line
-from oci_hooks.host.kata.config import RELEASE, Place, find_default_places, load_config
+from oci_hooks.host.kata.config import RELEASE, ConfigFile, find_default_files, load_config
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ RUNTIMES = {"go": "go", "rust": "rs"}
 IOMMU_WORDS = ("intel_iommu", "amd_iommu", "iommu", "iommu.passthrough", "iommu.strict")
 
 
-def ask(run: Run) -> int:
+def print_kata_config(run: Run) -> int:
     """Print what the arguments ask for and return the exit code: 0 readable, 1 refused by Kata, 2 not told here.
 
     Without --runtime the code is of the runtime that the file is for.
@@ -35,14 +35,14 @@ def ask(run: Run) -> int:
     wanted = run.arguments.runtime
     answers = {}
     for name in [wanted] if wanted else list(RUNTIMES):
-        answers[name] = answer(run.root, run.arguments.kata_config or "", RUNTIMES[name], annotations)
+        answers[name] = make_answer(run.root, run.arguments.kata_config or "", RUNTIMES[name], annotations)
     if run.arguments.json:
         shown: Any = answers[wanted] if wanted else answers
         write_stdout(json.dumps(shown, indent=2) + "\n")
     else:
-        write_stdout("".join(write_answer(name, found) for name, found in answers.items()))
+        write_stdout("".join(format_answer(name, found) for name, found in answers.items()))
     run.is_answered = True
-    return choose_code(answers[wanted or choose_runtime(run.root, run.arguments.kata_config or "", answers)])
+    return choose_exit_code(answers[wanted or choose_runtime(run.root, run.arguments.kata_config or "", answers)])
 
 
 def read_annotations(words: tuple[str, ...] | list[str]) -> dict[str, str]:
@@ -56,30 +56,30 @@ def read_annotations(words: tuple[str, ...] | list[str]) -> dict[str, str]:
     return annotations
 
 
-def answer(root: Root, file: str, flavour: str, annotations: dict[str, str]) -> dict[str, Any]:
+def make_answer(root: Root, file: str, flavour: str, annotations: dict[str, str]) -> dict[str, Any]:
     """Return one runtime's answer. file: "" for Kata's own lookup."""
-    place = find_place(root, file, flavour)
-    if place is None:
+    location = find_config_file(root, file, flavour)
+    if location is None:
         return {"refused": "load: none of Kata's default locations has a configuration.toml"}
-    reading = load_config(root, place, flavour, annotations).reading
+    reading = load_config(root, location, flavour, annotations).reading
     if reading.refused:
-        return {"refused": write_problem(reading.refused[0])}
+        return {"refused": format_problem(reading.refused[0])}
     if reading.uncertain:
-        return {"uncertain": write_problem(reading.uncertain[0])}
+        return {"uncertain": format_problem(reading.uncertain[0])}
     return {**reading.values, "decided": {key: find_decision(reading, key) for key in reading.values}}
 
 
-def find_place(root: Root, file: str, flavour: str) -> Place | None:
+def find_config_file(root: Root, file: str, flavour: str) -> ConfigFile | None:
     """Return the file to read: the one that is named, else the first of Kata's default places; None without one."""
     if not file:
-        return next(iter(find_default_places(root, flavour, "")), None)
+        return next(iter(find_default_files(root, flavour, "")), None)
     import os
 
     path = os.path.abspath(file)
-    return Place(path, root.real_path(path), "named")
+    return ConfigFile(path, root.real_path(path), "named")
 
 
-def write_problem(problem: Problem) -> str:
+def format_problem(problem: Problem) -> str:
     """Return a problem on one line: when, where and what."""
     return make_one_line(f"{problem.stage}: {problem.describe()}")
 
@@ -93,11 +93,11 @@ def find_decision(reading: Reading, key: str) -> str:
         keys = ("runtime", key)
     elif key == "hypervisor":
         keys = ("runtime", "hypervisor_name") if reading.flavour == "rs" else find_table(reading)
-    places = reading.marks.get(keys, ())
-    if not places:
+    locations = reading.marks.get(keys, ())
+    if not locations:
         return "default"
-    file, line, number = places[-1].rpartition(" line ")
-    return f"{file}:{number}" if line else places[-1]
+    file, line, number = locations[-1].rpartition(" line ")
+    return f"{file}:{number}" if line else locations[-1]
 
 
 def find_table(reading: Reading) -> tuple[str, ...]:
@@ -106,17 +106,17 @@ def find_table(reading: Reading) -> tuple[str, ...]:
     return next((keys for keys in reading.marks if keys[:2] == wanted), wanted)
 
 
-def write_answer(name: str, found: dict[str, Any]) -> str:
+def format_answer(name: str, found: dict[str, Any]) -> str:
     """Return an answer for a person."""
     lines = [f"Kata's {name} runtime, as of release {RELEASE}:"]
     for key in ("refused", "uncertain"):
         if key in found:
             lines.append(f"  {key}: {found[key]}")
-    for key, place in found.get("decided", {}).items():
+    for key, location in found.get("decided", {}).items():
         value = find_iommu_words(found[key]) if key == "kernel_params" else found[key]
         shown = value if isinstance(value, str) else str(value).lower()
         label = "kernel_params (IOMMU)" if key == "kernel_params" else key
-        lines.append(make_one_line(f"  {label:22} {shown or '-':14} {place}"))
+        lines.append(make_one_line(f"  {label:22} {shown or '-':14} {location}"))
     return "\n".join(lines) + "\n"
 
 
@@ -127,12 +127,12 @@ def find_iommu_words(parameters: str) -> str:
 
 def choose_runtime(root: Root, file: str, answers: dict[str, dict[str, Any]]) -> str:
     """Return the runtime that a file is for, as its tables show."""
-    place = find_place(root, file, "go") or find_place(root, file, "rs")
-    flavour = load_config(root, place, "", {}).flavour if place else "go"
+    location = find_config_file(root, file, "go") or find_config_file(root, file, "rs")
+    flavour = load_config(root, location, "", {}).flavour if location else "go"
     return next(name for name in answers if RUNTIMES[name] == flavour)
 
 
-def choose_code(found: dict[str, Any]) -> int:
+def choose_exit_code(found: dict[str, Any]) -> int:
     """Return the exit code of an answer."""
     if "refused" in found:
         return EXIT_REFUSED

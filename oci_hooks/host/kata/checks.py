@@ -12,7 +12,7 @@ from oci_hooks.findings import Finding
 from oci_hooks.host.hypervisor import find_kernel_refusal
 from oci_hooks.host.kata.hints import make_viommu_hint, write_fix
 from oci_hooks.host.kata.problems import check_refused, check_uncertain
-from oci_hooks.host.kata.sandbox import KataView
+from oci_hooks.host.kata.sandbox import Sandbox
 from oci_hooks.oci import HYPERVISOR_PREFIX
 
 TYPE_CHECKING = False
@@ -30,42 +30,42 @@ NO_PORT = "no-port"
 GUEST_KERNEL = "guest-kernel"
 
 
-def check_kata(view: KataView, spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+def check_kata(sandbox: Sandbox, spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
     """Return the findings of all checks of this module."""
     channel = bool(targets) and all(target.group is not None and target.group.is_channel for target in targets)
     return (
-        *check_config(view),
-        *check_viommu(view, channel),
-        *check_viommu_support(view, channel),
-        *check_port(view),
-        *check_annotations(view),
-        *check_confidential(view, targets),
-        *check_rootless(view, targets),
-        *check_group_size(view, targets),
-        *check_domain(view, targets),
-        *check_mode(view),
-        *check_hooks(view, spec),
+        *check_config(sandbox),
+        *check_viommu(sandbox, channel),
+        *check_viommu_support(sandbox, channel),
+        *check_port(sandbox),
+        *check_annotations(sandbox),
+        *check_confidential(sandbox, targets),
+        *check_rootless(sandbox, targets),
+        *check_group_size(sandbox, targets),
+        *check_domain(sandbox, targets),
+        *check_mode(sandbox),
+        *check_hooks(sandbox, spec),
     )
 
 
-def check_config(view: KataView) -> tuple[Finding, ...]:
+def check_config(sandbox: Sandbox) -> tuple[Finding, ...]:
     """kata-config-missing, kata-config-refused, kata-config-uncertain."""
-    if view.config is not None:
-        return (*check_refused(view, view.config), *check_uncertain(view.config))
+    if sandbox.config is not None:
+        return (*check_refused(sandbox, sandbox.config), *check_uncertain(sandbox.config))
     hint = 'set its path in /etc/oci-vfio-hooks/host.toml: [kata] config = "/path/configuration.toml"'
     problem = "none of Kata's default locations has a configuration.toml"
     return (Finding("warning", "kata-config-missing", "Kata", problem, hint),)
 
 
-def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
+def check_viommu(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]:
     """viommu-off: the guest gets no IOMMU, so vfio-pci in it has nothing to work with.
 
     An error, unless the configuration leaves the device to the guest's own driver: there nothing is amiss.
     channel: only AP or CCW devices, which need no IOMMU.
     """
-    if channel or view.machine in WITH_OWN_IOMMU:
+    if channel or sandbox.machine in WITH_OWN_IOMMU:
         return ()
-    vmm, config = view.hypervisor, view.config
+    vmm, config = sandbox.hypervisor, sandbox.config
     setting = config.hypervisor_setting("enable_iommu", False) if config else None
     hint = make_viommu_hint(config, setting)
     if vmm is not None and vmm.viommu:
@@ -73,8 +73,8 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
             return ()
         problem = f"{vmm.process} runs without a virtual IOMMU ({vmm.evidence})"
         if config and setting:
-            told = config.describe(setting)
-            problem += f"; {told}" if setting.value is not True else f", although {told}"
+            reported = config.describe(setting)
+            problem += f"; {reported}" if setting.value is not True else f", although {reported}"
     elif config and setting:
         # Kata puts its own intel_iommu=on before these, and the kernel takes the last word.
         kernel = config.hypervisor_setting("kernel_params", "")
@@ -91,37 +91,37 @@ def check_viommu(view: KataView, channel: bool) -> tuple[Finding, ...]:
             problem = f"{setting.describe()}, which Kata's Go runtime ignores for {config.hypervisor}"
     else:
         return ()
-    certain = view.level == "error" or (vmm is not None and vmm.viommu == "off")
+    certain = sandbox.level == "error" or (vmm is not None and vmm.viommu == "off")
     # Who writes guest-kernel (Kata's own files for QEMU do) leaves the device to the guest's driver on purpose. Where
     # no vfio_mode is set at all, this hook was declared for a container that lists VFIO devices, to have them as such.
     kind = vmm.kind if vmm is not None else config.hypervisor if config else ""
-    wanted = view.wanted or (view.mode == "" and kind == "qemu")
+    wanted = sandbox.wanted or (sandbox.mode == "" and kind == "qemu")
     level = "error" if wanted and certain else "warning"
     if not wanted:
         problem += "; the device works with the guest's native driver only; VFIO in the container needs a virtual IOMMU"
     return (Finding(level, "viommu-off", "virtual IOMMU", problem, hint),)
 
 
-def check_viommu_support(view: KataView, channel: bool) -> tuple[Finding, ...]:
+def check_viommu_support(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]:
     """viommu-unsupported: this machine type, hypervisor or architecture has no virtual IOMMU in Kata."""
-    config = view.config
-    if channel or config is None or (view.hypervisor is not None and view.hypervisor.viommu == "on"):
+    config = sandbox.config
+    if channel or config is None or (sandbox.hypervisor is not None and sandbox.hypervisor.viommu == "on"):
         return ()
     iommu = config.hypervisor_setting("enable_iommu", False)
     is_on = iommu.value is True or iommu.written is True
-    if not is_on and (not view.wanted or view.machine in WITH_OWN_IOMMU):
+    if not is_on and (not sandbox.wanted or sandbox.machine in WITH_OWN_IOMMU):
         return ()
-    reason, is_fatal = explain_support(view, config)
+    reason, is_fatal = explain_no_viommu(sandbox, config)
     if not reason:
         return ()
-    told = f"; {iommu.describe()}" if is_on else ""
-    needed = view.wanted and view.machine not in WITH_OWN_IOMMU
-    level = view.level if needed or (is_fatal and is_on) else "warning"
+    reported = f"; {iommu.describe()}" if is_on else ""
+    needed = sandbox.wanted and sandbox.machine not in WITH_OWN_IOMMU
+    level = sandbox.level if needed or (is_fatal and is_on) else "warning"
     hint = "use a Kata runtime class with QEMU and machine_type q35 on x86_64, or Kata's own vfio_mode = guest-kernel"
-    return (Finding(level, "viommu-unsupported", "virtual IOMMU", reason + told, hint),)
+    return (Finding(level, "viommu-unsupported", "virtual IOMMU", reason + reported, hint),)
 
 
-def explain_support(view: KataView, config: KataConfig) -> tuple[str, bool]:
+def explain_no_viommu(sandbox: Sandbox, config: KataConfig) -> tuple[str, bool]:
     """Return why a configuration can't have a virtual IOMMU, and whether Kata refuses to start with one; "" if it can.
 
     Go refuses to start QEMU (qemu_arch_base.go, appendIOMMU) and runtime-rs Dragonball; the others go on without one.
@@ -137,8 +137,8 @@ def explain_support(view: KataView, config: KataConfig) -> tuple[str, bool]:
     if name != "qemu":
         return "", False
     is_fatal = config.flavour == "go"
-    if view.machine != "x86_64":
-        return f"Kata has no virtual IOMMU on {view.machine}", is_fatal
+    if sandbox.machine != "x86_64":
+        return f"Kata has no virtual IOMMU on {sandbox.machine}", is_fatal
     machine = config.hypervisor_setting("machine_type", "q35")
     # An empty machine_type is the default, which is q35 (katautils/config-settings.go).
     return (
@@ -152,18 +152,18 @@ def explain_support(view: KataView, config: KataConfig) -> tuple[str, bool]:
     )
 
 
-def check_port(view: KataView) -> tuple[Finding, ...]:
+def check_port(sandbox: Sandbox) -> tuple[Finding, ...]:
     """no-port, port-conflict: where in the virtual machine the device would be plugged.
 
     Older releases have none of these keys and need none.
     """
-    config = view.config
-    if config is None or view.attached or config.hypervisor not in ("qemu", "clh"):
+    config = sandbox.config
+    if config is None or sandbox.attached or config.hypervisor not in ("qemu", "clh"):
         return ()
-    return check_rs_port(view, config) if config.flavour == "rs" else check_go_port(view, config)
+    return check_rs_port(sandbox, config) if config.flavour == "rs" else check_go_port(sandbox, config)
 
 
-def check_rs_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
+def check_rs_port(sandbox: Sandbox, config: KataConfig) -> tuple[Finding, ...]:
     """no-port, port-conflict of runtime-rs: hot plug needs ports of one kind (device/topology.rs, get_pcie_port)."""
     root_port = config.hypervisor_setting("pcie_root_port")
     switch_port = config.hypervisor_setting("pcie_switch_port")
@@ -171,15 +171,15 @@ def check_rs_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
     kinds = is_positive(root_port.value) + is_positive(switch_port.value)
     if kinds > 1:
         problem = f"{root_port.describe()}, and {switch_port.describe()}: runtime-rs accepts only one of them"
-        return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, switch_port, "0")),)
+        return (Finding(sandbox.level, "port-conflict", "PCIe port", problem, write_fix(config, switch_port, "0")),)
     plugged_otherwise = config.hypervisor == "clh" or cold.value not in (None, NO_PORT)
     if plugged_otherwise or root_port.value is None or kinds == 1:
         return ()
     hint = write_fix(config, root_port, "1")
-    return (Finding(view.level, "no-port", "PCIe port", config.describe(root_port), hint),)
+    return (Finding(sandbox.level, "no-port", "PCIe port", config.describe(root_port), hint),)
 
 
-def check_go_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
+def check_go_port(sandbox: Sandbox, config: KataConfig) -> tuple[Finding, ...]:
     """no-port, port-conflict of Go (drivers/vfio.go, Attach; katautils/config.go, checkPCIeConfig)."""
     hot = config.hypervisor_setting("hot_plug_vfio")
     cold = config.hypervisor_setting("cold_plug_vfio")
@@ -190,22 +190,26 @@ def check_go_port(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
     if not used:
         problem = f"{config.describe(hot if hot.value else cold)}, and no other plug setting selects a port"
         hint = write_fix(config, hot, '"root-port"')
-        return (Finding(view.level, "no-port", "PCIe port", problem, hint),)
+        return (Finding(sandbox.level, "no-port", "PCIe port", problem, hint),)
     if hot.value in used and cold.value in used:
         problem = f"{hot.describe()}, and {cold.describe()}: Kata accepts only one of them"
-        return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, cold, '"no-port"')),)
+        return (Finding(sandbox.level, "port-conflict", "PCIe port", problem, write_fix(config, cold, '"no-port"')),)
     deciding = hot if hot.value in used else cold
     if config.hypervisor == "clh" and deciding.value != "root-port":
         problem = f"Cloud Hypervisor supports only root-port, but {config.describe(deciding)}"
-        return (Finding(view.level, "port-conflict", "PCIe port", problem, write_fix(config, deciding, '"root-port"')),)
-    return check_port_count(view, config, hot)
+        return (
+            Finding(sandbox.level, "port-conflict", "PCIe port", problem, write_fix(config, deciding, '"root-port"')),
+        )
+    return check_port_count(sandbox, config, hot)
 
 
-def check_port_count(view: KataView, config: KataConfig, hot: Setting) -> tuple[Finding, ...]:
+def check_port_count(sandbox: Sandbox, config: KataConfig, hot: Setting) -> tuple[Finding, ...]:
     """no-port: in a pod Kata does not know the device when it makes the ports, so there must be some in stock
     (qemu.go, createPCIeTopology). Told only beforehand: in a pod the hook runs after the device was plugged."""
     stock = config.hypervisor_setting("pcie_root_port", 0)
-    in_need = hot.value == "root-port" and view.asker.is_cri and view.asker.by_hand and config.hypervisor == "qemu"
+    in_need = (
+        hot.value == "root-port" and sandbox.runtime.is_cri and sandbox.runtime.by_hand and config.hypervisor == "qemu"
+    )
     if not in_need or is_positive(stock.value):
         return ()
     hint = f"use the number of the pod's devices; for one device: {write_fix(config, stock, '1')}"
@@ -218,15 +222,15 @@ def is_positive(value: object) -> bool:
     return str(value).isdigit() and int(str(value)) > 0
 
 
-def check_annotations(view: KataView) -> tuple[Finding, ...]:
+def check_annotations(sandbox: Sandbox) -> tuple[Finding, ...]:
     """annotation-not-allowed: Go refuses the sandbox (oci/utils.go, addAnnotations), runtime-rs ignores the annotation.
 
     When a Go shim has started the hook it has taken the annotations already, so only a person is told of an error.
     """
-    config = view.config
+    config = sandbox.config
     if config is None or not config.refused:
         return ()
-    level = view.level if config.flavour == "go" and view.asker.by_hand else "warning"
+    level = sandbox.level if config.flavour == "go" and sandbox.runtime.by_hand else "warning"
     patterns = config.hypervisor_setting("enable_annotations", [])
     names = ", ".join(name[len(HYPERVISOR_PREFIX) :] for name in config.refused)
     does = "refuses the sandbox" if config.flavour == "go" else "ignores the annotation"
@@ -238,10 +242,10 @@ def check_annotations(view: KataView) -> tuple[Finding, ...]:
     return (Finding(level, "annotation-not-allowed", config.refused[0], problem, hint),)
 
 
-def check_confidential(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+def check_confidential(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
     """needs-iommufd: a confidential guest takes no legacy group (qemu.go: "ConfidentialGuest needs IOMMUFD")."""
-    config = view.config
-    if config is None or view.attached:
+    config = sandbox.config
+    if config is None or sandbox.attached:
         return ()
     setting = config.hypervisor_setting("confidential_guest", False)
     legacy = [t for t in targets if not t.cdev and t.group is not None and not t.group.is_channel]
@@ -255,11 +259,11 @@ def check_confidential(view: KataView, targets: tuple[Target, ...]) -> tuple[Fin
     return tuple(Finding("warning", "needs-iommufd", target.subject, problem, hint) for target in legacy)
 
 
-def check_rootless(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+def check_rootless(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
     """group-denied: a hypervisor without root's rights can't open the node (how-to-run-rootless-vmm.md)."""
-    config = view.config
+    config = sandbox.config
     setting = config.hypervisor_setting("rootless", False) if config else None
-    if config is None or setting is None or setting.value is not True or view.attached:
+    if config is None or setting is None or setting.value is not True or sandbox.attached:
         return ()
     problem = f"the hypervisor runs as an unprivileged user and may not be able to open it: {config.describe(setting)}"
     hint = "set rootless = false, or make that user the owner of the node with a udev rule"
@@ -268,10 +272,10 @@ def check_rootless(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding
     )
 
 
-def check_group_size(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+def check_group_size(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
     """multi-device-group: Go's cold plug passes the first device of a group only (sandbox.go, AppendDevice), and
     runtime-rs the primary one (qemu/inner.rs, hotplug_device)."""
-    config = view.config
+    config = sandbox.config
     if config is None:
         return ()
     cold = config.hypervisor_setting("cold_plug_vfio", NO_PORT)
@@ -288,7 +292,7 @@ def check_group_size(view: KataView, targets: tuple[Target, ...]) -> tuple[Findi
     return tuple(findings)
 
 
-def check_domain(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
+def check_domain(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
     """pci-domain: the runtime tells the agent every device under domain 0000 (kata_agent.go, appendVfioDevice)."""
     findings = []
     for target in targets:
@@ -304,9 +308,9 @@ def check_domain(view: KataView, targets: tuple[Target, ...]) -> tuple[Finding, 
     return tuple(findings)
 
 
-def check_mode(view: KataView) -> tuple[Finding, ...]:
+def check_mode(sandbox: Sandbox) -> tuple[Finding, ...]:
     """vfio-mode: in guest-kernel mode the container gets the device by the guest's own driver, not as VFIO."""
-    config = view.config
+    config = sandbox.config
     if config is None:
         return ()
     mode = config.runtime_setting("vfio_mode", GUEST_KERNEL)
@@ -314,22 +318,24 @@ def check_mode(view: KataView) -> tuple[Finding, ...]:
         return ()
     does = (
         "vfio-guest-bind binds the device to vfio-pci in the guest"
-        if view.wanted
+        if sandbox.wanted
         else "the guest binds the device to its native driver"
     )
     hint = (
         ""
-        if view.wanted
+        if sandbox.wanted
         else 'to use VFIO in the container: vfio_mode = "vfio", or annotation io.katacontainers.x.vfio.devices: "auto"'
     )
     return (Finding("info", "vfio-mode", "vfio_mode", f"{config.describe(mode)}: {does}", hint),)
 
 
-def check_hooks(view: KataView, spec: Spec) -> tuple[Finding, ...]:
+def check_hooks(sandbox: Sandbox, spec: Spec) -> tuple[Finding, ...]:
     """hooks-dropped, failure-ignored: runtime-rs loses guest hooks where config.json has hooks (container.rs,
     amend_spec; agent rpc.rs, append_guest_hooks), and goes on when a host hook fails (hooks.rs, execute_hooks)."""
-    config = view.config
-    rs = view.asker.kind == "kata-rs" or (not view.asker.flavour and config is not None and config.flavour == "rs")
+    config = sandbox.config
+    rs = sandbox.runtime.kind == "kata-rs" or (
+        not sandbox.runtime.flavour and config is not None and config.flavour == "rs"
+    )
     if not rs:
         return ()
     findings = []

@@ -8,8 +8,8 @@ The reading itself is in go.py and rust.py. Sources, in kata-containers: contain
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
-from oci_hooks.json_input import is_name
+from oci_hooks.frozen import Frozen
+from oci_hooks.json_input import is_valid_path
 from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
@@ -35,7 +35,7 @@ RELEASE = "4.1"
 RELEASE_MAJOR = int(RELEASE.partition(".")[0])
 
 
-class Place(Record):
+class ConfigFile(Frozen):
     """Where a configuration is. path: as it was named; real: with links resolved; reason: why this one."""
 
     path: str
@@ -43,7 +43,7 @@ class Place(Record):
     reason: str
 
 
-class Setting(Record):
+class Setting(Frozen):
     """One value, and what decided it.
 
     keys: tables and key; value: what is in effect; written: what the files come to, the same unless Kata changes it;
@@ -74,13 +74,13 @@ class Setting(Record):
         return text + (f", over {self.places[0]}" if len(self.places) > 1 else "")
 
 
-class KataConfig(Record):
+class KataConfig(Frozen):
     """A sandbox's whole configuration.
 
     place: the file that it starts from; flavour: "go" or "rs"; reading: what that runtime makes of it.
     """
 
-    place: Place
+    place: ConfigFile
     flavour: str
     reading: Reading
 
@@ -120,7 +120,7 @@ class KataConfig(Record):
 # The file ------------------------------------------------------------------------------------------------------------
 
 
-def find_default_places(root: Root, flavour: str, shim: str) -> tuple[Place, ...]:
+def find_default_files(root: Root, flavour: str, shim: str) -> tuple[ConfigFile, ...]:
     """Return the configurations at Kata's default places that are there, first the one that it would take.
 
     flavour: "go", "rs", or "" for both, Go's first; shim: path of the shim's executable, "" when not known: one below
@@ -132,29 +132,34 @@ def find_default_places(root: Root, flavour: str, shim: str) -> tuple[Place, ...
         paths = tuple(path for path in paths if not path.startswith("/usr/"))
     elif flavour == "go" and shim.startswith("/usr/"):
         paths = tuple(path for path in paths if not path.startswith("/opt/"))
-    return tuple(place for path in paths for place in (make_place(root, path, "at Kata's default place"),) if place)
+    return tuple(
+        location
+        for path in paths
+        for location in (make_config_file(root, path, "at Kata's default place"),)
+        if location
+    )
 
 
-def make_place(root: Root, path: str, reason: str) -> Place | None:
+def make_config_file(root: Root, path: str, reason: str) -> ConfigFile | None:
     """Return the place of a file that is there, None where there is none."""
-    is_there = path.startswith("/") and is_name(path) and root.exists(path)
-    return Place(path, root.real_path(path), reason) if is_there else None
+    is_there = path.startswith("/") and is_valid_path(path) and root.exists(path)
+    return ConfigFile(path, root.real_path(path), reason) if is_there else None
 
 
 # Its content ---------------------------------------------------------------------------------------------------------
 
 
-def load_config(root: Root, place: Place, flavour: str, annotations: dict[str, str]) -> KataConfig:
+def load_config(root: Root, location: ConfigFile, flavour: str, annotations: dict[str, str]) -> KataConfig:
     """Return the configuration that begins in a file. What can't be read is in its reading, and is left out.
 
     flavour: "go" or "rs" where known, else "" (then the file decides); annotations: the sandbox's.
     """
-    answer: dict[str, Any] | None = root.do(read_kata, root, place.real, flavour, annotations)
+    answer: dict[str, Any] | None = root.do(read_kata, root, location.real, flavour, annotations)
     if answer is None:
         # A recording of an earlier version has the files only.
-        answer = read_kata(root, place.real, flavour, annotations)
+        answer = read_kata(root, location.real, flavour, annotations)
     reading = make_reading(answer)
-    return KataConfig(place, reading.flavour, reading)
+    return KataConfig(location, reading.flavour, reading)
 
 
 @tagged("read-kata")
@@ -200,7 +205,7 @@ def make_reading(answer: dict[str, Any]) -> Reading:
             table = table.setdefault(keys[1], {})
         table[keys[-1]] = {} if value is None and len(keys) == 2 else value
     lists = {name: tuple(answer[name]) for name in ("unallowed", "refused", "uncertain")}
-    marks = {tuple(keys): tuple(places) for keys, places in answer["marks"]}
+    marks = {tuple(keys): tuple(locations) for keys, locations in answer["marks"]}
     return Reading(**{**answer, **lists, "marks": marks, "tables": tables})
 
 
@@ -214,14 +219,14 @@ def find_setting(config: KataConfig, keys: tuple[str, ...], default: Any) -> Set
     table: Any = reading.tables
     for name in keys[:-1]:
         table = table.get(name, {})
-    places = reading.marks.get(keys, ()) if key in table else ()
+    locations = reading.marks.get(keys, ()) if key in table else ()
     annotation = reading.by_annotation.get(key, "")
-    if not places and not annotation:
+    if not locations and not annotation:
         return Setting(keys, default, default)
     written = table.get(key, default)
     value = reading.values.get(key, written)
-    is_drop_in = bool(places) and not places[-1].startswith(f"{config.place.real} line")
-    return Setting(keys, value, written, places, annotation, is_drop_in and places[-1] != config.place.real)
+    is_drop_in = bool(locations) and not locations[-1].startswith(f"{config.place.real} line")
+    return Setting(keys, value, written, locations, annotation, is_drop_in and locations[-1] != config.place.real)
 
 
 def format_value(value: Any) -> str:

@@ -69,7 +69,7 @@ AGENT = name_types(
 )
 KINDS = {"text": "a string", "texts": "a list of strings", "truth": "true or false", "images": "a list of tables"}
 # The largest whole number that a float32 has room for.
-MOST_REAL = 16777215
+MAX_REAL = 16777215
 
 
 def read_go(root: Root, path: str, annotations: dict[str, str]) -> Reading:
@@ -81,10 +81,10 @@ def read_go(root: Root, path: str, annotations: dict[str, str]) -> Reading:
     tables = merge_layers(read_layers(root, path, LenientReader, ledger, True), ledger)
     if not ledger.refused or any(tables.values()):
         check_tables(ledger, tables, path)
-    ledger.settle_files()
+    ledger.check_files()
     name, values = find_values(ledger, tables)
     decided = apply_annotations(ledger, tables, name, values, annotations)
-    return ledger.conclude("go", tables, name, values, *decided)
+    return ledger.make_reading("go", tables, name, values, *decided)
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def decode_named(
         fresh = decode_table(layer, (*keys, name), below, (fold(key), name), ledger, is_main)
         # [hypervisor] and [Hypervisor]: Go takes them in any order.
         if into.get(name, fresh) != fresh:
-            ledger.doubt(layer.place((*keys, name)), f"{name} is there twice, and Go may take either")
+            ledger.mark_uncertain(layer.place((*keys, name)), f"{name} is there twice, and Go may take either")
             ledger.ambiguous.add("")
         into[name] = fresh
 
@@ -150,17 +150,17 @@ def decode_table(
         name = fold(key)
         if name not in types:
             continue
-        place = layer.place((*keys, key))
+        location = layer.place((*keys, key))
         wrong = find_wrong(types[name], value)
         if wrong:
-            ledger.refuse("load", place, f"{key} {wrong}", "syntax")
+            ledger.refuse("load", location, f"{key} {wrong}", "syntax")
             continue
         if name in fresh and fresh[name] != value:
-            ledger.doubt(place, f"{name} is there twice, in different case, and Go may take either")
+            ledger.mark_uncertain(location, f"{name} is there twice, in different case, and Go may take either")
             ledger.ambiguous.add(name)
         fresh[name] = value
         if counts:
-            ledger.mark((*named, name), place)
+            ledger.mark((*named, name), location)
     return fresh
 
 
@@ -192,7 +192,7 @@ def find_wrong(kind: str, value: Any) -> str:
     if kind in ("large", "number"):
         return "" if number else "is no number"
     if kind == "real":
-        fits = (number and abs(value) <= MOST_REAL) or (isinstance(value, float) and not abs(value) > 3.4028235e38)
+        fits = (number and abs(value) <= MAX_REAL) or (isinstance(value, float) and not abs(value) > 3.4028235e38)
         return "" if fits else "is no number that fits"
     if kind == "images":
         return find_wrong_images(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 
-from oci_hooks.host.kata.admission import Gate
+from oci_hooks.host.kata.admission import AnnotationFilter
 from oci_hooks.host.kata.go_checks import BLOCK_AIO, BLOCK_DRIVERS, NETWORK_MODELS, NO_PORT, PORTS, VFIO_MODES
 from oci_hooks.host.kata.model import has_wrong_verity, read_parameters, write_parameters
 from oci_hooks.oci import AGENT_PREFIX, HYPERVISOR_PREFIX, RUNTIME_PREFIX
@@ -76,9 +76,9 @@ CHOICES = {
 }
 # The annotation is named otherwise in one place (annotations.go, EnableVCPUsPinning).
 PINNING = "io.katacontainers.enable_vcpus_pinning"
-MOST_CPUS = 240
+MAX_CPUS = 240
 FLOAT = re.compile(r"[+-]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-MOST_NUMBER = (1 << 64) - 1
+MAX_NUMBER = (1 << 64) - 1
 
 
 def apply_annotations(
@@ -90,36 +90,38 @@ def apply_annotations(
     """
     table = tables["hypervisor"].get(name, {})
     # Dragonball and nothing else leaves the list of its table unread.
-    gate = Gate(table.get("enable_annotations", []) if name != "dragonball" else [], False)
+    gate = AnnotationFilter(table.get("enable_annotations", []) if name != "dragonball" else [], False)
     decided: dict[str, str] = {}
     unallowed = []
     for annotation, text in sorted(annotations.items()):
-        place = f"annotation {annotation}"
+        location = f"annotation {annotation}"
         if annotation.startswith(HYPERVISOR_PREFIX):
             key = annotation[len(HYPERVISOR_PREFIX) :]
-            admitted = gate.admits(key)
+            admitted = gate.allows(key)
             if admitted is None:
-                ledger.doubt(find_gate(ledger, name), f"whether enable_annotations admits {key} can't be told here")
+                ledger.mark_uncertain(
+                    find_allowed_list(ledger, name), f"whether enable_annotations admits {key} can't be told here"
+                )
             elif not admitted:
                 unallowed.append(annotation)
-                ledger.refuse("annotations", place, f"enable_annotations does not admit {key}", "unallowed")
+                ledger.refuse("annotations", location, f"enable_annotations does not admit {key}", "unallowed")
             if admitted is not False:
                 wrong = find_wrong(ledger, tables, name, key, text)
                 if wrong:
-                    ledger.refuse("annotations", place, wrong)
+                    ledger.refuse("annotations", location, wrong)
                 elif admitted:
-                    change(values, decided, key, text)
+                    set_value(values, decided, key, text)
         elif annotation.startswith((RUNTIME_PREFIX, AGENT_PREFIX)) or annotation == PINNING:
             wrong = find_wrong_other(annotation, text)
             if wrong:
-                ledger.refuse("annotations", place, wrong)
+                ledger.refuse("annotations", location, wrong)
             elif annotation == RUNTIME_PREFIX + "vfio_mode":
                 values["vfio_mode"], decided["vfio_mode"] = text, annotation
     check_together(ledger, table, name, annotations)
     return decided, tuple(unallowed)
 
 
-def find_gate(ledger: Ledger, name: str) -> str:
+def find_allowed_list(ledger: Ledger, name: str) -> str:
     """Return where the list of what is admitted is set."""
     return ledger.place("hypervisor", name, "enable_annotations")
 
@@ -147,20 +149,20 @@ def find_wrong(ledger: Ledger, tables: dict[str, Any], name: str, key: str, text
     if key == "virtio_fs_extra_args":
         return "" if is_list(text) else f"{text!r} is no list of strings in JSON"
     if key in ("cc_init_data", "numa_mapping") and text:
-        ledger.doubt(f"annotation {HYPERVISOR_PREFIX}{key}", "its value is not checked here")
+        ledger.mark_uncertain(f"annotation {HYPERVISOR_PREFIX}{key}", "its value is not checked here")
     return ""
 
 
 def is_number(text: str) -> bool:
     """Tell whether strconv.ParseUint takes a text, base 10, 64 bits."""
-    return text.isascii() and text.isdigit() and int(text[:30]) <= MOST_NUMBER
+    return text.isascii() and text.isdigit() and int(text[:30]) <= MAX_NUMBER
 
 
 def find_wrong_number(name: str, key: str, number: int) -> str:
     """Return why Kata refuses a number, "" if it takes it."""
     if key == "default_memory" and number < 256 and name != "remote":
         return "it is less than 256 MiB"
-    if key == "default_max_vcpus" and name != "remote" and number % (1 << 32) > min(os.cpu_count() or 1, MOST_CPUS):
+    if key == "default_max_vcpus" and name != "remote" and number % (1 << 32) > min(os.cpu_count() or 1, MAX_CPUS):
         return "it is more than this machine's processors"
     if key == "indep_iothreads" and not 1 <= number <= 50:
         return "it is not from 1 to 50"
@@ -190,7 +192,7 @@ def find_wrong_path(ledger: Ledger, patterns: list[str], text: str, key: str) ->
         wanted = pattern.split("/")
         if len(wanted) == len(parts) and all(map(fnmatchcase, parts, wanted)):
             if "\0" in text or not ledger.root.exists(text):
-                ledger.doubt("", f"{text} is not on this machine")
+                ledger.mark_uncertain("", f"{text} is not on this machine")
             return ""
     return f"{key} does not admit {text}"
 
@@ -247,11 +249,11 @@ def check_together(ledger: Ledger, table: dict[str, Any], name: str, annotations
         own = table.get(f"block_device_{key}", 0) if name in ("qemu", "clh", "stratovirt") else 0
         sizes.append(int(text[:30]) if is_number(text) else own)
     if all(sizes) and sizes[0] > sizes[1]:
-        place = f"annotation {HYPERVISOR_PREFIX}blk_logical_sector_size"
-        ledger.refuse("annotations", place, "the logical sector size is larger than the physical one")
+        location = f"annotation {HYPERVISOR_PREFIX}blk_logical_sector_size"
+        ledger.refuse("annotations", location, "the logical sector size is larger than the physical one")
 
 
-def change(values: dict[str, Any], decided: dict[str, str], key: str, text: str) -> None:
+def set_value(values: dict[str, Any], decided: dict[str, str], key: str, text: str) -> None:
     """Take an annotation's value, which is right."""
     annotation = HYPERVISOR_PREFIX + key
     if key in ("enable_iommu", "rootless"):

@@ -28,7 +28,7 @@ DEFAULT_IMAGES = (
 NO_PORT = "no-port"
 PORTS = ("bridge-port", "root-port", "switch-port")
 BOTH_PORTS = "hot_plug_vfio and cold_plug_vfio are both set, Kata takes only one of them"
-MOST_PORTS = 16
+MAX_PORTS = 16
 BLOCK_DRIVERS = ("virtio-scsi", "virtio-blk", "virtio-mmio", "nvdimm", "virtio-blk-ccw")
 BLOCK_AIO = ("io_uring", "native", "threads")
 SHARED_FS = ("virtio-9p", "virtio-fs", "virtio-fs-nydus", "none")
@@ -69,8 +69,8 @@ def check_tables(ledger: Ledger, tables: dict[str, Any], path: str) -> None:
     """Note what LoadConfiguration refuses. path: the main file, for what has no line."""
     for name, table in tables["hypervisor"].items():
         if name not in HYPERVISORS:
-            place = ledger.place("hypervisor", name) or path
-            ledger.refuse("load", place, f"[hypervisor.{name}] is no hypervisor that Kata's Go runtime knows")
+            location = ledger.place("hypervisor", name) or path
+            ledger.refuse("load", location, f"[hypervisor.{name}] is no hypervisor that Kata's Go runtime knows")
         else:
             check_hypervisor(ledger, name, table, path)
     if not tables["hypervisor"]:
@@ -78,7 +78,7 @@ def check_tables(ledger: Ledger, tables: dict[str, Any], path: str) -> None:
         if lost:
             ledger.refuse("load", path, f"has no [hypervisor.NAME], and Kata's own default {lost[0]} is missing")
         else:
-            ledger.doubt(path, "has no [hypervisor.NAME]: Kata then takes what was built in")
+            ledger.mark_uncertain(path, "has no [hypervisor.NAME]: Kata then takes what was built in")
     check_runtime(ledger, tables["runtime"], path)
     name = next(iter(tables["hypervisor"]), "qemu")
     if tables["factory"].get("vm_cache_number") and name != "qemu":
@@ -146,11 +146,11 @@ def check_initrd(ledger: Ledger, name: str, table: dict[str, Any]) -> None:
             size = ledger.root.stat(table[key]).st_size
         except (OSError, ValueError):
             continue
-        place = ledger.place("hypervisor", name, key)
+        location = ledger.place("hypervisor", name, key)
         if size == 0:
-            ledger.refuse("load", place, f"{key} {table[key]} is empty")
+            ledger.refuse("load", location, f"{key} {table[key]} is empty")
         elif key == "initrd" and size // MIB >= memory:
-            ledger.refuse("load", place, f"initrd {table[key]} does not fit into default_memory, {memory} MiB")
+            ledger.refuse("load", location, f"initrd {table[key]} does not fit into default_memory, {memory} MiB")
 
 
 def check_ports(name: str, table: dict[str, Any], refuse: Any) -> None:
@@ -197,7 +197,9 @@ def find_values(ledger: Ledger, tables: dict[str, Any]) -> tuple[str, dict[str, 
     name = names[0] if names else ""
     if len(names) > 1:
         listed = ", ".join(f"[hypervisor.{name}]" for name in names)
-        ledger.doubt(ledger.place("hypervisor", name, "path"), f"there are {listed}, and Go may take any of them")
+        ledger.mark_uncertain(
+            ledger.place("hypervisor", name, "path"), f"there are {listed}, and Go may take any of them"
+        )
     table = tables["hypervisor"].get(name, {})
     has_ports = name in ("qemu", "clh")
     values: dict[str, Any] = {
@@ -206,8 +208,8 @@ def find_values(ledger: Ledger, tables: dict[str, Any]) -> tuple[str, dict[str, 
         "enable_iommu": name == "qemu" and table.get("enable_iommu", False),
         "hot_plug_vfio": (table.get("hot_plug_vfio") or NO_PORT) if has_ports else "",
         "cold_plug_vfio": (table.get("cold_plug_vfio") or NO_PORT) if has_ports else "",
-        "pcie_root_port": min(table.get("pcie_root_port", 0), MOST_PORTS) if has_ports else 0,
-        "pcie_switch_port": min(table.get("pcie_switch_port", 0), MOST_PORTS) if has_ports else 0,
+        "pcie_root_port": min(table.get("pcie_root_port", 0), MAX_PORTS) if has_ports else 0,
+        "pcie_switch_port": min(table.get("pcie_switch_port", 0), MAX_PORTS) if has_ports else 0,
         "vfio_mode": tables["runtime"].get("vfio_mode") or "vfio",
         "kernel_params": write_parameters(list_parameters(ledger, tables, name, table)),
         "guest_hook_path": table.get("guest_hook_path", "") if name != "dragonball" else "",
@@ -228,7 +230,7 @@ def list_parameters(ledger: Ledger, tables: dict[str, Any], name: str, table: di
         pairs.append(("scsi_mod.scan", "none"))
     agents = [list_agent_parameters(agent) for agent in tables["agent"].values()]
     if any(agent != agents[0] for agent in agents):
-        ledger.doubt("", "there are several [agent.NAME], and Go may take any of them")
+        ledger.mark_uncertain("", "there are several [agent.NAME], and Go may take any of them")
     pairs += agents[0] if agents else []
     text = table.get("kernel_params", "") if name != "remote" else ""
     return [*pairs, *read_parameters(text.split() if name == "stratovirt" else split_parameters(text))]

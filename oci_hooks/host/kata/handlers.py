@@ -7,8 +7,8 @@ Kata's shim gets it as the option ConfigPath and tells nobody. Sources: containe
 
 from __future__ import annotations
 
-from oci_hooks.frozen import Record
-from oci_hooks.json_input import is_name
+from oci_hooks.frozen import Frozen
+from oci_hooks.json_input import is_valid_path
 from oci_hooks.system import DOCKER_CONFIG
 
 TYPE_CHECKING = False
@@ -28,10 +28,10 @@ CRI_PLUGINS = ("io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri", "cri
 CRIO_CONFIG = "/etc/crio/crio.conf"
 CRIO_DROP_INS = "/etc/crio/crio.conf.d"
 # containerd refuses a cycle of imports; here a chain simply ends.
-MOST_IMPORTS = 50
+MAX_IMPORTS = 50
 
 
-class Handler(Record):
+class Handler(Frozen):
     """A runtime handler. name: e.g. "kata-qemu"; engine: "containerd", "crio", "docker"; config_path: "" where it is
     not given; path: the file that says so."""
 
@@ -53,7 +53,7 @@ def list_containerd(root: Root) -> Iterator[Handler]:
     """Yield the Kata runtimes of containerd's configuration and of the files that it imports."""
     waiting = [path for path in CONTAINERD_CONFIGS if root.exists(path)]
     seen: list[str] = []
-    while waiting and len(seen) < MOST_IMPORTS:
+    while waiting and len(seen) < MAX_IMPORTS:
         path = waiting.pop(0)
         if path in seen:
             continue
@@ -65,7 +65,7 @@ def list_containerd(root: Root) -> Iterator[Handler]:
                 if is_kata(name, dig(runtime).get("runtime_type")):
                     yield Handler(name, "containerd", text_of(dig(runtime, "options").get("ConfigPath")), path)
         imports = values.get("imports")
-        for pattern in filter(is_name, map(str, imports if isinstance(imports, list) else ())):
+        for pattern in filter(is_valid_path, map(str, imports if isinstance(imports, list) else ())):
             waiting.extend(expand(root, pattern, path))
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from oci_hooks.host.kata.admission import Gate
+from oci_hooks.host.kata.admission import AnnotationFilter
 from oci_hooks.oci import HYPERVISOR_PREFIX
 
 TYPE_CHECKING = False
@@ -41,7 +41,7 @@ def make_viommu_hint(config: KataConfig | None, setting: Setting | None) -> str:
         return f"set the sandbox's {annotation}"
     # An annotation that is not admitted would be refused or ignored.
     patterns = config.hypervisor_setting("enable_annotations", []).value
-    admitted = Gate(patterns, config.flavour == "rs").admits("enable_iommu")
+    admitted = AnnotationFilter(patterns, config.flavour == "rs").allows("enable_iommu")
     other = f", or the sandbox's {annotation}" if admitted else ""
     if setting.is_drop_in:
         return f"set enable_iommu = true in {setting.places[-1]}{other}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import stat
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.host.kata.toml import TomlError
 
 TYPE_CHECKING = False
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     Refuse = Callable[[str, str], None]
 
 # Bytes of all files together. Kata's own have 40 KB; what is larger would not be read before the deadline.
-LARGEST = 2 << 20
-MOST_FILES = 10000
+MAX_BYTES = 2 << 20
+MAX_FILES = 10000
 SIZES = ("block_device_logical_sector_size", "block_device_physical_sector_size")
 
 
-class Problem(Record):
+class Problem(Frozen):
     """Something that Kata refuses, or that can't be told.
 
     stage: when Kata would: "load", "annotations", "validate"; place: "FILE line N", "annotation NAME", or the file;
@@ -52,7 +52,7 @@ class Problem(Record):
         return f"{self.place}: {self.text}" if self.place else self.text
 
 
-class Layer(Record):
+class Layer(Frozen):
     """One file: its path, its tables, its keys in order, and the line of each."""
 
     path: str
@@ -66,7 +66,7 @@ class Layer(Record):
         return f"{self.path} line {line}" if line else self.path
 
 
-class Reading(Record):
+class Reading(Frozen):
     """What one of Kata's runtimes makes of a configuration and of a sandbox's annotations.
 
     flavour: "go" or "rs"; hypervisor: its name, "" without one; values: what is effective, by Kata's names; marks: of
@@ -104,25 +104,25 @@ class Ledger:
         self.lost = 0
         self.ambiguous: set[str] = set()
 
-    def refuse(self, stage: str, place: str, text: str, code: str = "") -> None:
+    def refuse(self, stage: str, location: str, text: str, code: str = "") -> None:
         """Note what Kata refuses."""
         doubtful = bool(self.ambiguous) and stage == "load" and not code
         doubtful = doubtful or (code == "unallowed" and bool(self.ambiguous & {"", "enable_annotations"}))
-        (self.uncertain if doubtful else self.refused).append(Problem(stage, place, text, code))
+        (self.uncertain if doubtful else self.refused).append(Problem(stage, location, text, code))
 
-    def doubt(self, place: str, text: str) -> None:
+    def mark_uncertain(self, location: str, text: str) -> None:
         """Note what can't be told."""
-        self.uncertain.append(Problem("load", place, text))
+        self.uncertain.append(Problem("load", location, text))
 
-    def mark(self, keys: Keys, place: str) -> None:
+    def mark(self, keys: Keys, location: str) -> None:
         """Note where a key is set."""
-        self.marks[keys] = (*self.marks.get(keys, ())[-1:], place)
+        self.marks[keys] = (*self.marks.get(keys, ())[-1:], location)
 
     def place(self, *keys: str) -> str:
         """Return where a key is set last, "" where it is not."""
         return self.marks.get(keys, ("",))[-1]
 
-    def need_file(self, path: str, what: str, place: str, named: bool) -> None:
+    def need_file(self, path: str, what: str, location: str, named: bool) -> None:
         """Note whether a file that Kata resolves is there. named: by the configuration, and not by default."""
         if not path:
             return
@@ -130,15 +130,15 @@ class Ledger:
             self.present += named
         else:
             self.lost += named
-            self.missing.append(Problem("load", place, f"{what} {path} is missing"))
+            self.missing.append(Problem("load", location, f"{what} {path} is missing"))
 
-    def settle_files(self) -> None:
+    def check_files(self) -> None:
         """Refuse what is missing. Where all files that are named are, the configuration is for another machine."""
         if self.present or not self.lost:
             for problem in self.missing:
                 self.refuse(problem.stage, problem.place, problem.text)
 
-    def conclude(
+    def make_reading(
         self,
         flavour: str,
         tables: dict[str, Any],
@@ -180,8 +180,8 @@ def read_layers(root: Root, path: str, reader: type[StrictReader], ledger: Ledge
         if data is None:
             continue
         total += len(data)
-        if total > LARGEST or number > MOST_FILES:
-            ledger.doubt(name, f"more than {LARGEST} bytes or {MOST_FILES} files are not read here")
+        if total > MAX_BYTES or number > MAX_FILES:
+            ledger.mark_uncertain(name, f"more than {MAX_BYTES} bytes or {MAX_FILES} files are not read here")
             break
         layer = read_layer(name, data, reader, ledger)
         if layer:
@@ -212,7 +212,7 @@ def read_regular(root: Root, path: str, ledger: Ledger) -> bytes | None:
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             ledger.refuse("load", path, "is no regular file: Kata would wait for it, or refuse it", "syntax")
             return None
-        return root.read_bytes(path, LARGEST)
+        return root.read_bytes(path, MAX_BYTES)
     except OSError as error:
         # A file of /proc or a full table of open files says nothing of what Kata can do.
         ledger.refuse("load", path, error.strerror or str(error), "syntax")

@@ -11,27 +11,27 @@ from oci_hooks.host.kata.rust_checks import BOTH_KINDS
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.host.kata.config import KataConfig
-    from oci_hooks.host.kata.sandbox import KataView
+    from oci_hooks.host.kata.sandbox import Sandbox
 
 # Of one kind, in one configuration; who mends them one by one sees the rest.
-MOST_PROBLEMS = 3
+MAX_PROBLEMS = 3
 
 
-def check_refused(view: KataView, config: KataConfig) -> tuple[Finding, ...]:
+def check_refused(sandbox: Sandbox, config: KataConfig) -> tuple[Finding, ...]:
     """kata-config-refused: Kata starts no sandbox with this configuration, or with these annotations.
 
     Only a person who asks beforehand is shown what some releases refuse: a shim or a hypervisor that runs has shown
     that its Kata did take it. It is an error only where the release is known.
     """
     findings = []
-    beforehand = view.asker.by_hand and view.hypervisor is None
+    beforehand = sandbox.runtime.by_hand and sandbox.hypervisor is None
     # Other checks of this module have these.
     problems = [p for p in config.reading.refused if p.code != "unallowed" and p.text not in (BOTH_PORTS, BOTH_KINDS)]
     problems = [p for p in problems if beforehand or p.code == "syntax"]
-    for problem in problems[:MOST_PROBLEMS]:
-        sure = problem.code == "syntax" or view.major >= RELEASE_MAJOR
-        level = view.level if beforehand and sure else "warning"
-        release = "Kata" if problem.code == "syntax" else name_release(view.major)
+    for problem in problems[:MAX_PROBLEMS]:
+        sure = problem.code == "syntax" or sandbox.major >= RELEASE_MAJOR
+        level = sandbox.level if beforehand and sure else "warning"
+        release = "Kata" if problem.code == "syntax" else name_release(sandbox.major)
         hint = "correct or remove it; vfio-host-check --kata-config shows the values that Kata uses"
         subject = problem.place or config.place.real
         findings.append(
@@ -59,5 +59,5 @@ def check_uncertain(config: KataConfig) -> tuple[Finding, ...]:
     hint = 'use a simple form without duplicates, e.g. enable_annotations = ["enable_iommu"]'
     return tuple(
         Finding("warning", "kata-config-uncertain", problem.place or config.place.real, problem.text, hint)
-        for problem in config.reading.uncertain[:MOST_PROBLEMS]
+        for problem in config.reading.uncertain[:MAX_PROBLEMS]
     )

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # Both libraries take the same letters; \0 to \7 are octal numbers in Go and an error in Rust.
 CONTROLS = "abfnrtv"
-MOST_REPEATS = 1000
-DEEPEST = 50
+MAX_REPEATS = 1000
+MAX_DEPTH = 50
 
 
 class Unsure(Exception):
@@ -75,7 +75,7 @@ class Expression:
     def read_choice(self) -> Node:
         """Return alternatives, up to the end of the group."""
         self.depth += 1
-        if self.depth > DEEPEST:
+        if self.depth > MAX_DEPTH:
             raise Unsure("too many groups inside each other")
         outer = self.folds, self.is_verbose
         choices: list[Node] = []
@@ -116,21 +116,21 @@ class Expression:
         times = next((t for word, t in (("*", (0, -1)), ("+", (1, -1)), ("?", (0, 1))) if self.next(word)), None)
         if times is None and self.next("{"):
             least = self.read_number()
-            most = least
+            maximum = least
             if self.next(","):
-                most = -1 if self.text.startswith("}", self.position) else self.read_number()
+                maximum = -1 if self.text.startswith("}", self.position) else self.read_number()
             if (self.rust or self.is_verbose) and " " in self.text[begun : self.text.find("}", begun) + 1]:
                 raise Unsure("blanks in a repetition")
-            if least is None or most is None or not self.next("}"):
+            if least is None or maximum is None or not self.next("}"):
                 if self.rust:
                     raise Invalid("a repetition without its numbers")
                 self.position = begun
                 return None
-            if (most != -1 and least > most) or (not self.rust and max(least, most) > MOST_REPEATS):
+            if (maximum != -1 and least > maximum) or (not self.rust and max(least, maximum) > MAX_REPEATS):
                 raise Invalid("wrong numbers of a repetition")
-            if max(least, most) > 50 and self.rust and not self.is_simple:
+            if max(least, maximum) > 50 and self.rust and not self.is_simple:
                 raise Unsure("a repetition that may be too large for Rust")
-            times = (least, most)
+            times = (least, maximum)
         if times is not None:
             self.next("?")
         return times
@@ -158,13 +158,13 @@ class Expression:
             return [("look", "begin" if char == "^" else "end")]
         if char != "\\":
             return [self.literal(char)]
-        places = {"A": "begin", "z": "end", "b": "edge", "B": "no edge"}
+        locations = {"A": "begin", "z": "end", "b": "edge", "B": "no edge"}
         letter = self.text[self.position : self.position + 1]
-        if letter in places and letter:
+        if letter in locations and letter:
             self.position += 1
             if self.rust and letter == "b" and self.text.startswith("{", self.position):
                 raise Unsure("a special word boundary")
-            return [("look", places[letter])]
+            return [("look", locations[letter])]
         if letter == "Q" and not self.rust:
             end = self.text.find("\\E", self.position + 1)
             quoted = self.text[self.position + 1 : end if end >= 0 else len(self.text)]

@@ -88,8 +88,8 @@ def read_rust(root: Root, path: str, annotations: dict[str, str]) -> Reading:
     name = tables["runtime"].get("hypervisor_name", "")
     values = find_values(tables, name)
     validate(ledger, tables, path)
-    ledger.settle_files()
-    return ledger.conclude("rs", tables, name, values, *decided)
+    ledger.check_files()
+    return ledger.make_reading("rs", tables, name, values, *decided)
 
 
 def split_mount(mount: str) -> str:
@@ -150,14 +150,14 @@ def decode_table(
     """Return a table's known keys. closed: whether an unknown one is refused."""
     fresh = {}
     for key, value in table.items():
-        place = ledger.place(*keys, key)
+        location = ledger.place(*keys, key)
         if key not in types:
             if closed:
-                ledger.refuse("load", place, f"{'.'.join((*keys, key))} is a key that runtime-rs does not know")
+                ledger.refuse("load", location, f"{'.'.join((*keys, key))} is a key that runtime-rs does not know")
             continue
         wrong = find_wrong(types[key], value)
         if wrong:
-            ledger.refuse("load", place, f"{key} {wrong}", "syntax")
+            ledger.refuse("load", location, f"{key} {wrong}", "syntax")
         else:
             fresh[key] = value
     for one, other in ALIASES:

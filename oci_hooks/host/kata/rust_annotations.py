@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from oci_hooks.host.kata.admission import Gate
+from oci_hooks.host.kata.admission import AnnotationFilter
 from oci_hooks.host.kata.model import SIZES, has_wrong_verity, is_there, read_parameters, write_parameters
 from oci_hooks.host.kata.rust_checks import LIMITS, adjust
 from oci_hooks.oci import AGENT_PREFIX, HYPERVISOR_PREFIX, RUNTIME_PREFIX
@@ -84,7 +84,7 @@ TABLE_KEYS = {
     "blk_logical_sector_size": SIZES[0],
     "blk_physical_sector_size": SIZES[1],
 }
-MOST_PORTS = 16
+MAX_PORTS = 16
 OTHER_TRUTHS = (
     *(RUNTIME_PREFIX + key for key in ["disable_guest_seccomp", "enable_pprof", "sandbox_cgroup_only"]),
     *(RUNTIME_PREFIX + key for key in ["enable_vcpus_pinning", "disable_new_netns"]),
@@ -119,27 +119,27 @@ def apply_annotations(  # noqa: PLR0912 - one rule a line
     name = runtime.get("hypervisor_name", "")
     for key, found in (("hypervisor_name", "hypervisor"), ("agent_name", "agent")):
         if runtime.get(key) and runtime[key] not in tables[found]:
-            place = ledger.place("runtime", key) or path
-            ledger.refuse("annotations", place, f"{key} is {runtime[key]}, and there is no [{found}.{runtime[key]}]")
+            location = ledger.place("runtime", key) or path
+            ledger.refuse("annotations", location, f"{key} is {runtime[key]}, and there is no [{found}.{runtime[key]}]")
     table = tables["hypervisor"].get(name, {})
-    gate = Gate(table.get("enable_annotations", []), True)
+    gate = AnnotationFilter(table.get("enable_annotations", []), True)
     unallowed = []
     for annotation, text in sorted(annotations.items()):
-        place = f"annotation {annotation}"
+        location = f"annotation {annotation}"
         key = annotation[len(HYPERVISOR_PREFIX) :]
-        admitted = gate.admits(key) if annotation.startswith(HYPERVISOR_PREFIX) else False
+        admitted = gate.allows(key) if annotation.startswith(HYPERVISOR_PREFIX) else False
         if admitted is None:
             where = ledger.place("hypervisor", name, "enable_annotations")
-            ledger.doubt(where, f"whether enable_annotations admits {key} can't be told here")
+            ledger.mark_uncertain(where, f"whether enable_annotations admits {key} can't be told here")
         elif admitted:
-            wrong = change(ledger, name, table, key, text, decided)
+            wrong = set_value(ledger, name, table, key, text, decided)
         elif annotation.startswith(HYPERVISOR_PREFIX):
             unallowed.append(annotation)
             continue
         else:
-            wrong = change_other(runtime, annotation, text, decided)
+            wrong = apply_runtime_annotation(runtime, annotation, text, decided)
         if admitted is not None and wrong:
-            ledger.refuse("annotations", place, wrong)
+            ledger.refuse("annotations", location, wrong)
     sizes = [table.get(key, 0) for key in SIZES]
     if all(sizes) and sizes[0] > sizes[1]:
         ledger.refuse("annotations", path, "the logical sector size is larger than the physical one")
@@ -148,7 +148,7 @@ def apply_annotations(  # noqa: PLR0912 - one rule a line
     return decided, tuple(unallowed)
 
 
-def change(ledger: Ledger, name: str, table: dict[str, Any], key: str, text: str, decided: dict[str, str]) -> str:  # noqa: PLR0912, PLR0911 - one rule a line
+def set_value(ledger: Ledger, name: str, table: dict[str, Any], key: str, text: str, decided: dict[str, str]) -> str:  # noqa: PLR0912, PLR0911 - one rule a line
     """Take an annotation's value; return why runtime-rs refuses it, "" if it takes it."""
     word = text.strip()
     value: Any = text
@@ -189,8 +189,8 @@ def find_wrong_number(key: str, word: str) -> str:
     if not is_number(word, NUMBERS[key]):
         return f"{word!r} is no number of {NUMBERS[key]} bits"
     number = int(word)
-    if key in ("pcie_root_port", "pcie_switch_port") and number > MOST_PORTS:
-        return f"it is more than {MOST_PORTS}"
+    if key in ("pcie_root_port", "pcie_switch_port") and number > MAX_PORTS:
+        return f"it is more than {MAX_PORTS}"
     if key.endswith("sector_size") and number and (not 512 <= number <= 65536 or number & (number - 1)):
         return "it is no power of 2 from 512 to 65536"
     return ""
@@ -204,23 +204,23 @@ def is_number(word: str, bits: int) -> bool:
 
 def find_wrong_special(ledger: Ledger, name: str, key: str, text: str) -> str:  # noqa: PLR0911 - one rule a line
     """Return why a value is refused that is of no simple type, "" if it is taken."""
-    least, most = LIMITS.get(name, (0, 0))
+    least, maximum = LIMITS.get(name, (0, 0))
     word = text.strip()
     if key == "default_vcpus":
         if not FLOAT.fullmatch(word):
             return f"{text!r} is no number"
-        return f"it is more than {most}" if float(word) > most else ""
+        return f"it is more than {maximum}" if float(word) > maximum else ""
     if key == "default_memory":
         if not word.isascii() or not word.isdigit():
             if word[:1].isdigit():
-                ledger.doubt(f"annotation {HYPERVISOR_PREFIX}{key}", "a size with a unit is not read here")
+                ledger.mark_uncertain(f"annotation {HYPERVISOR_PREFIX}{key}", "a size with a unit is not read here")
             return ""
         return f"it is less than {least} MiB" if int(word[:30]) < least else ""
     if key == "hugepage_type":
         return "" if word in ("hugetlbfs", "thp") else f"{text!r} is neither hugetlbfs nor thp"
     if key == "kernel_verity_params":
         return "it can't be read" if has_wrong_verity(text) else ""
-    ledger.doubt(f"annotation {HYPERVISOR_PREFIX}{key}", "its value is not checked here")
+    ledger.mark_uncertain(f"annotation {HYPERVISOR_PREFIX}{key}", "its value is not checked here")
     return ""
 
 
@@ -230,7 +230,7 @@ def find_wrong_path(ledger: Ledger, patterns: list[str], text: str, key: str) ->
 
     for pattern in patterns:
         if "**" in pattern or "[" in pattern or pattern.count("*") > 5 or len(text) > 4096:
-            ledger.doubt("", f"{key} has a pattern that is not read here: {pattern}")
+            ledger.mark_uncertain("", f"{key} has a pattern that is not read here: {pattern}")
             return ""
         if fnmatchcase(text, pattern):
             return ""
@@ -247,7 +247,7 @@ def replace_parameters(old: str, new: str) -> str:
     return " ".join(filter(None, (write_parameters(kept), " ".join(words))))
 
 
-def change_other(runtime: dict[str, Any], annotation: str, text: str, decided: dict[str, str]) -> str:
+def apply_runtime_annotation(runtime: dict[str, Any], annotation: str, text: str, decided: dict[str, str]) -> str:
     """Take the value of an annotation of runtime or agent; return why runtime-rs refuses it, "" if it does not."""
     word = text.strip()
     if annotation in OTHER_TRUTHS:
@@ -260,11 +260,11 @@ def change_other(runtime: dict[str, Any], annotation: str, text: str, decided: d
         key = annotation[len(RUNTIME_PREFIX) :]
         runtime[key], decided[key] = text, annotation
     if annotation == RUNTIME_PREFIX + "shared_mounts":
-        return change_mounts(runtime, text)
+        return apply_shared_mounts(runtime, text)
     return ""
 
 
-def change_mounts(runtime: dict[str, Any], text: str) -> str:
+def apply_shared_mounts(runtime: dict[str, Any], text: str) -> str:
     """Take the shared mounts of an annotation; return why runtime-rs refuses them, "" if it takes them."""
     from oci_hooks.findings import InputError
     from oci_hooks.host.kata.rust_types import find_wrong

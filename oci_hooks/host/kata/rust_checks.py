@@ -64,7 +64,7 @@ def adjust(ledger: Ledger, name: str, table: dict[str, Any], stage: str, path: s
     stage: "load", or "annotations" for the second time; path: the main file, for what has no line.
     """
 
-    def place(key: str) -> str:
+    def location(key: str) -> str:
         return ledger.place("hypervisor", name, key) or path
 
     if name not in LIMITS:
@@ -76,28 +76,30 @@ def adjust(ledger: Ledger, name: str, table: dict[str, Any], stage: str, path: s
         table[key] = table.get(key) or value
     if not table.get("kernel") and name not in ("remote", "openvmm"):
         ledger.refuse(
-            stage, place("kernel"), "kernel is not set, and the default is a file of the shim's own directory"
+            stage, location("kernel"), "kernel is not set, and the default is a file of the shim's own directory"
         )
     if stage == "load":
         for key in FILES.split():
-            ledger.need_file(table.get(key, ""), key, place(key), key in named and key != "entropy_source")
+            ledger.need_file(table.get(key, ""), key, location(key), key in named and key != "entropy_source")
         for key in ("pflashes", "guest_extension_images"):
             for part in table.get(key, ()):
-                ledger.need_file(part if isinstance(part, str) else part.get("path", ""), key, place(key), True)
+                ledger.need_file(part if isinstance(part, str) else part.get("path", ""), key, location(key), True)
         if name == "remote":
-            ledger.need_file(table["hypervisor_socket"], "hypervisor_socket", place("hypervisor_socket"), False)
+            ledger.need_file(table["hypervisor_socket"], "hypervisor_socket", location("hypervisor_socket"), False)
     if not table.get("disable_block_device_use"):
         table["block_device_driver"] = table.get("block_device_driver") or BLOCK_DRIVERS[0]
         if table.get("block_device_aio") and table["block_device_aio"] not in BLOCK_AIO:
-            ledger.refuse(stage, place("block_device_aio"), f"block_device_aio {table['block_device_aio']} is unknown")
+            ledger.refuse(
+                stage, location("block_device_aio"), f"block_device_aio {table['block_device_aio']} is unknown"
+            )
         if table.get("enable_vhost_user_store"):
             store = table.get("vhost_user_store_path") or "/var/run/vhost-user"
-            ledger.need_file(store, "vhost_user_store_path", place("vhost_user_store_path"), False)
+            ledger.need_file(store, "vhost_user_store_path", location("vhost_user_store_path"), False)
     table["vm_rootfs_driver"] = table.get("vm_rootfs_driver") or BLOCK_DRIVERS[0]
-    adjust_shared(ledger, table, place)
+    adjust_shared(ledger, table, location)
 
 
-def adjust_shared(ledger: Ledger, table: dict[str, Any], place: Callable[[str], str]) -> None:
+def adjust_shared(ledger: Ledger, table: dict[str, Any], location: Callable[[str], str]) -> None:
     """Fill in the defaults of the shared file system (SharedFsInfo)."""
     shared = table.get("shared_fs")
     if shared == "none":
@@ -108,7 +110,7 @@ def adjust_shared(ledger: Ledger, table: dict[str, Any], place: Callable[[str], 
     if shared in ("virtio-fs", "virtio-fs-nydus", "inline-virtio-fs"):
         if shared != "inline-virtio-fs":
             daemon = table.get("virtio_fs_daemon", "")
-            ledger.need_file(daemon, "virtio_fs_daemon", place("virtio_fs_daemon"), True)
+            ledger.need_file(daemon, "virtio_fs_daemon", location("virtio_fs_daemon"), True)
         if table.get("virtio_fs_cache", "") in ("", "none"):
             table["virtio_fs_cache"] = "never"
 
@@ -149,11 +151,11 @@ def validate(ledger: Ledger, tables: dict[str, Any], path: str) -> None:
     validate_runtime(ledger, tables["runtime"], path)
     for name, agent in tables["agent"].items():
         dial = agent.get("dial_timeout_ms", 10)
-        place = ledger.place("agent", name, "dial_timeout_ms") or path
+        location = ledger.place("agent", name, "dial_timeout_ms") or path
         if dial == 0:
-            ledger.refuse("validate", place, "dial_timeout_ms is 0")
+            ledger.refuse("validate", location, "dial_timeout_ms is 0")
         elif agent.get("reconnect_timeout_ms", 3000) < dial:
-            ledger.refuse("validate", place, "reconnect_timeout_ms is less than dial_timeout_ms")
+            ledger.refuse("validate", location, "reconnect_timeout_ms is less than dial_timeout_ms")
 
 
 def validate_common(name: str, table: dict[str, Any], refuse: Refuse) -> None:
@@ -171,13 +173,13 @@ def validate_common(name: str, table: dict[str, Any], refuse: Refuse) -> None:
         refuse("pcie_switch_port", BOTH_KINDS)
     if not table.get("memory_slots"):
         refuse("memory_slots", "memory_slots is 0")
-    least, most = LIMITS[name]
+    least, maximum = LIMITS[name]
     if table.get("default_memory", 0) < least:
         refuse("default_memory", f"default_memory is less than {least} MiB")
     processors = os.cpu_count() or 1
     wanted = table.get("default_maxvcpus", 0)
-    if name not in ("remote", "dragonball") and min(wanted or processors, processors) > most:
-        refuse("default_maxvcpus", f"default_maxvcpus is more than {most}")
+    if name not in ("remote", "dragonball") and min(wanted or processors, processors) > maximum:
+        refuse("default_maxvcpus", f"default_maxvcpus is more than {maximum}")
 
 
 def validate_own(name: str, table: dict[str, Any], refuse: Refuse) -> None:
@@ -266,8 +268,8 @@ def validate_runtime(ledger: Ledger, table: dict[str, Any], path: str) -> None:
     }
     for key, words in choices.items():
         if table.get(key) and table[key] not in words:
-            place = ledger.place("runtime", key) or path
-            ledger.refuse("validate", place, f"{key} {table[key]} is none of {', '.join(words)}")
+            location = ledger.place("runtime", key) or path
+            ledger.refuse("validate", location, f"{key} {table[key]} is none of {', '.join(words)}")
     for mount in table.get("shared_mounts", ()):
         keys = ("name", "src_ctr", "dst_ctr", "src_path", "dst_path")
         paths = [mount.get(key, "") for key in keys[3:]]

@@ -42,8 +42,8 @@ def find_wrong(kind: str, value: Any) -> str:
     """Return why a value is not of a type, "" if it is."""
     number = isinstance(value, int) and not isinstance(value, bool)
     if kind in RANGES:
-        least, most = RANGES[kind]
-        return "" if number and least <= value <= most else f"is no number from {least} to {most}"
+        least, maximum = RANGES[kind]
+        return "" if number and least <= value <= maximum else f"is no number from {least} to {maximum}"
     if kind in INSIDE:
         values = value if kind in LISTS and isinstance(value, list) else [value]
         return next(filter(None, (find_wrong_inside(kind, part) for part in values)), "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from oci_hooks.frozen import Record
+from oci_hooks.frozen import Frozen
 from oci_hooks.host.kata.config import RELEASE_MAJOR
 from oci_hooks.host.kata.lookup import read_major
 from oci_hooks.oci import DEVICES_ANNOTATION, MAP_ANNOTATION
@@ -15,12 +15,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.host.hypervisor import Hypervisor
     from oci_hooks.host.kata.config import KataConfig
-    from oci_hooks.host.kata.lookup import Found
-    from oci_hooks.host.runtime import Asker
+    from oci_hooks.host.kata.lookup import ConfigLookup
+    from oci_hooks.host.runtime import Runtime
     from oci_hooks.system import Root
 
 
-class KataView(Record):
+class Sandbox(Frozen):
     """What is known of the sandbox.
 
     config: None where no configuration was found; certain: whether it is sure to be the one that Kata reads;
@@ -29,7 +29,7 @@ class KataView(Record):
     holds the groups already; major: Kata's major release, 0 where not known.
     """
 
-    asker: Asker
+    runtime: Runtime
     config: KataConfig | None
     certain: bool
     hypervisor: Hypervisor | None
@@ -45,7 +45,9 @@ class KataView(Record):
         return "error" if self.certain and not (self.config and self.config.reading.uncertain) else "warning"
 
 
-def view_sandbox(root: Root, asker: Asker, found: Found, annotations: dict[str, str], attached: bool) -> KataView:
+def inspect_sandbox(
+    root: Root, runtime: Runtime, found: ConfigLookup, annotations: dict[str, str], attached: bool
+) -> Sandbox:
     """Return what is known of the sandbox. attached: whether its hypervisor holds all of the container's groups."""
     asked = any(annotations.get(name, "").strip() for name in (DEVICES_ANNOTATION, MAP_ANNOTATION))
     mode = found.config.runtime_setting("vfio_mode", "").value if found.config else ""
@@ -54,11 +56,13 @@ def view_sandbox(root: Root, asker: Asker, found: Found, annotations: dict[str, 
         # The zero value of a Go variable; of older releases it is not known here.
         mode = str(found.config.reading.values["vfio_mode"])
     wanted = asked or mode == "vfio"
-    machine = root.do(name_machine)
-    return KataView(asker, found.config, found.certain, asker.hypervisor, machine, str(mode), wanted, attached, major)
+    machine = root.do(read_architecture)
+    return Sandbox(
+        runtime, found.config, found.certain, runtime.hypervisor, machine, str(mode), wanted, attached, major
+    )
 
 
 @tagged("machine")
-def name_machine() -> str:
+def read_architecture() -> str:
     """Return the host's architecture, as uname says it."""
     return os.uname().machine

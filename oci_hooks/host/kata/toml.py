@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     Keys = tuple[str, ...]
 
 # Parts of a key, and arrays and tables inside each other, as in the Rust crate (de/parser/mod.rs, LIMIT).
-DEEPEST = 80
-LONGEST_WORD = 1000
+MAX_DEPTH = 80
+MAX_WORD_LENGTH = 1000
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
 BLANK = re.compile(r"[ \t]*")
 SPACE = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
@@ -170,8 +170,8 @@ class StrictReader:
             else:
                 self.fail("a key is missing, or has a character that needs quotes")
             self.skip(BLANK)
-            if len(keys) > DEEPEST:
-                self.fail(f"a key has more than {DEEPEST} parts")
+            if len(keys) > MAX_DEPTH:
+                self.fail(f"a key has more than {MAX_DEPTH} parts")
             if not self.peek("."):
                 return tuple(keys)
             self.position += 1
@@ -234,8 +234,8 @@ class StrictReader:
             return self.read_string(LONG_LITERAL if self.peek("'''") else LITERAL, False)
         if self.peek("[") or self.peek("{"):
             self.depth += 1
-            if self.depth > DEEPEST:
-                self.fail(f"more than {DEEPEST} arrays or tables inside each other")
+            if self.depth > MAX_DEPTH:
+                self.fail(f"more than {MAX_DEPTH} arrays or tables inside each other")
             value = self.read_array(keys) if self.peek("[") else self.read_inline_table(keys, in_array)
             self.depth -= 1
             return value
@@ -252,19 +252,19 @@ class StrictReader:
         if pattern is LONG_BASIC:
             text = fold_lines(text)
         parts: list[str] = []
-        place = 0
+        location = 0
         while True:
-            slash = text.find("\\", place)
+            slash = text.find("\\", location)
             if slash < 0:
-                return "".join((*parts, text[place:]))
+                return "".join((*parts, text[location:]))
             escape = ESCAPE.match(text, slash)
             if not escape:
                 self.fail(f"{text[slash : slash + 2]!r} is no escape", begin)
             code = escape[2] or escape[3] or escape[4]
             if code and (int(code, 16) > 0x10FFFF or 0xD800 <= int(code, 16) <= 0xDFFF):
                 self.fail(f"{escape[0]} is no character", begin)
-            parts += (text[place:slash], chr(int(code, 16)) if code else ESCAPED[escape[1]])
-            place = escape.end()
+            parts += (text[location:slash], chr(int(code, 16)) if code else ESCAPED[escape[1]])
+            location = escape.end()
 
     def read_array(self, keys: Keys) -> list[Any]:
         """Return an array."""
@@ -319,7 +319,7 @@ class StrictReader:
         found = MOMENT_WORD.match(self.text, self.position) or WORD.match(self.text, self.position)
         word = found[0] if found else ""
         value: Any
-        if len(word) > LONGEST_WORD:
+        if len(word) > MAX_WORD_LENGTH:
             self.fail("a number or a date is too long")
         if word in ("true", "false"):
             value = word == "true"
@@ -342,9 +342,9 @@ class StrictReader:
 def fold_lines(text: str) -> str:
     """Return a long string without its line-ending backslashes and the white space after them."""
     parts = []
-    place = 0
+    location = 0
     for found in re.finditer(r"\\(?:[ \t]*\r?\n[ \t\r\n]*|[\s\S])", text):
         if "\n" in found[0]:
-            parts.append(text[place : found.start()])
-            place = found.end()
-    return "".join((*parts, text[place:]))
+            parts.append(text[location : found.start()])
+            location = found.end()
+    return "".join((*parts, text[location:]))
