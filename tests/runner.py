@@ -45,7 +45,7 @@ TOGETHER = ("unit", "packaging", "newcomer", *IN_MACHINES)
 PACKAGES = {"packaging": packages.PACKAGES, "newcomer": bare.PACKAGES, "chain": image.PACKAGES}
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 2400.0
-# A directory for the records that tests of the machine make (tests/vm/recording.py).
+# A directory for the records that tests of the machine make (tests/support/kept_recordings.py).
 KEEP_RECORDS = "OCI_VFIO_KEEP_RECORDS"
 # What tests ask their environment, in the machine too: which hooks to run, and whether to leave nothing out.
 HANDED_ON = ("OCI_VFIO_HOOKS_DIR", "OCI_VFIO_FULL")

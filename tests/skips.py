@@ -43,12 +43,12 @@ KNOWN = (
         "atheris has wheels for few interpreters; the same targets run without its guidance",
     ),
     Known(
-        "tests/unit/test_namespaces.py::",
+        "tests/unit/guest/test_mount_ns.py::",
         "no user namespaces here",
         "the kernel makes none in a chroot, such as the Debian 11 root; elsewhere it runs",
     ),
     Known(
-        "tests/unit/test_record.py::",
+        "tests/unit/record/test_writer.py::",
         "strace is not installed",
         "the Debian 11 root has none; on this machine tests/run installs it",
     ),
@@ -63,7 +63,7 @@ KNOWN = (
         "some virtual machines have no PCI at all; the rig's machines wait for a device with pyudev and without",
     ),
     Known(
-        "tests/unit/test_checks.py::",
+        "tests/unit/host/test_checks.py::",
         "needs a device that can be opened",
         "only root may open it; CI and the packaging tests are root",
     ),

@@ -18,7 +18,8 @@ from pathlib import Path
 from tests.bench import hotplug, lift
 from tests.bench.plain import BARE
 from tests.bench.timing import BenchError, Case, Samples, list_imports, take_turns, time_command, weigh
-from tests.vm import bundles, calls, devices, guest
+from tests.support import guest_calls
+from tests.vm import bundles, devices, guest
 
 GUEST_HOOK = str(lift.HOOKS / "hooks/vfio-guest-bind")
 HOST_HOOK = str(lift.HOOKS / "hooks/vfio-host-check")
@@ -60,7 +61,7 @@ class Waiting:
     def release(self) -> None:
         """Have the hook put everything back."""
         # The container lives on for the next run, so its claim has to be that of a hook that was killed.
-        calls.forget_success(self.container.name)
+        guest_calls.forget_success(self.container.name)
         time_command((GUEST_HOOK, "poststop"), self.stopped)
         guest.settle()
 

@@ -18,7 +18,7 @@ from typing import Callable
 
 from tests.bench.timing import Case, Samples, list_imports, take_turns, weigh
 from tests.provision import REPOSITORY
-from tests.unit.host_tree import HostTree
+from tests.support.fake_host import HostTree
 
 BARE = ("/usr/bin/python3", "-I", "-S", "-c", "pass")
 HOST_HOOK = str(REPOSITORY / "hooks/vfio-host-check")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chain.image import Image
-from tests.vm.control import Wire
+from tests.support.rig_control import Wire
 
 # The names of the two ports in the guest: scripts and their output; what a script has to say meanwhile.
 AGENT_PORT = "chain.agent"

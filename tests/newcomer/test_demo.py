@@ -20,7 +20,7 @@ from tests.newcomer import lines
 from tests.newcomer.bare import Bare, Done
 from tests.newcomer.conftest import MakeBare
 from tests.newcomer.programs import PROGRAMS, find_unnamed
-from tests.vm.starvation import PROC, find_family
+from tests.support.rig_starvation import PROC, find_family
 
 DEMO = "examples/demo"
 # Seconds that a demo has here: six times what it takes on a quiet machine.

@@ -18,7 +18,7 @@ from oci_hooks.findings import EXIT_BAD_INPUT, InputError
 from oci_hooks.guest import id_mapping
 from oci_hooks.schema import load_schema
 from oci_hooks.system import Root
-from tests.unit.documents import ANYTHING, CONFIGS, STATES
+from tests.support.json_strategies import ANYTHING, CONFIGS, STATES
 
 pytestmark = pytest.mark.unit
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from oci_hooks import oci
-from tests.odd_configs import KINDS, REFUSED, REFUSED_BY_BOTH
+from tests.support.odd_configs import KINDS, REFUSED, REFUSED_BY_BOTH
 
 pytestmark = pytest.mark.unit
 

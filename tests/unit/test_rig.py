@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from tests import provision
-from tests.vm import control, machines, rig, starvation
-from tests.vm.control import Relay, Wire
+from tests.support import rig_control, rig_starvation
+from tests.support.rig_control import Relay, Wire
+from tests.vm import machines, rig
 from tests.vm.devices import Board
 
 KERNEL = provision.Kernel("6.1", "6.1.0", Path("/nowhere/vmlinuz"))
@@ -144,8 +145,8 @@ def test_measure_starvation_of_descendants(tmp_path: Path) -> None:
     make_thread(tmp_path, 12, 12, 0.5)
     make_thread(tmp_path, 12, 13, 54.5)
     make_thread(tmp_path, 77, 77, 1000.0)
-    assert starvation.measure_starvation(10, tmp_path) == 54.5
-    assert starvation.measure_starvation(99, tmp_path) == 0.0
+    assert rig_starvation.measure_starvation(10, tmp_path) == 54.5
+    assert rig_starvation.measure_starvation(99, tmp_path) == 0.0
 
 
 def test_rig_starved_boot_gets_more_time(
@@ -172,7 +173,7 @@ def test_leash_kills_all_descendants(victim: int) -> None:
     os.close(writer)
     with os.fdopen(reader, "rb", buffering=0) as output:
         assert output.readline() == b"\n"
-        os.kill(list(starvation.find_family(holder.pid, starvation.PROC))[victim], signal.SIGKILL)
+        os.kill(list(rig_starvation.find_family(holder.pid, rig_starvation.PROC))[victim], signal.SIGKILL)
         # Whoever lives has the other end of the pipe.
         ended, _, _ = select.select([output], [], [], 10)
         assert ended
@@ -296,4 +297,4 @@ def test_wire_joins_partial_lines(tmp_path: Path) -> None:
 
 def test_rig_port_name_matches_inside() -> None:
     """inside.sh can't import it."""
-    assert f"/dev/virtio-ports/{control.PORT_NAME}" in rig.INSIDE.read_text()
+    assert f"/dev/virtio-ports/{rig_control.PORT_NAME}" in rig.INSIDE.read_text()

@@ -18,7 +18,7 @@ from oci_hooks import json_input, oci, traces
 from oci_hooks.findings import InputError
 from oci_hooks.json_input import parse_json
 from oci_hooks.traces import file_lacks_vfio, lacks_vfio, read_traces
-from tests.unit.documents import CONFIGS
+from tests.support.json_strategies import CONFIGS
 
 pytestmark = pytest.mark.unit
 

@@ -32,7 +32,7 @@ RUN = {
     "examples/demo": DEMO,
     "tests/run": TESTS,
     "tests/run --list lint unit": TESTS,
-    "~/.cache/oci-vfio-hooks/venv-tests-*/bin/pytest tests/unit/test_selection.py": TESTS,
+    "~/.cache/oci-vfio-hooks/venv-tests-*/bin/pytest tests/unit/guest/test_selection.py": TESTS,
     "packaging/build": BUILT,
     "apt update && apt install ./dist/python3-oci-vfio-hooks_*.deb ./dist/oci-vfio-hooks_*.deb": DEBS,
     "apt update && apt install ./dist/python3-oci-vfio-hooks_*.deb ./dist/oci-vfio-hooks-guest_*.deb": DEBS,

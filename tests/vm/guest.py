@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests.vm.control import PORT_NAME
+from tests.support.rig_control import PORT_NAME
 
 PCI = Path("/sys/bus/pci/devices")
 GROUPS = Path("/sys/kernel/iommu_groups")

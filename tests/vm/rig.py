@@ -23,10 +23,10 @@ from typing import IO, Callable
 from tests import provision
 from tests.progress import PROGRESS
 from tests.provision import MissingError
-from tests.vm.control import PORT_NAME, Relay, Wire
+from tests.support.rig_control import PORT_NAME, Relay, Wire
+from tests.support.rig_starvation import measure_starvation
 from tests.vm.devices import Board
 from tests.vm.machines import Machine
-from tests.vm.starvation import measure_starvation
 
 # A boot takes 25 s on two idle processors, and several times that where others are at work beside it.
 BOOT_LIMIT = 200.0

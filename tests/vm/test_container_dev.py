@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.guest.apply import cgroup, container_dev, proof
+from tests.support.guest_calls import ask
 from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask
 
 MACHINE = "uses"
 POINT = Path("/run/btrfs")

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from tests.vm import bundles, calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask
 
 MACHINE = "standard"
 KERNELS = ("6.1", "6.12")
@@ -65,7 +66,7 @@ def test_guest_bind_by_counting(containers: Containers) -> None:
     """
     nics, pair = guest.find_devices(devices.NIC_E1000E), guest.find_devices(devices.NIC_E1000)
     edu = guest.find_device(devices.EDU)
-    before = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
     free = sorted({guest.group_of(address) for address in (*nics, *pair, edu)}, key=int)
     # The host's group 2 is not the guest's.
     names = ["2", "77", "78", "79"]
@@ -109,8 +110,8 @@ def test_guest_bind_by_counting(containers: Containers) -> None:
             if guest.group_of(address) == name
         ],
     }
-    assert calls.look_at_drivers() == before
-    assert calls.list_claims() == []
+    assert guest_calls.look_at_drivers() == before
+    assert guest_calls.list_claims() == []
 
 
 def test_guest_bind_user_namespace(containers: Containers) -> None:
@@ -121,7 +122,7 @@ def test_guest_bind_user_namespace(containers: Containers) -> None:
     """
     subprocess.run(["modprobe", "vfio"], check=True)
     nic = guest.find_device(devices.NIC_E1000E)
-    before = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
     done = containers.probe(
         devices=bundles.vfio_devices() if containers.runtime == "crun" else (),
         annotations=ask(nic),
@@ -132,7 +133,7 @@ def test_guest_bind_user_namespace(containers: Containers) -> None:
     report = done.read_json()
     assert report["groups"] == [make_report(guest.group_of(nic), nic)]
     assert report["nodes"] == sorted(["devices.json", "vfio", guest.group_of(nic)])
-    assert calls.look_at_drivers() == before
+    assert guest_calls.look_at_drivers() == before
 
 
 def test_guest_bind_mounted_disk_refused(containers: Containers) -> None:
@@ -144,16 +145,16 @@ def test_guest_bind_mounted_disk_refused(containers: Containers) -> None:
     location.mkdir(exist_ok=True)
     subprocess.run(["mount", str(disk), str(location)], check=True)
     try:
-        before = calls.look_at_drivers()
+        before = guest_calls.look_at_drivers()
         done = containers.probe(annotations=ask(address))
         assert done.code != 0
         assert f"[in-use] {address}" in done.stderr
         assert f"{disk}, mounted on {location}" in done.stderr
-        assert calls.look_at_drivers() == before
+        assert guest_calls.look_at_drivers() == before
         assert (location / "lost+found").exists()
     finally:
         subprocess.run(["umount", str(location)], check=True)
-    assert calls.list_claims() == []
+    assert guest_calls.list_claims() == []
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def hardened_bpf() -> Any:
 def test_guest_bind_failure_rolls_back(containers: Containers) -> None:
     """Bound, exposed, and then the cgroup's program can't be changed: nothing is left, and the words say what to do."""
     nic = guest.find_device(devices.NIC_E1000E)
-    before = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
     container = containers.make("/bin/true", annotations=ask(nic), devices=bundles.vfio_devices("77"))
     done = container.create()
     assert done.code != 0
@@ -178,9 +179,9 @@ def test_guest_bind_failure_rolls_back(containers: Containers) -> None:
     words = done.stderr.replace("\\", "")
     assert words.count("[permit-failed]") == 1
     assert 'add to linux.resources.devices: {"allow": true, "type": "c", "major": 10, "minor": 196' in words
-    assert calls.look_at_drivers() == before
+    assert guest_calls.look_at_drivers() == before
     assert guest.live_groups() == []
-    assert calls.list_claims() == []
+    assert guest_calls.list_claims() == []
 
 
 @pytest.mark.usefixtures("hardened_bpf")

@@ -7,9 +7,10 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.vm import bundles, calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask, one_runtime
 
 MACHINE = "standard"
 
@@ -21,22 +22,22 @@ def test_guest_claims_two_containers(containers: Containers) -> None:
     Most runtimes are killed before they ever call poststop, so a claim ends with the container's init.
     """
     nic, other = guest.find_devices(devices.NIC_E1000E)
-    before = calls.look_at_drivers()
-    first, first_state = calls.make_created(containers, annotations=ask(nic))
-    second, second_state = calls.make_created(containers)
-    assert calls.call_hook(first_state).code == 0
-    assert calls.list_dev(first) == sorted(["devices.json", guest.group_of(nic), "vfio"])
+    before = guest_calls.look_at_drivers()
+    first, first_state = guest_calls.make_created(containers, annotations=ask(nic))
+    second, second_state = guest_calls.make_created(containers)
+    assert guest_calls.call_hook(first_state).code == 0
+    assert guest_calls.list_dev(first) == sorted(["devices.json", guest.group_of(nic), "vfio"])
 
-    done = calls.call_hook({**second_state, "annotations": ask(nic)})
+    done = guest_calls.call_hook({**second_state, "annotations": ask(nic)})
     assert done.code == 1
     assert f"[claimed] group {guest.group_of(nic)}: belongs to container {first.name}" in done.stderr
-    assert calls.list_claims() == [first.name]
-    assert calls.list_dev(second) == []
+    assert guest_calls.list_claims() == [first.name]
+    assert guest_calls.list_dev(second) == []
 
-    done = calls.call_hook({**second_state, "annotations": ask(f"id:{devices.NIC_E1000E}")})
+    done = guest_calls.call_hook({**second_state, "annotations": ask(f"id:{devices.NIC_E1000E}")})
     assert (done.code, done.stderr) == (0, "")
-    assert calls.list_dev(second) == sorted(["devices.json", guest.group_of(other), "vfio"])
-    assert calls.release(second_state).code == 0
+    assert guest_calls.list_dev(second) == sorted(["devices.json", guest.group_of(other), "vfio"])
+    assert guest_calls.release(second_state).code == 0
     assert guest.driver_of(nic) == "vfio-pci"
     assert guest.driver_of(other) == "e1000e"
 
@@ -44,34 +45,34 @@ def test_guest_claims_two_containers(containers: Containers) -> None:
     pid = first.read_pid()
     os.kill(pid, signal.SIGKILL)
     first.wait()
-    done = calls.call_hook({**second_state, "annotations": ask(nic)})
+    done = guest_calls.call_hook({**second_state, "annotations": ask(nic)})
     assert (done.code, done.stderr) == (0, "")
-    assert calls.list_claims() == [second.name]
-    undo_log = (calls.CLAIMS / second.name).read_text()
+    assert guest_calls.list_claims() == [second.name]
+    undo_log = (guest_calls.CLAIMS / second.name).read_text()
     assert f"device\t{nic}\te1000e\t\t" in undo_log
 
-    assert calls.release(second_state).code == 0
-    assert calls.look_at_drivers() == before
+    assert guest_calls.release(second_state).code == 0
+    assert guest_calls.look_at_drivers() == before
     assert guest.live_groups() == []
-    assert calls.list_claims() == []
+    assert guest_calls.list_claims() == []
     # Once more is as good, and so it is for a container that never had anything.
-    assert calls.release(second_state).code == 0
-    assert calls.release({**second_state, "id": "never"}).code == 0
+    assert guest_calls.release(second_state).code == 0
+    assert guest_calls.release({**second_state, "id": "never"}).code == 0
 
 
 @one_runtime
 def test_guest_claims_concurrent_hooks_one_device(containers: Containers) -> None:
     """Whoever asks for the same device at the same moment: one has it, the other is told so, every time."""
     nic = guest.find_device(devices.NIC_E1000E)
-    states = [calls.make_created(containers, annotations=ask(nic))[1] for _ in range(2)]
+    states = [guest_calls.make_created(containers, annotations=ask(nic))[1] for _ in range(2)]
     with ThreadPoolExecutor() as candidates:
         for _ in range(3):
-            done = list(candidates.map(calls.call_hook, states))
+            done = list(candidates.map(guest_calls.call_hook, states))
             assert sorted(one.code for one in done) == [0, 1], done
             (lost,) = (one for one in done if one.code)
             assert "[claimed]" in lost.stderr
-            (claim,) = calls.list_claims()
-            assert all(one.code == 0 for one in candidates.map(calls.release, states))
+            (claim,) = guest_calls.list_claims()
+            assert all(one.code == 0 for one in candidates.map(guest_calls.release, states))
             assert guest.driver_of(nic) == "e1000e"
     assert claim in [state["id"] for state in states]
 
@@ -79,20 +80,20 @@ def test_guest_claims_concurrent_hooks_one_device(containers: Containers) -> Non
 @one_runtime
 def test_guest_claims_concurrent_hooks_by_counting(containers: Containers) -> None:
     """Two plain containers count at the same moment: one has all there is, the other finds nothing free."""
-    before = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
     groups = bundles.vfio_devices("77", "78", "79", "80")
-    made = [calls.make_created(containers, devices=groups) for _ in range(2)]
+    made = [guest_calls.make_created(containers, devices=groups) for _ in range(2)]
     # The one that finds nothing waits for a device to be plugged in, until its deadline.
-    with calls.settings("deadline = 40"), ThreadPoolExecutor() as candidates:
-        done = list(candidates.map(calls.call_hook, [state for _, state in made]))
+    with guest_calls.settings("deadline = 40"), ThreadPoolExecutor() as candidates:
+        done = list(candidates.map(guest_calls.call_hook, [state for _, state in made]))
     assert sorted(one.code for one in done) == [0, 1], done
     (lost,) = (one for one in done if one.code)
     assert "[no-candidate]" in lost.stderr
     assert "belongs to container" in lost.stderr
-    (winner,) = calls.list_claims()
+    (winner,) = guest_calls.list_claims()
     for container, state in made:
         # The host's nodes of the one that lost are as the runtime made them.
         count = 6 if container.name == winner else 5
-        assert len(calls.list_dev(container)) == count
-        assert calls.release(state).code == 0
-    assert calls.look_at_drivers() == before
+        assert len(guest_calls.list_dev(container)) == count
+        assert guest_calls.release(state).code == 0
+    assert guest_calls.look_at_drivers() == before

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.vm import calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask, one_runtime
 
 MACHINE = "standard"
 
@@ -34,19 +35,19 @@ def test_guest_bind_virtual_function(containers: Containers, functions: list[str
     """One function for the container; its sibling stays as it is, and the controller above them is off-limits."""
     taken, sibling = functions
     controller = guest.find_nvme("sriov")
-    before = calls.look_at_drivers()
-    container, state = calls.make_created(containers, annotations=ask(taken))
-    assert calls.call_hook(state).code == 0
-    assert calls.list_dev(container) == sorted(["devices.json", guest.group_of(taken), "vfio"])
-    after = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
+    container, state = guest_calls.make_created(containers, annotations=ask(taken))
+    assert guest_calls.call_hook(state).code == 0
+    assert guest_calls.list_dev(container) == sorted(["devices.json", guest.group_of(taken), "vfio"])
+    after = guest_calls.look_at_drivers()
     assert after.pop(taken) == ("vfio-pci", "vfio-pci")
     assert after == {address: what for address, what in before.items() if address != taken}
-    refused = calls.call_hook({**state, "id": "another", "annotations": ask(controller)})
+    refused = guest_calls.call_hook({**state, "id": "another", "annotations": ask(controller)})
     assert f"[in-use] {controller}" in refused.stderr
     assert "has 2 SR-IOV virtual functions" in refused.stderr
     assert sibling in after
-    assert calls.release(state).code == 0
-    assert calls.look_at_drivers() == before
+    assert guest_calls.release(state).code == 0
+    assert guest_calls.look_at_drivers() == before
 
 
 @one_runtime
@@ -59,24 +60,24 @@ def test_guest_bind_mixed_drivers_in_group(containers: Containers) -> None:
     guest.settle()
     (interface,) = guest.interfaces_of(second)
     guest.bind(first, "vfio-pci")
-    before = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
     assert (before[first], before[second]) == (("vfio-pci", "vfio-pci"), ("e1000", ""))
-    container, state = calls.make_created(containers, annotations=ask(first))
+    container, state = guest_calls.make_created(containers, annotations=ask(first))
 
     subprocess.run(["ip", "address", "add", "192.0.2.1/24", "dev", interface], check=True)
     subprocess.run(["ip", "link", "set", interface, "up"], check=True)
-    done = calls.call_hook(state)
+    done = guest_calls.call_hook(state)
     subprocess.run(["ip", "address", "flush", "dev", interface], check=True)
     subprocess.run(["ip", "link", "set", interface, "down"], check=True)
     assert done.code == 1
     assert f"[in-use] {second}" in done.stderr
     assert f"is network interface {interface}, up with address 192.0.2.1" in done.stderr
     assert f"(group {guest.group_of(first)} can only be bound as a whole)" in done.stderr
-    assert calls.look_at_drivers() == before
+    assert guest_calls.look_at_drivers() == before
 
-    done = calls.call_hook(state)
+    done = guest_calls.call_hook(state)
     assert (done.code, done.stderr) == (0, "")
-    assert calls.list_dev(container) == sorted(["devices.json", guest.group_of(first), "vfio"])
+    assert guest_calls.list_dev(container) == sorted(["devices.json", guest.group_of(first), "vfio"])
     assert (guest.driver_of(first), guest.driver_of(second)) == ("vfio-pci", "vfio-pci")
-    assert calls.release(state).code == 0
-    assert calls.look_at_drivers() == before
+    assert guest_calls.release(state).code == 0
+    assert guest_calls.look_at_drivers() == before

@@ -17,9 +17,10 @@ from typing import Any, Callable
 
 import pytest
 
-from tests.vm import calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask, one_runtime
 
 MACHINE = "standard"
 # A NIC that no machine here has from the start; its driver is a module, and nobody loads it without udev.
@@ -78,7 +79,7 @@ def before_step(module: str, name: str, act: Callable[[], object]) -> Callable[[
 @pytest.mark.usefixtures("plugged")
 def test_guest_hotplug_device_arrives(containers: Containers) -> None:
     """The kernel's own event wakes the hook, long before its deadline; no udevd is needed for it."""
-    container, state = calls.make_created(containers, annotations=ask(f"id:{IDS}"))
+    container, state = guest_calls.make_created(containers, annotations=ask(f"id:{IDS}"))
     reader, writer = os.pipe()
     came: list[float] = []
 
@@ -90,36 +91,39 @@ def test_guest_hotplug_device_arrives(containers: Containers) -> None:
     thread = Thread(target=plug_when_it_waits)
     thread.start()
     waits = before_step("oci_hooks.linux.uevents", "Listener.wait", lambda: os.write(writer, b"w"))
-    with no_udev(), calls.settings("deadline = 60"):
-        done = calls.fork_hook(state, prepare=waits)
+    with no_udev(), guest_calls.settings("deadline = 60"):
+        done = guest_calls.fork_hook(state, prepare=waits)
         ended = time.monotonic()
     thread.join()
     assert (done.code, done.stderr) == (0, "")
     assert ended - came[0] < 20
     (address,) = guest.find_devices(IDS)
     assert guest.driver_of(address) == "vfio-pci"
-    assert calls.list_dev(container) == sorted(["devices.json", guest.group_of(address), "vfio"])
-    assert calls.release(state).code == 0
+    assert guest_calls.list_dev(container) == sorted(["devices.json", guest.group_of(address), "vfio"])
+    assert guest_calls.release(state).code == 0
     assert guest.override_of(address) == ""
 
 
 @one_runtime
 def test_guest_hotplug_device_never_arrives(containers: Containers) -> None:
     """The hook gives up by itself at its deadline, in its own words, and not later."""
-    container, state = calls.make_created(containers, annotations=ask(f"id:{IDS}"))
+    container, state = guest_calls.make_created(containers, annotations=ask(f"id:{IDS}"))
     # The first hook of all imports everything, which takes seconds in here.
-    calls.import_hook()
-    with calls.settings("deadline = 3"):
+    guest_calls.import_hook()
+    with guest_calls.settings("deadline = 3"):
         started = time.monotonic()
-        done = calls.fork_hook(state)
+        done = guest_calls.fork_hook(state)
         spent = time.monotonic() - started
     assert done.code == 1
-    assert f"[no-such-device] annotation {calls.DEVICES}: id:{IDS} matches no PCI device in this guest" in done.stderr
+    assert (
+        f"[no-such-device] annotation {guest_calls.DEVICES}: id:{IDS} matches no PCI device in this guest"
+        in done.stderr
+    )
     assert "waited " in done.stderr
     # Not the minute that it would have without the setting.
     assert spent < 30
-    assert calls.list_claims() == []
-    assert calls.list_dev(container) == []
+    assert guest_calls.list_claims() == []
+    assert guest_calls.list_dev(container) == []
 
 
 @one_runtime
@@ -133,15 +137,15 @@ def test_guest_hotplug_device_unplugged(containers: Containers, module: str, ste
     plug()
     guest.settle()
     (address,) = guest.find_devices(IDS)
-    before = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
     nic = guest.find_device(devices.NIC_E1000E)
-    container, state = calls.make_created(containers, annotations=ask([nic, address]))
-    done = calls.fork_hook(state, prepare=before_step(module, step, unplug))
+    container, state = guest_calls.make_created(containers, annotations=ask([nic, address]))
+    done = guest_calls.fork_hook(state, prepare=before_step(module, step, unplug))
     assert done.code == 1
-    (reported,) = calls.list_findings(done)
+    (reported,) = guest_calls.list_findings(done)
     assert "[device-gone]" in reported
     assert not guest.find_devices(IDS)
     del before[address]
-    assert calls.look_at_drivers() == before
-    assert calls.list_dev(container) == []
-    assert calls.list_claims() == []
+    assert guest_calls.look_at_drivers() == before
+    assert guest_calls.list_dev(container) == []
+    assert guest_calls.list_claims() == []

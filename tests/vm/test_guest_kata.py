@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from tests.vm import bundles, calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Container, Containers
-from tests.vm.calls import ask
 
 MACHINE = "standard"
 HOOKS = Path("/usr/share/oci/hooks")
@@ -72,7 +73,7 @@ def make_container(containers: Containers, annotations: dict[str, str]) -> Conta
 def test_kata_agent_runs_hook(containers: Containers) -> None:
     """The hook finds its package from where it lies in the image, and the container from what little it is told."""
     nic = guest.find_device(devices.NIC_E1000E)
-    before = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
     container = make_container(containers, {**ask(nic), CONTAINER_TYPE: "pod_container"})
     assert container.bundle.parent == Path("/run/kata-containers")
     done = container.run()
@@ -80,8 +81,8 @@ def test_kata_agent_runs_hook(containers: Containers) -> None:
     assert done.code == 0, done.stderr
     (group,) = done.read_json()["groups"]
     assert [device["id"] for device in group["devices"]] == [devices.NIC_E1000E]
-    assert calls.look_at_drivers() == before
-    assert calls.list_claims() == []
+    assert guest_calls.look_at_drivers() == before
+    assert guest_calls.list_claims() == []
 
 
 @pytest.mark.usefixtures("guest_image")
@@ -92,12 +93,12 @@ def test_kata_agent_ignores_failure_on_failure_kill(containers: Containers) -> N
     done = container.run()
     assert done.code == 0, done.stderr
     assert done.read_json()["nodes"] == []
-    output = f"vfio-guest-bind: error: [bridge] {annotations[calls.DEVICES]}"
+    output = f"vfio-guest-bind: error: [bridge] {annotations[guest_calls.DEVICES]}"
     assert output in (container.bundle / "prestart.log").read_text()
     assert f"container {container.name}: error: [bridge]" in guest.read_kernel_log()
 
     container = make_container(containers, annotations)
-    with calls.settings("deadline = 60", 'on_failure = "kill"'):
+    with guest_calls.settings("deadline = 60", 'on_failure = "kill"'):
         done = container.run()
     assert done.code != 0
     assert done.stdout == ""
@@ -112,7 +113,7 @@ def test_kata_agent_pause_container_skipped(tmp_path: Path) -> None:
         config = bundles.make_config(["/pause"], str(tmp_path), options, "/none")
         state = {"ociVersion": "", "id": "pod", "status": "", "pid": 0, "bundle": str(tmp_path)}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        done = calls.fork_hook({**state, "annotations": config["annotations"]}, "prestart")
+        done = guest_calls.fork_hook({**state, "annotations": config["annotations"]}, "prestart")
         assert done.code == (0 if mark == "pod_sandbox" else 1), done
     assert "[no-process]" in done.stderr
     assert guest.driver_of(nic) == "e1000e"
@@ -127,7 +128,7 @@ def test_kata_1_config_location() -> None:
         config = bundles.make_config(["/bin/true"], "/nowhere", bundles.Options(annotations=ask(nic)), "/none")
         (location / "config.json").write_text(json.dumps(config))
         state = {"ociVersion": "1.0", "id": "one", "status": "", "pid": 1, "bundle": "/run/kata-containers/one"}
-        done = calls.fork_hook(state, "prestart", "--dry-run")
+        done = guest_calls.fork_hook(state, "prestart", "--dry-run")
         assert done.code == 0, done.stderr
         assert f"probe {nic}: vfio-pci" in done.stdout
     finally:

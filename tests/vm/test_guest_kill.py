@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """kill -9 and SIGTERM at every step, on real devices: what is left is put back by the next hook or the release.
 
-A step is a call that changes something (tests/steps.py). What happens after the nth happens before the next one. That
-each action of the plan is among them is checked against the plan that --dry-run prints.
+A step is a call that changes something (tests/support/fault_injection.py). What happens after the nth happens before
+the next one. That each action of the plan is among them is checked against the plan that --dry-run prints.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests import steps
-from tests.steps import Steps
-from tests.vm import bundles, calls, devices, guest
+from tests.support import fault_injection, guest_calls
+from tests.support.fault_injection import Steps
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Container, Containers, Done
-from tests.vm.calls import ask, one_runtime
 
 MACHINE = "standard"
 # CI tries every third step with SIGTERM; OCI_VFIO_FULL=1 all of them.
@@ -40,9 +40,9 @@ CARRIED_OUT = {
 
 def run_until(state: dict[str, Any], nth: int, alone: bool, *arguments: str) -> tuple[Done, Steps]:
     """Run the hook and kill it before its nth step; wait for its children too. alone: they are left to go on."""
-    killing = Steps(nth, steps.kill_alone if alone else steps.kill_all)
-    with steps.orphans_are_ours():
-        done = calls.fork_hook(state, *arguments, prepare=killing.prepare)
+    killing = Steps(nth, fault_injection.kill_alone if alone else fault_injection.kill_all)
+    with fault_injection.orphans_are_ours():
+        done = guest_calls.fork_hook(state, *arguments, prepare=killing.prepare)
         if not alone:
             killing.wait_for_children()
     return done, killing
@@ -53,7 +53,7 @@ def check_covered(state: dict[str, Any], done: list[str], kinds: set[str], there
 
     kinds: actions that the plan must have; there: the node that the runtime has made as it should be.
     """
-    printed = calls.fork_hook(state, "--dry-run", "--json")
+    printed = guest_calls.fork_hook(state, "--dry-run", "--json")
     plan = json.loads(printed.stdout)["plan"]
     assert {action["action"] for action in plan} >= kinds
     for action in plan:
@@ -85,13 +85,13 @@ def take_stock(container: Container, address: str) -> tuple[Any, ...]:
     """Return all that the hook changes: driver, override, nodes, permission, mounts, claims."""
     pid = container.read_pid()
     nodes = {}
-    for name in calls.list_dev(container):
+    for name in guest_calls.list_dev(container):
         status = Path(f"/proc/{pid}/root/dev/vfio/{name}").stat()
         nodes[name] = (status.st_mode, status.st_rdev, status.st_uid, status.st_gid)
     mounts = [line.split()[4] for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
     permitted = open_in_cgroup(container.name, "/dev/vfio/vfio")
     # A draft of a claim is none; the next hook that binds takes it away.
-    claims = [name for name in calls.list_claims() if not name.startswith(".")]
+    claims = [name for name in guest_calls.list_claims() if not name.startswith(".")]
     return guest.driver_of(address), guest.override_of(address), nodes, permitted, mounts, claims
 
 
@@ -109,14 +109,14 @@ def kill_at_every_step(
         alone = bool(nth % 2)
         done, killing = run_until(state, nth, alone)
         if done.code == 0:
-            assert calls.list_claims() == [container.name]
+            assert guest_calls.list_claims() == [container.name]
             return killing.list_done()
         assert done.code == -signal.SIGKILL, (nth, done)
         if alone:
-            assert calls.fork_hook({**state, "status": "stopped"}, "poststop") == Done(0, "", ""), nth
+            assert guest_calls.fork_hook({**state, "status": "stopped"}, "poststop") == Done(0, "", ""), nth
         else:
-            refused = calls.fork_hook(other)
-            (reported,) = calls.list_findings(refused)
+            refused = guest_calls.fork_hook(other)
+            (reported,) = guest_calls.list_findings(refused)
             assert "[bridge]" in reported, nth
         assert take_stock(container, address) == before, nth
         nth += 1
@@ -134,8 +134,8 @@ def test_guest_hook_killed_at_every_step(containers: Containers) -> None:
     # The driver stays loaded, so that the control node can be tried before and after.
     guest.bind(nic, "vfio-pci")
     guest.bind_native(nic)
-    container, state = calls.make_created(containers, annotations=ask(nic), devices=bundles.vfio_devices("77"))
-    _, other = calls.make_created(containers)
+    container, state = guest_calls.make_created(containers, annotations=ask(nic), devices=bundles.vfio_devices("77"))
+    _, other = guest_calls.make_created(containers)
     other["annotations"] = ask(find_bridge())
     before = take_stock(container, nic)
     assert before[:2] == ("e1000e", "") and before[3] == "EPERM" and sorted(before[2]) == ["77", "vfio"]
@@ -145,20 +145,20 @@ def test_guest_hook_killed_at_every_step(containers: Containers) -> None:
     assert take_stock(container, nic)[3] == "ok"
 
     stopped = {**state, "status": "stopped"}
-    calls.forget_success(container.name)
-    assert calls.fork_hook(stopped, "poststop") == Done(0, "", "")
+    guest_calls.forget_success(container.name)
+    assert guest_calls.fork_hook(stopped, "poststop") == Done(0, "", "")
     check_covered(state, done, {"override", "unbind", "probe", "remove", "make", "permit"}, there="/dev/vfio/vfio")
-    assert calls.fork_hook(state) == Done(0, "", "")
+    assert guest_calls.fork_hook(state) == Done(0, "", "")
     nth = 0
     while True:
-        calls.forget_success(container.name)
+        guest_calls.forget_success(container.name)
         killed, _ = run_until(stopped, nth, False, "poststop")
         if killed.code == 0:
             break
         assert killed.code == -signal.SIGKILL, (nth, killed)
-        assert calls.fork_hook(stopped, "poststop") == Done(0, "", ""), nth
+        assert guest_calls.fork_hook(stopped, "poststop") == Done(0, "", ""), nth
         assert take_stock(container, nic) == before, nth
-        assert calls.fork_hook(state) == Done(0, "", ""), nth
+        assert guest_calls.fork_hook(state) == Done(0, "", ""), nth
         nth += 1
     assert nth > 10
     assert take_stock(container, nic) == before
@@ -169,12 +169,12 @@ def test_guest_hook_killed_with_user_namespace(containers: Containers) -> None:
     """The same where nodes are mounted instead of made; until there they are the same steps."""
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
-    container, state = calls.make_created(containers, annotations=ask(nic), user_namespace=100000)
-    _, other = calls.make_created(containers)
+    container, state = guest_calls.make_created(containers, annotations=ask(nic), user_namespace=100000)
+    _, other = guest_calls.make_created(containers)
     other["annotations"] = ask(find_bridge())
     done = kill_at_every_step(container, state, other, nic, first=4)
     assert len(done) > 15
-    assert calls.release(state).code == 0
+    assert guest_calls.release(state).code == 0
     check_covered(state, done, {"mount", "permit"})
 
 
@@ -184,12 +184,12 @@ def test_guest_hook_sigterm_at_every_step(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
     guest.bind_native(nic)
-    container, state = calls.make_created(containers, annotations=ask(nic), devices=bundles.vfio_devices("77"))
+    container, state = guest_calls.make_created(containers, annotations=ask(nic), devices=bundles.vfio_devices("77"))
     before = take_stock(container, nic)
     reported, nth = 0, 0
     while True:
-        ending = Steps(nth, steps.terminate)
-        done = calls.fork_hook(state, prepare=ending.prepare)
+        ending = Steps(nth, fault_injection.terminate)
+        done = guest_calls.fork_hook(state, prepare=ending.prepare)
         if not ending.has_fired:
             break
         if done.code == 1:
@@ -198,12 +198,12 @@ def test_guest_hook_sigterm_at_every_step(containers: Containers) -> None:
         else:
             # Before its first change, or after its last one.
             assert done.code in (0, -signal.SIGTERM), (nth, done)
-            calls.forget_success(container.name)
-            assert calls.fork_hook({**state, "status": "stopped"}, "poststop") == Done(0, "", ""), nth
+            guest_calls.forget_success(container.name)
+            assert guest_calls.fork_hook({**state, "status": "stopped"}, "poststop") == Done(0, "", ""), nth
         assert take_stock(container, nic) == before, nth
         nth += STRIDE
     assert reported > 15 // STRIDE
-    assert calls.release(state).code == 0
+    assert guest_calls.release(state).code == 0
 
 
 # What a hook is that hangs where all is done but the permission, and so has the most to put back.
@@ -221,9 +221,9 @@ sys.exit(hook.main([]))
 def test_guest_hook_runtime_timeout(containers: Containers) -> None:
     """runc and crun kill a hook that takes longer than config.json allows, and the container with it."""
     nic = guest.find_device(devices.NIC_E1000E)
-    _, other = calls.make_created(containers)
+    _, other = guest_calls.make_created(containers)
     other["annotations"] = ask(find_bridge())
-    before = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
     hook = Path("/run/hanging-hook")
     hook.write_text(HANGING.format(repository=str(bundles.REPOSITORY)))
     hook.chmod(0o755)
@@ -232,23 +232,23 @@ def test_guest_hook_runtime_timeout(containers: Containers) -> None:
     assert container.create().code != 0
     # It had come so far, and nobody has put anything back yet.
     assert guest.driver_of(nic) == "vfio-pci"
-    assert calls.list_claims() == [container.name]
-    (reported,) = calls.list_findings(calls.fork_hook(other))
+    assert guest_calls.list_claims() == [container.name]
+    (reported,) = guest_calls.list_findings(guest_calls.fork_hook(other))
     assert "[bridge]" in reported
-    assert calls.look_at_drivers() == before
-    assert calls.list_claims() == []
+    assert guest_calls.look_at_drivers() == before
+    assert guest_calls.list_claims() == []
 
 
 @one_runtime
 def test_guest_hook_clock_set_back(containers: Containers) -> None:
     """A day, while the hook waits for a device: its deadline does not move."""
-    _, state = calls.make_created(containers, annotations=ask("0000:7f:1f.7"))
+    _, state = guest_calls.make_created(containers, annotations=ask("0000:7f:1f.7"))
     now = time.clock_gettime(time.CLOCK_REALTIME)
-    with calls.settings("deadline = 5"):
+    with guest_calls.settings("deadline = 5"):
         # The step is the hook's: what it writes first comes long before its deadline.
         back = Steps(0, lambda _: time.clock_settime(time.CLOCK_REALTIME, now - 86400))
         try:
-            done = calls.fork_hook(state, prepare=back.prepare)
+            done = guest_calls.fork_hook(state, prepare=back.prepare)
         finally:
             time.clock_settime(time.CLOCK_REALTIME, now)
     assert back.has_fired
@@ -260,7 +260,7 @@ def test_guest_hook_clock_set_back(containers: Containers) -> None:
 def test_guest_hook_memory_limit(containers: Containers) -> None:
     """The real executable in a cgroup with that much memory and no swap; with 4 it is killed, and nothing is left."""
     nic = guest.find_device(devices.NIC_E1000E)
-    container, state = calls.make_created(containers, annotations=ask(nic))
+    container, state = guest_calls.make_created(containers, annotations=ask(nic))
     before = take_stock(container, nic)
     cgroup = Path("/sys/fs/cgroup/narrow")
     Path("/sys/fs/cgroup/cgroup.subtree_control").write_text("+memory")
@@ -268,9 +268,9 @@ def test_guest_hook_memory_limit(containers: Containers) -> None:
     try:
         for limit, code in (("24M", 0), ("4M", -signal.SIGKILL)):
             (cgroup / "memory.max").write_text(limit)
-            done = calls.call_hook(state, preexec_fn=lambda: (cgroup / "cgroup.procs").write_text("0"))
+            done = guest_calls.call_hook(state, preexec_fn=lambda: (cgroup / "cgroup.procs").write_text("0"))
             assert done.code == code, (limit, done)
-            assert calls.release(state).code == 0
+            assert guest_calls.release(state).code == 0
             assert take_stock(container, nic) == before, limit
     finally:
         cgroup.rmdir()

@@ -6,9 +6,10 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.vm import calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask, one_runtime
 
 MACHINE = "standard"
 VFIO_PCI = Path("/sys/bus/pci/drivers/vfio-pci")
@@ -19,23 +20,23 @@ HIDDEN = Path("/etc/modprobe.d/hidden.conf")
 def test_guest_modules_loaded_or_reported(containers: Containers) -> None:
     """Nothing but their absence is different; when they can't be had, the words name what the kernel lacks."""
     nic = guest.find_device(devices.NIC_E1000E)
-    before = calls.look_at_drivers()
-    container, state = calls.make_created(containers, annotations=ask(nic))
+    before = guest_calls.look_at_drivers()
+    container, state = guest_calls.make_created(containers, annotations=ask(nic))
     subprocess.run(["modprobe", "-r", "vfio-pci", "vfio_iommu_type1"], check=True)
     assert not VFIO_PCI.exists()
     HIDDEN.write_text("install vfio-pci /bin/false\n")
     try:
-        done = calls.call_hook(state, env={})
+        done = guest_calls.call_hook(state, env={})
     finally:
         HIDDEN.unlink()
     assert done.code == 1
     assert "[no-vfio-driver] vfio-pci: is not part of this kernel and cannot be loaded" in done.stderr
     for option in ("CONFIG_VFIO,", "CONFIG_VFIO_PCI", "CONFIG_VFIO_IOMMU_TYPE1", "CONFIG_INTEL_IOMMU"):
         assert option in done.stderr
-    assert calls.look_at_drivers() == before
-    assert calls.list_claims() == []
+    assert guest_calls.look_at_drivers() == before
+    assert guest_calls.list_claims() == []
 
     assert not VFIO_PCI.exists()
-    done = calls.call_hook(state, env={})
+    done = guest_calls.call_hook(state, env={})
     assert (done.code, done.stderr) == (0, "")
-    assert calls.list_dev(container) == sorted(["devices.json", guest.group_of(nic), "vfio"])
+    assert guest_calls.list_dev(container) == sorted(["devices.json", guest.group_of(nic), "vfio"])

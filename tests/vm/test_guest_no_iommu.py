@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from tests.vm import bundles, calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask, one_runtime
 
 MACHINE = "no-iommu"
 
@@ -15,19 +16,19 @@ def test_guest_without_iommu_refused(containers: Containers) -> None:
     """By annotation and by counting; at once, not at the deadline; nothing is touched."""
     nic = guest.find_device(devices.NIC_E1000E)
     assert guest.group_of(nic) == ""
-    before = calls.look_at_drivers()
-    container, state = calls.make_created(containers, devices=bundles.vfio_devices("77"))
-    listed = calls.list_dev(container)
+    before = guest_calls.look_at_drivers()
+    container, state = guest_calls.make_created(containers, devices=bundles.vfio_devices("77"))
+    listed = guest_calls.list_dev(container)
     for wishes in (ask(nic), ask(f"id:{devices.NIC_E1000E}"), {}):
-        done = calls.call_hook({**state, "annotations": wishes})
+        done = guest_calls.call_hook({**state, "annotations": wishes})
         assert done.code == 1
         assert "[viommu-off]" in done.stderr
         assert nic in done.stderr
         assert "set enable_iommu = true in [hypervisor.qemu] of Kata's configuration.toml" in done.stderr
         assert "waited" not in done.stderr
-    assert calls.look_at_drivers() == before
-    assert calls.list_dev(container) == listed
-    assert calls.list_claims() == []
+    assert guest_calls.look_at_drivers() == before
+    assert guest_calls.list_dev(container) == listed
+    assert guest_calls.list_claims() == []
 
 
 @one_runtime

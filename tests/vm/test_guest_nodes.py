@@ -9,9 +9,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from tests.vm import bundles, calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask, one_runtime
 
 MACHINE = "standard"
 MOUNTS_WITHOUT_DEV = [mount for mount in bundles.MOUNTS if not mount["destination"].startswith("/dev")]
@@ -30,7 +31,7 @@ def test_guest_nodes_settings_and_readonly_root(containers: Containers) -> None:
     """guest.toml gives owner and mode and switches the map off; a read-only root has a /dev all the same."""
     nic = guest.find_device(devices.NIC_E1000E)
     script = "stat -c '%a %u %g' /dev/vfio/vfio /dev/vfio/[0-9]* >&2; exec " + " ".join(bundles.PROBE)
-    with calls.settings("deadline = 60", "map = false", "[node]", "mode = 416", "uid = 7", "gid = 8"):
+    with guest_calls.settings("deadline = 60", "map = false", "[node]", "mode = 416", "uid = 7", "gid = 8"):
         done = containers.run("/bin/sh", "-c", script, annotations=ask(nic), readonly_root=True)
     assert done.code == 0, done.stderr
     report = done.read_json()
@@ -76,7 +77,7 @@ def test_guest_nodes_without_dev_mount(containers: Containers) -> None:
 def test_guest_nodes_symlink_in_image_refused(containers: Containers) -> None:
     """An image whose /dev/vfio leads elsewhere gets no node anywhere, and the device its driver back."""
     nic = guest.find_device(devices.NIC_E1000E)
-    before = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
     container = containers.make("/bin/true", annotations=ask(nic), edit={"mounts": MOUNTS_WITHOUT_DEV})
     elsewhere = Path("/run/elsewhere")
     elsewhere.mkdir(exist_ok=True)
@@ -85,7 +86,7 @@ def test_guest_nodes_symlink_in_image_refused(containers: Containers) -> None:
     assert done.code != 0
     assert "[hostile-tree]" in done.stderr
     assert list(elsewhere.iterdir()) == []
-    assert calls.look_at_drivers() == before
+    assert guest_calls.look_at_drivers() == before
 
 
 def test_guest_nodes_by_hand_on_running_container(containers: Containers) -> None:
@@ -103,7 +104,7 @@ def test_guest_nodes_by_hand_on_running_container(containers: Containers) -> Non
     assert container.create().code == 0
     assert container.start().code == 0
     by_hand = ("--bundle", str(container.bundle), "--pid", str(container.read_pid()))
-    done = calls.call_hook(None, *by_hand)
+    done = guest_calls.call_hook(None, *by_hand)
     assert (done.code, done.stderr) == (0, "")
     report = container.execute(*bundles.PROBE).read_json()
     assert is_open(report, nic)
@@ -111,21 +112,21 @@ def test_guest_nodes_by_hand_on_running_container(containers: Containers) -> Non
     assert [(entry["address"], entry["host_address"]) for entry in reported["devices"]] == [(nic, "0000:5e:00.1")]
 
     before = take_stock(container.name, container.read_pid(), nic)
-    done = calls.call_hook(None, *by_hand)
+    done = guest_calls.call_hook(None, *by_hand)
     assert (done.code, done.stderr) == (0, "")
     assert take_stock(container.name, container.read_pid(), nic) == before
 
     # What a living container has is not taken from it.
-    done = calls.call_hook(None, *by_hand, "poststop")
+    done = guest_calls.call_hook(None, *by_hand, "poststop")
     assert (done.code, "[container-alive]" in done.stderr) == (1, True), done.stderr
     assert take_stock(container.name, container.read_pid(), nic) == before
     os.kill(container.read_pid(), signal.SIGKILL)
     container.wait()
-    done = calls.call_hook(None, *by_hand, "poststop")
+    done = guest_calls.call_hook(None, *by_hand, "poststop")
     assert (done.code, done.stderr) == (0, "")
     assert guest.driver_of(nic) == "e1000e"
     assert guest.override_of(nic) == ""
-    assert calls.list_claims() == []
+    assert guest_calls.list_claims() == []
 
 
 def take_stock(name: str, pid: int, address: str) -> tuple[object, ...]:
@@ -133,6 +134,6 @@ def take_stock(name: str, pid: int, address: str) -> tuple[object, ...]:
     link = (guest.PCI / address / "driver").lstat()
     made = Path(f"/proc/{pid}/root/dev/vfio")
     nodes = sorted((path.name, path.stat().st_ino) for path in made.iterdir())
-    undo_log = (calls.CLAIMS / name).read_text()
+    undo_log = (guest_calls.CLAIMS / name).read_text()
     changes = [line for line in undo_log.splitlines() if line != "done"]
-    return link.st_ino, nodes, calls.list_programs(f"/sys/fs/cgroup/{name}"), changes
+    return link.st_ino, nodes, guest_calls.list_programs(f"/sys/fs/cgroup/{name}"), changes

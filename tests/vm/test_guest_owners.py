@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm import bundles, calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask, one_runtime
 
 MACHINE = "standard"
 # A NIC that no machine here has from the start.
@@ -67,9 +68,9 @@ def test_guest_owners_another_device_at_address(containers: Containers) -> None:
     other_nic = guest.find_device(devices.NIC_E1000E)
     address = plug_nic()
     inode = (guest.PCI / address).stat().st_ino
-    first, first_state = calls.make_created(containers, annotations=ask(address))
-    _, second_state = calls.make_created(containers, annotations=ask(other_nic))
-    assert calls.call_hook(first_state).code == 0
+    first, first_state = guest_calls.make_created(containers, annotations=ask(address))
+    _, second_state = guest_calls.make_created(containers, annotations=ask(other_nic))
+    assert guest_calls.call_hook(first_state).code == 0
     unplug("nic")
     os.kill(first.read_pid(), signal.SIGKILL)
     first.wait()
@@ -82,15 +83,15 @@ def test_guest_owners_another_device_at_address(containers: Containers) -> None:
     assert (guest.PCI / address).stat().st_ino != inode
     file = mount_disk(address)
 
-    done = calls.call_hook(second_state)
+    done = guest_calls.call_hook(second_state)
     assert done.code == 0, done.stderr
-    (reported,) = calls.list_findings(done)
+    (reported,) = guest_calls.list_findings(done)
     assert f"warning: [device-replaced] {address}: was unplugged since it was bound" in reported
     assert (guest.driver_of(address), guest.override_of(address)) == ("nvme", "")
     subprocess.run(["sync", "-f", MOUNT], check=True)
     Path("/proc/sys/vm/drop_caches").write_text("3")
     assert file.read_text() == "kept"
-    assert calls.list_claims() == [second_state["id"]]
+    assert guest_calls.list_claims() == [second_state["id"]]
 
 
 @one_runtime
@@ -99,19 +100,19 @@ def test_guest_owners_replugged_device(containers: Containers) -> None:
     """Vendor, device and class are the same then; only the inode number of its directory tells them apart."""
     address = plug_nic()
     inode = (guest.PCI / address).stat().st_ino
-    container, state = calls.make_created(containers, annotations=ask(address))
-    assert calls.call_hook(state).code == 0
+    container, state = guest_calls.make_created(containers, annotations=ask(address))
+    assert guest_calls.call_hook(state).code == 0
     unplug("nic")
     assert plug_nic() == address
     assert (guest.PCI / address).stat().st_ino != inode
     os.kill(container.read_pid(), signal.SIGKILL)
     container.wait()
     guest.bind(address, "vfio-pci")
-    done = calls.call_hook({**state, "status": "stopped"}, "poststop")
+    done = guest_calls.call_hook({**state, "status": "stopped"}, "poststop")
     assert (done.code, "[device-replaced]" in done.stderr) == (0, True), done.stderr
     # Bound and overridden by an administrator, in between, for something else.
     assert (guest.driver_of(address), guest.override_of(address)) == ("vfio-pci", "vfio-pci")
-    assert calls.list_claims() == []
+    assert guest_calls.list_claims() == []
     guest.bind_native(address)
 
 
@@ -120,10 +121,10 @@ def test_guest_owners_replugged_device(containers: Containers) -> None:
 def test_guest_owners_same_id_second_container(containers: Containers, asks: bool) -> None:
     """Below another state directory an id is free; its poststop comes while the first one lives."""
     nic = guest.find_device(devices.NIC_E1000E)
-    first, state = calls.make_created(containers, annotations=ask(nic))
-    assert calls.call_hook(state).code == 0
-    claim = (calls.CLAIMS / first.name).read_bytes()
-    nodes = calls.list_dev(first)
+    first, state = guest_calls.make_created(containers, annotations=ask(nic))
+    assert guest_calls.call_hook(state).code == 0
+    claim = (guest_calls.CLAIMS / first.name).read_bytes()
+    nodes = guest_calls.list_dev(first)
     hooks = bundles.guest_hooks("createRuntime", "poststop")
     second = containers.make("/bin/true", hooks=hooks, annotations=ask(nic) if asks else {})
     command = [containers.runtime, "--root", "/run/other-root", "run", "--bundle", str(second.bundle), first.name]
@@ -132,13 +133,13 @@ def test_guest_owners_same_id_second_container(containers: Containers, asks: boo
     log = guest.read_kernel_log()
     assert "[claimed]" in log + done.stderr if asks else "[container-alive]" in log + done.stderr
     assert guest.driver_of(nic) == "vfio-pci"
-    assert calls.list_dev(first) == nodes
-    assert (calls.CLAIMS / first.name).read_bytes() == claim
+    assert guest_calls.list_dev(first) == nodes
+    assert (guest_calls.CLAIMS / first.name).read_bytes() == claim
     # When it has ended, they go back, whoever's poststop that is.
     os.kill(first.read_pid(), signal.SIGKILL)
     first.wait()
-    assert calls.call_hook({**state, "status": "stopped", "bundle": str(second.bundle)}, "poststop").code == 0
-    assert (guest.driver_of(nic), calls.list_claims()) == ("e1000e", [])
+    assert guest_calls.call_hook({**state, "status": "stopped", "bundle": str(second.bundle)}, "poststop").code == 0
+    assert (guest.driver_of(nic), guest_calls.list_claims()) == ("e1000e", [])
 
 
 @one_runtime
@@ -156,23 +157,23 @@ def test_guest_owners_remaining_process_keeps_claim(containers: Containers) -> N
     )
     assert first.create().code == 0
     state = first.read_state()
-    _, other = calls.make_created(containers, annotations=ask(nic))
-    assert calls.call_hook(state).code == 0
+    _, other = guest_calls.make_created(containers, annotations=ask(nic))
+    assert guest_calls.call_hook(state).code == 0
     assert first.start().code == 0
     first.wait()
     procs = Path(f"/sys/fs/cgroup/{first.name}/cgroup.procs")
     (left,) = procs.read_text().split()
 
-    done = calls.call_hook(other)
+    done = guest_calls.call_hook(other)
     assert (done.code, f"belongs to container {first.name}" in done.stderr) == (1, True), done.stderr
     # Nor does a container of the same id elsewhere take it.
-    done = calls.call_hook({**state, "status": "stopped", "bundle": "/elsewhere"}, "poststop")
+    done = guest_calls.call_hook({**state, "status": "stopped", "bundle": "/elsewhere"}, "poststop")
     assert (done.code, "[container-alive]" in done.stderr) == (1, True), done.stderr
     assert guest.driver_of(nic) == "vfio-pci"
     ending = os.pidfd_open(int(left))
     os.kill(int(left), signal.SIGKILL)
     assert select.select([ending], [], [], 60)[0]
     os.close(ending)
-    done = calls.call_hook(other)
+    done = guest_calls.call_hook(other)
     assert (done.code, done.stderr) == (0, "")
-    assert calls.list_claims() == [other["id"]]
+    assert guest_calls.list_claims() == [other["id"]]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm import bundles, calls, devices, guest
+from tests.support import guest_calls
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Done
 
 MACHINE = "standard"
@@ -44,12 +45,12 @@ def test_guest_podman_run(rootfs: Path, tmp_path: Path) -> None:
     }
     (tmp_path / "vfio.json").write_text(json.dumps(hook))
     nic = guest.find_device(devices.NIC_E1000E)
-    before = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
     run = ("run", "--rm", "--network", "none", "--ulimit", "memlock=-1:-1")
-    asks = ("--annotation", f"{calls.DEVICES}={nic}")
+    asks = ("--annotation", f"{guest_calls.DEVICES}={nic}")
     done = run_podman(tmp_path, *run, *asks, "--rootfs", str(rootfs), *bundles.PROBE)
     assert done.code == 0, done.stderr
     (group,) = done.read_json()["groups"]
     assert group["devices"] == [{"address": nic, "get_device": "ok", "read_id": "ok", "id": devices.NIC_E1000E}]
-    assert calls.look_at_drivers() == before
-    assert calls.list_claims() == []
+    assert guest_calls.look_at_drivers() == before
+    assert guest_calls.list_claims() == []

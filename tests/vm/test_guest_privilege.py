@@ -20,9 +20,10 @@ from typing import Any, Callable
 
 import pytest
 
-from tests.vm import bundles, calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Container, Containers, Done
-from tests.vm.calls import ask, one_runtime
 
 MACHINE = "standard"
 PRIVILEGES = bundles.REPOSITORY / "docs/reference/privileges.md"
@@ -85,7 +86,7 @@ def try_open(path: Path) -> int:
 def test_guest_privilege_only_own_nodes_open(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
-    container, state = calls.make_created(containers, annotations=ask(nic))
+    container, state = guest_calls.make_created(containers, annotations=ask(nic))
     numbers = list_numbers()
     assert len(numbers) > 15_000
     top = make_nodes(numbers)
@@ -93,11 +94,11 @@ def test_guest_privilege_only_own_nodes_open(containers: Containers) -> None:
     # The sweep sees what is permitted: what every runtime gives every container (config-linux.md, default devices).
     assert ("c", 1, 3) in before
     assert len(before) < 1000
-    assert calls.fork_hook(state) == Done(0, "", "")
+    assert guest_calls.fork_hook(state) == Done(0, "", "")
     own = {("c", 10, 196), ("c", *guest.numbers_of_group(guest.group_of(nic)))}
     assert own <= numbers
     assert find_permitted(container, top) - before == own
-    assert calls.release(state).code == 0
+    assert guest_calls.release(state).code == 0
     assert find_permitted(container, top) == before
     shutil.rmtree(top)
 
@@ -180,7 +181,7 @@ def test_guest_privilege_documented_set_suffices(containers: Containers, case: s
     # The lists are those with the module loaded: modprobe has needs of its own.
     guest.bind(nic, "vfio-pci")
     guest.bind_native(nic)
-    _, state = calls.make_created(containers, annotations=ask(nic), **GUEST_CASES[case])
+    _, state = guest_calls.make_created(containers, annotations=ask(nic), **GUEST_CASES[case])
     capabilities = [name for title in CAPABILITY_TITLES[case] for name in read_list(title)]
     drop, restrict = keep_capabilities(capabilities), allow_calls(read_list("System calls of the guest hook"))
 
@@ -188,11 +189,11 @@ def test_guest_privilege_documented_set_suffices(containers: Containers, case: s
         drop()
         restrict()
 
-    done = calls.call_hook(state, preexec_fn=prepare, close_fds=False)
+    done = guest_calls.call_hook(state, preexec_fn=prepare, close_fds=False)
     assert (done.code, done.stderr) == (0, "")
     assert guest.driver_of(nic) == "vfio-pci"
-    calls.forget_success(str(state["id"]))
-    done = calls.call_hook({**state, "status": "stopped"}, "poststop", preexec_fn=prepare, close_fds=False)
+    guest_calls.forget_success(str(state["id"]))
+    done = guest_calls.call_hook({**state, "status": "stopped"}, "poststop", preexec_fn=prepare, close_fds=False)
     assert (done.code, done.stderr) == (0, "")
     assert guest.driver_of(nic) == "e1000e"
 
@@ -201,16 +202,16 @@ def test_guest_privilege_documented_set_suffices(containers: Containers, case: s
 def test_guest_privilege_each_one_needed(containers: Containers) -> None:
     """None is there for nothing: without it the hook refuses in words and leaves the device as it was."""
     nic = guest.find_device(devices.NIC_E1000E)
-    before = calls.look_at_drivers()
-    _, state = calls.make_created(containers, annotations=ask(nic))
+    before = guest_calls.look_at_drivers()
+    _, state = guest_calls.make_created(containers, annotations=ask(nic))
     names = read_list("Guest hook")
     for missing in names:
         drop = drop_one(missing)
-        done = calls.fork_hook(state, prepare=drop)
+        done = guest_calls.fork_hook(state, prepare=drop)
         assert done.code == 1, (missing, done)
-        assert calls.list_findings(done), missing
-        assert calls.fork_hook({**state, "status": "stopped"}, "poststop").code == 0
-        assert calls.look_at_drivers() == before, missing
+        assert guest_calls.list_findings(done), missing
+        assert guest_calls.fork_hook({**state, "status": "stopped"}, "poststop").code == 0
+        assert guest_calls.look_at_drivers() == before, missing
 
 
 def drop_one(name: str) -> Callable[[], None]:
@@ -252,6 +253,6 @@ def test_host_privilege_documented_set_suffices(group: str, tmp_path: Path, good
         restrict()
 
     state = {"ociVersion": "1.0.2", "id": "c1", "status": "creating", "bundle": str(tmp_path), "pid": os.getpid()}
-    done = calls.call_hook(state, hook=bundles.find_hook(bundles.HOST_HOOK), preexec_fn=prepare, close_fds=False)
+    done = guest_calls.call_hook(state, hook=bundles.find_hook(bundles.HOST_HOOK), preexec_fn=prepare, close_fds=False)
     assert done.code == (0 if good else 1), done
     assert ("[group-missing]" in done.stderr) != good

@@ -9,9 +9,10 @@ from typing import Any, Callable
 
 import pytest
 
-from tests.vm import bundles, calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import DEVICES
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Options
-from tests.vm.calls import DEVICES
 
 MACHINE = "standard"
 MAP = "io.katacontainers.x.vfio"
@@ -33,7 +34,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 def plan_groups(directory: Path) -> list[str]:
     """Return the groups of which the plan makes nodes."""
-    done = calls.fork_hook(None, "--bundle", str(directory), "--dry-run", "--json")
+    done = guest_calls.fork_hook(None, "--bundle", str(directory), "--dry-run", "--json")
     assert done.code == 0, done.stderr
     answer = json.loads(done.stdout)
     assert (answer["exit"], answer["findings"]) == (0, [])
@@ -44,9 +45,9 @@ def plan_groups(directory: Path) -> list[str]:
 
 def refuse(directory: Path) -> str:
     """Return the one line with which the hook refuses."""
-    done = calls.fork_hook(None, "--bundle", str(directory), "--dry-run")
+    done = guest_calls.fork_hook(None, "--bundle", str(directory), "--dry-run")
     assert done.code != 0
-    (line,) = calls.list_findings(done)
+    (line,) = guest_calls.list_findings(done)
     return line
 
 
@@ -143,9 +144,9 @@ def test_guest_select_refusals(bundle: Bundle) -> None:
 def test_guest_select_dry_run(bundle: Bundle) -> None:
     """For a person, in the order in which it would be done."""
     nic = guest.find_device(devices.NIC_E1000E)
-    before = calls.look_at_drivers()
+    before = guest_calls.look_at_drivers()
     directory = bundle(annotations={DEVICES: nic}, devices=bundles.vfio_devices("2"))
-    done = calls.call_hook(None, "--bundle", str(directory), "--dry-run")
+    done = guest_calls.call_hook(None, "--bundle", str(directory), "--dry-run")
     assert done.code == 0
     assert done.stdout.splitlines() == [
         "load vfio-pci: unless it is loaded",
@@ -159,5 +160,5 @@ def test_guest_select_dry_run(bundle: Bundle) -> None:
         "allow /dev/vfio/vfio: rw, unless it is allowed already",
         f"allow /dev/vfio/{guest.group_of(nic)}: rw, unless it is allowed already",
     ]
-    assert calls.look_at_drivers() == before
-    assert calls.list_claims() == []
+    assert guest_calls.look_at_drivers() == before
+    assert guest_calls.list_claims() == []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What may stop a container: whatever runc or crun runs without the hooks, it runs with both, if it asks for no VFIO.
 
-The kinds are those of tests/odd_configs.py, which break the specification in one place each.
+The kinds are those of tests/support/odd_configs.py, which break the specification in one place each.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.odd_configs import KINDS, REFUSED
-from tests.vm import bundles, calls
+from tests.support import guest_calls
+from tests.support.odd_configs import KINDS, REFUSED
+from tests.vm import bundles
 from tests.vm.bundles import Containers, Done
 
 MACHINE = "single"
@@ -79,7 +80,7 @@ NOT_HEARD = {
 @pytest.mark.parametrize(("kind", "containers"), list(list_pairs())[:: 1 if IS_FULL else 2], indirect=["containers"])
 def test_odd_configs_with_vfio_work_or_refused(containers: Containers, kind: str) -> None:
     """No kind is passed by in silence where it asks, and none leaves anything behind."""
-    options: dict[str, Any] = {"annotations": calls.ask("auto"), "devices": bundles.vfio_devices("77")}
+    options: dict[str, Any] = {"annotations": guest_calls.ask("auto"), "devices": bundles.vfio_devices("77")}
     hooks = {"createRuntime": GUEST, "poststop": RELEASE}
     done = run(containers, kind, hooks=hooks, **options)
     # crun shows what a hook says only where the annotation for that is left.
@@ -88,4 +89,4 @@ def test_odd_configs_with_vfio_work_or_refused(containers: Containers, kind: str
     assert "[internal]" not in done.stderr
     assert "Traceback" not in done.stderr
     containers.destroy_all()
-    assert calls.list_claims() == []
+    assert guest_calls.list_claims() == []

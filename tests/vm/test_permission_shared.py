@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from tests.vm import calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import devices, guest
 from tests.vm.bundles import Container, Containers
-from tests.vm.calls import ask, one_runtime
 from tests.vm.test_guest_hotplug import IDS, before_step, plug, unplug
 from tests.vm.test_permission import RETURN_1, attach, call_bpf, deny_all, load
 
@@ -126,14 +127,14 @@ def end_init(container: Container) -> None:
 
 def succeed(state: dict[str, Any], nic: str) -> tuple[int, int]:
     """Have the hook give a device to a container, and return the group's numbers."""
-    done = calls.fork_hook({**state, "annotations": ask(nic)})
+    done = guest_calls.fork_hook({**state, "annotations": ask(nic)})
     assert (done.code, done.stderr) == (0, "")
     return guest.numbers_of_group(guest.group_of(nic))
 
 
 def release(state: dict[str, Any]) -> tuple[int, str]:
     """Have the hook release a container's devices."""
-    done = calls.fork_hook({**{key: value for key, value in state.items() if key != "pid"}, "status": "stopped"})
+    done = guest_calls.fork_hook({**{key: value for key, value in state.items() if key != "pid"}, "status": "stopped"})
     return done.code, done.stderr
 
 
@@ -143,14 +144,14 @@ def release(state: dict[str, Any]) -> tuple[int, str]:
 @one_runtime
 def test_shared_remaining_process_loses_permission(containers: Containers, party: Party) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
-    first, state = calls.make_created(containers)
-    second, second_state = calls.make_created(containers)
+    first, state = guest_calls.make_created(containers)
+    second, second_state = guest_calls.make_created(containers)
     staying, other = party.add(first), party.add(second)
     numbers = succeed(state, nic)
     assert [staying.open(numbers), staying.open(CONTROL)] == [0, 0]
     end_init(first)
     # It has the device, as long as nobody ends the container.
-    refused = calls.fork_hook({**second_state, "annotations": ask(nic)})
+    refused = guest_calls.fork_hook({**second_state, "annotations": ask(nic)})
     assert f"[claimed] group {guest.group_of(nic)}: belongs to container {first.name}" in refused.stderr
     assert [staying.open(numbers), staying.open(CONTROL)] == [0, 0]
 
@@ -164,8 +165,8 @@ def test_shared_remaining_process_loses_permission(containers: Containers, party
 def test_shared_unrevocable_device_kept(containers: Containers, party: Party) -> None:
     """A device program that came later can't be read: with the process that is left the claim stays, and its device."""
     nic = guest.find_device(devices.NIC_E1000E)
-    first, state = calls.make_created(containers)
-    _, second_state = calls.make_created(containers)
+    first, state = guest_calls.make_created(containers)
+    _, second_state = guest_calls.make_created(containers)
     staying = party.add(first)
     numbers = succeed(state, nic)
     # BPF_MAP_CREATE: an array of one entry; then a 64-bit load of its address by descriptor.
@@ -179,15 +180,15 @@ def test_shared_unrevocable_device_kept(containers: Containers, party: Party) ->
     assert f"cannot be revoked from its processes {staying.process.pid}: " in output
     assert f"end them with: kill -9 {staying.process.pid}" in output
     assert guest.driver_of(nic) == "vfio-pci"
-    refused = calls.fork_hook({**second_state, "annotations": ask(nic)})
+    refused = guest_calls.fork_hook({**second_state, "annotations": ask(nic)})
     assert refused.code == 1
     assert "[claimed]" in refused.stderr
     assert staying.open(numbers) == 0
     # As the words say.
     staying.end()
-    done = calls.fork_hook({**second_state, "annotations": ask(nic)})
+    done = guest_calls.fork_hook({**second_state, "annotations": ask(nic)})
     assert done.code == 0
-    assert calls.list_claims() == [second_state["id"]]
+    assert guest_calls.list_claims() == [second_state["id"]]
 
 
 # Numbers that the kernel gives out anew -------------------------------------------------------------------------------
@@ -202,8 +203,8 @@ def test_shared_reused_number_single_owner(containers: Containers, party: Party,
     guest.settle()
     (first_nic,) = guest.find_devices(IDS)
     nic = guest.find_device(devices.NIC_E1000E)
-    first, state = calls.make_created(containers)
-    second, second_state = calls.make_created(containers)
+    first, state = guest_calls.make_created(containers)
+    second, second_state = guest_calls.make_created(containers)
     staying, other = party.add(first), party.add(second)
     numbers = succeed(state, first_nic)
     name = guest.group_of(first_nic)
@@ -213,13 +214,13 @@ def test_shared_reused_number_single_owner(containers: Containers, party: Party,
         again = succeed(second_state, nic)
     else:
         act = before_step("oci_hooks.guest.apply.drivers", "bind_devices", unplug)
-        done = calls.fork_hook({**second_state, "annotations": ask(nic)}, prepare=act)
+        done = guest_calls.fork_hook({**second_state, "annotations": ask(nic)}, prepare=act)
         assert (done.code, done.stderr) == (0, "")
         again = guest.numbers_of_group(guest.group_of(nic))
     # The kernel gives out the lowest number that is free.
     assert again == numbers
     assert [staying.open(numbers), other.open(numbers)] == [errno.EPERM, 0]
-    assert name not in calls.list_dev(first)
+    assert name not in guest_calls.list_dev(first)
     # What both need is both's.
     assert [staying.open(CONTROL), other.open(CONTROL)] == [0, 0]
 
@@ -228,7 +229,7 @@ def test_shared_reused_number_single_owner(containers: Containers, party: Party,
     staying.end()
     assert release(state) == (0, "")
     assert [other.open(numbers), other.open(CONTROL)] == [0, 0]
-    assert calls.list_claims() == [second.name]
+    assert guest_calls.list_claims() == [second.name]
 
 
 @one_runtime
@@ -238,15 +239,15 @@ def test_shared_unrevocable_number_refused(containers: Containers, party: Party)
     guest.settle()
     (first_nic,) = guest.find_devices(IDS)
     nic = guest.find_device(devices.NIC_E1000E)
-    first, state = calls.make_created(containers)
-    _, second_state = calls.make_created(containers)
+    first, state = guest_calls.make_created(containers)
+    _, second_state = guest_calls.make_created(containers)
     staying = party.add(first)
     numbers = succeed(state, first_nic)
     array = call_bpf(0, struct.pack("<IIII56x", 2, 4, 4, 1))
     attach(load((0x18, 0x12, 0, array), (0, 0, 0, 0), *RETURN_1), UNIFIED / first.name)
     os.close(array)
     unplug()
-    done = calls.fork_hook({**second_state, "annotations": ask(nic)})
+    done = guest_calls.fork_hook({**second_state, "annotations": ask(nic)})
     assert done.code == 1
     assert (
         f"[permission-left] device number {numbers[0]}:{numbers[1]}: cannot be revoked from container {first.name}"
@@ -257,9 +258,9 @@ def test_shared_unrevocable_number_refused(containers: Containers, party: Party)
     assert staying.open(numbers) == errno.ENXIO
     end_init(first)
     staying.end()
-    done = calls.fork_hook({**second_state, "annotations": ask(nic)})
+    done = guest_calls.fork_hook({**second_state, "annotations": ask(nic)})
     assert done.code == 0
-    (reported,) = calls.list_findings(done)
+    (reported,) = guest_calls.list_findings(done)
     assert (
         f"warning: [undo-failed] {UNIFIED / first.name}: device numbers 10:196,{numbers[0]}:{numbers[1]} " in reported
     )
@@ -310,11 +311,11 @@ def test_shared_v1_device_list_restored(containers: Containers, party: Party, po
     subprocess.run(["modprobe", "vfio-pci"], check=True)
     for rule in ("c 10:* r", "c 10:196 r", "c 511:* rwm", "c 1:7 r"):
         (pod / "devices.allow").write_text(rule)
-    container, state = calls.make_created(containers)
+    container, state = guest_calls.make_created(containers)
     own = put_into(pod, container, "c 10:* r", "c 10:196 r", "c 1:7 r")
     staying = party.add(container)
     before = list_rules(pod, own)
-    with calls.settings("deadline = 60", "widen_parent_cgroups = true"):
+    with guest_calls.settings("deadline = 60", "widen_parent_cgroups = true"):
         numbers = succeed(state, nic)
         assert [staying.open(numbers), staying.open(CONTROL)] == [0, 0]
         assert "c 10:196 rw" in list_rules(own)[0]
@@ -328,12 +329,12 @@ def test_shared_v1_pod_rules_kept_while_needed(containers: Containers, party: Pa
     """The control node is permitted to the pod for both of its containers, and is taken back with the last of them."""
     nics = guest.find_devices(devices.NIC_E1000E)
     subprocess.run(["modprobe", "vfio-pci"], check=True)
-    made = [calls.make_created(containers) for _ in range(3)]
+    made = [guest_calls.make_created(containers) for _ in range(3)]
     for container, _ in made:
         put_into(pod, container)
     first, second, third = (party.add(container) for container, _ in made)
     before = list_rules(pod)
-    with calls.settings("deadline = 60", "widen_parent_cgroups = true"):
+    with guest_calls.settings("deadline = 60", "widen_parent_cgroups = true"):
         numbers = [succeed(state, nic) for (_, state), nic in zip(made, nics)]
         assert [first.open(numbers[0]), first.open(CONTROL)] == [0, 0]
         assert [second.open(numbers[1]), second.open(CONTROL)] == [0, 0]
@@ -342,7 +343,7 @@ def test_shared_v1_pod_rules_kept_while_needed(containers: Containers, party: Pa
         edu = guest.find_device(devices.EDU)
         guest.bind(edu, "vfio-pci")
         holder = os.open(f"/dev/vfio/{guest.group_of(edu)}", os.O_RDWR)
-        failed = calls.fork_hook({**made[2][1], "annotations": ask(edu)})
+        failed = guest_calls.fork_hook({**made[2][1], "annotations": ask(edu)})
         os.close(holder)
         assert "[group-busy]" in failed.stderr
         assert third.open(CONTROL) == errno.EPERM
@@ -366,7 +367,7 @@ def test_shared_v1_hidden_exception_restored(containers: Containers, party: Part
     LEGACY.mkdir()
     subprocess.run(["mount", "-t", "cgroup", "-o", "devices", "devices", LEGACY], check=True)
     try:
-        container, state = calls.make_created(containers)
+        container, state = guest_calls.make_created(containers)
         own = LEGACY / "open"
         own.mkdir()
         (own / "devices.deny").write_text("c 10:196 w")

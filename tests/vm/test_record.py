@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests.vm import bundles, calls, devices, guest, recording
+from tests.support import guest_calls, kept_recordings
+from tests.support.guest_calls import ask, one_runtime
+from tests.support.kept_recordings import check_file, check_host, check_record
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask, one_runtime
-from tests.vm.recording import check_file, check_host, check_record
 
 MACHINE = "standard"
 
@@ -60,17 +61,17 @@ def meanwhile(work: Callable[[], object]) -> Iterator[None]:
 )
 def test_record_annotations(containers: Containers, code: str, devices_asked: Any) -> None:
     text = devices_asked if isinstance(devices_asked, str) else devices_asked()
-    _, state = calls.make_created(containers, annotations=ask(text))
-    check_record(calls.fork_hook(state), code)
+    _, state = guest_calls.make_created(containers, annotations=ask(text))
+    check_record(guest_calls.fork_hook(state), code)
 
 
 @one_runtime
 def test_record_device_never_arrives(containers: Containers) -> None:
     """Waited for in vain: the uevent that came meanwhile is in the record, and when."""
     nic = guest.find_device(devices.NIC_E1000E)
-    _, state = calls.make_created(containers, annotations=ask(ABSENT))
-    with calls.settings("deadline = 25"), meanwhile(lambda: (guest.PCI / nic / "uevent").write_text("add")):
-        done = calls.fork_hook(state)
+    _, state = guest_calls.make_created(containers, annotations=ask(ABSENT))
+    with guest_calls.settings("deadline = 25"), meanwhile(lambda: (guest.PCI / nic / "uevent").write_text("add")):
+        done = guest_calls.fork_hook(state)
     record = check_record(done, "no-such-device")
     waits = [event for event in record.events if event.get("do") == "wait-for-event"]
     assert waits[0]["answer"].startswith("add /devices/")
@@ -81,18 +82,18 @@ def test_record_device_never_arrives(containers: Containers) -> None:
 @pytest.mark.parametrize(("code", "count"), [("ambiguous", 1), ("no-candidate", 30)])
 def test_record_ambiguous_count(containers: Containers, code: str, count: int) -> None:
     listed = bundles.vfio_devices(*(str(number) for number in range(70, 70 + count)))
-    _, state = calls.make_created(containers, devices=listed, environment={"TOKEN": "secret"})
-    with calls.settings(SHORT):
-        record = check_record(calls.fork_hook(state), code)
+    _, state = guest_calls.make_created(containers, devices=listed, environment={"TOKEN": "secret"})
+    with guest_calls.settings(SHORT):
+        record = check_record(guest_calls.fork_hook(state), code)
     assert b"secret" not in b"".join(record.documents.values())
     assert "secret" not in json.dumps(record.events)
 
 
 @one_runtime
 def test_record_auto_nothing_free(containers: Containers) -> None:
-    _, state = calls.make_created(containers, annotations=ask("auto"))
-    with calls.settings(SHORT, 'auto.classes = ["0b"]'):
-        check_record(calls.fork_hook(state), "nothing-to-take")
+    _, state = guest_calls.make_created(containers, annotations=ask("auto"))
+    with guest_calls.settings(SHORT, 'auto.classes = ["0b"]'):
+        check_record(guest_calls.fork_hook(state), "nothing-to-take")
 
 
 @one_runtime
@@ -104,8 +105,8 @@ def test_record_disk_in_use(containers: Containers) -> None:
     point.mkdir()
     subprocess.run(["mount", disk, point], check=True)
     try:
-        _, state = calls.make_created(containers, annotations=ask(address))
-        check_record(calls.fork_hook(state), "in-use")
+        _, state = guest_calls.make_created(containers, annotations=ask(address))
+        check_record(guest_calls.fork_hook(state), "in-use")
     finally:
         subprocess.run(["umount", point], check=True)
         point.rmdir()
@@ -114,31 +115,31 @@ def test_record_disk_in_use(containers: Containers) -> None:
 @one_runtime
 def test_record_claimed_device(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
-    _, first = calls.make_created(containers, annotations=ask(nic))
-    before = recording.list_records()
-    done = calls.fork_hook(first)
+    _, first = guest_calls.make_created(containers, annotations=ask(nic))
+    before = kept_recordings.list_records()
+    done = guest_calls.fork_hook(first)
     assert done.code == 0, done.stderr
-    assert recording.list_records() == before
-    _, second = calls.make_created(containers, annotations=ask(nic))
-    check_record(calls.fork_hook(second), "claimed")
-    calls.release(first)
+    assert kept_recordings.list_records() == before
+    _, second = guest_calls.make_created(containers, annotations=ask(nic))
+    check_record(guest_calls.fork_hook(second), "claimed")
+    guest_calls.release(first)
 
 
 @one_runtime
 def test_record_ended_process(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
-    _, state = calls.make_created(containers, annotations=ask(nic))
-    check_record(calls.fork_hook({**state, "pid": 4194303}), "no-process")
+    _, state = guest_calls.make_created(containers, annotations=ask(nic))
+    check_record(guest_calls.fork_hook({**state, "pid": 4194303}), "no-process")
 
 
 @one_runtime
 def test_record_lock_held(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
-    _, state = calls.make_created(containers, annotations=ask(nic))
+    _, state = guest_calls.make_created(containers, annotations=ask(nic))
     Path("/run/oci-vfio-hooks").mkdir(mode=0o700, exist_ok=True)
-    with open("/run/oci-vfio-hooks/lock", "w") as lock, calls.settings(SHORT):
+    with open("/run/oci-vfio-hooks/lock", "w") as lock, guest_calls.settings(SHORT):
         fcntl.flock(lock, fcntl.LOCK_EX)
-        check_record(calls.fork_hook(state), "lock-timeout")
+        check_record(guest_calls.fork_hook(state), "lock-timeout")
 
 
 # Input ---------------------------------------------------------------------------------------------------------------
@@ -153,17 +154,17 @@ def test_record_lock_held(containers: Containers) -> None:
     ],
 )
 def test_record_bad_config(containers: Containers, code: str, text: str) -> None:
-    container, state = calls.make_created(containers)
+    container, state = guest_calls.make_created(containers)
     (container.bundle / "config.json").write_text(text)
-    record = check_record(calls.fork_hook(state), code)
+    record = check_record(guest_calls.fork_hook(state), code)
     assert b"secret" not in record.documents["config.json"]
 
 
 @one_runtime
 def test_record_bad_settings(containers: Containers) -> None:
-    _, state = calls.make_created(containers, annotations=ask("auto"))
-    with calls.settings("dead_line = 3"):
-        check_record(calls.fork_hook(state), "bad-settings")
+    _, state = guest_calls.make_created(containers, annotations=ask("auto"))
+    with guest_calls.settings("dead_line = 3"):
+        check_record(guest_calls.fork_hook(state), "bad-settings")
 
 
 # Failed on the way, and put back -------------------------------------------------------------------------------------
@@ -173,8 +174,8 @@ def test_record_bad_settings(containers: Containers) -> None:
 def test_record_no_cdev(containers: Containers) -> None:
     """It shows after the device was bound: all of the way back is in the record too."""
     nic = guest.find_device(devices.NIC_E1000E)
-    _, state = calls.make_created(containers, annotations=ask([nic, "cdev"]))
-    record = check_record(calls.fork_hook(state), "no-cdev")
+    _, state = guest_calls.make_created(containers, annotations=ask([nic, "cdev"]))
+    record = check_record(guest_calls.fork_hook(state), "no-cdev")
     assert sum(event.get("do") == "write-sysfs" for event in record.events) == 2
     assert guest.driver_of(nic) == "e1000e"
 
@@ -183,8 +184,8 @@ def test_record_no_cdev(containers: Containers) -> None:
 def test_record_node_in_the_way(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     mount = {"destination": "/dev/vfio/vfio", "type": "bind", "source": "/etc/hostname", "options": ["bind", "ro"]}
-    _, state = calls.make_created(containers, annotations=ask(nic), mounts=[mount])
-    check_record(calls.fork_hook(state), "node-in-the-way")
+    _, state = guest_calls.make_created(containers, annotations=ask(nic), mounts=[mount])
+    check_record(guest_calls.fork_hook(state), "node-in-the-way")
 
 
 def test_record_symlink_in_image(containers: Containers) -> None:
@@ -204,12 +205,12 @@ def test_record_symlink_in_image(containers: Containers) -> None:
 def test_record_group_held(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
-    _, state = calls.make_created(containers, annotations=ask(nic))
+    _, state = guest_calls.make_created(containers, annotations=ask(nic))
     holder = os.open(f"/dev/vfio/{guest.group_of(nic)}", os.O_RDWR)
     try:
-        check_record(calls.fork_hook(state), "group-busy")
+        check_record(guest_calls.fork_hook(state), "group-busy")
         listed = [bundles.vfio_devices()[0], bundles.vfio_device(guest.group_of(nic), *numbers_of(nic))]
-        _, state = calls.make_created(containers, devices=listed)
+        _, state = guest_calls.make_created(containers, devices=listed)
         check_record(check_host(json.dumps(state)), "group-busy")
     finally:
         os.close(holder)
@@ -223,12 +224,12 @@ def numbers_of(address: str) -> tuple[int, int]:
 @one_runtime
 def test_record_no_driver(containers: Containers) -> None:
     nic = guest.find_device(devices.NIC_E1000E)
-    _, state = calls.make_created(containers, annotations=ask(nic))
+    _, state = guest_calls.make_created(containers, annotations=ask(nic))
     modules = f"/lib/modules/{os.uname().release}"
     subprocess.run(["modprobe", "-r", "vfio-pci", "vfio_iommu_type1"], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "none", modules], check=True)
     try:
-        check_record(calls.fork_hook(state), "no-vfio-driver")
+        check_record(guest_calls.fork_hook(state), "no-vfio-driver")
     finally:
         subprocess.run(["umount", modules], check=True)
 
@@ -237,14 +238,14 @@ def test_record_no_driver(containers: Containers) -> None:
 def test_record_rootfs_without_dev(containers: Containers) -> None:
     """The process is one that is still in this machine's root, as a container's init is when its hooks run."""
     nic = guest.find_device(devices.NIC_E1000E)
-    _, state = calls.make_created(containers, annotations=ask(nic))
+    _, state = guest_calls.make_created(containers, annotations=ask(nic))
     file = Path(state["bundle"]) / "config.json"
     config = json.loads(file.read_text())
     config["root"]["path"] = str(file.parent / "empty")
     Path(config["root"]["path"]).mkdir()
     file.write_text(json.dumps(config))
     with subprocess.Popen(["sleep", "600"]) as init:
-        check_record(calls.fork_hook({**state, "pid": init.pid}), "no-rootfs")
+        check_record(guest_calls.fork_hook({**state, "pid": init.pid}), "no-rootfs")
         init.kill()
 
 
@@ -253,7 +254,7 @@ def test_record_rootfs_without_dev(containers: Containers) -> None:
 
 @one_runtime
 def test_record_group_missing(containers: Containers) -> None:
-    _, state = calls.make_created(containers, devices=bundles.vfio_devices("4711"))
+    _, state = guest_calls.make_created(containers, devices=bundles.vfio_devices("4711"))
     check_record(check_host(json.dumps(state)), "group-missing")
 
 
@@ -262,7 +263,7 @@ def test_record_group_not_viable(containers: Containers) -> None:
     first, _ = guest.find_devices(devices.NIC_E1000)
     guest.bind(first, "vfio-pci")
     listed = [bundles.vfio_devices()[0], bundles.vfio_device(guest.group_of(first), *numbers_of(first))]
-    _, state = calls.make_created(containers, devices=listed)
+    _, state = guest_calls.make_created(containers, devices=listed)
     check_record(check_host(json.dumps(state)), "group-not-viable")
 
 
@@ -287,9 +288,9 @@ def test_record_success_on_request(containers: Containers) -> None:
 def test_record_never(containers: Containers) -> None:
     before = set(RECORDS.iterdir()) if RECORDS.exists() else set()
     annotations = {**ask(ABSENT), "io.katacontainers.x.vfio.record": "on"}
-    _, state = calls.make_created(containers, annotations=annotations)
-    with calls.settings(SHORT, 'record = "never"'):
-        done = calls.fork_hook(state)
+    _, state = guest_calls.make_created(containers, annotations=annotations)
+    with guest_calls.settings(SHORT, 'record = "never"'):
+        done = guest_calls.fork_hook(state)
     assert "[no-such-device]" in done.stderr
     assert (set(RECORDS.iterdir()) if RECORDS.exists() else set()) == before
 
@@ -297,12 +298,12 @@ def test_record_never(containers: Containers) -> None:
 @one_runtime
 def test_record_read_only_guest(containers: Containers) -> None:
     """A guest whose image is read-only: the record lies in /run, and nothing more is said."""
-    _, state = calls.make_created(containers, annotations=ask("nonsense"))
+    _, state = guest_calls.make_created(containers, annotations=ask("nonsense"))
     RECORDS.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", RECORDS.parent], check=True)
     try:
-        done = calls.fork_hook(state)
+        done = guest_calls.fork_hook(state)
         check_record(done, "bad-annotation")
-        assert recording.list_records()[-1].parent == recording.PLACES[1]
+        assert kept_recordings.list_records()[-1].parent == kept_recordings.PLACES[1]
     finally:
         subprocess.run(["umount", RECORDS.parent], check=True)

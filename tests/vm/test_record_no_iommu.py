@@ -5,21 +5,22 @@ from __future__ import annotations
 
 import json
 
-from tests.vm import bundles, calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.support.kept_recordings import check_host, check_record
+from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask, one_runtime
-from tests.vm.recording import check_host, check_record
 
 MACHINE = "no-iommu"
 
 
 @one_runtime
 def test_record_guest_without_iommu(containers: Containers) -> None:
-    _, state = calls.make_created(containers, annotations=ask(guest.find_device(devices.NIC_E1000E)))
-    check_record(calls.fork_hook(state), "viommu-off")
+    _, state = guest_calls.make_created(containers, annotations=ask(guest.find_device(devices.NIC_E1000E)))
+    check_record(guest_calls.fork_hook(state), "viommu-off")
 
 
 @one_runtime
 def test_record_host_without_iommu(containers: Containers) -> None:
-    _, state = calls.make_created(containers, devices=bundles.vfio_devices("12"))
+    _, state = guest_calls.make_created(containers, devices=bundles.vfio_devices("12"))
     check_record(check_host(json.dumps(state)), "iommu-off")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm import calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask, one_runtime
 
 MACHINE = "standard"
 NET = Path("/sys/class/net")
@@ -24,14 +25,14 @@ PRETEND = "import os, sys, time; os.open(sys.argv[1], os.O_RDWR | os.O_CREAT); p
 @one_runtime
 def test_review_fake_resource_file_no_use(containers: Containers, tmp_path: Path) -> None:
     edu = guest.find_device(devices.EDU)
-    _, state = calls.make_created(containers)
+    _, state = guest_calls.make_created(containers)
     directory = tmp_path / f"devices/{edu}"
     directory.mkdir(parents=True)
     command = ["/usr/bin/python3", "-ISc", PRETEND, str(directory / "resource0")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        done = calls.fork_hook({**state, "annotations": ask(edu)})
+        done = guest_calls.fork_hook({**state, "annotations": ask(edu)})
         process.kill()
     assert (done.code, done.stderr) == (0, "")
 
@@ -39,12 +40,12 @@ def test_review_fake_resource_file_no_use(containers: Containers, tmp_path: Path
 @one_runtime
 def test_review_mapped_resource_is_use(containers: Containers) -> None:
     edu = guest.find_device(devices.EDU)
-    _, state = calls.make_created(containers)
+    _, state = guest_calls.make_created(containers)
     command = ["/usr/bin/python3", "-ISc", PRETEND, f"{guest.PCI}/{edu}/resource0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        done = calls.fork_hook({**state, "annotations": ask(edu)})
+        done = guest_calls.fork_hook({**state, "annotations": ask(edu)})
         process.kill()
     assert (
         done.code,
@@ -81,13 +82,13 @@ def test_review_usb_interface_in_other_namespace_is_use(containers: Containers) 
         guest.settle()
     words = os.readlink(found[0]).split("/")
     controller = words[next(number for number, word in enumerate(words) if word.startswith("usb")) - 1]
-    _, state = calls.make_created(containers)
+    _, state = guest_calls.make_created(containers)
     subprocess.run(["ip", "netns", "add", "review"], check=True)
     try:
         guest.settle()
         (name,) = [path.name for path in NET.iterdir() if "/usb" in os.readlink(path)]
         subprocess.run(["ip", "link", "set", name, "netns", "review"], check=True)
-        done = calls.fork_hook({**state, "annotations": ask(controller)})
+        done = guest_calls.fork_hook({**state, "annotations": ask(controller)})
     finally:
         subprocess.run(["ip", "netns", "del", "review"], check=True)
     assert (done.code, "is a network interface in another network namespace" in done.stderr) == (1, True), done.stderr

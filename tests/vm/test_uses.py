@@ -16,9 +16,10 @@ import pytest
 from oci_hooks.linux import netlink, pci
 from oci_hooks.linux.usage import UsageFinder
 from oci_hooks.system import Deadline, Root
-from tests.vm import calls, devices, guest
+from tests.support import guest_calls
+from tests.support.guest_calls import ask, one_runtime
+from tests.vm import devices, guest
 from tests.vm.bundles import Containers
-from tests.vm.calls import ask, one_runtime
 
 MACHINE = "uses"
 POINT = Path("/run/uses-mnt")
@@ -278,14 +279,14 @@ def test_uses_hook_refuses(containers: Containers) -> None:
     """Also where the annotation names it, and it takes what is free."""
     nic, serial = guest.find_device(devices.NIC_E1000E), guest.find_device(devices.SERIAL)
     node = find_node(serial, "tty")
-    _, state = calls.make_created(containers, annotations=ask(serial))
+    _, state = guest_calls.make_created(containers, annotations=ask(serial))
     with running(OPEN, node) as who:
-        done = calls.call_hook(state)
+        done = guest_calls.call_hook(state)
         assert (done.code, guest.driver_of(serial)) == (1, "serial")
         assert f"[in-use] {serial} (1b36:0002, serial): holds {node}, which {who} has open" in done.stderr, done.stderr
-    assert calls.call_hook(state).code == 0
+    assert guest_calls.call_hook(state).code == 0
     assert guest.driver_of(serial) == "vfio-pci"
     # A second run of the same container finds its own device, and no use.
-    assert calls.call_hook(state).code == 0
-    assert calls.release(state).code == 0
+    assert guest_calls.call_hook(state).code == 0
+    assert guest_calls.release(state).code == 0
     assert guest.driver_of(nic) == "e1000e"

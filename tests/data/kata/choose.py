@@ -13,7 +13,7 @@ import random
 import sys
 from pathlib import Path
 
-from tests.unit.kata_corpus import name_class
+from tests.support.kata_corpus import name_class
 
 SHARE = 0.32
 
