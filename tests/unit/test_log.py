@@ -161,3 +161,20 @@ def test_log_imports_nothing() -> None:
     repository = Path(__file__).resolve().parent.parent.parent
     done = subprocess.run([sys.executable, "-IS", "-c", script, repository], capture_output=True, text=True, check=True)
     assert done.stdout == "['syslog']\n"
+
+
+@pytest.mark.parametrize(
+    ("subject", "group"),
+    [
+        ("group 12", "12"),
+        ("/dev/vfio/12", "12"),
+        ("/dev/vfio/noiommu-3", "noiommu-3"),
+        ("/dev/vfio/vfio", ""),
+        ("/dev/vfio/devices.json", ""),
+        ("/dev/vfio/devices/vfio0", ""),
+    ],
+)
+def test_group_field_of_the_journal_names_only_groups(subject: str, group: str) -> None:
+    from oci_hooks.log import name_group
+
+    assert name_group(subject) == group
