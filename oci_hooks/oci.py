@@ -16,15 +16,7 @@ from errno import EFBIG
 from oci_hooks import json_input
 from oci_hooks.findings import InputError
 from oci_hooks.frozen import Frozen
-from oci_hooks.json_input import (
-    Mismatch,
-    check_json_type,
-    get_int,
-    get_member,
-    get_strings,
-    is_valid_path,
-    name_json_type,
-)
+from oci_hooks.json_input import Mismatch, check_json_type, get_int, get_member, get_strings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,8 +63,7 @@ IOMMUFD_NODE = "/dev/iommu"
 STATE_HINT = "see runtime.md of the OCI runtime-spec for the format of the state"
 BUNDLE_HINT = "check that the state's bundle directory contains a config.json"
 CONFIG_HINT = "fix the tool that generated this file (format: config.md and config-linux.md of the OCI runtime-spec)"
-# What Go's encoder writes for a byte that is not UTF-8.
-REPLACEMENT_CHARACTER = "\ufffd"
+REPLACEMENT_CHARACTER = "\ufffd"  # what Go's encoder writes for a byte that is not UTF-8
 # Characters of a container's id, which goes into its journal; runc takes 1024.
 MAX_NAME_LENGTH = 8192
 MAX_ID = 0xFFFFFFFF
@@ -265,17 +256,17 @@ def is_sandbox(state: State, spec: Spec) -> bool:
 def make_state(document: object) -> State:
     """Return the state that a JSON document holds. Raises Mismatch."""
     if not isinstance(document, dict):
-        raise Mismatch("top level", f"expected object, found {name_json_type(document)}")
+        raise Mismatch("top level", f"expected object, found {json_input.name_json_type(document)}")
     get_member(document, "ociVersion", "string", "", "")
     identity = get_member(document, "id", "string", "")
     bundle = get_member(document, "bundle", "string", "")
     pid = get_int(document, "pid", "", 0, low=0)
     root = get_member(document, "root", "string", "", "")
-    if not identity or len(identity) > MAX_NAME_LENGTH or not is_valid_path(identity):
+    if not identity or len(identity) > MAX_NAME_LENGTH or not json_input.is_valid_path(identity):
         raise Mismatch("id", f"expected a name of {MAX_NAME_LENGTH} characters at most, found {identity!r}")
-    if not bundle.startswith("/") or not is_valid_path(bundle):
+    if not bundle.startswith("/") or not json_input.is_valid_path(bundle):
         raise Mismatch("bundle", f"expected an absolute path, found {bundle!r}")
-    if not is_valid_path(root):
+    if not json_input.is_valid_path(root):
         raise Mismatch("root", f"expected a path, found {root!r}")
     status = get_member(document, "status", "string", "", "")
     return State(identity, bundle, pid, status, get_strings(document, "annotations", ""), root)
@@ -284,10 +275,10 @@ def make_state(document: object) -> State:
 def make_spec(document: object, path: str) -> Spec:
     """Return what the hooks use of a config.json document. Raises Mismatch."""
     if not isinstance(document, dict):
-        raise Mismatch("top level", f"expected object, found {name_json_type(document)}")
+        raise Mismatch("top level", f"expected object, found {json_input.name_json_type(document)}")
     root = get_member(document, "root", "object", "", None)
     root_path = get_member(root, "path", "string", "root.") if root is not None else ""
-    if root is not None and not (root_path and is_valid_path(root_path)):
+    if root is not None and not (root_path and json_input.is_valid_path(root_path)):
         raise Mismatch("root.path", f"expected a path, found {root_path!r}")
     process = get_member(document, "process", "object", "", {})
     user = get_member(process, "user", "object", "process.", {})
@@ -317,7 +308,7 @@ def make_device(entry: object, where: str) -> Device:
     values = check_json_type(entry, "object", where)
     path = get_member(values, "path", "string", f"{where}.")
     kind = get_member(values, "type", "string", f"{where}.")
-    if not path.startswith("/") or not is_valid_path(path):
+    if not path.startswith("/") or not json_input.is_valid_path(path):
         raise Mismatch(f"{where}.path", f"expected an absolute path, found {path!r}")
     if kind not in ("c", "b", "u", "p"):
         raise Mismatch(f"{where}.type", f"expected one of c, b, u, p, found {kind!r}")

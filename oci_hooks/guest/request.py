@@ -12,6 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from oci_hooks.linux.pci import PciDevice
+
 SYNTAX = "expected a comma-separated list of 0000:02:00.0, id:8086:10d3, class:0200, path:02/00, auto, cdev"
 MAP_SYNTAX = 'write [{"host-group": 12, "devices": [{"host-address": "0000:3b:00.0", "guest-path": "02/00"}]}]'
 # Characters of an annotation: five thousand addresses. What a tenant writes must not cost more than the deadline.
@@ -188,3 +190,34 @@ def read_hints(spec: oci.Spec) -> tuple[str, ...]:
         if name.startswith("PCIDEVICE_") and not name.endswith("_INFO"):
             hints += [address for address in map(normalize_address, value.split(",")) if address]
     return tuple(dict.fromkeys(hints))
+
+
+def matches(selector: Selector, device: PciDevice) -> bool:
+    """Tell whether a selector means this device."""
+    if selector.kind == "address":
+        return device.address == selector.value
+    if selector.kind == "id":
+        return device.id == selector.value
+    if selector.kind == "class":
+        return device.class_code.startswith(selector.value)
+    return matches_path(selector.value, device.path)
+
+
+def matches_path(wanted: str, path: str) -> bool:
+    """Tell whether a device's path in sysfs is the guest PCI path: the slots from the root bus to it.
+
+    wanted: `[dddd:[bb:]]ss.f/ss.f`. Without a root complex any will do, as Kata's paths of one root complex leave it
+    out; path: e.g. /sys/devices/pci0000:00/0000:00:02.0/0000:01:00.0.
+    """
+    root, _, steps = wanted.rpartition(":")
+    top, slots = split_path(path)
+    return slots == steps and (not root or top == root or (":" not in root and top.startswith(f"{root}:")))
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """Return root complex and slots of a device's path in sysfs: "0000:00" and "02.0/00.0".
+
+    The last directory of that name is the root complex: one may hang below a device of another (VMD), or a platform's.
+    """
+    top, _, below = path.rpartition("/pci")[2].partition("/")
+    return top, "/".join(step.rpartition(":")[2] for step in below.split("/"))

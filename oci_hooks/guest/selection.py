@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from oci_hooks.findings import Refusal
 from oci_hooks.frozen import Frozen
+from oci_hooks.guest.request import matches, split_path
 from oci_hooks.linux.pci import NOIOMMU_GROUP, NOIOMMU_PREFIX
 from oci_hooks.oci import DEVICES_ANNOTATION
 
@@ -152,37 +153,6 @@ def find_selected(selector: Selector, request: Request, candidates: Candidates) 
         hint = "select another device for each container"
         raise Refusal("claimed", describe_device(endpoints[0]), f"belongs to container {owner}", hint)
     return free
-
-
-def matches(selector: Selector, device: PciDevice) -> bool:
-    """Tell whether a selector means this device."""
-    if selector.kind == "address":
-        return device.address == selector.value
-    if selector.kind == "id":
-        return device.id == selector.value
-    if selector.kind == "class":
-        return device.class_code.startswith(selector.value)
-    return matches_path(selector.value, device.path)
-
-
-def matches_path(wanted: str, path: str) -> bool:
-    """Tell whether a device's path in sysfs is the guest PCI path: the slots from the root bus to it.
-
-    wanted: `[dddd:[bb:]]ss.f/ss.f`. Without a root complex any will do, as Kata's paths of one root complex leave it
-    out; path: e.g. /sys/devices/pci0000:00/0000:00:02.0/0000:01:00.0.
-    """
-    root, _, steps = wanted.rpartition(":")
-    top, slots = split_path(path)
-    return slots == steps and (not root or top == root or (":" not in root and top.startswith(f"{root}:")))
-
-
-def split_path(path: str) -> tuple[str, str]:
-    """Return root complex and slots of a device's path in sysfs: "0000:00" and "02.0/00.0".
-
-    The last directory of that name is the root complex: one may hang below a device of another (VMD), or a platform's.
-    """
-    top, _, below = path.rpartition("/pci")[2].partition("/")
-    return top, "/".join(step.rpartition(":")[2] for step in below.split("/"))
 
 
 # By linux.devices ----------------------------------------------------------------------------------------------------

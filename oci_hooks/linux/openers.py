@@ -186,9 +186,6 @@ def read_user(root: Root, pid: int) -> Process | None:
     return None if parent > 1 and read_program(root, parent) in UDEV_NAMES else Process(pid, name, ())
 
 
-# Looking at processes -------------------------------------------------------------------------------------------------
-
-
 @tagged("list-openers")
 def list_openers(proc: str, wanted: frozenset[str], depth: int, seconds: float) -> dict[str, Any]:
     """Return who has what open.

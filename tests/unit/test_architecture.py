@@ -144,3 +144,11 @@ def test_without_vfio_only_the_fast_path_is_loaded(tmp_path: Path, hook: str) ->
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     ours = {name for name in loaded if name.partition(".")[0] == "oci_hooks"}
     assert ours == {"oci_hooks", f"oci_hooks.{hook}", f"oci_hooks.{hook}.hook", *(f"oci_hooks.{n}" for n in FAST_PATH)}
+
+
+def test_no_module_is_long() -> None:
+    lengths = {
+        path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")
+    }
+    print(max(lengths.items(), key=lambda item: item[1]))
+    assert {name: lines for name, lines in lengths.items() if lines > 350} == {}

@@ -175,6 +175,6 @@ def test_log_imports_nothing() -> None:
     ],
 )
 def test_group_field_of_the_journal_names_only_groups(subject: str, group: str) -> None:
-    from oci_hooks.log import name_group
+    from oci_hooks.log import find_group_name
 
-    assert name_group(subject) == group
+    assert find_group_name(subject) == group

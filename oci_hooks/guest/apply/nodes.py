@@ -8,8 +8,8 @@ import os
 from oci_hooks.findings import StepError
 from oci_hooks.frozen import Frozen
 from oci_hooks.guest.apply import cgroup, container_dev
+from oci_hooks.guest.apply.node_paths import NodePath, resolve_node
 from oci_hooks.guest.plan import MAP_PATH
-from oci_hooks.linux import pci
 from oci_hooks.oci import IOMMUFD_NODE
 from oci_hooks.system import step
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from oci_hooks.oci import Device
     from oci_hooks.system import Root
 
-# vfio registers its control device with this fixed minor (kernel: include/linux/miscdevice.h, VFIO_MINOR).
-CONTROL_NUMBERS = (10, 196)
 # How a map begins, which tells it from a file of the image.
 MAP_HEAD = b'{\n  "version": 1,\n  "devices": [\n'
 
@@ -36,73 +34,7 @@ class Container(Frozen):
     rootfs: str
 
 
-class NodePath(Frozen):
-    """Where a node belongs. directory: below /dev, "" for /dev itself; numbers: major and minor."""
-
-    tag = "place"
-
-    directory: str
-    name: str
-    numbers: tuple[int, int]
-
-    @property
-    def path(self) -> str:
-        """The path below /dev."""
-        return f"{self.directory}/{self.name}".lstrip("/")
-
-
 # Where they belong ---------------------------------------------------------------------------------------------------
-
-
-def resolve_node(root: Root, node: Node) -> NodePath:
-    """Return where a node belongs, once its device is bound. Raises StepError where the kernel has no such device."""
-    if node.kind == "control":
-        return NodePath("vfio", "vfio", CONTROL_NUMBERS)
-    if node.kind == "group":
-        return resolve_group_node(root, node.subject)
-    if node.kind == "iommu":
-        return NodePath("", "iommu", read_cdev_numbers(root, "/sys/class/misc/iommu", IOMMUFD_NODE))
-    names = root.list_names(f"{pci.PCI_DEVICES}/{node.subject}/vfio-dev")
-    name = names[0] if names else "vfio?"
-    return NodePath(
-        "vfio/devices",
-        name,
-        read_cdev_numbers(root, f"/sys/class/vfio-dev/{name}", f"VFIO device node of {node.subject}"),
-    )
-
-
-def resolve_group_node(root: Root, group: str) -> NodePath:
-    """Return where a group's node belongs. Raises StepError where vfio has no such group.
-
-    vfio's no-IOMMU mode gives a device a group, named vfio-noiommu, when it is bound, and calls the node noiommu-N.
-    """
-    name = group
-    if group.startswith(pci.NOIOMMU_GROUP):
-        address = group[len(pci.NOIOMMU_GROUP) :]
-        name = root.read_link_name(f"{pci.PCI_DEVICES}/{address}/iommu_group") or group
-    if root.read_text_or(f"{pci.IOMMU_GROUPS}/{name}/name", "") == pci.NOIOMMU_NAME:
-        name = pci.NOIOMMU_PREFIX + name
-    numbers = pci.read_group_number(root, name)
-    if numbers is None and name.isdigit() and not root.exists(f"{pci.IOMMU_GROUPS}/{name}"):
-        problem = "its devices were unplugged while they were being bound"
-        raise StepError("device-gone", f"group {group}", problem, "start the container again")
-    if numbers is None:
-        problem = "VFIO created no device node for this group"
-        hint = "see dmesg; check that the kernel was built with CONFIG_VFIO_GROUP"
-        raise StepError("no-group-node", f"group {group}", problem, hint)
-    return NodePath("vfio", name, numbers)
-
-
-def read_cdev_numbers(root: Root, path: str, subject: str) -> tuple[int, int]:
-    """Return major and minor of a device in sysfs. Raises StepError [no-cdev]."""
-    numbers = pci.read_numbers(root, path)
-    if numbers is None:
-        problem = "the kernel does not provide this device node of iommufd"
-        hint = (
-            "use Linux 6.6 or later with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, or remove cdev from the annotation"
-        )
-        raise StepError("no-cdev", subject, problem, hint)
-    return numbers
 
 
 # Making them ---------------------------------------------------------------------------------------------------------
