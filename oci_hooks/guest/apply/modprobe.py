@@ -50,6 +50,7 @@ def run_modprobe(path: str, modules: list[str], deadline: Deadline) -> str:
     """
     import signal
 
+    # subprocess.run would wait for a modprobe that the kernel does not let go of, also after its timeout.
     reader, writer = os.pipe()
     actions = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)]
     actions += [(os.POSIX_SPAWN_DUP2, writer, fd) for fd in (1, 2)]  # type: ignore[misc]

@@ -13,6 +13,8 @@ import errno
 import os
 
 from oci_hooks.findings import StepError
+from oci_hooks.guest.apply.child import end_child, start_child
+from oci_hooks.system import Deadline, read_pipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +36,10 @@ MOVE_MOUNT_T_EMPTY_PATH = 0x40
 CLONE_NEWNS = 0x20000
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
+
+# How long a mount may take, and a child to end that is killed after it.
+MOUNT_SECONDS = 2.0
+END_SECONDS = 0.5
 
 
 def call_libc(name: str, *arguments: object) -> int:
@@ -93,23 +99,30 @@ def unmount(pid: int, directory: int, name: str) -> None:
 
 
 def run_in_mount_namespace(pid: int, work: Callable[[], None]) -> int:
-    """Do something in another process's mount namespace, in a child, and return its errno, 0 for success."""
+    """Do something in another process's mount namespace, in a child.
+
+    Return its errno, 0 for success; EIO where it died without an answer, ETIMEDOUT where it is not done in time: a
+    mount may wait for a file system that does not answer.
+    """
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    parent = os.getpid()
-    code = errno.EIO
-    try:
-        child = os.fork()
-        if child == 0:
+
+    def enter(answer: int) -> None:
+        code = 0
+        try:
             call_libc("setns", namespace, CLONE_NEWNS)
             work()
-            code = 0
-    except OSError as error:
-        if os.getpid() == parent:
-            raise
-        code = error.errno or code
+        except OSError as error:
+            code = error.errno or errno.EIO
+        os.write(answer, bytes([code]))
+
+    try:
+        child = start_child(enter)
     finally:
-        # Whatever happens in the child, also a signal's exception: none of the parent's cleaning up is its business.
-        if os.getpid() != parent:
-            os._exit(code)
         os.close(namespace)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        said = read_pipe(child.pipe, Deadline(MOUNT_SECONDS), 1)
+    finally:
+        end_child(child, END_SECONDS)
+    if said is None:
+        return errno.ETIMEDOUT
+    return said[0] if said else errno.EIO

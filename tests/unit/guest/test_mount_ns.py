@@ -9,6 +9,7 @@ import os
 import signal
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -221,11 +222,23 @@ def test_run_in_mount_namespace_results(made: Container, capfd: pytest.CaptureFi
     # No number of its own, no error of the system, no end of its own making: never taken for success.
     assert mount_ns.run_in_mount_namespace(made.pid, lambda: fail(OSError("x"))) == errno.EIO
     assert mount_ns.run_in_mount_namespace(made.pid, lambda: fail(ZeroDivisionError())) == errno.EIO
-    assert mount_ns.run_in_mount_namespace(made.pid, lambda: os.kill(os.getpid(), signal.SIGKILL)) == -signal.SIGKILL
-    assert (
-        mount_ns.run_in_mount_namespace(made.pid, lambda: os._exit(os.readlink("/proc/self/ns/mnt") != namespace)) == 0
-    )
+    assert mount_ns.run_in_mount_namespace(made.pid, lambda: os.kill(os.getpid(), signal.SIGKILL)) == errno.EIO
+
+    def check_namespace() -> None:
+        assert os.readlink("/proc/self/ns/mnt") == namespace
+
+    assert mount_ns.run_in_mount_namespace(made.pid, check_namespace) == 0
     assert capfd.readouterr() == ("", "")
+
+
+def test_run_in_mount_namespace_deadline(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount may wait for ever; the child that does is ended."""
+    monkeypatch.setattr(mount_ns, "MOUNT_SECONDS", 0.2)
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before, begun = children.read_text(), time.monotonic()
+    assert mount_ns.run_in_mount_namespace(made.pid, lambda: time.sleep(60)) == errno.ETIMEDOUT
+    assert time.monotonic() - begun < 30
+    assert children.read_text() == before
 
 
 def test_run_in_mount_namespace_early_signal_stays_in_child(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
