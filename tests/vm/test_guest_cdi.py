@@ -86,3 +86,7 @@ def test_podman_takes_a_group_by_its_cdi_name(rootfs: Path) -> None:
     assert again.code != 0 and "[group-busy]" in again.stderr, again.stderr
     done = run_podman(rootfs, "oci-vfio-hooks/group=9999", "/bin/true")
     assert done.code != 0 and "oci-vfio-hooks/group=9999" in done.stderr
+
+    # With annotations the file is CDI 0.6.0, of which this podman knows nothing.
+    assert run_check("--cdi", f"--output={FILE}", "--annotate").code == 0
+    assert run_podman(rootfs, name, "/bin/true").code != 0
