@@ -43,6 +43,14 @@ class Arguments(Frozen):
     kata_config: str | None = None
     runtime: str = ""
     annotations: tuple[str, ...] = ()
+    metrics: str | None = None
+    cdi: str | None = None
+    output: str = ""
+    selects: tuple[str, ...] = ()
+    cdev: bool = False
+    annotate: bool = False
+    no_hook: bool = False
+    force: bool = False
 
 
 class Hook(Frozen):
@@ -50,7 +58,8 @@ class Hook(Frozen):
 
     name: of its executable; seconds: its deadline until the settings are read; work: the hook itself, which returns the
     exit code; add_options: gives the parser the hook's own options; read_record_mode: returns the setting `record` of a
-    settings file ("": the usual one), raises InputError; kmsg: whether findings also go to /dev/kmsg.
+    settings file ("": the usual one), raises InputError; kmsg: whether findings also go to /dev/kmsg; by_hand: no
+    runtime calls it so, and there is no container.
     """
 
     name: str
@@ -59,6 +68,7 @@ class Hook(Frozen):
     add_options: Callable[[ArgumentParser], None]
     read_record_mode: Callable[[str], str]
     kmsg: bool
+    by_hand: bool = False
 
 
 class Run:
@@ -101,7 +111,8 @@ class Run:
 
     def is_recorded(self, code: int) -> bool:
         """Tell whether a run that ended so is recorded. A person's survey of the machine is not."""
-        by_hand = self.arguments.all or self.arguments.groups or self.arguments.kata_config is not None
+        asked = self.arguments
+        by_hand = asked.all or asked.groups or (asked.kata_config, asked.metrics, asked.cdi) != (None, None, None)
         if self.record == "never" or by_hand:
             return False
         return code != EXIT_DONE or self.record == "always" or bool(self.record_asked)
@@ -130,7 +141,7 @@ def run_hook(hook: Hook, argv: list[str]) -> int:
     gc.disable()
     open_standard_descriptors()
     try:
-        arguments = parse_arguments(hook.name, argv, hook.add_options)
+        arguments = parse_arguments(hook.name, argv, hook.add_options, hook.by_hand)
     except InputError as error:
         from oci_hooks.log import report
 
@@ -243,8 +254,13 @@ def open_standard_descriptors() -> None:
             os.open("/dev/null", os.O_RDWR)
 
 
-def parse_arguments(program: str, argv: list[str], add_options: Callable[[ArgumentParser], None]) -> Arguments:
-    """Return the arguments. A runtime gives none or the hook's kind, and does not pay for argparse."""
+def parse_arguments(
+    program: str, argv: list[str], add_options: Callable[[ArgumentParser], None], by_hand: bool = False
+) -> Arguments:
+    """Return the arguments. A runtime gives none or the hook's kind, and does not pay for argparse.
+
+    by_hand: without the arguments that a container's state is for.
+    """
     if not argv:
         return Arguments()
     if len(argv) == 1 and argv[0] in PHASES:
@@ -260,8 +276,11 @@ def parse_arguments(program: str, argv: list[str], add_options: Callable[[Argume
             raise InputError("bad-arguments", "arguments", message, f"see {program} --help")
 
     parser = Parser(prog=program, allow_abbrev=False)
-    parser.add_argument("phase", nargs="?", default="", metavar="KIND", help=f"hook type: {', '.join(PHASES)}")
-    parser.add_argument("--bundle", default="", metavar="DIR", help="read DIR/config.json instead of a state on stdin")
+    if not by_hand:
+        parser.add_argument("phase", nargs="?", default="", metavar="KIND", help=f"hook type: {', '.join(PHASES)}")
+        parser.add_argument(
+            "--bundle", default="", metavar="DIR", help="read DIR/config.json instead of a state on stdin"
+        )
     parser.add_argument(
         "--settings", default="", metavar="FILE", help="settings file to use instead of the one in /etc"
     )
@@ -270,7 +289,7 @@ def parse_arguments(program: str, argv: list[str], add_options: Callable[[Argume
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     add_options(parser)
     values = vars(parser.parse_args(argv))
-    if values["phase"] not in ("", *PHASES):
+    if values.get("phase", "") not in ("", *PHASES):
         raise InputError(
             "bad-arguments", "arguments", f"unknown hook type {values['phase']!r}", f"use {', '.join(PHASES)}"
         )

@@ -416,6 +416,45 @@ def read_apt_options(suite: str) -> list[str]:
     return options
 
 
+def ensure_cdi_check() -> Path:
+    """Return the program of tests/cdi: CDI's own package, in the version of go.mod, built with Go.
+
+    Debian's Go, where no other is on the PATH. The modules come from the Go module proxy, held to go.sum.
+    """
+    source = REPOSITORY / "tests/cdi"
+    stamp = make_stamp(*(path.read_text() for path in sorted(source.iterdir())))
+    place = find_cache() / f"cdi-check-{stamp}"
+    if not place.exists():
+        with locked(place):
+            if not place.exists():
+                if not shutil.which("go"):
+                    ensure_packages({"golang-go": "CDI's own package, which judges the CDI files"})
+                with PROGRESS.step("CDI's own package", "getting and building CDI's own package"):
+                    partial = make_partial(place)
+                    work = find_cache() / "go"
+                    environment = {"GOPATH": str(work), "GOCACHE": str(work / "build"), "GOFLAGS": "-mod=readonly"}
+                    command = ["go", "build", "-buildvcs=false", "-o", str(partial / "cdi-check"), "."]
+                    run(command, cwd=source, env=environment)
+                    partial.rename(place)
+    return place / "cdi-check"
+
+
+def ensure_promtool() -> Path:
+    """Return Prometheus' own promtool, unpacked from Debian's package: installed, that would start a server."""
+    place = find_cache() / "promtool-bookworm"
+    if not place.exists():
+        with locked(place):
+            if not place.exists():
+                with PROGRESS.step("promtool", "getting Debian's promtool"):
+                    partial = make_partial(place)
+                    run(["apt-get", *read_apt_options("bookworm"), "-q", "download", "prometheus"], cwd=partial)
+                    (archive,) = partial.glob("*.deb")
+                    run(["dpkg-deb", "-x", str(archive), str(partial)])
+                    archive.unlink()
+                    partial.rename(place)
+    return place / "usr/bin/promtool"
+
+
 def is_rig_made() -> bool:
     """Return whether all is there that ensure_rig makes."""
     marks = (find_venv("rig", RIG_REQUIREMENTS) / "complete", find_cache() / f"kernel-{DEFAULT_KERNEL}", find_rootfs())

@@ -23,6 +23,11 @@ PROGRAM = "vfio-host-check"
 
 def main(argv: list[str]) -> int:
     """Run the hook, or the check by hand, and return the exit code. argv: arguments without the program's name."""
+    if any(word == "--cdi" or word.startswith("--cdi=") for word in argv):
+        from oci_hooks.host.cdi import add_cdi_options, work_cdi
+
+        options = Hook(PROGRAM, USUAL_SECONDS, work_cdi, add_cdi_options, read_record_mode, kmsg=False, by_hand=True)
+        return run_hook(options, argv)
     return run_hook(Hook(PROGRAM, USUAL_SECONDS, work, add_options, read_record_mode, kmsg=False), argv)
 
 
@@ -30,18 +35,18 @@ def add_options(parser: ArgumentParser) -> None:
     """Give the parser this hook's own options."""
     # All options in brackets would take five lines of a screen.
     parser.usage = f"{PROGRAM} [OPTIONS] [KIND]"
-    parser.description = "Check a container's VFIO groups and Kata's configuration; change nothing."
+    parser.description = "Check a container's VFIO groups and Kata's configuration."
     parser.add_argument(
         "--pid", type=int, default=0, metavar="PID", help="with --bundle: process id of the sandbox's hypervisor"
     )
-    parser.add_argument("--all", action="store_true", help="without a container: list all IOMMU groups of this host")
+    parser.add_argument("--all", action="store_true", help="no container: list all IOMMU groups of this host")
     parser.add_argument(
         "--group",
         action="append",
         default=[],
         dest="groups",
         metavar="N",
-        help="without a container: check group N; repeatable",
+        help="no container: check group N; repeatable",
     )
     parser.add_argument(
         "--kata-config",
@@ -49,7 +54,7 @@ def add_options(parser: ArgumentParser) -> None:
         const="",
         default=None,
         metavar="FILE",
-        help="without a container: print the values Kata uses with configuration FILE",
+        help="no container: print the values Kata takes from FILE",
     )
     parser.add_argument("--runtime", default="", choices=["go", "rust"], help="with --kata-config: only this runtime")
     parser.add_argument(
@@ -58,7 +63,7 @@ def add_options(parser: ArgumentParser) -> None:
         default=[],
         dest="annotations",
         metavar="K=V",
-        help="with --kata-config: annotation of the sandbox; repeatable",
+        help="with --kata-config: a sandbox annotation; repeatable",
     )
     parser.add_argument(
         "--format",
@@ -67,6 +72,15 @@ def add_options(parser: ArgumentParser) -> None:
         choices=["table", "nfd", "npd"],
         help="with --all: output format: table, nfd or npd",
     )
+    parser.add_argument(
+        "--metrics",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="FILE",
+        help="--all as Prometheus metrics; to FILE if given",
+    )
+    parser.add_argument("--cdi", metavar="COMMAND", help="no container: make a CDI file; see --cdi --help")
 
 
 def read_record_mode(path: str) -> str:
@@ -82,7 +96,7 @@ def work(run: Run) -> int:
         from oci_hooks.host.kata.ask import print_kata_config
 
         return print_kata_config(run)
-    if run.arguments.all or run.arguments.groups:
+    if run.arguments.all or run.arguments.groups or run.arguments.metrics is not None:
         from oci_hooks.host.survey import survey
 
         return survey(run)

@@ -6,6 +6,8 @@ Exit codes are the hook's own, and those of a Node Problem Detector plugin: 0 we
 
 from __future__ import annotations
 
+import os
+
 from oci_hooks.findings import Finding, InputError
 from oci_hooks.frozen import Frozen
 from oci_hooks.host import checks
@@ -79,9 +81,23 @@ def survey(run: Run) -> int:
         run.report(finding)
     run.details["groups"] = [describe_line(line) for line in lines]
     run.details["kata"] = [describe_config(sandbox) for sandbox in sandboxes]
-    if not run.arguments.json:
+    if run.arguments.metrics is not None:
+        put_metrics(run, lines, reported)
+    elif not run.arguments.json:
         write_stdout(format_answer(run.arguments.format, lines, sandboxes, reported))
     return choose_exit_code(reported)
+
+
+def put_metrics(run: Run, lines: tuple[GroupLine, ...], reported: tuple[Finding, ...]) -> None:
+    """Print the survey as metrics, or write them to the file that --metrics names. Raises Refusal [output]."""
+    from oci_hooks.host.files import put_file
+    from oci_hooks.host.metrics import format_metrics, is_own
+
+    text = format_metrics(has_iommu(lines), tuple(line.state for line in lines), reported)
+    if run.arguments.metrics:
+        put_file(run.root, os.path.abspath(run.arguments.metrics), text, is_own, renew=True)
+    elif not run.arguments.json:
+        write_stdout(text)
 
 
 # Groups --------------------------------------------------------------------------------------------------------------
@@ -259,7 +275,7 @@ def format_labels(lines: tuple[GroupLine, ...], sandboxes: tuple[Sandbox, ...]) 
     """Return labels for Node Feature Discovery's local source, a line each (features.d)."""
     ready = [line.group for line in lines if line.state == "ready"]
     labels = {
-        "vfio.iommu": str(any(line.group.iommu_group and not line.group.noiommu for line in lines)).lower(),
+        "vfio.iommu": str(has_iommu(lines)).lower(),
         "vfio.groups-ready": str(len(ready)),
         "vfio.groups-in-use": str(sum(line.state == "in use" for line in lines)),
         "vfio.groups-not-viable": str(sum(line.state == "not viable" for line in lines)),
@@ -282,6 +298,11 @@ def format_problem(lines: tuple[GroupLine, ...], reported: tuple[Finding, ...]) 
     more = f" (+{len(errors) - 1})" if len(errors) > 1 else ""
     text = f"{errors[0].code}: {errors[0].subject}: {errors[0].problem}"
     return text[: NPD_LENGTH - len(more)] + more + "\n"
+
+
+def has_iommu(lines: tuple[GroupLine, ...]) -> bool:
+    """Tell whether one of the groups has an IOMMU behind it."""
+    return any(line.group.iommu_group and not line.group.noiommu for line in lines)
 
 
 def describe_line(line: GroupLine) -> dict[str, Any]:

@@ -107,6 +107,8 @@ CHANGING = {
 }
 WRITERS = (
     *("guest/apply/", "guest/claims.py", "guest/locks.py", "guest/undo_log.py", "record/writer.py", "log.py"),
+    # The file that a person names with --output or --metrics.
+    "host/files.py",
     # What the kernel knows of a group and a loop device is asked by ioctl.
     *("linux/processes.py", "linux/block_devices.py"),
 )

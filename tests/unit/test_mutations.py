@@ -21,6 +21,41 @@ MOUNT_BY_STAT = 'number = f"{os.major(os.fstat(dev).st_dev)}:{os.minor(os.fstat(
 # What is taken out, module, line, what stands there instead, and the tests that have to see it.
 MUTATIONS = [
     (
+        "a CDI file that is right is not touched",
+        "host/files",
+        "if not renew and old == text and stat.S_IMODE(found) == MODE:",
+        "if False:",
+        "host/test_cdi.py -k only_when",
+    ),
+    (
+        "a file of another program",
+        "host/files",
+        "if not (force or is_own(old)):",
+        "if False:",
+        "host/test_cdi.py -k somebody_else",
+    ),
+    (
+        "a write that breaks off",
+        "host/files",
+        "        os.unlink(draft)",
+        "        pass",
+        "host/test_cdi.py -k breaks_off",
+    ),
+    (
+        "a group that can't be passed",
+        "host/cdi",
+        "passable = tuple(offer for offer in chosen if not offer.obstacles)",
+        "passable = chosen",
+        "host/test_cdi.py -k costs_only_itself",
+    ),
+    (
+        "a device's own node",
+        "host/cdi_document",
+        "alone = offer.replace(nodes={member: node}) if form.cdev else offer",
+        "alone = offer",
+        "host/test_cdi.py -k own_node_only",
+    ),
+    (
         "rollback",
         "guest/binding",
         "findings = take_back(session, undo_log)",

@@ -70,6 +70,13 @@ RUN = {
     "install -D -m 644 settings/host.toml /etc/oci-vfio-hooks/host.toml": INSTALLS,
     "install -m 0755 vfio-labels /usr/local/sbin/": INSTALLS,
     "install -m 0644 vfio-labels.service vfio-labels.timer /etc/systemd/system/": INSTALLS,
+    "vfio-host-check --cdi list": "tests/vm/test_guest_cdi.py::test_podman_takes_a_group_by_its_cdi_name",
+    "vfio-host-check --cdi generate --output=/run/cdi/oci-vfio-hooks.yaml": (
+        "tests/vm/test_guest_cdi.py::test_podman_takes_a_group_by_its_cdi_name"
+    ),
+    "podman run --rm --device oci-vfio-hooks/group=13 --ulimit memlock=-1:-1 IMAGE": (
+        "tests/vm/test_guest_cdi.py::test_podman_takes_a_group_by_its_cdi_name"
+    ),
     'mkdir -p "$ROOTFS_DIR/etc/oci-vfio-hooks"': TYPED,
     'echo \'on_failure = "kill"\' > "$ROOTFS_DIR/etc/oci-vfio-hooks/guest.toml"': TYPED,
     './add-to-rootfs "$ROOTFS_DIR" dist/python3-oci-vfio-hooks_*.deb dist/oci-vfio-hooks-guest_*.deb': (
@@ -97,6 +104,7 @@ NOT_RUN = {
     "install -m 644 docker/daemon.json /etc/docker/daemon.json": "needs Docker's directory; the file is tested",
     "install -m 0644 node-problem-detector.json /etc/node-problem-detector/vfio.json": f"{DIRECTORY}: the detector",
     "systemctl enable --now vfio-labels.timer": "needs systemd as init",
+    "systemctl enable --now oci-vfio-cdi.path oci-vfio-cdi.timer": "needs systemd as init; the units are verified",
     'export EXTRA_PKGS="python3 python3-jsonschema python3-pyudev python3-tenacity"': OSBUILDER,
     'sudo -E ROOTFS_DIR="$PWD/rootfs" ./rootfs-builder/rootfs.sh debian': OSBUILDER,
     'sudo ./add-to-rootfs "$PWD/rootfs" python3-oci-vfio-hooks_*.deb oci-vfio-hooks-guest_*.deb': OSBUILDER,

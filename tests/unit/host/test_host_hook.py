@@ -512,6 +512,10 @@ def test_host_codes_match_documented_table() -> None:
             "host/kata/problems",
             "host/suite",
             "host/survey",
+            "host/cdi",
+            "host/cdi_document",
+            "host/cdi_groups",
+            "host/files",
         ),
         "settings",
     )

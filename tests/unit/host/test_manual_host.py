@@ -55,6 +55,15 @@ def test_manual_host_options(name: str, commands: list[str]) -> None:
         assert f"\n{command}\n" in page
 
 
+def test_every_option_of_cdi_has_an_entry() -> None:
+    page = (MANUAL / "vfio-host-check.1.rst").read_text()
+    options = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", read_help("vfio-host-check", "--cdi"), re.MULTILINE))
+    assert len(options) > 10
+    assert [option for option in options if f"**{option}**" not in page] == []
+    lines = read_help("vfio-host-check", "--cdi").splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize("name", ["vfio-host-check", "vfio-guest-bind", "vfio-hook-replay"])
 def test_host_help_fits_screen(name: str) -> None:
     lines = read_help(name).splitlines()

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which groups of this host a CDI file can offer, which a person selects, and why a group can't be passed."""
+
+from __future__ import annotations
+
+from oci_hooks.findings import Finding, InputError
+from oci_hooks.frozen import Frozen
+from oci_hooks.host import checks
+from oci_hooks.host.survey import list_group_holders, make_entry, make_line, make_no_runtime
+from oci_hooks.host.targets import Target
+from oci_hooks.linux.pci import IOMMU_GROUPS
+from oci_hooks.linux.vfio import list_groups
+from oci_hooks.oci import CDEV_PREFIX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_hooks.host.survey import GroupLine
+    from oci_hooks.linux.pci import Inventory
+    from oci_hooks.linux.vfio import Member, VfioGroup
+    from oci_hooks.system import Deadline, Root
+
+SYNTAX = "give a group's number, an address (0000:3b:00.0), id:8086:10d3 or class:0200; several with commas"
+HEXADECIMAL = frozenset("0123456789abcdef")
+# Lengths in digits: of a vendor, of vendor and device; of a class, with subclass, with interface.
+ID_LENGTHS = ((4,), (4, 4))
+CLASS_LENGTHS = (2, 4, 6)
+
+
+class Choice(Frozen):
+    """One thing that --select names. kind: "group", "address", "id" or "class"; value: what the device must have."""
+
+    kind: str
+    value: str
+
+    def fits(self, group: VfioGroup) -> bool:
+        """Tell whether a group, or a device in it that can be passed, is meant."""
+        if self.kind == "group":
+            return group.name == self.value
+        return any(self.fits_member(member) for member in group.passable)
+
+    def fits_member(self, member: Member) -> bool:
+        """Tell whether a device is meant."""
+        if self.kind == "address":
+            return member.name.lower() == self.value
+        if member.pci is None:
+            return False
+        if self.kind == "id":
+            return f"{member.pci.id}:".startswith(f"{self.value}:")
+        return member.pci.class_code.startswith(self.value)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.value}" if self.kind in ("id", "class") else self.value
+
+
+class Offer(Frozen):
+    """A group of this host, as a CDI file would offer it.
+
+    line: the group, its state and its holders, as in the survey; nodes: path of the device node that each passable
+    member needs, by the member's name; obstacles: why it can't be passed, empty if it can.
+    """
+
+    line: GroupLine
+    nodes: dict[str, str]
+    obstacles: tuple[Finding, ...]
+
+    @property
+    def group(self) -> VfioGroup:
+        """The group itself."""
+        return self.line.group
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether someone bound a member of it to a VFIO driver."""
+        return any(member.viability == "vfio" for member in self.group.members)
+
+
+# What is selected -----------------------------------------------------------------------------------------------------
+
+
+def parse_choices(texts: tuple[str, ...]) -> tuple[Choice, ...]:
+    """Return what the values of --select name. Raises InputError [bad-arguments]."""
+    return tuple(parse_choice(word.strip()) for text in texts for word in text.split(","))
+
+
+def parse_choice(text: str) -> Choice:
+    """Return what one word of --select names. Raises InputError [bad-arguments]."""
+    kind, colon, value = text.lower().partition(":")
+    if text.isascii() and text.isdigit():
+        return Choice("group", text)
+    if kind == "id" and is_id(value):
+        return Choice("id", value)
+    if kind == "class" and HEXADECIMAL.issuperset(value) and len(value) in CLASS_LENGTHS:
+        return Choice("class", value)
+    # An address as lspci prints it has no domain; a mediated device has a UUID.
+    if text and kind not in ("id", "class") and set(text) & set(":.-") and not set(text) & set("/= \t"):
+        return Choice("address", f"0000:{text.lower()}" if colon and text.count(":") == 1 else text.lower())
+    raise InputError("bad-arguments", f"--select {text}", "is neither a group nor a device", SYNTAX)
+
+
+def is_id(text: str) -> bool:
+    """Tell whether a text is a vendor, or a vendor and a device: `8086`, `8086:10d3`."""
+    words = text.split(":")
+    return HEXADECIMAL.issuperset(text.replace(":", "")) and tuple(map(len, words)) in ID_LENGTHS
+
+
+def find_unmatched(choices: tuple[Choice, ...], offers: tuple[Offer, ...]) -> tuple[Finding, ...]:
+    """Return a finding for each selection that no group of this host fits."""
+    hint = "list what there is: vfio-host-check --cdi list"
+    return tuple(
+        Finding("error", "group-missing", f"--select {choice}", "no group of this host matches", hint)
+        for choice in choices
+        if not any(choice.fits(offer.group) for offer in offers)
+    )
+
+
+# What is offered ------------------------------------------------------------------------------------------------------
+
+
+def list_offers(root: Root, inventory: Inventory, cdev: bool, deadline: Deadline) -> tuple[Offer, ...]:
+    """Return every IOMMU group as a CDI file would offer it, in the order of their numbers. Opens no group.
+
+    cdev: by the devices' own nodes, in place of the group's.
+    """
+    holders = list_group_holders(root, deadline)
+    lines = (make_line(root, group, holders) for group in list_groups(root, inventory))
+    return tuple(make_offer(root, line, cdev) for line in lines)
+
+
+def make_offer(root: Root, line: GroupLine, cdev: bool) -> Offer:
+    """Return one group as a CDI file would offer it."""
+    group = line.group
+    nodes = find_cdevs(root, group) if cdev else {member.name: group.node for member in group.passable}
+    return Offer(line, nodes, find_obstacles(root, group, nodes, cdev))
+
+
+def find_cdevs(root: Root, group: VfioGroup) -> dict[str, str]:
+    """Return the device nodes of the members that have one of their own: {"0000:3b:00.0": "/dev/vfio/devices/vfio0"}.
+
+    Source: the kernel's Documentation/ABI/testing/sysfs-devices-vfio-dev, Documentation/driver-api/vfio.rst (6.6).
+    """
+    names = {
+        member.name: root.list_names(f"{IOMMU_GROUPS}/{group.iommu_group}/devices/{member.name}/vfio-dev")
+        for member in group.passable
+    }
+    return {member: CDEV_PREFIX + found[0] for member, found in names.items() if found}
+
+
+def find_obstacles(root: Root, group: VfioGroup, nodes: dict[str, str], cdev: bool) -> tuple[Finding, ...]:
+    """Return why a group can't be passed, each reason an error; nothing where it can."""
+    some_cdev = next(iter(nodes.values())).rpartition("/")[2] if cdev and nodes else ""
+    target = Target(make_entry(group), group, some_cdev, "numbers")
+    noiommu = checks.check_noiommu(target, make_no_runtime())
+    found = noiommu or checks.check_empty(target) or checks.check_viability(target)
+    if not found and cdev and not nodes:
+        found = report_no_cdev(group)
+    if not found:
+        found = find_missing_nodes(root, group, nodes)
+    return tuple(finding.replace(level="error") for finding in found)
+
+
+def report_no_cdev(group: VfioGroup) -> tuple[Finding, ...]:
+    """cdev-missing: the kernel makes no nodes for single devices."""
+    problem = f"its devices have no nodes in {CDEV_PREFIX[:-1]}"
+    hint = "leave out --cdev, or boot Linux 6.6 or later with CONFIG_VFIO_DEVICE_CDEV"
+    return (Finding("error", "cdev-missing", f"group {group.name}", problem, hint),)
+
+
+def find_missing_nodes(root: Root, group: VfioGroup, nodes: dict[str, str]) -> tuple[Finding, ...]:
+    """group-missing: the kernel has the group, and /dev does not; engines look at the node in /dev."""
+    missing = [node for node in dict.fromkeys(nodes.values()) if not root.exists(node)]
+    hint = "create it: udevadm trigger --action=add --subsystem-match=vfio"
+    return tuple(
+        Finding("error", "group-missing", f"group {group.name}", f"{node} is not on the host", hint) for node in missing
+    )
+
+
+def report_offers(offers: tuple[Offer, ...], choices: tuple[Choice, ...]) -> list[Finding]:
+    """Return the findings on groups.
+
+    choices: what --select names. A group that is named itself, or by a device's address, and can't be passed is an
+    error. Of all others, those that nobody prepared for VFIO are the host's own business; one that was half prepared is
+    left out with a warning.
+    """
+    named = tuple(choice for choice in choices if choice.kind in ("group", "address"))
+    findings: list[Finding] = []
+    for offer in offers:
+        if any(choice.fits(offer.group) for choice in named):
+            findings += offer.obstacles
+        elif offer.is_prepared or offer.group.noiommu:
+            findings += [finding.replace(level="warning") for finding in offer.obstacles]
+        if offer.line.holders and not offer.obstacles:
+            held_by = ", ".join(str(holder) for holder in offer.line.holders)
+            problem = f"is in use by {held_by}"
+            hint = "it is in the CDI file; a container that requests it now fails, unless that process ends first"
+            findings.append(Finding("warning", "group-busy", f"group {offer.group.name}", problem, hint))
+    return findings

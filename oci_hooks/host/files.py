@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that vfio-host-check writes: the one that --output or --metrics names."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from oci_hooks.findings import Refusal
+from oci_hooks.system import step
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from oci_hooks.system import Root
+
+MODE = 0o644
+LIMIT = 16 << 20
+
+
+def put_file(
+    root: Root, path: str, text: str, is_own: Callable[[str], bool], force: bool = False, renew: bool = False
+) -> bool:
+    """Have a file with this text and mode 0644, and tell whether it was written. One that is right is not touched.
+
+    path: absolute; is_own: tells by a file's text whether this program made it; force: replace another's too; renew:
+    write it in any case, where its time tells when it was made. Raises Refusal [output], where nothing was changed.
+    Readers see the old file or the new one, never a part.
+    """
+    try:
+        found = find_mode(root, path)
+        if found is not None and not stat.S_ISREG(found):
+            raise Refusal("output", path, "is not a regular file", "name another file")
+        if found is not None:
+            old = root.read_bytes(path, LIMIT).decode("utf-8", "surrogateescape")
+            if not renew and old == text and stat.S_IMODE(found) == MODE:
+                return False
+            if not (force or is_own(old)):
+                hint = "name another file, or remove this one; --cdi has --force"
+                raise Refusal("output", path, "was made by another program and is not replaced", hint)
+        replace_file(root, path, text.encode())
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror or error}"
+        hint = f"run it as root; {os.path.dirname(os.path.dirname(path)) or '/'} must exist and be writable"
+        raise Refusal("output", path, problem, hint) from None
+    return True
+
+
+def find_mode(root: Root, path: str) -> int | None:
+    """Return type and mode of what has this path, links not followed; None where there is nothing. Raises OSError."""
+    if root.read_link(path):
+        return stat.S_IFLNK
+    try:
+        return root.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+
+
+@step("replace-file")
+def replace_file(root: Root, path: str, data: bytes) -> None:
+    """Write a file under another name and move it into its place; its directory is made. Raises OSError."""
+    place = root.host_path(path)
+    directory, _, name = place.rpartition("/")
+    if not os.path.isdir(directory):
+        os.mkdir(directory)
+        # The umask has no say, here and below: engines without root's rights read the file too.
+        os.chmod(directory, 0o755)  # noqa: S103 - as /etc/cdi is
+    # CDI and node_exporter read *.json, *.yaml and *.prom only.
+    draft = f"{directory}/.{name}.{os.getpid()}.new"
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            write_all(fd, data)
+            os.fchmod(fd, MODE)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(draft, place)
+    except BaseException:
+        os.unlink(draft)
+        raise
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of the data. Raises OSError."""
+    while data:
+        data = data[os.write(fd, data) :]

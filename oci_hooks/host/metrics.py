@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The survey as metrics for Prometheus, as node_exporter's textfile collector reads them.
+
+Source: Prometheus' text exposition format 0.0.4, its naming practices, and the rules of `promtool check metrics`.
+"""
+
+from __future__ import annotations
+
+from oci_hooks import __version__
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from oci_hooks.findings import Finding
+
+PREFIX = "oci_vfio_"
+# A group that is nowhere is none to count.
+STATES = {
+    "ready": "ready",
+    "in use": "in_use",
+    "not viable": "not_viable",
+    "not bound": "not_bound",
+    "host's": "host",
+    "bridges only": "bridges_only",
+    "no IOMMU": "no_iommu",
+}
+LEVELS = ("error", "warning", "info")
+
+
+def format_metrics(has_iommu: bool, states: tuple[str, ...], told: tuple[Finding, ...]) -> str:
+    """Return groups by state and findings by level and code. A series that has nothing to count is there with 0.
+
+    has_iommu: whether an IOMMU is in use; states: of each group, in the words of the survey; told: the findings.
+    Only `check_failing` comes and goes: it has a series for each check that fails now.
+    """
+    groups = [({"state": label}, states.count(state)) for state, label in STATES.items()]
+    levels = [({"level": level}, sum(finding.level == level for finding in told)) for level in LEVELS]
+    failing: dict[tuple[str, str], int] = {}
+    for finding in told:
+        if finding.level != "info":
+            key = (finding.code, finding.level)
+            failing[key] = failing.get(key, 0) + 1
+    codes = [({"check": code, "level": level}, count) for (code, level), count in failing.items()]
+    return "".join(
+        (
+            format_family("build_info", "Version of oci-vfio-hooks that made these.", [({"version": __version__}, 1)]),
+            format_family("iommu_enabled", "Whether the kernel has an IOMMU in use.", [({}, int(has_iommu))]),
+            format_family("groups", "IOMMU groups of this host by their state.", groups),
+            format_family("check_findings", "Findings of the last survey by level.", levels),
+            format_family("check_failing", "Findings of each check that fails now.", codes),
+        )
+    )
+
+
+def format_family(name: str, text: str, series: Iterable[tuple[dict[str, str], int]]) -> str:
+    """Return the lines of one gauge. Labels hold words of this program only, which need no escaping."""
+    lines = [f"# HELP {PREFIX}{name} {text}", f"# TYPE {PREFIX}{name} gauge"]
+    for labels, value in series:
+        inside = ",".join(f'{label}="{word}"' for label, word in labels.items())
+        lines.append(f"{PREFIX}{name}{f'{{{inside}}}' if inside else ''} {value}")
+    return "\n".join(lines) + "\n"
+
+
+def is_own(text: str) -> bool:
+    """Tell whether a file holds such metrics."""
+    return text.startswith(f"# HELP {PREFIX}")
