@@ -75,8 +75,8 @@ ROOTS = {
     "debian-12": ("bookworm", (), (*DEPENDENCIES, *RUNTIMES), ()),
     "debian-13": ("trixie", (), DEPENDENCIES, ()),
 }
-# containerd as each release packages it, unpacked over the root of that name: what it makes of a configuration is seen in
-# seconds. forky's is the first 2.x of Debian; it runs with the C library of Debian 13.
+# containerd as each release packages it, unpacked over the root of that name: what it makes of a configuration is seen
+# in seconds. forky's is the first 2.x of Debian; it runs with the C library of Debian 13.
 CONTAINERDS = {"1.6": ("bookworm", "debian-12"), "1.7": ("trixie", "debian-13"), "2.1": ("forky", "debian-13")}
 # What tests/engines runs containers with, of each release that has them.
 ENGINES = ("containerd", "docker.io", *RUNTIMES)
@@ -245,7 +245,7 @@ def ensure_installed(name: str = "debian-12") -> tuple[Path, Path]:
 
 
 def ensure_containerd(version: str) -> tuple[Path, ...]:
-    """Return the layers, topmost first, of a root with our DEBs and a version of CONTAINERDS unpacked, not configured."""
+    """Return the layers, topmost first, of a root with our DEBs and a version of CONTAINERDS unpacked."""
     suite, name = CONTAINERDS[version]
     place = find_cache() / f"containerd-{version}-{make_stamp(suite)}"
     if not place.exists():
@@ -263,7 +263,7 @@ def ensure_containerd(version: str) -> tuple[Path, ...]:
 
 
 def ensure_engines(name: str) -> tuple[Path, ...]:
-    """Return the layers, topmost first, of a root with our DEBs and the release's container engines installed by apt."""
+    """Return the layers, topmost first, of a root in which apt has installed our DEBs and ENGINES."""
     base, dist = ensure_root(name), ensure_dist()
     engines = find_cache() / f"engines-{name}-{make_stamp(str(base), *ENGINES)}"
     place = find_cache() / f"installed-engines-{name}-{make_stamp(str(engines), str(dist))}"
