@@ -3,7 +3,7 @@
 
     tests/run                                          lint, unit, runtime, packaging, newcomer, chain, vm
     tests/run lint unit                                these kinds
-    tests/run engines                                  podman, Docker, containerd of each Debian release: not in the above
+    tests/run engines                                  podman, Docker, containerd; not in the above
     tests/run --list [KIND...]                         installs what they need, and names their tests
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
     tests/run --in MACHINE [--kernel 6.12] COMMAND...  any command in a machine

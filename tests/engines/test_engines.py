@@ -14,6 +14,7 @@ import pytest
 
 from tests.engines import engine as engines
 from tests.engines.engine import IMAGE, PAUSE, PROGRAM, Engine, check_opened, check_refused, fill, find_group
+from tests.vm.bundles import Done
 
 MACHINE = "single"
 KERNELS = ("6.1", "6.12")
@@ -162,7 +163,7 @@ def run_pod(engine: Engine, pod: dict[str, object]) -> str:
     return engine.do("crictl runp --runtime vfio /srv/pod.json").strip().splitlines()[-1]
 
 
-def start_container(engine: Engine, sandbox: str, pod: object, container: object) -> engines.Done:
+def start_container(engine: Engine, sandbox: str, pod: object, container: object) -> Done:
     """Create and start a container of a pod."""
     engine.write("/srv/container.json", json.dumps(container))
     made = engine.do(f"crictl create --no-pull {sandbox} /srv/container.json /srv/pod.json")
