@@ -27,6 +27,10 @@ PURGE = "tests/newcomer/test_install.py::test_purge_leaves_nothing"
 CDI = "tests/vm/test_installed.py::test_installed_cdi"
 ALWAYS = "tests/vm/test_installed.py::test_installed_check_always"
 
+ENGINES = "tests/engines/test_engines.py"
+DOCKER = f"{ENGINES}::test_docker"
+CLASS = "tests/packaging/test_containerd.py::test_only_the_class_is_new"
+
 # tests/run runs up to its first test, where it is run inside itself.
 RUN = {
     "examples/demo": DEMO,
@@ -64,9 +68,42 @@ RUN = {
     "install -D -m 644 cdi/oci-vfio-hooks.json /etc/cdi/oci-vfio-hooks.json": CDI,
     "podman run --device oci-vfio-hooks/hook=guest-bind --annotation io.katacontainers.x.vfio.devices=auto"
     " --ulimit memlock=-1 IMAGE": CDI,
-    "install -D -m 644 containerd/config.toml /etc/containerd/conf.d/vfio.toml": INSTALLS,
     "install -m 755 docker/vfio-runc /usr/local/sbin/ && install -D -m 644 config.json/guest.json"
+<<<<<<< HEAD
     " /etc/oci-vfio-hooks/hooks.json": "tests/vm/test_installed.py::test_installed_docker_wrapper",
+=======
+    " /etc/oci-vfio-hooks/hooks.json": "tests/vm/test_installed.py::test_dockers_wrapper",
+    "install -m 755 docker/vfio-runc /usr/local/sbin/": DOCKER,
+    "install -D -m 644 config.json/guest.json /etc/oci-vfio-hooks/hooks.json": DOCKER,
+    "install -D -m 644 docker/daemon.json /etc/docker/daemon.json": DOCKER,
+    "systemctl restart docker": DOCKER,
+    "docker run --rm --runtime vfio --ulimit memlock=-1 IMAGE PROGRAM": DOCKER,
+    "docker run --rm --runtime vfio --annotation io.katacontainers.x.vfio.devices=auto --ulimit memlock=-1"
+    " IMAGE PROGRAM": DOCKER,
+    "docker run --rm --device oci-vfio-hooks/hook=guest-bind --annotation io.katacontainers.x.vfio.devices=auto"
+    " IMAGE PROGRAM": f"{ENGINES}::test_docker_by_cdi",
+    "install -D -m 644 /usr/share/doc/oci-vfio-hooks/examples/cdi/oci-vfio-hooks.json /etc/cdi/oci-vfio-hooks.json": (
+        f"{ENGINES}::test_podman_by_cdi"
+    ),
+    "podman run --device oci-vfio-hooks/hook=guest-bind --annotation io.katacontainers.x.vfio.devices=auto"
+    " IMAGE PROGRAM": f"{ENGINES}::test_podman_by_cdi",
+    "podman run --annotation io.katacontainers.x.vfio.devices=auto --annotation run.oci.hooks.stderr=/run/hook.log"
+    " IMAGE PROGRAM": f"{ENGINES}::test_podman_by_annotation",
+    "cat /run/hook.log": f"{ENGINES}::test_podman_by_annotation",
+    "cd /usr/share/doc/oci-vfio-hooks/examples": f"{ENGINES}::test_ctr_run_config",
+    "ctr oci spec | containerd/add-hooks config.json/guest.json > /etc/containerd/vfio-spec.json": CLASS,
+    "containerd/add-runtime vfio containerd/vfio.toml": CLASS,
+    "systemctl restart containerd": CLASS,
+    "containerd/add-runtime vfio containerd/vfio.toml && systemctl restart containerd": CLASS,
+    "containerd/add-runtime kata containerd/kata.toml": (
+        "tests/packaging/test_containerd.py::test_a_class_that_is_there_gets_what_it_lacks"
+    ),
+    "ctr oci spec | containerd/add-hooks config.json/guest.json --annotations > /run/config.json": (
+        f"{ENGINES}::test_ctr_run_config"
+    ),
+    "ctr run --rm --config /run/config.json NAME": f"{ENGINES}::test_ctr_run_config",
+    "crictl run --runtime vfio container.json pod.json": f"{ENGINES}::test_pod_of_two_containers",
+>>>>>>> 6e88081 (Typed lines of the how-to pages have their tests)
     "install -D -m 644 settings/host.toml /etc/oci-vfio-hooks/host.toml": INSTALLS,
     "install -m 0755 vfio-labels /usr/local/sbin/": INSTALLS,
     "install -m 0644 vfio-labels.service vfio-labels.timer /etc/systemd/system/": INSTALLS,
@@ -94,8 +131,11 @@ NOT_RUN = {
     "apt install pre-commit && pre-commit install": "changes the clone's git; its linters are those of tests/run lint",
     "tests/run packaging": SELF,
     "tests/run newcomer": SELF,
-    "install -m 644 docker/daemon.json /etc/docker/daemon.json": "needs Docker's directory; the file is tested",
     "install -m 0644 node-problem-detector.json /etc/node-problem-detector/vfio.json": f"{DIRECTORY}: the detector",
+    "docker build -t registry.example/oci-vfio-hooks:0.1.0 -f install-hooks/Dockerfile .": (
+        "needs an image from a registry; what its program does is tested"
+    ),
+    "kubectl apply -f install-hooks/daemonset.yaml": "needs a cluster",
     "systemctl enable --now vfio-labels.timer": "needs systemd as init",
     'export EXTRA_PKGS="python3 python3-jsonschema python3-pyudev python3-tenacity"': OSBUILDER,
     'sudo -E ROOTFS_DIR="$PWD/rootfs" ./rootfs-builder/rootfs.sh debian': OSBUILDER,
@@ -114,6 +154,7 @@ NOT_TYPED = {
         "vfio-guest-bind: error: [in-use] 0000:00:0e.0 (1b36:0010, nvme): holds /dev/nvme0n1, mounted on /mnt;"
         " stop using it first",
     ): "what a hook prints",
+<<<<<<< HEAD
     ("docs/reference/exit-codes.md", "vfio-guest-bind: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
     ("docs/architecture.md", "state → spec → request → inventory → plan → apply → verify"): "the way of the data",
     ("docs/reference/codes-host.md", 'mode = "enforce"        # or "warn"'): "host.toml",
@@ -121,6 +162,16 @@ NOT_TYPED = {
     ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE"): "capabilities",
     ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
     ("docs/reference/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
+=======
+    ("docs/howto/containerd.md", "enable_cdi = true"): "config.toml",
+    ("docs/howto/crio.md", "[crio.runtime.runtimes.runc]"): "crio.conf",
+    ("docs/howto/kubernetes.md", "metadata:"): "a manifest",
+    ("docs/codes-host.md", 'mode = "enforce"        # or "warn"'): "host.toml",
+    ("docs/privileges.md", "CAP_SYS_ADMIN CAP_NET_ADMIN CAP_MKNOD CAP_SYS_PTRACE"): "capabilities",
+    ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE"): "capabilities",
+    ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
+    ("docs/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
+>>>>>>> 6e88081 (Typed lines of the how-to pages have their tests)
     ("examples/kata-guest-image/README.md", "[hypervisor.qemu]"): "configuration.toml",
     ("docs/man/vfio-guest-bind.1.rst", "vfio-guest-bind: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
     ("docs/man/vfio-host-check.1.rst", "vfio-host-check: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
