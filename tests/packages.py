@@ -79,7 +79,10 @@ ROOTS = {
 # in seconds. forky's is the first 2.x of Debian; it runs with the C library of Debian 13.
 CONTAINERDS = {"1.6": ("bookworm", "debian-12"), "1.7": ("trixie", "debian-13"), "2.1": ("forky", "debian-13")}
 # What tests/engines runs containers with, of each release that has them.
-ENGINES = ("containerd", "docker.io", *RUNTIMES)
+ENGINES = {
+    "debian-12": ("containerd", "docker.io", *RUNTIMES),
+    "debian-13": ("containerd", "docker.io", "docker-cli", *RUNTIMES),
+}
 # What a newcomer has: Debian's smallest, and the same with the Python that other packages bring along.
 BARE_ROOTS = {
     "bare": ("bookworm", (), (), ()),
@@ -265,11 +268,11 @@ def ensure_containerd(version: str) -> tuple[Path, ...]:
 def ensure_engines(name: str) -> tuple[Path, ...]:
     """Return the layers, topmost first, of a root in which apt has installed our DEBs and ENGINES."""
     base, dist = ensure_root(name), ensure_dist()
-    engines = find_cache() / f"engines-{name}-{make_stamp(str(base), *ENGINES)}"
+    engines = find_cache() / f"engines-{name}-{make_stamp(str(base), *ENGINES[name])}"
     place = find_cache() / f"installed-engines-{name}-{make_stamp(str(engines), str(dist))}"
     with locked(place):
         if not engines.exists():
-            install_layer(engines, (base,), (), ENGINES)
+            install_layer(engines, (base,), (), ENGINES[name])
         if not place.exists():
             forget_old("installed-engines-*")
             install_layer(place, (engines, base), ((dist, "/mnt/dist"),), RECOMMENDED)

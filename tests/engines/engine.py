@@ -43,8 +43,9 @@ mount -t proc proc proc && mount --rbind /dev dev && mount --rbind /sys sys
 for place in run tmp var/lib/containerd var/lib/docker var/lib/containers; do
     mkdir -p $place && mount -t tmpfs -o mode=0755 $place $place
 done
-mkdir -p usr/lib/modules run/udev mnt etc/oci-vfio-hooks
-mount --rbind /lib/modules usr/lib/modules
+kernel=lib/modules/$(uname -r)
+mkdir -p usr/$kernel run/udev mnt etc/oci-vfio-hooks
+mount --bind $(readlink -f /$kernel) usr/$kernel
 mount --bind /etc/oci-vfio-hooks etc/oci-vfio-hooks
 pivot_root . mnt && cd / && umount -l /mnt
 echo ready && exec sleep infinity
@@ -72,6 +73,11 @@ for turn in $(seq 60); do
 done
 tail -20 $log >&2
 exit 1
+"""
+# The default time limit is for machines that are not emulated.
+CRICTL = """\
+#!/bin/sh
+exec /usr/bin/crictl --runtime-endpoint unix:///run/containerd/containerd.sock --timeout 120s "$@"
 """
 CONTAINERS_CONF = """\
 [containers]
@@ -129,14 +135,6 @@ class Engine:
         done = self.run("install", "-D", "-m", mode, "/dev/stdin", path, text=text)
         assert done.code == 0, done.stderr
 
-    def follow(self, page: str, section: str) -> list[Done]:
-        """Type all lines of a section of a how-to, up to the first that fails."""
-        done: list[Done] = []
-        for line in read_howto(page, section):
-            done.append(self.type(line))
-            assert done[-1].code == 0, f"{line}: {done[-1].stderr}"
-        return done
-
     def close(self) -> None:
         """End its daemons, and its namespace with its holder."""
         self.run("sh", "-c", "for file in /run/*.main; do kill $(cat $file); done; podman rm -fa")
@@ -152,6 +150,7 @@ def make_engine(place: Path, layers: str) -> Engine:
     assert holder.stdout.readline() == "ready\n"
     engine = Engine(holder)
     engine.write("/usr/local/bin/systemctl", SYSTEMCTL, "755")
+    engine.write("/usr/local/bin/crictl", CRICTL, "755")
     engine.write("/etc/containers/containers.conf", CONTAINERS_CONF)
     engine.write("/etc/containers/storage.conf", STORAGE_CONF)
     for name, command_line in ((IMAGE, PROGRAM), (PAUSE, ("/bin/sleep", "3600"))):

@@ -66,11 +66,10 @@ def test_podman_by_cdi(engine: Engine) -> None:
 
 def test_docker(engine: Engine, release: str) -> None:
     engine.do("systemctl restart containerd")
-    engine.follow("docker", "Declare once: a runtime")[:-1]
+    *installs, line = engines.read_howto("docker", "Declare once: a runtime")
+    for install in installs:
+        engine.do(install)
     engine.do("docker load -i /run/probe.tar")
-    (line,) = [
-        text for text in engines.read_howto("docker", "Declare once: a runtime") if text.startswith("docker run")
-    ]
     (annotated,) = engines.read_howto("docker", "By annotation")
     group = find_group()
     check_opened(engine.type(fill(line)), group)
@@ -124,7 +123,6 @@ def test_ctr_run_config(containerd: Engine) -> None:
 @pytest.mark.parametrize("containerd", CONTAINERDS, indirect=True)
 def test_pod_of_two_containers(containerd: Engine) -> None:
     """The container that the pod's annotation names has the group; its neighbour sees none. Our pause image is used."""
-    containerd.write("/etc/crictl.yaml", "runtime-endpoint: unix:///run/containerd/containerd.sock\ntimeout: 120s\n")
     name = 'sandbox_image = "PAUSE"'.replace("PAUSE", PAUSE)
     section = '[plugins."io.containerd.grpc.v1.cri"]'
     containerd.do(f"sed -i '/^  .plugins..io.containerd.grpc.v1.cri..$/a {name}' /etc/containerd/config.toml")
