@@ -80,7 +80,7 @@ ROOTS = {
 CONTAINERDS = {"1.6": ("bookworm", "debian-12"), "1.7": ("trixie", "debian-13"), "2.1": ("forky", "debian-13")}
 # What tests/engines runs containers with, of each release that has them.
 ENGINES = {
-    "debian-12": ("containerd", "docker.io", *RUNTIMES),
+    "debian-12": ("containerd", "docker.io", "apparmor", *RUNTIMES),
     "debian-13": ("containerd", "docker.io", "docker-cli", *RUNTIMES),
 }
 # What a newcomer has: Debian's smallest, and the same with the Python that other packages bring along.
