@@ -214,9 +214,8 @@ def fill(line: str, **options: str) -> str:
 
 def find_group() -> str:
     """Return the NIC's group, which its own driver has."""
-    nic = guest.find_device(devices.NIC_E1000E)
-    assert guest.driver_of(nic) == "e1000e"
-    return guest.group_of(nic)
+    check_back()
+    return guest.group_of(guest.find_device(devices.NIC_E1000E))
 
 
 def check_opened(done: Done, group: str) -> None:

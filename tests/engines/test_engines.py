@@ -122,7 +122,7 @@ def test_ctr_run_config(containerd: Engine) -> None:
 
 @pytest.mark.parametrize("containerd", CONTAINERDS, indirect=True)
 def test_pod_of_two_containers(containerd: Engine) -> None:
-    """The container that the pod's annotation names has the group; its neighbour sees none. Our pause image is used."""
+    """The container with the annotation has the group; its neighbour sees none. Our pause image is used."""
     name = 'sandbox_image = "PAUSE"'.replace("PAUSE", PAUSE)
     section = '[plugins."io.containerd.grpc.v1.cri"]'
     containerd.do(f"sed -i '/^  .plugins..io.containerd.grpc.v1.cri..$/a {name}' /etc/containerd/config.toml")
@@ -133,13 +133,16 @@ def test_pod_of_two_containers(containerd: Engine) -> None:
     for image in ("probe", "pause"):
         containerd.do(f"ctr -n k8s.io images import /run/{image}.tar")
     group = find_group()
-    pod = {**POD, "annotations": {f"{engines.DEVICES}.packets": "auto"}}
+    pod = dict(POD)
     (run,) = engines.read_howto("containerd", "Pods")
-    containers = {name: {"metadata": {"name": name}, "image": {"image": IMAGE}} for name in ("packets", "other")}
+    containers: dict[str, dict[str, object]] = {
+        name: {"metadata": {"name": name}, "image": {"image": IMAGE}} for name in ("packets", "other")
+    }
     logs = {}
     sandbox = run_pod(containerd, pod)
+    containers["packets"]["annotations"] = {engines.DEVICES: "auto"}
     for key, container in containers.items():
-        container["log_path"] = f"{key}.log"  # type: ignore[assignment]
+        container["log_path"] = f"{key}.log"
         started = start_container(containerd, sandbox, pod, container)
         assert started.code == 0, started.stderr
         logs[key] = wait_for_log(containerd, key)
@@ -148,8 +151,7 @@ def test_pod_of_two_containers(containerd: Engine) -> None:
     containerd.do(f"crictl rmp --force {sandbox}")
     engines.check_back()
     # A bad request, by the how-to's line: its hook's line is in what crictl prints.
-    bad = {**POD, "annotations": {f"{engines.DEVICES}.packets": BRIDGE}}
-    containerd.write("/srv/pod.json", json.dumps(bad))
+    containers["packets"]["annotations"] = {engines.DEVICES: BRIDGE}
     containerd.write("/srv/container.json", json.dumps(containers["packets"]))
     check_refused(containerd.type(run.replace("--runtime", "--no-pull --runtime"), "/srv"), REFUSED)
     containerd.do("crictl rmp --force --all")

@@ -69,10 +69,7 @@ RUN = {
     "podman run --device oci-vfio-hooks/hook=guest-bind --annotation io.katacontainers.x.vfio.devices=auto"
     " --ulimit memlock=-1 IMAGE": CDI,
     "install -m 755 docker/vfio-runc /usr/local/sbin/ && install -D -m 644 config.json/guest.json"
-<<<<<<< HEAD
     " /etc/oci-vfio-hooks/hooks.json": "tests/vm/test_installed.py::test_installed_docker_wrapper",
-=======
-    " /etc/oci-vfio-hooks/hooks.json": "tests/vm/test_installed.py::test_dockers_wrapper",
     "install -m 755 docker/vfio-runc /usr/local/sbin/": DOCKER,
     "install -D -m 644 config.json/guest.json /etc/oci-vfio-hooks/hooks.json": DOCKER,
     "install -D -m 644 docker/daemon.json /etc/docker/daemon.json": DOCKER,
@@ -103,7 +100,6 @@ RUN = {
     ),
     "ctr run --rm --config /run/config.json NAME": f"{ENGINES}::test_ctr_run_config",
     "crictl run --runtime vfio container.json pod.json": f"{ENGINES}::test_pod_of_two_containers",
->>>>>>> 6e88081 (Typed lines of the how-to pages have their tests)
     "install -D -m 644 settings/host.toml /etc/oci-vfio-hooks/host.toml": INSTALLS,
     "install -m 0755 vfio-labels /usr/local/sbin/": INSTALLS,
     "install -m 0644 vfio-labels.service vfio-labels.timer /etc/systemd/system/": INSTALLS,
@@ -171,7 +167,6 @@ NOT_TYPED = {
     ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE"): "capabilities",
     ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
     ("docs/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
->>>>>>> 6e88081 (Typed lines of the how-to pages have their tests)
     ("examples/kata-guest-image/README.md", "[hypervisor.qemu]"): "configuration.toml",
     ("docs/man/vfio-guest-bind.1.rst", "vfio-guest-bind: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
     ("docs/man/vfio-host-check.1.rst", "vfio-host-check: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
