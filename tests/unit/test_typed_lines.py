@@ -150,7 +150,6 @@ NOT_TYPED = {
         "vfio-guest-bind: error: [in-use] 0000:00:0e.0 (1b36:0010, nvme): holds /dev/nvme0n1, mounted on /mnt;"
         " stop using it first",
     ): "what a hook prints",
-<<<<<<< HEAD
     ("docs/reference/exit-codes.md", "vfio-guest-bind: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
     ("docs/architecture.md", "state → spec → request → inventory → plan → apply → verify"): "the way of the data",
     ("docs/reference/codes-host.md", 'mode = "enforce"        # or "warn"'): "host.toml",
@@ -158,15 +157,9 @@ NOT_TYPED = {
     ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE"): "capabilities",
     ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
     ("docs/reference/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
-=======
     ("docs/howto/containerd.md", "enable_cdi = true"): "config.toml",
     ("docs/howto/crio.md", "[crio.runtime.runtimes.runc]"): "crio.conf",
     ("docs/howto/kubernetes.md", "metadata:"): "a manifest",
-    ("docs/codes-host.md", 'mode = "enforce"        # or "warn"'): "host.toml",
-    ("docs/privileges.md", "CAP_SYS_ADMIN CAP_NET_ADMIN CAP_MKNOD CAP_SYS_PTRACE"): "capabilities",
-    ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE"): "capabilities",
-    ("docs/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
-    ("docs/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
     ("examples/kata-guest-image/README.md", "[hypervisor.qemu]"): "configuration.toml",
     ("docs/man/vfio-guest-bind.1.rst", "vfio-guest-bind: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
     ("docs/man/vfio-host-check.1.rst", "vfio-host-check: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
