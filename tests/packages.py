@@ -26,6 +26,7 @@ from tests.provision import (
     locked,
     make_partial,
     make_stamp,
+    read_apt_options,
     run,
     run_debootstrap,
     run_twice,
@@ -73,6 +74,14 @@ ROOTS = {
     "debian-11": FLOOR,
     "debian-12": ("bookworm", (), (*DEPENDENCIES, *RUNTIMES), ()),
     "debian-13": ("trixie", (), DEPENDENCIES, ()),
+}
+# containerd as each release packages it, unpacked over the root of that name: what it makes of a configuration is seen
+# in seconds. forky's is the first 2.x of Debian; it runs with the C library of Debian 13.
+CONTAINERDS = {"1.6": ("bookworm", "debian-12"), "1.7": ("trixie", "debian-13"), "2.1": ("forky", "debian-13")}
+# What tests/engines runs containers with, of each release that has them.
+ENGINES = {
+    "debian-12": ("containerd", "docker.io", "apparmor", *RUNTIMES),
+    "debian-13": ("containerd", "docker.io", "docker-cli", *RUNTIMES),
 }
 # What a newcomer has: Debian's smallest, and the same with the Python that other packages bring along.
 BARE_ROOTS = {
@@ -236,6 +245,55 @@ def ensure_installed(name: str = "debian-12") -> tuple[Path, Path]:
                 (partial / "top").rename(location)
                 shutil.rmtree(partial)
     return location, base
+
+
+def ensure_containerd(version: str) -> tuple[Path, ...]:
+    """Return the layers, topmost first, of a root with our DEBs and a version of CONTAINERDS unpacked."""
+    suite, name = CONTAINERDS[version]
+    place = find_cache() / f"containerd-{version}-{make_stamp(suite)}"
+    if not place.exists():
+        with locked(place):
+            if not place.exists():
+                partial = make_partial(place)
+                run(["apt-get", *read_apt_options(suite), "-q", "download", "containerd"], cwd=partial)
+                (archive,) = partial.glob("*.deb")
+                run(["dpkg-deb", "-x", str(archive), str(partial)])
+                archive.unlink()
+                # systemd's unit, in a directory that would hide the root's link of that name.
+                shutil.rmtree(partial / "lib", ignore_errors=True)
+                partial.rename(place)
+    return place, *ensure_installed(name)
+
+
+def ensure_engines(name: str) -> tuple[Path, ...]:
+    """Return the layers, topmost first, of a root in which apt has installed our DEBs and ENGINES."""
+    base, dist = ensure_root(name), ensure_dist()
+    engines = find_cache() / f"engines-{name}-{make_stamp(str(base), *ENGINES[name])}"
+    place = find_cache() / f"installed-engines-{name}-{make_stamp(str(engines), str(dist))}"
+    with locked(place):
+        if not engines.exists():
+            install_layer(engines, (base,), (), ENGINES[name])
+        if not place.exists():
+            forget_old("installed-engines-*")
+            install_layer(place, (engines, base), ((dist, "/mnt/dist"),), RECOMMENDED)
+    return place, engines, base
+
+
+def install_layer(
+    place: Path, layers: tuple[Path, ...], binds: tuple[tuple[Path, str], ...], names: Sequence[str]
+) -> None:
+    """Make a layer in which apt has installed packages, and our DEBs where they are mounted."""
+    partial = make_partial(place)
+    root = Root(layers, partial, binds)
+    if binds:
+        install_debs(root, *names)
+    else:
+        options = ["-o", "Acquire::Languages=none", "-o", "APT::Sandbox::User=root"]
+        root.run("apt-get", *options, "-q", "update")
+        root.run("apt-get", *options, "install", "-y", "-q", "--no-install-recommends", *names)
+        root.run("apt-get", "clean")
+    (partial / "top").rename(place)
+    shutil.rmtree(partial)
 
 
 def are_wanted_by(files: Sequence[Path]) -> bool:

@@ -3,6 +3,7 @@
 
     tests/run                                          lint, unit, runtime, packaging, newcomer, chain, vm
     tests/run lint unit                                these kinds
+    tests/run engines                                  podman, Docker, containerd; not in the above
     tests/run --list [KIND...]                         installs what they need, and names their tests
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
     tests/run --in MACHINE [--kernel 6.12] COMMAND...  any command in a machine
@@ -31,14 +32,17 @@ from xml.etree import ElementTree
 
 from tests import packages, provision
 from tests.chain import image
+from tests.engines import roots as engine_roots
 from tests.newcomer import bare
 from tests.provision import REPOSITORY, MissingError, say
 from tests.skips import Skip, find_unknown
 from tests.vm import machines, rig
 
 KINDS = ("lint", "unit", "runtime", "packaging", "newcomer", "chain", "vm")
+# What is run when it is asked for, besides.
+ON_REQUEST = ("engines",)
 # Run in the rig's machines, where nothing may be skipped.
-IN_MACHINES = ("chain", "vm")
+IN_MACHINES = ("chain", "vm", *ON_REQUEST)
 # The long ones: side by side, as many jobs at a time as there are processors.
 TOGETHER = ("unit", "packaging", "newcomer", *IN_MACHINES)
 # What apt has to have installed for a kind, beside provision.TEST_PACKAGES.
@@ -122,9 +126,9 @@ def main(arguments: list[str]) -> int:
             return run_selected(arguments[1:])
         if arguments[:1] == ["--in"]:
             return run_command(arguments[1:])
-        if arguments[:1] == ["--list"] and set(arguments[1:]) <= set(KINDS):
+        if arguments[:1] == ["--list"] and set(arguments[1:]) <= {*KINDS, *ON_REQUEST}:
             return list_kinds(arguments[1:] or list(KINDS))
-        if any(argument not in KINDS for argument in arguments):
+        if any(argument not in (*KINDS, *ON_REQUEST) for argument in arguments):
             print(__doc__)
             return 0 if arguments in (["-h"], ["--help"]) else 2
         return run_kinds(arguments or list(KINDS))
@@ -446,6 +450,7 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
         **{name: value for name, value in os.environ.items() if name in HANDED_ON},
         **({KEEP_RECORDS: str(rig.SHARE)} if KEEP_RECORDS in os.environ else {}),
         **packages.make_environment(files),
+        **engine_roots.make_environment(files),
         **image.make_environment(files),
     }
 

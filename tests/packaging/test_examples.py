@@ -171,8 +171,9 @@ def test_examples_containerd_base_spec(side: str) -> None:
     for phase, hooks in load(fragment)["hooks"].items():
         assert spec["hooks"][phase][-len(hooks) :] == hooks
     assert spec["hooks"]["poststop"][0] == {"path": "/other"}
-    runtime = tomllib.loads((EXAMPLES / "containerd/config.toml").read_text())["plugins"]["io.containerd.grpc.v1.cri"]
-    assert runtime["containerd"]["runtimes"]["vfio"]["base_runtime_spec"] in (EXAMPLES / "README.md").read_text()
+    for name in ("vfio", "kata"):
+        runtime = tomllib.loads((EXAMPLES / f"containerd/{name}.toml").read_text())
+        assert runtime["base_runtime_spec"] in (EXAMPLES / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,29 @@ def test_docker_wrapper_adds_hooks_once_execs_runtime(tmp_path: Path, call: list
         done = subprocess.run([wrapper, *call], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout == " ".join(call) + "\n"
         config = load(tmp_path / "config.json")
-        assert config == {"hooks": {"prestart": [present], **load(hooks)["hooks"]}, "process": {}}
+        declared = load(hooks)
+        hooks_there = {"prestart": [present], **declared["hooks"]}
+        assert config == {"hooks": hooks_there, "process": {}, "annotations": declared["annotations"]}
+
+
+@pytest.mark.parametrize(
+    ("devices", "own", "has"),
+    [
+        (["/dev/kvm"], {}, {"a": "auto"}),
+        (["/dev/kvm"], {"a": "0000:01:00.0", "b": "c"}, {"a": "0000:01:00.0", "b": "c"}),
+        (["/dev/vfio/vfio", "/dev/vfio/12"], {}, {}),
+        (["/dev/vfio/12"], {"a": "id:8086:10d3"}, {"a": "id:8086:10d3"}),
+    ],
+)
+def test_docker_wrapper_adds_annotations_where_none_says_otherwise(
+    devices: list[str], own: dict[str, str], has: dict[str, str]
+) -> None:
+    text = (EXAMPLES / "docker/vfio-runc").read_text().rpartition("main()")[0]
+    wrapper: dict[str, Any] = {}
+    exec(compile(text, "vfio-runc", "exec"), wrapper)  # noqa: S102 - it is ours, and has no .py to import
+    config: dict[str, Any] = {"linux": {"devices": [{"path": path} for path in devices]}, "annotations": own}
+    wrapper["add_annotations"](config, {"annotations": {"a": "auto"}})
+    assert config["annotations"] == has
 
 
 def test_docker_wrapper_leaves_rest_of_config(tmp_path: Path) -> None:

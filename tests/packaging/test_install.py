@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -258,3 +259,25 @@ def test_examples_kata_guest_image(dist: Path, bare: MakeRoot, capsys: pytest.Ca
     assert stated and abs(int(stated.group(1)) - int(added.group(1))) <= 5, done.stdout
     use_hooks(root, ["/usr/share/oci/hooks/prestart/vfio-guest-bind", "/usr/share/oci/hooks/poststop/vfio-guest-bind"])
     assert not [path for path in root.list_changes() if path.endswith(".deb")]
+
+
+def test_daemonset_installs_the_check(bare: MakeRoot, dist: Path, tmp_path: Path) -> None:
+    """What the DaemonSet's image has is copied onto a node with Python, and the check runs there; twice is as once."""
+    payload = tmp_path / "payload"
+    for name in ("python3-oci-vfio-hooks_*.deb", "oci-vfio-hooks_*.deb"):
+        (package,) = dist.glob(name)
+        subprocess.run(["dpkg-deb", "-x", str(package), str(payload)], check=True)
+    node = bare("debian-12")
+    node.run("sh", "-c", "apt-get install -y -q --no-install-recommends python3")
+    script = REPOSITORY / "examples/kubernetes/install-hooks/install"
+    place = node.changes / "top"
+    (place / "usr/bin").mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "HOST": str(place), "PAYLOAD": str(payload), "ONCE": "1"}
+    for _ in range(2):
+        done = subprocess.run([script], env=environment, capture_output=True, text=True, check=True)
+        assert "install: done: " in done.stdout
+    assert "vfio-host-check" in node.run("vfio-host-check", "--version").stdout
+    empty = {**environment, "HOST": str(tmp_path / "nothing")}
+    refused = subprocess.run([script], env=empty, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "has no /usr/bin/python3" in refused.stderr

@@ -27,6 +27,10 @@ PURGE = "tests/newcomer/test_install.py::test_purge_leaves_nothing"
 CDI = "tests/vm/test_installed.py::test_installed_cdi"
 ALWAYS = "tests/vm/test_installed.py::test_installed_check_always"
 
+ENGINES = "tests/engines/test_engines.py"
+DOCKER = f"{ENGINES}::test_docker"
+CLASS = "tests/packaging/test_containerd.py::test_only_the_class_is_new"
+
 # tests/run runs up to its first test, where it is run inside itself.
 RUN = {
     "examples/demo": DEMO,
@@ -64,9 +68,38 @@ RUN = {
     "install -D -m 644 cdi/oci-vfio-hooks.json /etc/cdi/oci-vfio-hooks.json": CDI,
     "podman run --device oci-vfio-hooks/hook=guest-bind --annotation io.katacontainers.x.vfio.devices=auto"
     " --ulimit memlock=-1 IMAGE": CDI,
-    "install -D -m 644 containerd/config.toml /etc/containerd/conf.d/vfio.toml": INSTALLS,
     "install -m 755 docker/vfio-runc /usr/local/sbin/ && install -D -m 644 config.json/guest.json"
     " /etc/oci-vfio-hooks/hooks.json": "tests/vm/test_installed.py::test_installed_docker_wrapper",
+    "install -m 755 docker/vfio-runc /usr/local/sbin/": DOCKER,
+    "install -D -m 644 config.json/guest.json /etc/oci-vfio-hooks/hooks.json": DOCKER,
+    "install -D -m 644 docker/daemon.json /etc/docker/daemon.json": DOCKER,
+    "systemctl restart docker": DOCKER,
+    "docker run --rm --runtime vfio --ulimit memlock=-1 IMAGE PROGRAM": DOCKER,
+    "docker run --rm --runtime vfio --annotation io.katacontainers.x.vfio.devices=auto --ulimit memlock=-1"
+    " IMAGE PROGRAM": DOCKER,
+    "docker run --rm --device oci-vfio-hooks/hook=guest-bind --annotation io.katacontainers.x.vfio.devices=auto"
+    " IMAGE PROGRAM": f"{ENGINES}::test_docker_by_cdi",
+    "install -D -m 644 /usr/share/doc/oci-vfio-hooks/examples/cdi/oci-vfio-hooks.json /etc/cdi/oci-vfio-hooks.json": (
+        f"{ENGINES}::test_podman_by_cdi"
+    ),
+    "podman run --device oci-vfio-hooks/hook=guest-bind --annotation io.katacontainers.x.vfio.devices=auto"
+    " IMAGE PROGRAM": f"{ENGINES}::test_podman_by_cdi",
+    "podman run --annotation io.katacontainers.x.vfio.devices=auto --annotation run.oci.hooks.stderr=/run/hook.log"
+    " IMAGE PROGRAM": f"{ENGINES}::test_podman_by_annotation",
+    "cat /run/hook.log": f"{ENGINES}::test_podman_by_annotation",
+    "cd /usr/share/doc/oci-vfio-hooks/examples": f"{ENGINES}::test_ctr_run_config",
+    "ctr oci spec | containerd/add-hooks config.json/guest.json > /etc/containerd/vfio-spec.json": CLASS,
+    "containerd/add-runtime vfio containerd/vfio.toml": CLASS,
+    "systemctl restart containerd": CLASS,
+    "containerd/add-runtime vfio containerd/vfio.toml && systemctl restart containerd": CLASS,
+    "containerd/add-runtime kata containerd/kata.toml": (
+        "tests/packaging/test_containerd.py::test_a_class_that_is_there_gets_what_it_lacks"
+    ),
+    "ctr oci spec | containerd/add-hooks config.json/guest.json --annotations > /run/config.json": (
+        f"{ENGINES}::test_ctr_run_config"
+    ),
+    "ctr run --rm --config /run/config.json NAME": f"{ENGINES}::test_ctr_run_config",
+    "crictl run --runtime vfio container.json pod.json": f"{ENGINES}::test_pod_of_two_containers",
     "install -D -m 644 settings/host.toml /etc/oci-vfio-hooks/host.toml": INSTALLS,
     "install -m 0755 vfio-labels /usr/local/sbin/": INSTALLS,
     "install -m 0644 vfio-labels.service vfio-labels.timer /etc/systemd/system/": INSTALLS,
@@ -101,8 +134,11 @@ NOT_RUN = {
     "apt install pre-commit && pre-commit install": "changes the clone's git; its linters are those of tests/run lint",
     "tests/run packaging": SELF,
     "tests/run newcomer": SELF,
-    "install -m 644 docker/daemon.json /etc/docker/daemon.json": "needs Docker's directory; the file is tested",
     "install -m 0644 node-problem-detector.json /etc/node-problem-detector/vfio.json": f"{DIRECTORY}: the detector",
+    "docker build -t registry.example/oci-vfio-hooks:0.1.0 -f install-hooks/Dockerfile .": (
+        "needs an image from a registry; what its program does is tested"
+    ),
+    "kubectl apply -f install-hooks/daemonset.yaml": "needs a cluster",
     "systemctl enable --now vfio-labels.timer": "needs systemd as init",
     "systemctl enable --now oci-vfio-cdi.path oci-vfio-cdi.timer": "needs systemd as init; the units are verified",
     'export EXTRA_PKGS="python3 python3-jsonschema python3-pyudev python3-tenacity"': OSBUILDER,
@@ -129,6 +165,9 @@ NOT_TYPED = {
     ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE"): "capabilities",
     ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
     ("docs/reference/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
+    ("docs/howto/containerd.md", "enable_cdi = true"): "config.toml",
+    ("docs/howto/crio.md", "[crio.runtime.runtimes.runc]"): "crio.conf",
+    ("docs/howto/kubernetes.md", "metadata:"): "a manifest",
     ("examples/kata-guest-image/README.md", "[hypervisor.qemu]"): "configuration.toml",
     ("docs/man/vfio-guest-bind.1.rst", "vfio-guest-bind: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
     ("docs/man/vfio-host-check.1.rst", "vfio-host-check: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
