@@ -6,7 +6,7 @@
     tests/run engines                                  podman, Docker, containerd; not in the above
     tests/run --list [KIND...]                         installs what they need, and names their tests
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
-    tests/run --in MACHINE [--kernel 6.12] COMMAND...  any command in a machine
+    tests/run --in MACHINE [--kernel NAME] COMMAND...  any command in a machine, on a kernel of tests/kernels.py
 
 Exits with 0 when all passed, 1 when something failed or a test of the machine was skipped (with CI=true: any test that
 tests/skips.py does not know), 3 when something is missing.
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Callable
 from xml.etree import ElementTree
 
-from tests import packages, provision
+from tests import kernels, packages, provision
 from tests.chain import image
 from tests.engines import roots as engine_roots
 from tests.newcomer import bare
@@ -360,7 +360,7 @@ def make_boot_jobs(files: list[Path], options: list[str]) -> list[Job]:
     """Return the jobs that run files of tests in the machines they ask for, all made ready that these will need."""
     boots = plan_boots(files)
     for boot in boots:
-        provision.ensure_kernel(boot.kernel)
+        kernels.ensure_kernel(boot.kernel)
     environments = [make_environment(boot.files) for boot in boots]
     return [partial(run_boot, boot, options, environment) for boot, environment in zip(boots, environments)]
 
@@ -369,8 +369,8 @@ def plan_boots(files: list[Path]) -> list[Boot]:
     """Return the boots that serve these files, the longest first. One boot serves files that ask for the same."""
     wishes: dict[tuple[str, str], list[Path]] = {}
     for file in files:
-        machine, kernels = read_wishes(file)
-        for kernel in kernels:
+        machine, wanted = read_wishes(file)
+        for kernel in wanted:
             wishes.setdefault((machine, kernel), []).append(file)
     boots: list[Boot] = []
     for (machine, kernel), together in wishes.items():
@@ -387,12 +387,12 @@ def read_wishes(file: Path) -> tuple[str, tuple[str, ...]]:
             name = node.targets[0].id
             if name in ("MACHINE", "KERNELS"):
                 values[name] = ast.literal_eval(node.value)
-    machine, kernels = values.get("MACHINE"), values.get("KERNELS", (provision.DEFAULT_KERNEL,))
+    machine, wanted = values.get("MACHINE"), values.get("KERNELS", (kernels.FAST_KERNEL,))
     if machine not in machines.MACHINES:
         raise MissingError(f"{file}: MACHINE is {machine!r}; there are {', '.join(machines.MACHINES)}")
-    if not isinstance(kernels, tuple) or not set(kernels) <= set(provision.KERNEL_SUITES):
-        raise MissingError(f"{file}: KERNELS is {kernels!r}; a tuple of {', '.join(provision.KERNEL_SUITES)} is wanted")
-    return str(machine), kernels
+    if not isinstance(wanted, tuple) or not set(wanted) <= set(kernels.KERNELS):
+        raise MissingError(f"{file}: KERNELS is {wanted!r}; a tuple of {', '.join(kernels.KERNELS)} is wanted")
+    return str(machine), wanted
 
 
 def run_boot(boot: Boot, options: list[str], environment: dict[str, str], tests: Sequence[str] = ()) -> Count:
@@ -411,7 +411,7 @@ def run_boot(boot: Boot, options: list[str], environment: dict[str, str], tests:
         command += [*limit_tests(), *options, *files]
         job = rig.Job(tuple(command), share, VM_LIMIT, environment, repeatable=True)
         try:
-            kernel = provision.ensure_kernel(boot.kernel)
+            kernel = kernels.ensure_kernel(boot.kernel)
             outcome = rig.run_in_vm(machines.MACHINES[boot.machine], kernel, job, printer.write)
         except rig.BootError as error:
             say(f"rig: {label}: {error}")
@@ -502,7 +502,7 @@ def run_command(arguments: list[str]) -> int:
     name, *command = arguments or [""]
     if name not in machines.MACHINES:
         raise MissingError(f"no machine {name!r}; there are {', '.join(machines.MACHINES)}")
-    kernel = provision.DEFAULT_KERNEL
+    kernel = kernels.FAST_KERNEL
     if command[:1] == ["--kernel"]:
         kernel, command = command[1], command[2:]
     provision.ensure_packages(provision.TEST_PACKAGES)
@@ -510,7 +510,7 @@ def run_command(arguments: list[str]) -> int:
         job = rig.Job(tuple(command), Path(share), VM_LIMIT, make_environment([]))
         try:
             return rig.run_in_vm(
-                machines.MACHINES[name], provision.ensure_kernel(kernel), job, rig.write_output
+                machines.MACHINES[name], kernels.ensure_kernel(kernel), job, rig.write_output
             ).exit_code
         except rig.BootError as error:
             print(f"rig: {name}: {error}", flush=True)

@@ -19,6 +19,7 @@ from tests.chain.vmruntime import GuestContainer, HookError, Manner, Sandbox, Vm
 from tests.vm import bundles, guest
 
 MACHINE = "chain"
+KERNELS = ("6.1",)
 # What a container can say of its devices by itself: the hook's account of them, and the nodes.
 TELL = "cat /dev/vfio/devices.json; echo; ls /dev/vfio"
 # Says when a program opens a socket for the kernel's uevents (netlink's protocol 15), as the hook does before it looks

@@ -23,6 +23,7 @@ from tests.vm import devices, guest
 from tests.vm.bundles import Containers
 
 MACHINE = "standard"
+KERNELS = ("6.1",)
 # A NIC that no machine here has from the start; its driver is a module, and nobody loads it without udev.
 DRIVER, IDS = "vmxnet3", "15ad:07b0"
 

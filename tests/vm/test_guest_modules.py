@@ -12,6 +12,7 @@ from tests.vm import devices, guest
 from tests.vm.bundles import Containers
 
 MACHINE = "standard"
+KERNELS = ("6.1",)
 VFIO_PCI = Path("/sys/bus/pci/drivers/vfio-pci")
 HIDDEN = Path("/etc/modprobe.d/hidden.conf")
 

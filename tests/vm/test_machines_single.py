@@ -6,7 +6,7 @@ from __future__ import annotations
 from tests.vm import devices, guest
 
 MACHINE = "single"
-KERNELS = ("6.1", "6.12")
+KERNELS = ("6.1", "6.12", "full")
 
 
 def test_single_half_bound_group() -> None:
