@@ -51,7 +51,9 @@ class Recipe:
 # In this order from one tree: each is an incremental build after the first.
 OWN_KERNELS = {
     "full": Recipe("everything the tests need, and every VFIO option that Debian leaves out", ("full.config",)),
-    "no-group": Recipe("as full, without VFIO_GROUP: devices have their own nodes only", ("full.config", "no-group.config")),
+    "no-group": Recipe(
+        "as full, without VFIO_GROUP: devices have their own nodes only", ("full.config", "no-group.config")
+    ),
 }
 KERNELS = {
     **{version: f"Debian's, from {suite}" for version, suite in provision.KERNEL_SUITES.items()},
@@ -116,7 +118,7 @@ def unpack_source(directory: Path) -> Path:
 
 
 def configure(tree: Path, recipe: Recipe) -> None:
-    """Write a tree's .config: nothing, and the recipe's fragments. Raises MissingError for a line that had no effect."""
+    """Write a .config of nothing but the recipe's fragments. Raises MissingError for a line that had no effect."""
     text = "".join((FRAGMENTS / name).read_text() for name in recipe.fragments)
     wanted = read_options(text)
     fragment = tree.parent / "all.config"
@@ -172,7 +174,11 @@ def forget_old(place: Path) -> None:
 def main(arguments: list[str]) -> int:
     """Make the kernels of these names ready, our own if there are none, and print the paths of their images."""
     if not set(arguments) <= set(KERNELS):
-        print("\n".join(["usage: tests/vm/kernel [NAME...]", *(f"    {name:10} {about}" for name, about in KERNELS.items())]))
+        print(
+            "\n".join(
+                ["usage: tests/vm/kernel [NAME...]", *(f"    {name:10} {about}" for name, about in KERNELS.items())]
+            )
+        )
         return 0 if arguments in (["-h"], ["--help"]) else 2
     try:
         for name in arguments or OWN_KERNELS:
