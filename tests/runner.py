@@ -46,7 +46,7 @@ IN_MACHINES = ("chain", "vm", *ON_REQUEST)
 # The long ones: side by side, as many jobs at a time as there are processors.
 TOGETHER = ("unit", "packaging", "newcomer", *IN_MACHINES)
 # What apt has to have installed for a kind, beside provision.TEST_PACKAGES.
-PACKAGES = {"packaging": packages.PACKAGES, "newcomer": bare.PACKAGES, "chain": image.PACKAGES}
+PACKAGES = {"vm": kernels.PACKAGES, "packaging": packages.PACKAGES, "newcomer": bare.PACKAGES, "chain": image.PACKAGES}
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 2400.0
 # A directory for the records that tests of the machine make (tests/support/kept_recordings.py).
@@ -224,14 +224,19 @@ def make_jobs(kinds: list[str]) -> Iterator[tuple[str, Job]]:
     packages.ensure_roots(
         [*(packages.ROOTS if "packaging" in kinds else ()), *(packages.BARE_ROOTS if "newcomer" in kinds else ())]
     )
-    inside = {kind: make_boot_jobs(find_machine_tests(kind), []) for kind in IN_MACHINES if kind in kinds}
     if "packaging" in kinds:
         here = partial(run_here, REPOSITORY / "tests/packaging", prefix="packaging: ", limit=PACKAGING_TEST_LIMIT)
         yield "packaging", here
+    boots = [(kind, boot) for kind in IN_MACHINES if kind in kinds for boot in plan_boots(find_machine_tests(kind))]
+    # Our own kernel is compiled while all that boots Debian's, or nothing, is at work.
+    for kind, boot in boots:
+        if boot.kernel not in kernels.OWN_KERNELS:
+            yield kind, make_boot_job(boot, [])
     if "newcomer" in kinds:
         yield from (("newcomer", job) for job in make_newcomer_jobs())
-    for kind, jobs in inside.items():
-        yield from ((kind, job) for job in jobs)
+    for kind, boot in boots:
+        if boot.kernel in kernels.OWN_KERNELS:
+            yield kind, make_boot_job(boot, [])
 
 
 def make_newcomer_jobs() -> Iterator[partial[Count]]:
@@ -356,13 +361,10 @@ class Boot:
     files: tuple[Path, ...]
 
 
-def make_boot_jobs(files: list[Path], options: list[str]) -> list[Job]:
-    """Return the jobs that run files of tests in the machines they ask for, all made ready that these will need."""
-    boots = plan_boots(files)
-    for boot in boots:
-        kernels.ensure_kernel(boot.kernel)
-    environments = [make_environment(boot.files) for boot in boots]
-    return [partial(run_boot, boot, options, environment) for boot, environment in zip(boots, environments)]
+def make_boot_job(boot: Boot, options: list[str]) -> Job:
+    """Return the job that boots a machine and runs its files of tests, all made ready that these will need."""
+    kernels.ensure_kernel(boot.kernel)
+    return partial(run_boot, boot, options, make_environment(boot.files))
 
 
 def plan_boots(files: list[Path]) -> list[Boot]:
@@ -489,7 +491,7 @@ def run_selected(arguments: list[str]) -> int:
     options = [word for word in arguments if not word.partition("::")[0].endswith(".py")]
     provision.ensure_packages(provision.TEST_PACKAGES)
     provision.compile_hooks()
-    jobs = make_boot_jobs(files or find_machine_tests(), options)
+    jobs = [make_boot_job(boot, options) for boot in plan_boots(files or find_machine_tests())]
     count = sum((count for _, _, count in run_jobs(("vm", job) for job in jobs)), Count())
     count.print_failures()
     code = judge(count, count)
