@@ -22,6 +22,7 @@ from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
 
 MACHINE = "standard"
+KERNELS = ("6.1",)
 
 RECORDS = Path("/var/lib/oci-vfio-hooks/records")
 ABSENT = "0000:7f:00.0"
