@@ -296,7 +296,7 @@ def test_usage_interface_below_vlan(card: Card) -> None:
     card.ip("link", "set", "NIC", "up")
     card.ip("link", "add", "link", "NIC", "name", "guards0", "type", "vlan", "id", "7")
     try:
-        assert card.uses() == [f"is network interface {card.name}, up below guards0"]
+        assert card.uses() == [f"is network interface {card.name}, up and used by guards0"]
     finally:
         card.ip("link", "del", "guards0")
 

@@ -38,7 +38,7 @@ def plan_groups(directory: Path) -> list[str]:
     assert done.code == 0, done.stderr
     answer = json.loads(done.stdout)
     assert (answer["exit"], answer["findings"]) == (0, [])
-    made = [step["subject"] for step in answer["plan"] if step["action"] == "make"]
+    made = [step["subject"] for step in answer["plan"] if step["action"] == "create"]
     assert made[0] == "/dev/vfio/vfio"
     return [path.rpartition("/")[2] for path in made[1:]]
 
