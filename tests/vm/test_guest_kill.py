@@ -31,10 +31,10 @@ CARRIED_OUT = {
     "unbind": "write .*/unbind b'{subject}'",
     "probe": "write .*/drivers_probe b'{subject}'",
     "remove": "unlink '{name}'",
-    "make": "mknod '{name}'",
+    "create": "mknod '{name}'",
     "mount": "call 'syscall' 429 ",
     "write": "write .*/devices.json ",
-    "permit": "replace_program ",
+    "allow": "replace_program ",
 }
 
 
@@ -57,7 +57,7 @@ def check_covered(state: dict[str, Any], done: list[str], kinds: set[str], there
     plan = json.loads(printed.stdout)["plan"]
     assert {action["action"] for action in plan} >= kinds
     for action in plan:
-        if action["action"] == "load" or (action["action"] == "make" and action["subject"] == there):
+        if action["action"] == "load" or (action["action"] == "create" and action["subject"] == there):
             continue
         subject = action["subject"]
         wanted = CARRIED_OUT[action["action"]].format(subject=subject, name=os.path.basename(subject))
@@ -147,7 +147,7 @@ def test_guest_hook_killed_at_every_step(containers: Containers) -> None:
     stopped = {**state, "status": "stopped"}
     guest_calls.forget_success(container.name)
     assert guest_calls.fork_hook(stopped, "poststop") == Done(0, "", "")
-    check_covered(state, done, {"override", "unbind", "probe", "remove", "make", "permit"}, there="/dev/vfio/vfio")
+    check_covered(state, done, {"override", "unbind", "probe", "remove", "create", "allow"}, there="/dev/vfio/vfio")
     assert guest_calls.fork_hook(state) == Done(0, "", "")
     nth = 0
     while True:
@@ -175,7 +175,7 @@ def test_guest_hook_killed_with_user_namespace(containers: Containers) -> None:
     done = kill_at_every_step(container, state, other, nic, first=4)
     assert len(done) > 15
     assert guest_calls.release(state).code == 0
-    check_covered(state, done, {"mount", "permit"})
+    check_covered(state, done, {"mount", "allow"})
 
 
 @one_runtime
