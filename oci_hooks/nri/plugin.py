@@ -46,8 +46,8 @@ FAILED_PRECONDITION, UNIMPLEMENTED = 9, 12
 MOST_ERRORS = 3
 # Methods that ask for nothing here and want an answer all the same.
 UNCONCERNED = ("Shutdown", "StateChange", "UpdateContainer", "StopContainer")
-HINT = 'is NRI on? containerd: [plugins."io.containerd.nri.v1.nri"] disable = false; CRI-O: [crio.nri] enable_nri = true'
-    "is NRI on? containerd: [plugins.'io.containerd.nri.v1.nri'] disable = false; CRI-O: [crio.nri] enable_nri = true"
+HINT = (
+    'is NRI on? containerd: [plugins."io.containerd.nri.v1.nri"] disable = false; CRI-O: [crio.nri] enable_nri = true'
 )
 
 
