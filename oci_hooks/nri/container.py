@@ -55,8 +55,9 @@ def check(run: Run, pod: dict[str, Any], container: dict[str, Any], seconds: flo
 
 
 def is_vfio_path(path: str) -> bool:
-    """Tell whether a path is that of a VFIO node, however it is written."""
-    return oci.normalize(path).startswith(oci.GROUP_PREFIX) if path.startswith("/") else False
+    """Tell whether a path is that of a VFIO group or device, however it is written; the control node asks for nothing."""
+    shortest = oci.normalize(path) if path.startswith("/") else ""
+    return shortest.startswith(oci.GROUP_PREFIX) and shortest != oci.CONTROL_NODE
 
 
 def make_document(container: dict[str, Any]) -> dict[str, Any]:
