@@ -55,7 +55,7 @@ def check(run: Run, pod: dict[str, Any], container: dict[str, Any], seconds: flo
 
 
 def is_vfio_path(path: str) -> bool:
-    """Tell whether a path is that of a VFIO group or device, however it is written; the control node asks for nothing."""
+    """Tell whether a path means a VFIO group or device, however it is written; the control node asks for nothing."""
     shortest = oci.normalize(path) if path.startswith("/") else ""
     return shortest.startswith(oci.GROUP_PREFIX) and shortest != oci.CONTROL_NODE
 

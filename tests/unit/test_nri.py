@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oci_hooks.findings import HookError
+from oci_hooks.findings import Finding, HookError
 from oci_hooks.nri import messages, plugin
 from oci_hooks.nri.transport import Demultiplexer, ProtocolError, frame_message
 from oci_hooks.nri.wire import Malformed, decode, encode
@@ -126,8 +126,8 @@ def test_an_annotation_names_the_devices_only_where_it_is_asked_for(tree: HostTr
 
 
 def test_many_errors_are_counted() -> None:
-    found = [plugin.Finding("error", f"c{n}", "x", "is wrong") for n in range(5)]
-    warning = plugin.Finding("warning", "w", "x", "is odd")
+    found = [Finding("error", f"c{n}", "x", "is wrong") for n in range(5)]
+    warning = Finding("warning", "w", "x", "is odd")
     assert plugin.format_veto([*found, warning]) == (
         "vfio-nri: error: [c0] x: is wrong | error: [c1] x: is wrong | error: [c2] x: is wrong"
         " | and 2 more errors, in the journal"
@@ -135,7 +135,7 @@ def test_many_errors_are_counted() -> None:
 
 
 def test_a_defect_is_a_finding(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin.container, "check", lambda *_: 1 // 0)
+    monkeypatch.setattr("oci_hooks.nri.container.check", lambda *_: 1 // 0)
     assert "error: [internal] test_nri.py" in create(tree, GROUP)[0]
 
 
@@ -214,6 +214,8 @@ def test_bad_runtimes_get_a_line_and_no_traceback(listener: socket.socket, sent:
     path = listener.getsockname()
     process = start(path)
     connection, _ = listener.accept()
+    # What was not read is lost with the connection, and so would be what was sent.
+    assert connection.recv(4096)
     connection.sendall(sent)
     connection.close()
     _, err = process.communicate(timeout=60)
@@ -255,7 +257,7 @@ def test_an_answer_is_given_before_a_signal_ends_it(
         os.kill(os.getpid(), signal.SIGTERM)
         return 0
 
-    monkeypatch.setattr(plugin.container, "check", check)
+    monkeypatch.setattr("oci_hooks.nri.container.check", check)
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     got: list[bytes] = []
 

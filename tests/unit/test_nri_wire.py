@@ -20,7 +20,7 @@ ALL = {
     for name, schema in vars(messages).items()
     if isinstance(schema, dict) and name.isupper() and not name.startswith("_")
 }
-TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 
 
@@ -60,18 +60,18 @@ def make_genuine(name: str) -> Any:
             field = message.field.add(name=key, number=number, label=1)
             if isinstance(kind, list) or kind == "map":
                 field.label = 3
-            kind = kind[0] if isinstance(kind, list) else kind
-            if kind == "map":
+            single = kind[0] if isinstance(kind, list) else kind
+            if single == "map":
                 entry = "".join(part.capitalize() for part in key.split("_")) + "Entry"
                 nested = message.nested_type.add(name=entry)
                 nested.options.map_entry = True
                 for part, place in (("key", 1), ("value", 2)):
                     nested.field.add(name=part, number=place, label=1, type=9)
                 field.type, field.type_name = 11, f".t.{title}.{entry}"
-            elif isinstance(kind, dict):
-                field.type, field.type_name = 11, add(f"{title}_{key}", kind)
+            elif isinstance(single, dict):
+                field.type, field.type_name = 11, add(f"{title}_{key}", single)
             else:
-                field.type = types[kind]
+                field.type = types[single]
         return f".t.{title}"
 
     add(name, ALL[name])
@@ -158,7 +158,8 @@ def test_messages_arrive_whole_however_they_are_cut(
 ) -> None:
     sent = [(connection, stream, kind, data + b"x" * longer) for connection, stream, kind, data in sent]
     stream = b"".join(frame_message(*message) for message in sent)
-    incoming, got, turn = Demultiplexer(), [], 0
+    incoming, turn = Demultiplexer(), 0
+    got: list[tuple[int, int, int, bytes]] = []
     while stream:
         size = cuts[turn % len(cuts)]
         got += incoming.feed(stream[:size])
