@@ -6,17 +6,17 @@ from __future__ import annotations
 from oci_hooks import oci
 from oci_hooks.findings import EXIT_DONE, InputError
 from oci_hooks.host import suite
-from oci_hooks.host.runtime import find_asker, find_shim
-from oci_hooks.host.settings import take_settings
+from oci_hooks.host.runtime import detect_runtime, find_shim
+from oci_hooks.host.settings import load_settings
 from oci_hooks.host.targets import find_targets
 from oci_hooks.json_input import Mismatch
-from oci_hooks.linux.pci import look
+from oci_hooks.linux.pci import scan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oci_hooks.host.runtime import Asker
+    from oci_hooks.host.runtime import Runtime
     from oci_hooks.oci import Spec, State
     from oci_hooks.program import Run
     from oci_hooks.system import Root
@@ -41,22 +41,22 @@ def check(run: Run, pod: dict[str, Any], container: dict[str, Any], seconds: flo
     spec = read_document(document)
     if not spec.vfio_devices or oci.is_sandbox(state, spec):
         return EXIT_DONE
-    settings = take_settings(run)
+    settings = load_settings(run)
     run.deadline.extend(min(settings.deadline, seconds))
-    asker = find_runtime(run.root, state, spec, settings.kata_mode)
-    found = suite.check_container(run.root, state, spec, asker, settings, run.deadline)
-    told = suite.settle((finding for finding in found if finding.code not in NOT_SHOWN), settings)
-    for finding in told:
+    runtime = find_runtime(run.root, state, spec, settings.kata_mode)
+    found = suite.check_container(run.root, state, spec, runtime, settings, run.deadline)
+    reported = suite.apply_overrides((finding for finding in found if finding.code not in NOT_SHOWN), settings)
+    for finding in reported:
         run.report(finding)
-    code = suite.choose_exit(told)
-    if code == EXIT_DONE and settings.nri_annotate and asker.is_kata:
+    code = suite.choose_exit_code(reported)
+    if code == EXIT_DONE and settings.nri_annotate and runtime.is_kata:
         run.details["annotations"] = make_annotations(run.root, state, spec)
     return code
 
 
 def is_vfio_path(path: str) -> bool:
     """Tell whether a path means a VFIO group or device, however it is written; the control node asks for nothing."""
-    shortest = oci.normalize(path) if path.startswith("/") else ""
+    shortest = oci.normalize_device_path(path) if path.startswith("/") else ""
     return shortest.startswith(oci.GROUP_PREFIX) and shortest != oci.CONTROL_NODE
 
 
@@ -100,15 +100,15 @@ def read_document(document: dict[str, Any]) -> Spec:
         raise InputError("bad-config", f"{SOURCE}: {mismatch.path}", mismatch.problem, hint) from None
 
 
-def find_runtime(root: Root, state: State, spec: Spec, mode: str) -> Asker:
+def find_runtime(root: Root, state: State, spec: Spec, mode: str) -> Runtime:
     """Return which runtime is to create the container: known by the pod's runtime handler, and by its process.
 
     The parent of this process is no shim, and nothing was created yet: as for a check by hand.
     """
     if mode == "auto" and is_kata_handler(root, state.annotations.get(oci.HANDLER_ANNOTATIONS[0], "")):
         mode = "always"
-    asker = find_asker(root, state, spec, mode, by_hand=True)
-    return asker.replace(shim=find_shim(root, state.pid)) if asker.is_kata and state.pid > 0 else asker
+    runtime = detect_runtime(root, state, spec, mode, by_hand=True)
+    return runtime.replace(shim=find_shim(root, state.pid)) if runtime.is_kata and state.pid > 0 else runtime
 
 
 def is_kata_handler(root: Root, name: str) -> bool:
@@ -125,7 +125,7 @@ def make_annotations(root: Root, state: State, spec: Spec) -> dict[str, str]:
     """
     if any(oci.find_annotation(state, spec, name) for name in (oci.DEVICES_ANNOTATION, oci.MAP_ANNOTATION)):
         return {}
-    groups = [target.group for target in find_targets(root, look(root), spec.vfio_devices) if target.group]
+    groups = [target.group for target in find_targets(root, scan(root), spec.vfio_devices) if target.group]
     devices = [member.pci for group in groups for member in group.passable if member.pci]
     words = dict.fromkeys(f"id:{device.id}" for device in devices)
     return {oci.DEVICES_ANNOTATION: ",".join(words)} if words else {}

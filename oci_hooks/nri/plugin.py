@@ -22,7 +22,7 @@ from oci_hooks.nri.transport import (
     frame_message,
 )
 from oci_hooks.nri.wire import Malformed, decode, encode
-from oci_hooks.program import Arguments, Run, guard_descriptors, run_work
+from oci_hooks.program import Arguments, Run, open_standard_descriptors, run_work
 from oci_hooks.system import Deadline, Root
 
 TYPE_CHECKING = False
@@ -53,7 +53,7 @@ HINT = (
 
 def main(argv: list[str]) -> int:
     """Run the plugin until the socket closes or a signal comes, and return the exit code. argv: without the name."""
-    guard_descriptors()
+    open_standard_descriptors()
     try:
         arguments = parse_arguments(argv)
         serve(arguments.socket, Plugin(arguments.index, arguments.settings, Root()))

@@ -21,11 +21,11 @@ from oci_hooks.nri.transport import Demultiplexer, ProtocolError, frame_message
 from oci_hooks.nri.wire import Malformed, decode, encode
 from oci_hooks.oci import DEVICES_ANNOTATION
 from oci_hooks.system import Root
-from tests.unit.host_tree import VFIO_MAJOR, HostTree
+from tests.support.fake_host import VFIO_MAJOR, HostTree
 
 pytestmark = pytest.mark.unit
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 NIC = "0000:03:00.0"
 GROUP = {"path": "/dev/vfio/12", "type": "c", "major": VFIO_MAJOR, "minor": 0}
 CONTROL = {"path": "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196}
@@ -136,7 +136,7 @@ def test_many_errors_are_counted() -> None:
 
 def test_a_defect_is_a_finding(tree: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("oci_hooks.nri.container.check", lambda *_: 1 // 0)
-    assert "error: [internal] test_nri.py" in create(tree, GROUP)[0]
+    assert "error: [internal] test_plugin.py" in create(tree, GROUP)[0]
 
 
 # The conversation ----------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ import pytest
 
 from oci_hooks.oci import DEVICES_ANNOTATION
 from tests.nri.peer import Peer, ensure_peer, find_go
-from tests.unit.host_tree import VFIO_MAJOR, HostTree
+from tests.support.fake_host import VFIO_MAJOR, HostTree
 
 pytestmark = pytest.mark.unit
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 GROUP = {"path": "/dev/vfio/12", "type": "c", "major": VFIO_MAJOR}
 NULL = {"path": "/dev/null", "type": "c", "major": 1, "minor": 3}
 KATA = {"id": "p1", "runtime_handler": "kata-qemu", "annotations": {"a": "b"}, "linux": {"cgroup_parent": "/x"}}
