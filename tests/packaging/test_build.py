@@ -23,11 +23,12 @@ EXECUTABLES = {
         "usr/share/oci/hooks/prestart/vfio-guest-bind",
         "usr/share/oci/hooks/poststop/vfio-guest-bind",
     ],
+    "oci-vfio-hooks-nri": ["usr/bin/vfio-nri"],
 }
 
 
 # What each needs besides the module and Python: the guest's kernel may have vfio-pci as a module.
-MORE: dict[str, list[str]] = {"oci-vfio-hooks": [], "oci-vfio-hooks-guest": ["kmod"]}
+MORE: dict[str, list[str]] = {"oci-vfio-hooks": [], "oci-vfio-hooks-guest": ["kmod"], "oci-vfio-hooks-nri": ["oci-vfio-hooks"]}
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
