@@ -28,7 +28,7 @@ EXECUTABLES = {
 
 
 # What each needs besides the module and Python: the guest's kernel may have vfio-pci as a module.
-MORE: dict[str, list[str]] = {"oci-vfio-hooks": [], "oci-vfio-hooks-guest": ["kmod"], "oci-vfio-hooks-nri": ["oci-vfio-hooks"]}
+MORE: dict[str, list[str]] = {"oci-vfio-hooks": [], "oci-vfio-hooks-guest": ["kmod"], "oci-vfio-hooks-nri": []}
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
@@ -75,7 +75,7 @@ def test_build_executables_unchanged(dist: Path, tmp_path: Path, kind: str, pack
         done = run("bash", "-c", f'. {path} && complete -p "$0"', path.name)
         assert "--help" in done
         assert (" export " in done) == (path.name == "vfio-hook-replay")
-    pages = {path.name.partition(".")[0] for path in (tmp_path / "payload/usr/share/man/man1").iterdir()}
+    pages = {path.name.partition(".")[0] for path in (tmp_path / "payload/usr/share/man").glob("man[18]/*")}
     assert commands == pages != set()
     assert not list((tmp_path / "payload").rglob("*.toml.pyc"))
 
