@@ -66,6 +66,7 @@ FLOOR = (
         "pyfakefs>=5.3",
         "hypothesis>=6.80",
         "tomli",
+        "protobuf>=4",
         "exceptiongroup",
         "typing-extensions",
     ),

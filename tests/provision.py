@@ -81,6 +81,9 @@ TEST_REQUIREMENTS = (
     "pyudev>=0.22",
     "tenacity>=6.2",
     "tomli>=1.1",
+    # The peer of the NRI plugin's own codec.
+    "protobuf>=4",
+    "types-protobuf>=4",
 )
 
 # What lint runs on the documents. The tests do without, and so does a machine that only runs tests.

@@ -116,20 +116,10 @@ def check_container(run: Run, state: State, spec: Spec) -> int:
     from oci_hooks.host import suite
     from oci_hooks.host.runtime import detect_runtime
     from oci_hooks.host.settings import load_settings
-    from oci_hooks.host.targets import find_targets
-    from oci_hooks.linux.pci import scan
 
     settings, root = load_settings(run), run.root
     runtime = detect_runtime(root, state, spec, settings.kata_mode, bool(run.arguments.bundle))
-    inventory = scan(root)
-    targets = find_targets(root, inventory, spec.vfio_devices)
-    findings = suite.check_host(root, inventory, targets)
-    for target in targets:
-        findings += suite.check_target(root, target, runtime, state, run.deadline)
-    if runtime.is_kata:
-        findings += suite.check_kata_sandbox(root, state, spec, runtime, targets, settings, run.deadline)
-    else:
-        findings = suite.downgrade_privileged(findings + suite.check_plain_runtime(root, spec, runtime, targets), spec)
+    findings = suite.check_container(root, state, spec, runtime, settings, run.deadline)
     reported = suite.apply_overrides(findings, settings)
     code = suite.choose_exit_code(reported)
     for finding in (*reported, *suite.warn_failure_ignored(runtime, code)):

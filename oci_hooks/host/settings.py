@@ -22,7 +22,8 @@ class HostSettings(Frozen):
 
     mode: "enforce", or "warn" for no error at all; deadline: seconds; record: "failure", "always" or "never";
     checks: codes of findings, each with a mode of its own ("enforce", "warn", "ignore"); kata_mode: "auto", "always" or
-    "never" check Kata's configuration; kata_config: path of Kata's configuration file, "" for Kata's own lookup.
+    "never" check Kata's configuration; kata_config: path of Kata's configuration file, "" for Kata's own lookup;
+    nri_annotate: whether vfio-nri gives a container in Kata the annotation that names its devices to the guest hook.
     """
 
     mode: str = "enforce"
@@ -31,6 +32,7 @@ class HostSettings(Frozen):
     checks: tuple[tuple[str, str], ...] = ()
     kata_mode: str = "auto"
     kata_config: str = ""
+    nri_annotate: bool = False
 
     def find_mode(self, code: str) -> str:
         """Return the mode of a single check by its code; "" where it has none of its own."""
@@ -52,6 +54,7 @@ def make_host_settings(table: Table) -> HostSettings:
     usual = HostSettings()
     checks = table.table("checks", "keys of this table are codes of findings, e.g. group-busy")
     kata = table.table("kata")
+    nri = table.table("nri")
     return HostSettings(
         mode=table.word("mode", usual.mode, "enforce", "warn"),
         deadline=table.number("deadline", usual.deadline, lambda s: 0.1 <= s <= 600, "a number from 0.1 to 600"),
@@ -62,6 +65,7 @@ def make_host_settings(table: Table) -> HostSettings:
         ),
         kata_mode=kata.word("mode", usual.kata_mode, "auto", "always", "never"),
         kata_config=kata.text("config", usual.kata_config, is_path, "an absolute path"),
+        nri_annotate=nri.switch("annotate", usual.nri_annotate),
     )
 
 

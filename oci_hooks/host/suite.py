@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from oci_hooks.findings import EXIT_DONE, EXIT_REFUSED, Finding
 from oci_hooks.host import checks, container_checks
+from oci_hooks.host.targets import find_targets
+from oci_hooks.linux.pci import scan
 from oci_hooks.oci import HOST_ONLY_NODES
 
 TYPE_CHECKING = False
@@ -76,6 +78,20 @@ def downgrade_privileged(findings: Iterable[Finding], spec: Spec) -> list[Findin
 def choose_exit_code(findings: Iterable[Finding]) -> int:
     """Return the exit code: refused as soon as one finding is an error."""
     return EXIT_REFUSED if any(finding.level == "error" for finding in findings) else EXIT_DONE
+
+
+def check_container(
+    root: Root, state: State, spec: Spec, runtime: Runtime, settings: HostSettings, deadline: Deadline
+) -> list[Finding]:
+    """Return what is wrong with all that a container with VFIO devices needs, before the modes of host.toml."""
+    inventory = scan(root)
+    targets = find_targets(root, inventory, spec.vfio_devices)
+    findings = check_host(root, inventory, targets)
+    for target in targets:
+        findings += check_target(root, target, runtime, state, deadline)
+    if runtime.is_kata:
+        return findings + check_kata_sandbox(root, state, spec, runtime, targets, settings, deadline)
+    return downgrade_privileged(findings + check_plain_runtime(root, spec, runtime, targets), spec)
 
 
 def check_host(root: Root, inventory: Inventory, targets: tuple[Target, ...]) -> list[Finding]:

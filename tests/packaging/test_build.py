@@ -23,11 +23,12 @@ EXECUTABLES = {
         "usr/share/oci/hooks/prestart/vfio-guest-bind",
         "usr/share/oci/hooks/poststop/vfio-guest-bind",
     ],
+    "oci-vfio-hooks-nri": ["usr/bin/vfio-nri"],
 }
 
 
 # What each needs besides the module and Python: the guest's kernel may have vfio-pci as a module.
-MORE: dict[str, list[str]] = {"oci-vfio-hooks": [], "oci-vfio-hooks-guest": ["kmod"]}
+MORE: dict[str, list[str]] = {"oci-vfio-hooks": [], "oci-vfio-hooks-guest": ["kmod"], "oci-vfio-hooks-nri": []}
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
@@ -74,7 +75,7 @@ def test_build_executables_unchanged(dist: Path, tmp_path: Path, kind: str, pack
         done = run("bash", "-c", f'. {path} && complete -p "$0"', path.name)
         assert "--help" in done
         assert (" export " in done) == (path.name == "vfio-hook-replay")
-    pages = {path.name.partition(".")[0] for path in (tmp_path / "payload/usr/share/man/man1").iterdir()}
+    pages = {path.name.partition(".")[0] for path in (tmp_path / "payload/usr/share/man").glob("man[18]/*")}
     assert commands == pages != set()
     assert not list((tmp_path / "payload").rglob("*.toml.pyc"))
 

@@ -35,6 +35,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         *("guest.settings", "guest.undo_log", "guest.id_mapping"),
     ),
     "host": ("root", "linux", "program"),
+    "nri": ("root", "linux", "program", "host"),
     "replay": ("root", "linux", "program", "record", "guest", "guest.apply", "guest.undo_log", "host"),
 }
 

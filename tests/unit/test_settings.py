@@ -28,6 +28,9 @@ viommu-off = "enforce"
 [kata]
 mode = "always"
 config = "/opt/kata/share/defaults/kata-containers/configuration-qemu.toml"
+
+[nri]
+annotate = true
 """
 ALL = HostSettings(
     mode="warn",
@@ -36,6 +39,7 @@ ALL = HostSettings(
     checks=(("group-busy", "ignore"), ("viommu-off", "enforce")),
     kata_mode="always",
     kata_config="/opt/kata/share/defaults/kata-containers/configuration-qemu.toml",
+    nri_annotate=True,
 )
 
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A container as NRI describes it, checked as the host hook checks the one in config.json."""
+
+from __future__ import annotations
+
+from oci_hooks import oci
+from oci_hooks.findings import EXIT_DONE, InputError
+from oci_hooks.host import suite
+from oci_hooks.host.runtime import detect_runtime, find_shim
+from oci_hooks.host.settings import load_settings
+from oci_hooks.host.targets import find_targets
+from oci_hooks.json_input import Mismatch
+from oci_hooks.linux.pci import scan
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from oci_hooks.host.runtime import Runtime
+    from oci_hooks.oci import Spec, State
+    from oci_hooks.program import Run
+    from oci_hooks.system import Root
+
+# What to call the container's description in a finding.
+SOURCE = "the container that NRI describes"
+# NRI shows neither capabilities nor the limits that the engine adds later, so nothing can be said of these.
+NOT_SHOWN = ("memlock",)
+
+
+def check(run: Run, pod: dict[str, Any], container: dict[str, Any], seconds: float) -> int:
+    """Check a container that is about to be created, and return the exit code that the hook would have.
+
+    pod, container: the messages; seconds: time after which the runtime gives up on the answer. The annotation to add,
+    if there is one, is in run.details.
+    """
+    run.container = container["id"]
+    document = make_document(container)
+    if not any(is_vfio_path(device["path"]) for device in document["linux"]["devices"]):
+        return EXIT_DONE
+    state = make_state(pod, container)
+    spec = read_document(document)
+    if not spec.vfio_devices or oci.is_sandbox(state, spec):
+        return EXIT_DONE
+    settings = load_settings(run)
+    run.deadline.extend(min(settings.deadline, seconds))
+    runtime = find_runtime(run.root, state, spec, settings.kata_mode)
+    found = suite.check_container(run.root, state, spec, runtime, settings, run.deadline)
+    reported = suite.apply_overrides((finding for finding in found if finding.code not in NOT_SHOWN), settings)
+    for finding in reported:
+        run.report(finding)
+    code = suite.choose_exit_code(reported)
+    if code == EXIT_DONE and settings.nri_annotate and runtime.is_kata:
+        run.details["annotations"] = make_annotations(run.root, state, spec)
+    return code
+
+
+def is_vfio_path(path: str) -> bool:
+    """Tell whether a path means a VFIO group or device, however it is written; the control node asks for nothing."""
+    shortest = oci.normalize_device_path(path) if path.startswith("/") else ""
+    return shortest.startswith(oci.GROUP_PREFIX) and shortest != oci.CONTROL_NODE
+
+
+def make_document(container: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of config.json that NRI shows of a container."""
+    linux = container["linux"] or {}
+    resources = linux.get("resources") or {}
+    hooks = {name: entries for name, entries in (container["hooks"] or {}).items() if entries}
+    document = {
+        "annotations": container["annotations"],
+        "process": {"env": container["env"]},
+        "mounts": container["mounts"],
+        "linux": {
+            "devices": [open_numbers(device) for device in linux.get("devices", ())],
+            "namespaces": linux.get("namespaces", []),
+            "resources": {"devices": [open_numbers(rule) for rule in resources.get("devices", ())]},
+        },
+    }
+    return {**document, "hooks": hooks} if hooks else document
+
+
+def open_numbers(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with its optional numbers as numbers; those that are not given are left out."""
+    opened = {key: value["value"] if isinstance(value, dict) else value for key, value in message.items()}
+    return {key: value for key, value in opened.items() if value is not None}
+
+
+def make_state(pod: dict[str, Any], container: dict[str, Any]) -> State:
+    """Return the state that a hook of this container would get, with the pod's runtime handler and id."""
+    known = {oci.HANDLER_ANNOTATIONS[0]: pod["runtime_handler"], oci.SANDBOX_ID_ANNOTATIONS[0]: pod["id"]}
+    # The pod's process is the sandbox's hypervisor, where there is one.
+    return oci.State(container["id"], "", pod["pid"], "creating", {key: value for key, value in known.items() if value})
+
+
+def read_document(document: dict[str, Any]) -> Spec:
+    """Return what the checks use of the document. Raises InputError [bad-config]."""
+    try:
+        return oci.make_spec(document, SOURCE)
+    except Mismatch as mismatch:
+        hint = "see the container's devices in the pod's description; this comes from the container runtime"
+        raise InputError("bad-config", f"{SOURCE}: {mismatch.path}", mismatch.problem, hint) from None
+
+
+def find_runtime(root: Root, state: State, spec: Spec, mode: str) -> Runtime:
+    """Return which runtime is to create the container: known by the pod's runtime handler, and by its process.
+
+    The parent of this process is no shim, and nothing was created yet: as for a check by hand.
+    """
+    if mode == "auto" and is_kata_handler(root, state.annotations.get(oci.HANDLER_ANNOTATIONS[0], "")):
+        mode = "always"
+    runtime = detect_runtime(root, state, spec, mode, by_hand=True)
+    return runtime.replace(shim=find_shim(root, state.pid)) if runtime.is_kata and state.pid > 0 else runtime
+
+
+def is_kata_handler(root: Root, name: str) -> bool:
+    """Tell whether a runtime handler is one of Kata's, whatever it is called, as the engine's configuration says."""
+    from oci_hooks.host.kata.handlers import list_kata_handlers
+
+    return bool(name) and any(handler.name == name for handler in list_kata_handlers(root))
+
+
+def make_annotations(root: Root, state: State, spec: Spec) -> dict[str, str]:
+    """Return the annotation that names the container's devices to the guest hook; nothing where it has one already.
+
+    The guest's addresses are not known yet, so devices are named by vendor and device.
+    """
+    if any(oci.find_annotation(state, spec, name) for name in (oci.DEVICES_ANNOTATION, oci.MAP_ANNOTATION)):
+        return {}
+    groups = [target.group for target in find_targets(root, scan(root), spec.vfio_devices) if target.group]
+    devices = [member.pci for group in groups for member in group.passable if member.pci]
+    words = dict.fromkeys(f"id:{device.id}" for device in devices)
+    return {oci.DEVICES_ANNOTATION: ",".join(words)} if words else {}
