@@ -32,7 +32,12 @@ def make_page() -> str:
     found: dict[str, set[tuple[str, str]]] = {}
     for path in sorted((REPOSITORY / "oci_hooks").rglob("*.py")):
         parts = path.relative_to(REPOSITORY / "oci_hooks").parts
-        part = {"guest": "vfio-guest-bind", "host": "vfio-host-check", "replay": "vfio-hook-replay", "nri": "vfio-nri"}.get(parts[0], "")
+        part = {
+            "guest": "vfio-guest-bind",
+            "host": "vfio-host-check",
+            "replay": "vfio-hook-replay",
+            "nri": "vfio-nri",
+        }.get(parts[0], "")
         for message in list_messages(ast.parse(path.read_text())):
             found.setdefault(part or "Shared", set()).add(message)
     lines = [HEAD]

@@ -167,7 +167,9 @@ def test_hooks_python_minimal_reported(machines: MakeBare) -> None:
     machine = machines("bare-python")
     for hook in HOOKS:
         output = call(machine, f"echo '{{}}' | hooks/{hook}", 1)
-        assert re.match(rf"{hook}: error: \[internal\] .*'json'; this Python has not its whole library", output), output
+        assert re.match(rf"{hook}: error: \[internal\] .*'json'; Python's standard library is incomplete", output), (
+            output
+        )
         assert output.count("\n") == 1
     output = call(machine, "hooks/vfio-hook-replay list", 1)
     assert re.fullmatch(

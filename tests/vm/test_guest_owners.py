@@ -86,7 +86,7 @@ def test_guest_owners_another_device_at_address(containers: Containers) -> None:
     done = guest_calls.call_hook(second_state)
     assert done.code == 0, done.stderr
     (reported,) = guest_calls.list_findings(done)
-    assert f"warning: [device-replaced] {address}: was unplugged since it was bound" in reported
+    assert f"warning: [device-replaced] {address}: was unplugged after it was bound" in reported
     assert (guest.driver_of(address), guest.override_of(address)) == ("nvme", "")
     subprocess.run(["sync", "-f", MOUNT], check=True)
     Path("/proc/sys/vm/drop_caches").write_text("3")

@@ -105,7 +105,7 @@ def test_guest_select_counting(bundle: Bundle) -> None:
     line = refuse(bundle(devices=bundles.vfio_devices(guest.group_of(nic))))
     assert "[ambiguous] linux.devices" in line
     assert all(f"group {group}: {address}" in line for group, address in free.items())
-    assert f'say which: "{DEVICES}": "' in line
+    assert f'select by annotation: "{DEVICES}": "' in line
 
     hinted = bundle(devices=bundles.vfio_devices("77"), environment={"PCIDEVICE_INTEL_COM_NIC": nic})
     assert plan_groups(hinted) == [guest.group_of(nic)]

@@ -224,7 +224,7 @@ def test_host_check_configuration_before_vm(nic: str, kata: None, tmp_path: Path
 
 def test_host_check_viommu_hint_works(nic: str, kata: None, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path, nic)
-    command = check(bundle).stderr.rpartition("set it there, or: ")[2].partition("; then start")[0]
+    command = check(bundle).stderr.rpartition("true there, or: ")[2].partition("; then start")[0]
     subprocess.run(command, shell=True, check=True)  # noqa: S602
     drop_in = KATA.parent / "config.d/90-viommu.toml"
     try:

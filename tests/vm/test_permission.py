@@ -303,7 +303,7 @@ def test_permission_ancestor_unchanged_named(container: Container) -> None:
     checks = proof.verify_nodes(ROOT, container.place, container.directory, [VFIO], Deadline(20))
     assert [check.is_denied for check in checks] == [True]
     error = permission.explain_denial(ROOT, container.place, checks)
-    assert f"{container.pod} above has a device program" in str(error)
+    assert f"the parent cgroup {container.pod} has a device filter of its own" in str(error)
 
 
 def test_permission_own_scope_changed() -> None:
@@ -354,7 +354,7 @@ def test_permission_hardened_jit_refused(container: Container) -> None:
         if child == 0:
             try:
                 Path("/proc/sys/kernel/kptr_restrict").write_text("2")
-                os._exit(0 if "only zeros" in refused(container) else 1)
+                os._exit(0 if "hides its instructions" in refused(container) else 1)
             finally:
                 os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -344,7 +344,7 @@ def test_replay_tool_walkthrough(directory: Path) -> None:
     assert "ambiguous" in listed[2]
     explained = run_tool("--directory", str(directory), "explain", "20260102").stdout
     assert "[ambiguous]" in explained
-    assert 'do this: say which: "io.katacontainers.x.vfio.devices"' in explained
+    assert 'do this: select by annotation: "io.katacontainers.x.vfio.devices"' in explained
     shown = run_tool("--directory", str(directory), "show", "20260102").stdout
     assert "read claims" in shown
     assert "read  " in shown
