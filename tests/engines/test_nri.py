@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engines import engine as engines
 from tests.engines.engine import IMAGE, PAUSE, Engine, find_group
 from tests.engines.test_engines import POD, wait_for_log
 from tests.vm import devices, guest
