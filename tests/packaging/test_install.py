@@ -21,8 +21,8 @@ from tests.runner import limit_tests, read_report
 from tests.skips import find_unknown
 
 LIBEXEC = "/usr/libexec/oci/hooks.d"
-HOOKS = [
 PACKAGES = ("oci-vfio-hooks", "oci-vfio-hooks-guest", "oci-vfio-hooks-nri")
+HOOKS = [
     f"{LIBEXEC}/vfio-host-check",
     f"{LIBEXEC}/vfio-guest-bind",
     "/usr/share/oci/hooks/prestart/vfio-guest-bind",
