@@ -21,6 +21,7 @@ from tests.runner import limit_tests, read_report
 from tests.skips import find_unknown
 
 LIBEXEC = "/usr/libexec/oci/hooks.d"
+PACKAGES = ("oci-vfio-hooks", "oci-vfio-hooks-guest", "oci-vfio-hooks-nri")
 HOOKS = [
     f"{LIBEXEC}/vfio-host-check",
     f"{LIBEXEC}/vfio-guest-bind",
@@ -100,7 +101,7 @@ def test_debs_without_recommended_packages(bare: MakeRoot, name: str) -> None:
     output = bound.run("vfio-hook-replay", "explain", code=2).stderr
     assert output.startswith("vfio-hook-replay: ")
     assert output.endswith("apt install python3-jsonschema\n")
-    root.run("apt-get", "purge", "-y", "python3-oci-vfio-hooks", "oci-vfio-hooks", "oci-vfio-hooks-guest")
+    root.run("apt-get", "purge", "-y", "python3-oci-vfio-hooks", *PACKAGES)
 
 
 @pytest.mark.parametrize("name", DEBIANS)
@@ -110,7 +111,7 @@ def test_debs_purge_leaves_nothing(installed: MakeRoot, name: str) -> None:
         "sh", "-c", "mkdir -p /etc/oci-vfio-hooks && touch /etc/oci-vfio-hooks/host.toml /etc/oci-vfio-hooks/guest.toml"
     )
     use_hooks(root, HOOKS[:2])
-    root.run("apt-get", "purge", "-y", "python3-oci-vfio-hooks", "oci-vfio-hooks", "oci-vfio-hooks-guest")
+    root.run("apt-get", "purge", "-y", "python3-oci-vfio-hooks", *PACKAGES)
     left = root.run("find", "/", "-xdev", "-not", "-path", "/mnt/*", "-not", "-path", "/root/*").stdout.splitlines()
     before = {f"/{path.relative_to(root.layers[-1])}" for path in root.layers[-1].rglob("*")}
     assert [path for path in left if OURS.search(path) and path not in before] == []
@@ -142,14 +143,14 @@ def test_debs_upgrade_keeps_settings_removes_old_files(dist: Path, installed: Ma
 
 def test_rpms_install_with_dependencies(dist: Path, installed: MakeRoot) -> None:
     root = installed("debian-12")
-    root.run("dpkg", "--purge", "python3-oci-vfio-hooks", "oci-vfio-hooks", "oci-vfio-hooks-guest")
+    root.run("dpkg", "--purge", "python3-oci-vfio-hooks", *PACKAGES)
     before = root.list_changes()
     rpms = sorted(path for path in dist.glob("*.noarch.rpm"))
     # Debian's libraries are not in the RPM database, hence --nodeps; test_build.py looks at what is required.
     run_rpm(root, "-i", "--nodeps", *(str(path) for path in rpms))
     use_hooks(root, HOOKS)
-    run_rpm(root, "-V", "--nodeps", "oci-vfio-hooks", "oci-vfio-hooks-guest", "python3-oci-vfio-hooks")
-    run_rpm(root, "-e", "oci-vfio-hooks", "oci-vfio-hooks-guest", "python3-oci-vfio-hooks")
+    run_rpm(root, "-V", "--nodeps", *PACKAGES, "python3-oci-vfio-hooks")
+    run_rpm(root, "-e", *PACKAGES, "python3-oci-vfio-hooks")
     assert [path for path in root.list_changes() - before if OURS.search(path)] == []
 
 
@@ -166,7 +167,7 @@ def run_rpm(root: Root, *arguments: str) -> None:
 
 def test_pip_into_usr_local(installed: MakeRoot, tmp_path: Path) -> None:
     root = installed("debian-12")
-    root.run("dpkg", "--purge", "python3-oci-vfio-hooks", "oci-vfio-hooks", "oci-vfio-hooks-guest")
+    root.run("dpkg", "--purge", "python3-oci-vfio-hooks", *PACKAGES)
     target = root.changes / "top"
     pip = [provision.PYTHON, "-m", "pip", "install", "-q", "--root", str(target), "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--break-system-packages", str(copy_sources(tmp_path))], check=True, capture_output=True)
