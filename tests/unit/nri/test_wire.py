@@ -51,7 +51,7 @@ def make_genuine(name: str) -> Any:
     pytest.importorskip("google.protobuf")
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-    file = descriptor_pb2.FileDescriptorProto(name=f"{name}.proto", package="t", syntax="proto3")
+    file: Any = descriptor_pb2.FileDescriptorProto(name=f"{name}.proto", package="t", syntax="proto3")
     types = {"text": 9, "bytes": 12, "int": 3, "bool": 8}
 
     def add(title: str, schema: dict[str, Any]) -> str:
