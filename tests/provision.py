@@ -144,8 +144,13 @@ def find_cache() -> Path:
     return cache
 
 
-def run(command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Run a command to its end and return its standard output. Raises MissingError with what it said when it fails."""
+def run(
+    command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | None = None, limit: float = COMMAND_LIMIT
+) -> str:
+    """Run a command to its end and return its standard output. Raises MissingError with what it said when it fails.
+
+    limit: seconds that it has.
+    """
     try:
         done = subprocess.run(
             command,
@@ -156,12 +161,12 @@ def run(command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | N
             text=True,
             errors="replace",
             check=False,
-            timeout=COMMAND_LIMIT,
+            timeout=limit,
         )
     except FileNotFoundError as error:
         raise MissingError(f"{command[0]}: command not found") from error
     except subprocess.TimeoutExpired as error:
-        raise MissingError(f"`{shlex.join(command)}` did not end in {COMMAND_LIMIT:.0f} s") from error
+        raise MissingError(f"`{shlex.join(command)}` did not end in {limit:.0f} s") from error
     PROGRESS.note(f"$ {shlex.join(command)}\n{done.stdout}{done.stderr}")
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
