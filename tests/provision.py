@@ -145,11 +145,11 @@ def find_cache() -> Path:
 
 
 def run(
-    command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | None = None, limit: float = COMMAND_LIMIT
+    command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | None = None, limit: float | None = None
 ) -> str:
     """Run a command to its end and return its standard output. Raises MissingError with what it said when it fails.
 
-    limit: seconds that it has.
+    limit: seconds that it has, if not COMMAND_LIMIT.
     """
     try:
         done = subprocess.run(
@@ -161,12 +161,12 @@ def run(
             text=True,
             errors="replace",
             check=False,
-            timeout=limit,
+            timeout=limit or COMMAND_LIMIT,
         )
     except FileNotFoundError as error:
         raise MissingError(f"{command[0]}: command not found") from error
     except subprocess.TimeoutExpired as error:
-        raise MissingError(f"`{shlex.join(command)}` did not end in {limit:.0f} s") from error
+        raise MissingError(f"`{shlex.join(command)}` did not end in {limit or COMMAND_LIMIT:.0f} s") from error
     PROGRESS.note(f"$ {shlex.join(command)}\n{done.stdout}{done.stderr}")
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
