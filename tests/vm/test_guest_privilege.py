@@ -26,6 +26,7 @@ from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Container, Containers, Done
 
 MACHINE = "standard"
+KERNELS = ("6.1",)
 PRIVILEGES = bundles.REPOSITORY / "docs/reference/privileges.md"
 UNISTD = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
 Number = tuple[str, int, int]
