@@ -55,6 +55,8 @@ KEEP_RECORDS = "OCI_VFIO_KEEP_RECORDS"
 HANDED_ON = ("OCI_VFIO_HOOKS_DIR", "OCI_VFIO_FULL")
 # More files than this that ask for the same machine are shared by several.
 FILES_PER_BOOT = 6
+# Files that take as long as so many others: what is longest begins first.
+LONG_FILES = {"test_odd_configs.py": 8, "test_guest_kill.py": 4}
 # What is told of each failure at the end; all of it stands where it happened.
 LINES_TOLD = 20
 # Tests that failed are tried once more alone, unless they are more than this.
@@ -378,7 +380,7 @@ def plan_boots(files: list[Path]) -> list[Boot]:
     for (machine, kernel), together in wishes.items():
         parts = math.ceil(len(together) / FILES_PER_BOOT)
         boots += [Boot(machine, kernel, tuple(together[part::parts])) for part in range(parts)]
-    return sorted(boots, key=lambda boot: len(boot.files), reverse=True)
+    return sorted(boots, key=lambda boot: sum(LONG_FILES.get(file.name, 1) for file in boot.files), reverse=True)
 
 
 def read_wishes(file: Path) -> tuple[str, tuple[str, ...]]:

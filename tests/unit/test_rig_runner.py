@@ -229,6 +229,14 @@ def test_runner_groups_files_by_machine(tmp_path: Path) -> None:
     ]
 
 
+def test_runner_boots_long_files_first(tmp_path: Path) -> None:
+    """A machine that begins last and takes longest leaves a processor without work."""
+    others = [make_file(tmp_path, f"test_{number}.py", "standard") for number in range(3)]
+    slow = make_file(tmp_path, "test_odd_configs.py", "single")
+    assert [boot.files for boot in runner.plan_boots([*others, slow])] == [(slow,), tuple(others)]
+    assert set(runner.LONG_FILES) <= {file.name for file in runner.find_machine_tests()}
+
+
 @pytest.mark.parametrize(("more", "wanted"), [(0, 1), (1, 2), (runner.FILES_PER_BOOT + 1, 3)])
 def test_runner_splits_many_files(tmp_path: Path, more: int, wanted: int) -> None:
     """Each file once."""
