@@ -27,7 +27,7 @@ NRI = """
 """
 PLUGIN = "setsid vfio-nri </dev/null >/run/nri.log 2>&1 & echo $! >/run/nri.main"
 WAIT = "for i in $(seq 60); do grep -q '{}' {} && exit 0; sleep 0.5; done; cat {}; exit 1"
-CONNECTED = "vfio-nri.* connected and synchronized"
+CONNECTED = "vfio-nri.* connected"
 
 
 @pytest.fixture(name="group")
