@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hooks have to say: findings, and the exceptions that carry them."""
+"""Findings that the hooks report, and the exceptions that carry them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ EXIT_DONE = 0
 EXIT_REFUSED = 1
 EXIT_BAD_INPUT = 2
 
-# Characters in a line for the user.
+# Characters in a reported line.
 LINE_LIMIT = 2000
 
 
 class Finding(Frozen):
-    """One thing to tell the user, on one line.
+    """One reported problem or fact, printed on one line.
 
-    level: "error", "warning" or "info"; code: stable, for programs; subject: the object it is about
+    level: "error", "warning" or "info"; code: stable, for programs; subject: the object concerned
     ("group 12", "/etc/...toml"); problem: what is wrong with it; hint: what the user can do.
     """
 
@@ -37,7 +37,7 @@ class Finding(Frozen):
     def as_line(self) -> str:
         """Return `level: [code] subject: problem; hint`, without a control character.
 
-        Of a long text what is cut is the middle: what the user can do stands at the end.
+        A long text is cut in the middle, because the hint is at the end.
         """
         hint = make_one_line(self.hint, LINE_LIMIT // 2)
         text = make_one_line(
@@ -47,7 +47,7 @@ class Finding(Frozen):
 
 
 class HookError(Exception):
-    """The hook can't go on. Carries the findings to report; `exit_code` is what the process returns."""
+    """The hook cannot continue. Carries the findings to report; `exit_code` is the exit code of the process."""
 
     exit_code = EXIT_REFUSED
 
@@ -71,11 +71,11 @@ class InputError(HookError):
 
 
 class Refusal(HookError):
-    """What was asked for can't or must not be done. Decided before anything was changed."""
+    """The request cannot or must not be carried out. Decided before anything was changed."""
 
 
 class StepError(HookError):
-    """A step of the plan failed. Raised inside the part that puts everything back."""
+    """A step of the plan failed. Raised where all changes are undone."""
 
 
 def make_one_line(text: str, limit: int = LINE_LIMIT) -> str:
@@ -83,7 +83,7 @@ def make_one_line(text: str, limit: int = LINE_LIMIT) -> str:
 
     limit: length in characters above which the text is cut.
     """
-    # An escape is longer than its character, so what is behind the limit stays there.
+    # An escape is longer than its character, so text behind the limit stays behind it.
     kept = text[: limit + 1]
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in kept)
     return safe if len(safe) <= limit else safe[: limit - 3] + "..."

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Immutable records.
 
-`dataclasses` costs twice the start of a bare interpreter (it imports inspect), and every container on the
-machine would pay for it. This base class is what the hooks need of it: fields in the order of their
+`dataclasses` takes twice the start-up time of a bare interpreter (it imports inspect), for every container on the
+machine. This base class has only the parts that the hooks need: fields in the order of their
 annotations, defaults from the class body, equality, no assignment.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
 
     def dataclass_transform(**_options):
-        """Stand in for the type checker's decorator, which does nothing at run time."""
+        """Replace the type checker's decorator, which does nothing at run time."""
         return lambda cls: cls
 
 
@@ -31,7 +31,7 @@ class Frozen:
         tag: ClassVar[str]
     else:
         known_fields = ()
-        # The name that recordings have for a kind of records, whatever its class is called.
+        # The name of this kind of record in recordings, independent of the name of its class.
         tag = "record"
 
     def __init_subclass__(cls) -> None:
@@ -60,7 +60,7 @@ class Frozen:
         return list(cls.known_fields)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as a plain dictionary; records inside stay records."""
+        """Return the fields as a plain dictionary; nested records stay records."""
         return {name: getattr(self, name) for name in self.known_fields}
 
     def replace(self: R, **changes: Any) -> R:

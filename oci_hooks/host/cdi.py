@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 COMMANDS = ("generate", "list")
-# Where the packages install it; another place only where this very program is there.
+# The packages' install path; another path is used only if this program was started from there.
 HOOK = "/usr/libexec/oci/hooks.d/vfio-host-check"
 # Engines read files with these endings only, and no .yml.
 FORMS = {".json": "json", ".yaml": "yaml"}
 
 
 def add_cdi_options(parser: ArgumentParser) -> None:
-    """Give the parser the options that --cdi has."""
+    """Add the options of --cdi to the parser."""
     parser.usage = "vfio-host-check --cdi [generate|list] [OPTIONS]"
     parser.description = "Write this host's VFIO groups as devices of the Container Device Interface."
     parser.add_argument(
@@ -59,7 +59,7 @@ def add_cdi_options(parser: ArgumentParser) -> None:
 
 
 def work_cdi(run: Run) -> int:
-    """Do what the arguments after --cdi ask for and return the exit code. Raises InputError, Refusal."""
+    """Carry out the arguments after --cdi and return the exit code. Raises InputError, Refusal."""
     arguments, root = run.arguments, run.root
     choices = parse_choices(arguments.selects)
     form = choose_form(arguments.output, arguments.format)
@@ -82,7 +82,7 @@ def work_cdi(run: Run) -> int:
     findings += [*check_common_node(root, arguments.cdev), *more]
     run.details["cdi"] = document
     text = format_document(document, form)
-    # What is wrong is reported even if the file can't be written.
+    # Findings are reported even if the file cannot be written.
     code = conclude(run, findings, settings)
     if arguments.output:
         write_output(run, text, passable)
@@ -92,7 +92,7 @@ def work_cdi(run: Run) -> int:
 
 
 def conclude(run: Run, findings: list[Finding], settings: HostSettings) -> int:
-    """Take note of the findings as host.toml wants them and return the exit code."""
+    """Record the findings under the modes of host.toml and return the exit code."""
     told = apply_overrides(findings, settings)
     for finding in told:
         run.report(finding)
@@ -100,7 +100,7 @@ def conclude(run: Run, findings: list[Finding], settings: HostSettings) -> int:
 
 
 def choose_form(output: str, named: str) -> str:
-    """Return "json" or "yaml". Raises InputError where name and format contradict each other, or no engine reads it."""
+    """Return "json" or "yaml". Raises InputError if name and format contradict, or if no engine reads the name."""
     if not output:
         return named or "yaml"
     form = FORMS.get(os.path.splitext(output)[1], "")
@@ -114,7 +114,7 @@ def choose_form(output: str, named: str) -> str:
 
 
 def choose_hook(left_out: bool) -> str:
-    """Return the path of the host check for the hook, "" for no hook: this program itself, where it has that name."""
+    """Return the path of the host check for the hook, "" for no hook: this program's own path if it has that name."""
     if left_out:
         return ""
     own = os.path.realpath(sys.argv[0])
@@ -122,7 +122,7 @@ def choose_hook(left_out: bool) -> str:
 
 
 def check_common_node(root: Root, cdev: bool) -> tuple[Finding, ...]:
-    """control-node-missing: the node that every device of the file needs is not there."""
+    """control-node-missing: the node that every device of the file needs does not exist."""
     node, module = (IOMMUFD_NODE, "iommufd") if cdev else (CONTROL_NODE, "vfio")
     if root.exists(node):
         return ()
@@ -144,7 +144,7 @@ def report_empty(output: str) -> Finding:
 
 
 def write_output(run: Run, text: str, passable: tuple[Offer, ...]) -> None:
-    """Have the CDI file with this text. Raises Refusal [output]."""
+    """Write this text as the CDI file. Raises Refusal [output]."""
     path = os.path.abspath(run.arguments.output)
     written = put_file(run.root, path, text, is_own, run.arguments.force)
     run.details["written"] = written
@@ -158,7 +158,7 @@ def write_output(run: Run, text: str, passable: tuple[Offer, ...]) -> None:
 
 
 def format_offers(offers: tuple[Offer, ...]) -> str:
-    """Return the list for a person: the name to request, or why there is none."""
+    """Return the list as text: the name to request, or the reason why there is none."""
     rows: list[tuple[str, ...]] = [("CDI DEVICE", "GROUP", "STATE", "DEVICES", "WHY NOT")]
     for offer in offers:
         members = ",".join(member.name for member in offer.group.passable) or "-"
@@ -169,7 +169,7 @@ def format_offers(offers: tuple[Offer, ...]) -> str:
 
 
 def describe_offer(offer: Offer) -> dict[str, Any]:
-    """Return a group of the list for --json."""
+    """Return a group of the list as an object for --json."""
     names = [] if offer.obstacles else [offer.group.name, *offer.nodes]
     return {
         **describe_line(offer.line),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CDI document for groups of this host, as an object, as JSON and as YAML. Pure: reads nothing, writes nothing.
+"""Build a CDI document for groups of this host, as an object, JSON or YAML. Pure: reads nothing, writes nothing.
 
-Source: SPEC.md of the Container Device Interface (tags.cncf.io/container-device-interface); its package parser has the
-rules for names, its package cdi the version that each part needs.
+Source: SPEC.md of the Container Device Interface (tags.cncf.io/container-device-interface); its package parser defines
+the rules for names, its package cdi the version that each feature needs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 KIND = "oci-vfio-hooks/group"
 ALL = "all"
-# First line of a YAML file; by it the next run knows that the file is its own.
+# First line of a YAML file; the next run recognizes its own file by it.
 HEADER = "# Made by vfio-host-check --cdi, which replaces this file without asking.\n"
-# The convention of the SR-IOV network device plugin, which Kata's agent and vfio-guest-bind know too.
+# The convention of the SR-IOV network device plugin; Kata's agent and vfio-guest-bind follow it too.
 VARIABLE = "PCIDEVICE_OCI_VFIO_HOOKS_GROUP_"
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 ALNUM = LETTERS | frozenset("0123456789")
@@ -32,7 +32,7 @@ NAME_CHARACTERS = ALNUM | frozenset("-_.:")
 
 
 class Form(Frozen):
-    """What a CDI document is to have. cdev: nodes of devices, not of groups; hook: path of the host check, "" for no
+    """Options of a CDI document. cdev: nodes of devices, not of groups; hook: path of the host check, "" for no
     hook; annotate: the guest hook's annotation on each device.
     """
 
@@ -47,7 +47,7 @@ class Form(Frozen):
 def make_document(offers: Iterable[Offer], form: Form) -> tuple[dict[str, Any], list[Finding]]:
     """Return the CDI document that offers these groups, and a finding for each name that can't be used.
 
-    Each group is a device by its number, and by the address of each device in it; `all` is all of them.
+    Each group is a device named by its number, and by the address of each device in it; `all` is every group.
     """
     passable = sorted(offers, key=lambda offer: (len(offer.group.name), offer.group.name))
     devices = {offer.group.name: make_device(offer.group.name, [offer], form) for offer in passable}
@@ -59,7 +59,7 @@ def make_document(offers: Iterable[Offer], form: Form) -> tuple[dict[str, Any], 
                 hint = f"request its group: {KIND}={offer.group.name}"
                 findings.append(Finding("warning", "cdi-name", f"device {member}", problem, hint))
                 continue
-            # A group's node is good for all of its devices, a device's own node for this one only.
+            # A group's node serves all of its devices, a device's own node only that device.
             alone = offer.replace(nodes={member: node}) if form.cdev else offer
             devices[member] = make_device(member, [alone], form)
     if passable:
@@ -75,7 +75,7 @@ def make_document(offers: Iterable[Offer], form: Form) -> tuple[dict[str, Any], 
 
 
 def make_device(name: str, offers: list[Offer], form: Form) -> dict[str, Any]:
-    """Return a device of the document. Numbers are left out: the engine reads those that the node has then."""
+    """Return a device of the document. Device numbers are omitted: the engine reads the node's current ones."""
     nodes = dict.fromkeys(node for offer in offers for node in offer.nodes.values())
     edits = {
         "env": [make_variable(offer) for offer in offers],
@@ -89,17 +89,17 @@ def make_device(name: str, offers: list[Offer], form: Form) -> dict[str, Any]:
 
 
 def make_variable(offer: Offer) -> str:
-    """Return the variable that names the devices of a group: each group has its own, so that one can't hide another."""
+    """Return the variable that names the devices of a group: one per group, so that none overrides another."""
     return f"{VARIABLE}{offer.group.name}={','.join(offer.nodes)}"
 
 
 def list_ids(offer: Offer) -> list[str]:
-    """Return what vfio-guest-bind's annotation calls the devices of a group; addresses are others in the guest."""
+    """Return the annotation values that select a group's devices in the guest, where their addresses differ."""
     return [f"id:{member.pci.id}" for member in offer.group.passable if member.pci and member.name in offer.nodes]
 
 
 def make_common_edits(form: Form) -> dict[str, Any]:
-    """Return what every container gets that asks for a device: the node that all groups share, and the host check."""
+    """Return the edits for every container that requests a device: the node of all groups, and the host check."""
     node = IOMMUFD_NODE if form.cdev else CONTROL_NODE
     edits: dict[str, Any] = {"deviceNodes": [{"path": node, "permissions": "rw"}]}
     if form.hook:
@@ -109,7 +109,7 @@ def make_common_edits(form: Form) -> dict[str, Any]:
 
 
 def refuse_name(name: str, taken: Iterable[str]) -> str:
-    """Return what is wrong with the name of a device, "" if it can be used."""
+    """Return why the name of a device cannot be used, "" if it can."""
     if name in taken or name == ALL:
         return "has the name of another device of the CDI file, and is left out"
     if not name or not NAME_CHARACTERS.issuperset(name) or not ALNUM.issuperset(name[:1] + name[-1:]):
@@ -118,7 +118,7 @@ def refuse_name(name: str, taken: Iterable[str]) -> str:
 
 
 def find_version(document: dict[str, Any]) -> str:
-    """Return the lowest version of CDI that has all of a document; an engine refuses a version that it doesn't know."""
+    """Return the lowest CDI version with all features of a document; engines refuse versions that they do not know."""
     if any("annotations" in device for device in document["devices"]):
         return "0.6.0"
     if any(device["name"][0] not in LETTERS for device in document["devices"]):
@@ -137,7 +137,7 @@ def format_document(document: dict[str, Any], form: str) -> str:
 
 
 def list_yaml_lines(value: dict[str, Any] | list[Any]) -> Iterator[str]:
-    """Yield an object or array as lines of YAML. Scalars are written as in JSON, which YAML 1.2 takes as they are."""
+    """Yield an object or array as lines of YAML. Scalars are written as JSON, which YAML 1.2 accepts."""
     entries = [(f"{key}:", item) for key, item in value.items()] if isinstance(value, dict) else None
     for head, item in entries if entries is not None else [("-", item) for item in value]:
         if not isinstance(item, (dict, list)) or not item:
@@ -152,7 +152,7 @@ def list_yaml_lines(value: dict[str, Any] | list[Any]) -> Iterator[str]:
 
 
 def is_own(text: str) -> bool:
-    """Tell whether this program made a CDI file: its first line, or JSON of our kind in exactly our layout."""
+    """Return whether this program made a CDI file: by its first line, or as JSON of our kind in exactly our layout."""
     if text.startswith(HEADER):
         return True
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which groups of this host a CDI file can offer, which a person selects, and why a group can't be passed."""
+"""Find the groups of this host that a CDI file can offer, apply --select, and report why a group cannot be passed."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ CLASS_LENGTHS = (2, 4, 6)
 
 
 class Choice(Frozen):
-    """One thing that --select names. kind: "group", "address", "id" or "class"; value: what the device must have."""
+    """One item of --select. kind: "group", "address", "id" or "class"; value: the value that a device must match."""
 
     kind: str
     value: str
 
     def fits(self, group: VfioGroup) -> bool:
-        """Tell whether a group, or a device in it that can be passed, is meant."""
+        """Return whether this item selects a group, or a device in it that can be passed."""
         if self.kind == "group":
             return group.name == self.value
         return any(self.fits_member(member) for member in group.passable)
 
     def fits_member(self, member: Member) -> bool:
-        """Tell whether a device is meant."""
+        """Return whether this item selects a device."""
         if self.kind == "address":
             return member.name.lower() == self.value
         if member.pci is None:
@@ -53,10 +53,10 @@ class Choice(Frozen):
 
 
 class Offer(Frozen):
-    """A group of this host, as a CDI file would offer it.
+    """A group of this host in the form in which a CDI file offers it.
 
-    line: the group, its state and its holders, as in the survey; nodes: path of the device node that each passable
-    member needs, by the member's name; obstacles: why it can't be passed, empty if it can.
+    line: the group, its state and the processes that use it, as in the survey; nodes: path of the device node that each
+    passable member needs, by the member's name; obstacles: why the group cannot be passed, empty if it can.
     """
 
     line: GroupLine
@@ -70,20 +70,20 @@ class Offer(Frozen):
 
     @property
     def is_prepared(self) -> bool:
-        """Whether someone bound a member of it to a VFIO driver."""
+        """Whether a member is bound to a VFIO driver."""
         return any(member.viability == "vfio" for member in self.group.members)
 
 
-# What is selected -----------------------------------------------------------------------------------------------------
+# Selection ------------------------------------------------------------------------------------------------------------
 
 
 def parse_choices(texts: tuple[str, ...]) -> tuple[Choice, ...]:
-    """Return what the values of --select name. Raises InputError [bad-arguments]."""
+    """Return the items in the values of --select. Raises InputError [bad-arguments]."""
     return tuple(parse_choice(word.strip()) for text in texts for word in text.split(","))
 
 
 def parse_choice(text: str) -> Choice:
-    """Return what one word of --select names. Raises InputError [bad-arguments]."""
+    """Return the item that one word of --select names. Raises InputError [bad-arguments]."""
     kind, colon, value = text.lower().partition(":")
     if text.isascii() and text.isdigit():
         return Choice("group", text)
@@ -98,13 +98,13 @@ def parse_choice(text: str) -> Choice:
 
 
 def is_id(text: str) -> bool:
-    """Tell whether a text is a vendor, or a vendor and a device: `8086`, `8086:10d3`."""
+    """Return whether a text is a vendor ID, or vendor and device ID: `8086`, `8086:10d3`."""
     words = text.split(":")
     return HEXADECIMAL.issuperset(text.replace(":", "")) and tuple(map(len, words)) in ID_LENGTHS
 
 
 def find_unmatched(choices: tuple[Choice, ...], offers: tuple[Offer, ...]) -> tuple[Finding, ...]:
-    """Return a finding for each selection that no group of this host fits."""
+    """Return a finding for each item of --select that matches no group of this host."""
     hint = "list what there is: vfio-host-check --cdi list"
     return tuple(
         Finding("error", "group-missing", f"--select {choice}", "no group of this host matches", hint)
@@ -113,13 +113,13 @@ def find_unmatched(choices: tuple[Choice, ...], offers: tuple[Offer, ...]) -> tu
     )
 
 
-# What is offered ------------------------------------------------------------------------------------------------------
+# Offers ---------------------------------------------------------------------------------------------------------------
 
 
 def list_offers(root: Root, inventory: Inventory, cdev: bool, deadline: Deadline) -> tuple[Offer, ...]:
-    """Return every IOMMU group as a CDI file would offer it, in the order of their numbers. Opens no group.
+    """Return every IOMMU group as an offer, in the order of their numbers. Opens no group.
 
-    cdev: by the devices' own nodes, in place of the group's.
+    cdev: use the devices' own nodes instead of the group's node.
     """
     holders = list_group_holders(root, deadline)
     lines = (make_line(root, group, holders) for group in list_groups(root, inventory))
@@ -127,14 +127,14 @@ def list_offers(root: Root, inventory: Inventory, cdev: bool, deadline: Deadline
 
 
 def make_offer(root: Root, line: GroupLine, cdev: bool) -> Offer:
-    """Return one group as a CDI file would offer it."""
+    """Return one group as an offer."""
     group = line.group
     nodes = find_cdevs(root, group) if cdev else {member.name: group.node for member in group.passable}
     return Offer(line, nodes, find_obstacles(root, group, nodes, cdev))
 
 
 def find_cdevs(root: Root, group: VfioGroup) -> dict[str, str]:
-    """Return the device nodes of the members that have one of their own: {"0000:3b:00.0": "/dev/vfio/devices/vfio0"}.
+    """Return the members' own device nodes, where they exist: {"0000:3b:00.0": "/dev/vfio/devices/vfio0"}.
 
     Source: the kernel's Documentation/ABI/testing/sysfs-devices-vfio-dev, Documentation/driver-api/vfio.rst (6.6).
     """
@@ -146,7 +146,7 @@ def find_cdevs(root: Root, group: VfioGroup) -> dict[str, str]:
 
 
 def find_obstacles(root: Root, group: VfioGroup, nodes: dict[str, str], cdev: bool) -> tuple[Finding, ...]:
-    """Return why a group can't be passed, each reason an error; nothing where it can."""
+    """Return one error for each reason why a group cannot be passed; empty if it can."""
     some_cdev = next(iter(nodes.values())).rpartition("/")[2] if cdev and nodes else ""
     target = Target(make_entry(group), group, some_cdev, "numbers")
     noiommu = checks.check_noiommu(target, make_no_runtime())
@@ -159,14 +159,14 @@ def find_obstacles(root: Root, group: VfioGroup, nodes: dict[str, str], cdev: bo
 
 
 def report_no_cdev(group: VfioGroup) -> tuple[Finding, ...]:
-    """cdev-missing: the kernel makes no nodes for single devices."""
+    """cdev-missing: the kernel creates no nodes for single devices."""
     problem = f"its devices have no nodes in {CDEV_PREFIX[:-1]}"
     hint = "leave out --cdev, or boot Linux 6.6 or later with CONFIG_VFIO_DEVICE_CDEV"
     return (Finding("error", "cdev-missing", f"group {group.name}", problem, hint),)
 
 
 def find_missing_nodes(root: Root, group: VfioGroup, nodes: dict[str, str]) -> tuple[Finding, ...]:
-    """group-missing: the kernel has the group, and /dev does not; engines look at the node in /dev."""
+    """group-missing: the kernel has the group, but /dev has no node, which engines look up there."""
     missing = [node for node in dict.fromkeys(nodes.values()) if not root.exists(node)]
     hint = "create it: udevadm trigger --action=add --subsystem-match=vfio"
     return tuple(
@@ -177,9 +177,9 @@ def find_missing_nodes(root: Root, group: VfioGroup, nodes: dict[str, str]) -> t
 def report_offers(offers: tuple[Offer, ...], choices: tuple[Choice, ...]) -> list[Finding]:
     """Return the findings on groups.
 
-    choices: what --select names. A group that is named itself, or by a device's address, and can't be passed is an
-    error. Of all others, those that nobody prepared for VFIO are the host's own business; one that was half prepared is
-    left out with a warning.
+    choices: the items of --select. A group selected by its number or by a device's address is an error if it cannot be
+    passed. Other groups that cannot be passed are skipped: with a warning if a member is bound to a VFIO driver or the
+    group is a no-IOMMU group, else silently.
     """
     named = tuple(choice for choice in choices if choice.kind in ("group", "address"))
     findings: list[Finding] = []

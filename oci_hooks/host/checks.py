@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the host: its IOMMU, the groups that a container asks for, the container's own permission to use them.
+"""Checks of the host: its IOMMU, the requested groups, and whether the group's nodes can be used.
 
-A function a check; each returns findings and changes nothing. An error is only what can't work: whatever another hook,
-another kernel or another runtime could still make right is a warning.
+Each check is one function that returns findings and changes nothing. Errors are reserved for configurations that cannot
+work; anything that another hook, kernel or runtime can still correct is a warning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from oci_hooks.oci import State
     from oci_hooks.system import Deadline, Root
 
-# ACPI tables by which the firmware tells of an IOMMU, and the kernel's argument that switches it on.
+# ACPI tables in which the firmware describes an IOMMU, and the kernel parameter that enables it.
 IOMMU_TABLES = {"DMAR": "intel_iommu=on", "IVRS": "amd_iommu=on", "IORT": "iommu.passthrough=0", "VIOT": ""}
 
 
@@ -33,7 +33,7 @@ IOMMU_TABLES = {"DMAR": "intel_iommu=on", "IVRS": "amd_iommu=on", "IORT": "iommu
 
 
 def check_iommu(root: Root, inventory: Inventory) -> tuple[Finding, ...]:
-    """iommu-off: the kernel made no IOMMU group at all, so there is nothing that vfio could pass."""
+    """iommu-off: the kernel created no IOMMU group, so no device can be passed through."""
     if root.list_names(IOMMU_GROUPS):
         return ()
     tables = root.list_names("/sys/firmware/acpi/tables")
@@ -66,7 +66,7 @@ def check_iommu(root: Root, inventory: Inventory) -> tuple[Finding, ...]:
 
 
 def check_host_control_node(root: Root, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
-    """control-node-missing, on the host: without it no hypervisor and no program can set up the group."""
+    """control-node-missing, on the host: without this node no hypervisor or program can set up the group."""
     findings = []
     legacy = any(target.group and target.group.number and not target.cdev for target in targets)
     if legacy and not (root.exists(CONTROL_NODE) or root.exists("/sys/class/misc/vfio")):
@@ -89,9 +89,9 @@ def check_host_control_node(root: Root, targets: tuple[Target, ...]) -> tuple[Fi
 
 
 def check_device_numbers(target: Target, runtime: Runtime) -> tuple[Finding, ...]:
-    """node-mismatch: the entry's numbers are not those of the group that its path names.
+    """node-mismatch: the entry's device numbers are not those of the group that its path names.
 
-    The numbers decide. Where they are no device's at all, Kata's Go runtime goes by the path (config.GetHostPath).
+    The numbers decide. If they belong to no device, Kata's Go runtime uses the path (config.GetHostPath).
     """
     entry, group = target.entry, target.group
     if group is None or (group.number is None and not target.cdev):
@@ -108,7 +108,7 @@ def check_device_numbers(target: Target, runtime: Runtime) -> tuple[Finding, ...
             f"as configured, that one is passed; to pass group {target.name}, use the device number shown by "
             f"ls -l {GROUP_PREFIX}{target.name}"
         )
-        # In a guest the node gets the guest's name. Without one the program finds a node that is not its device's.
+        # In a guest the node gets the guest's name. Without a guest the program opens a node of another device.
         level = "warning" if runtime.is_kata else "error"
         return (Finding(level, "node-mismatch", entry.path, problem, hint),)
     right = f"{group.number[0]}:{group.number[1]}" if group.number and not target.cdev else "another one"
@@ -129,10 +129,10 @@ def check_device_numbers(target: Target, runtime: Runtime) -> tuple[Finding, ...
 
 
 def check_group_exists(root: Root, target: Target) -> tuple[Finding, ...]:
-    """group-missing: nothing on this host is what the entry means."""
+    """group-missing: the entry matches no group on this host."""
     entry = target.entry
     if target.found_by or not root.list_names(IOMMU_GROUPS):
-        # Without any IOMMU group the host's own finding says it better.
+        # Without any IOMMU group, iommu-off reports the cause.
         return ()
     kind = "device" if entry.is_cdev else "group"
     where = CDEV_CLASS if entry.is_cdev else VFIO_CLASS
@@ -143,7 +143,7 @@ def check_group_exists(root: Root, target: Target) -> tuple[Finding, ...]:
 
 
 def check_noiommu(target: Target, runtime: Runtime) -> tuple[Finding, ...]:
-    """noiommu-group: no hypervisor takes one; a program in a plain container may, with CAP_SYS_RAWIO."""
+    """noiommu-group: no hypervisor accepts one; a program in a plain container can, with CAP_SYS_RAWIO."""
     if target.group is None or not target.group.noiommu:
         return ()
     if runtime.is_kata:
@@ -156,7 +156,7 @@ def check_noiommu(target: Target, runtime: Runtime) -> tuple[Finding, ...]:
 
 
 def check_mediated(target: Target) -> tuple[Finding, ...]:
-    """mediated-device: members that are no PCI functions of their own are named as what they are."""
+    """mediated-device: reports members that are not PCI functions."""
     if target.group is None:
         return ()
     mediated = [member.name for member in target.group.members if member.bus == "mdev"]
@@ -167,7 +167,7 @@ def check_mediated(target: Target) -> tuple[Finding, ...]:
 
 
 def check_empty(target: Target) -> tuple[Finding, ...]:
-    """group-empty: a group of bridges only, or of nothing."""
+    """group-empty: the group has only bridges, or no devices."""
     group = target.group
     if group is None or not group.iommu_group or group.passable:
         return ()
@@ -178,9 +178,9 @@ def check_empty(target: Target) -> tuple[Finding, ...]:
 
 
 def check_viability(target: Target) -> tuple[Finding, ...]:
-    """group-not-viable, from sysfs: a member has a driver that is not vfio's, or none has one."""
+    """group-not-viable, from sysfs: a member has a driver other than a VFIO driver, or VFIO created no group."""
     group = target.group
-    # In a no-IOMMU group nothing is shared, and there is no viability to lose.
+        # A no-IOMMU group shares nothing, so viability does not apply.
     if group is None or group.noiommu or not group.passable:
         return ()
     if group.blocking:
@@ -206,9 +206,9 @@ def check_viability(target: Target) -> tuple[Finding, ...]:
 def check_group_status(
     root: Root, target: Target, runtime: Runtime, state: State, deadline: Deadline
 ) -> tuple[Finding, ...]:
-    """group-busy, group-denied, group-not-viable: what the kernel answers when the group is opened.
+    """group-busy, group-denied, group-not-viable: the kernel's result when the group is opened.
 
-    Only for a group that looks viable. Opening takes the group away from others for as long as one ioctl takes.
+    Only for a group that looks viable. The group is held open for the duration of one ioctl.
     """
     group = target.group
     if group is None or group.number is None or group.noiommu or target.cdev or group.blocking:
@@ -233,7 +233,7 @@ def check_group_status(
             f"{group.number[0]}:{group.number[1]}"
         )
         hint = f"create the node: mknod -m 0600 {group.node} c {group.number[0]} {group.number[1]}"
-        # Plain runtimes make the container's node from the numbers and never look at the host's.
+        # Plain runtimes create the container's node from the numbers and never look at the host's node.
         level = "error" if runtime.is_kata else "warning"
         return (Finding(level, "group-missing", target.subject, problem, hint),)
     return ()
@@ -242,14 +242,14 @@ def check_group_status(
 def check_holders(
     root: Root, group: VfioGroup, runtime: Runtime, state: State, deadline: Deadline
 ) -> tuple[Finding, ...]:
-    """group-busy: a process has the group open, and it is not the container's own sandbox."""
+    """group-busy: a process outside the container's own sandbox has the group open."""
     nodes = (group.node, *(CDEV_PREFIX + name for name in list_member_cdevs(root, group)))
     holders, looked, total = find_holders(root, nodes, deadline, list_sandbox_processes(root, runtime, state))
     if any(belongs_to_sandbox(root, runtime, state, holder) for holder in holders):
         return ()
     subject = f"group {group.name}"
     if not holders:
-        # It may have been let go in between, or be held where the hook can't see: in doubt, for the container.
+        # The holder may have closed it meanwhile, or be invisible to the hook: if in doubt, allow the container.
         if read_group_status(root, group.node) != "busy":
             return ()
         problem = "is in use by a process that is not visible to the hook (another PID namespace?)"
@@ -272,7 +272,7 @@ def list_member_cdevs(root: Root, group: VfioGroup) -> list[str]:
 
 
 def is_attached(root: Root, target: Target, runtime: Runtime, deadline: Deadline) -> bool:
-    """Tell whether the container's own sandbox has the group open already: cold plug, or a hook after hot plug."""
+    """Return whether the container's own sandbox already has the group open: cold plug, or a hook after hot plug."""
     group = target.group
     if group is None or runtime.hypervisor is None:
         return False
@@ -289,7 +289,7 @@ def is_attached(root: Root, target: Target, runtime: Runtime, deadline: Deadline
 
 
 def name_member(member: Member) -> str:
-    """Return a member and its driver: `0000:03:00.0 vfio-pci`."""
+    """Return a member with its driver: `0000:03:00.0 vfio-pci`."""
     return f"{member.name} {member.driver or 'no driver'}"
 
 
@@ -302,7 +302,7 @@ def make_bind_hint(members: tuple[Member, ...]) -> str:
 
 
 def describe_node(root: Root, node: str) -> str:
-    """Return owner and mode of a node in words."""
+    """Return owner and mode of a node as text."""
     try:
         stat = root.stat(node)
     except OSError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what the container itself has for its VFIO devices: nodes, device rules, locked memory."""
+"""Checks of the container's own configuration for its VFIO devices: nodes, device rules, locked memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from oci_hooks.oci import Spec
     from oci_hooks.system import Root
 
-# Below this a program can't even map one buffer of DPDK's usual size.
+# Below this limit a program cannot map even one buffer of DPDK's usual size.
 SMALL_MEMLOCK = 64 << 20
 
 
 def check_control_node(spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
     """control-node-missing, in the container: a group can be opened but not used without /dev/vfio/vfio.
 
-    A warning, because the guest hook makes the node, and a program may use a descriptor that it is handed.
+    A warning, because the guest hook creates the node, and a program may receive an open descriptor.
     """
     if not any(target.group and not target.cdev and not target.group.is_channel for target in targets):
         return ()
@@ -35,7 +35,7 @@ def check_control_node(spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding
 
 
 def has_bind_mount(spec: Spec, path: str) -> bool:
-    """Tell whether config.json mounts the host's /dev, or a part of it that holds this path."""
+    """Return whether config.json mounts the host's /dev, or a part of it that contains this path."""
     for mount in list_objects(spec.raw.get("mounts")):
         options = mount.get("options")
         bound = mount.get("type") == "bind" or (
@@ -72,7 +72,7 @@ def check_device_rules(spec: Spec, targets: tuple[Target, ...]) -> tuple[Finding
 
 
 def is_allowed(rules: list[dict[str, Any]], major: int, minor: int) -> bool:
-    """Tell whether device rules let a character device be read and written; the last rule that fits decides."""
+    """Return whether device rules allow reading and writing a character device; the last matching rule decides."""
     allowed = {"r": False, "w": False}
     for rule in rules:
         fits = rule.get("type", "a") in ("a", "c", None, "")
@@ -90,14 +90,14 @@ def check_memlock(root: Root, spec: Spec, runtime: Runtime) -> tuple[Finding, ..
     process = process if isinstance(process, dict) else {}
     capabilities = process.get("capabilities")
     effective = capabilities.get("effective") if isinstance(capabilities, dict) else None
-    # The kernel asks for it in the initial user namespace.
+    # The kernel checks the capability in the initial user namespace.
     own_namespace = "user" in spec.namespaces and bool(spec.uid_mappings)
     if isinstance(effective, list) and "CAP_IPC_LOCK" in effective and not own_namespace:
         return ()
     limits = [entry for entry in list_objects(process.get("rlimits")) if entry.get("type") == "RLIMIT_MEMLOCK"]
     soft = limits[-1].get("soft") if limits else None
     if soft is None:
-        # Without an entry the runtime's own limit is inherited; inside a Kata guest that is the agent's, out of sight.
+        # Without an entry the runtime's own limit is inherited; in a Kata guest that is the agent's, unknown here.
         if runtime.is_kata:
             return ()
         soft = read_own_memlock(root)
@@ -112,7 +112,7 @@ def check_memlock(root: Root, spec: Spec, runtime: Runtime) -> tuple[Finding, ..
 
 
 def read_own_memlock(root: Root) -> int:
-    """Return the limit of locked memory that this process has inherited from the runtime, in bytes."""
+    """Return the limit of locked memory that this process inherited from the runtime, in bytes."""
     for line in root.read_text_or("/proc/self/limits", "").splitlines():
         if line.startswith("Max locked memory"):
             word = line[len("Max locked memory") :].split()[0]
@@ -121,5 +121,5 @@ def read_own_memlock(root: Root) -> int:
 
 
 def list_objects(value: object) -> list[dict[str, Any]]:
-    """Return the objects of a JSON array; config.json's remaining parts are not checked by a schema."""
+    """Return the objects in a JSON array; no schema checks the remaining parts of config.json."""
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that vfio-host-check writes: the one that --output or --metrics names."""
+"""Write the file that --output or --metrics names, the only file that vfio-host-check writes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ LIMIT = 16 << 20
 def put_file(
     root: Root, path: str, text: str, is_own: Callable[[str], bool], force: bool = False, renew: bool = False
 ) -> bool:
-    """Have a file with this text and mode 0644, and tell whether it was written. One that is right is not touched.
+    """Ensure a file with this text and mode 0644; return whether it was written. A correct file is left alone.
 
-    path: absolute; is_own: tells by a file's text whether this program made it; force: replace another's too; renew:
-    write it in any case, where its time tells when it was made. Raises Refusal [output], where nothing was changed.
+    path: absolute; is_own: returns whether a file's text was made by this program; force: also replace other files;
+    renew: always write, for files whose modification time matters. Raises Refusal [output], with nothing changed.
     Readers see the old file or the new one, never a part.
     """
     try:
@@ -48,7 +48,7 @@ def put_file(
 
 
 def find_mode(root: Root, path: str) -> int | None:
-    """Return type and mode of what has this path, links not followed; None where there is nothing. Raises OSError."""
+    """Return type and mode of a path without following links; None if it does not exist. Raises OSError."""
     if root.read_link(path):
         return stat.S_IFLNK
     try:
@@ -59,12 +59,12 @@ def find_mode(root: Root, path: str) -> int | None:
 
 @step("replace-file")
 def replace_file(root: Root, path: str, data: bytes) -> None:
-    """Write a file under another name and move it into its place; its directory is made. Raises OSError."""
+    """Write a file under a temporary name and rename it; its directory is created. Raises OSError."""
     place = root.host_path(path)
     directory, _, name = place.rpartition("/")
     if not os.path.isdir(directory):
         os.mkdir(directory)
-        # The umask has no say, here and below: engines without root's rights read the file too.
+        # Independent of the umask, here and below: engines without root privileges read the file too.
         os.chmod(directory, 0o755)  # noqa: S103 - as /etc/cdi is
     # CDI and node_exporter read *.json, *.yaml and *.prom only.
     draft = f"{directory}/.{name}.{os.getpid()}.new"

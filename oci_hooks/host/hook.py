@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host hook: before a container gets its VFIO devices, say what is wrong with the host, the group or Kata.
+"""Run the host hook: check the host, the groups and Kata before a container gets its VFIO devices.
 
-It changes nothing. Whatever a container without VFIO devices does not need is imported inside the functions.
+It changes nothing. Modules that a container without VFIO devices does not need are imported inside functions.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Give the parser this hook's own options."""
-    # All options in brackets would take five lines of a screen.
+    """Add this hook's own options to the parser."""
+    # Listing all options in the usage line would take five lines of a screen.
     parser.usage = f"{PROGRAM} [OPTIONS] [KIND]"
     parser.description = "Check a container's VFIO groups and Kata's configuration."
     parser.add_argument(
@@ -91,7 +91,7 @@ def read_record_mode(path: str) -> str:
 
 
 def work(run: Run) -> int:
-    """Do what the arguments ask for and return the exit code."""
+    """Carry out the arguments and return the exit code."""
     if run.arguments.kata_config is not None:
         from oci_hooks.host.kata.ask import print_kata_config
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a running hypervisor was started with. Nothing is truer about a sandbox's virtual IOMMU than that.
+"""Parse a running hypervisor's command line, the authoritative source for a sandbox's virtual IOMMU.
 
-Sources: qemu(1), cloud-hypervisor --help, and what Kata writes (govmm/qemu/qemu.go, virtcontainers/clh.go,
+Sources: qemu(1), cloud-hypervisor --help, and Kata's code that writes them (govmm/qemu/qemu.go, virtcontainers/clh.go,
 runtime-rs cmdline_generator.rs).
 """
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 QEMU_NAMES = ("qemu-system-", "qemu-kvm", "qemu-lite", "qemu-vanilla", "qemu")
 CLH_NAMES = ("cloud-hypervisor", "clh")
 OTHER_NAMES = ("firecracker", "stratovirt", "openvmm")
-# QEMU's virtual IOMMUs by device; on arm a machine option makes one.
+# QEMU's virtual IOMMUs by device; on arm a machine option creates one.
 QEMU_IOMMUS = ("intel-iommu", "virtio-iommu", "virtio-iommu-pci", "virtio-iommu-device", "amd-iommu", "arm-smmuv3")
 
 
 class Hypervisor(Frozen):
     """A running virtual machine monitor.
 
-    kind: "qemu", "clh", or the executable's name; viommu: "on", "off", or "" where its command line can't tell;
+    kind: "qemu", "clh", or the executable's name; viommu: "on", "off", or "" if its command line does not show it;
     evidence: the words of the command line that show it.
     """
 
@@ -35,7 +35,7 @@ class Hypervisor(Frozen):
 
 
 def find_hypervisor(root: Root, pid: int) -> Hypervisor | None:
-    """Return the hypervisor with this id (of the process or of one of its threads), None where it is none."""
+    """Return the hypervisor with this id (of the process or of one of its threads), None if it is not one."""
     if pid <= 0:
         return None
     process = read_process(root, pid)
@@ -48,7 +48,7 @@ def find_hypervisor(root: Root, pid: int) -> Hypervisor | None:
 
 
 def name_hypervisor_kind(name: str) -> str:
-    """Return what kind of hypervisor an executable is; "" for anything else."""
+    """Return the kind of hypervisor of an executable; "" for anything else."""
     if name.startswith(QEMU_NAMES) and not name.startswith(("qemu-img", "qemu-nbd", "qemu-io", "qemu-ga", "qemu-pr")):
         return "qemu"
     if name.startswith(CLH_NAMES):
@@ -57,7 +57,7 @@ def name_hypervisor_kind(name: str) -> str:
 
 
 def read_qemu(process: Process) -> Hypervisor:
-    """Return what a QEMU's command line says."""
+    """Return the hypervisor that QEMU's command line describes."""
     options = list(pair_options(process.arguments))
     devices = [name_device(value) for option, value in options if option == "device"]
     machines = [value for option, value in options if option in ("machine", "M")]
@@ -70,14 +70,14 @@ def read_qemu(process: Process) -> Hypervisor:
         return Hypervisor(process, "qemu", "off", f"kernel parameter {switched_off}")
     if iommu:
         return Hypervisor(process, "qemu", "on", f"-device {iommu}")
-    # A -readconfig file may hold devices; Kata writes none.
+    # A -readconfig file may define devices; Kata writes none.
     if any(option == "readconfig" for option, _ in options):
         return Hypervisor(process, "qemu", "", "")
     return Hypervisor(process, "qemu", "off", "no -device intel-iommu or virtio-iommu")
 
 
 def find_kernel_refusal(kernel: str) -> str:
-    """Return the guest kernel's parameter that switches its IOMMU off, "" without one; the last one counts."""
+    """Return the guest kernel parameter that disables its IOMMU, "" without one; the last one counts."""
     refusal = ""
     for word in kernel.split():
         if word in ("iommu=off", "intel_iommu=off"):
@@ -88,7 +88,7 @@ def find_kernel_refusal(kernel: str) -> str:
 
 
 def read_clh(process: Process) -> Hypervisor:
-    """Return what a Cloud Hypervisor's command line says. Kata gives it only a socket and says the rest there."""
+    """Return the hypervisor of Cloud Hypervisor's command line. Kata passes only a socket and configures it there."""
     options = list(pair_options(process.arguments))
     segments = any(option == "platform" and "iommu_segments=" in value for option, value in options)
     attached = any(word == "iommu=on" for _, value in options for word in value.split(","))
@@ -101,7 +101,7 @@ def read_clh(process: Process) -> Hypervisor:
 
 
 def pair_options(arguments: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return options and their values: -device X, --device X and --device=X alike; several values one by one."""
+    """Return options and their values: -device X, --device X and --device=X are equal; several values one by one."""
     pairs: list[tuple[str, str]] = []
     name = ""
     for word in arguments[1:]:
@@ -116,7 +116,7 @@ def pair_options(arguments: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def name_device(value: str) -> str:
-    """Return the driver that a -device option names, written as words or as JSON."""
+    """Return the driver that a -device option names, in key=value or JSON form."""
     if value.startswith("{"):
         from oci_hooks.findings import InputError
         from oci_hooks.json_input import parse_json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The survey as metrics for Prometheus, as node_exporter's textfile collector reads them.
+"""Format the survey as Prometheus metrics for node_exporter's textfile collector.
 
 Source: Prometheus' text exposition format 0.0.4, its naming practices, and the rules of `promtool check metrics`.
 """
@@ -29,10 +29,10 @@ LEVELS = ("error", "warning", "info")
 
 
 def format_metrics(has_iommu: bool, states: tuple[str, ...], told: tuple[Finding, ...]) -> str:
-    """Return groups by state and findings by level and code. A series that has nothing to count is there with 0.
+    """Return groups by state and findings by level and code. Series with nothing to count have the value 0.
 
     has_iommu: whether an IOMMU is in use; states: of each group, in the words of the survey; told: the findings.
-    Only `check_failing` comes and goes: it has a series for each check that fails now.
+    Only `check_failing` has a variable set of series: one for each check that fails now.
     """
     groups = [({"state": label}, states.count(state)) for state, label in STATES.items()]
     levels = [({"level": level}, sum(finding.level == level for finding in told)) for level in LEVELS]
@@ -54,7 +54,7 @@ def format_metrics(has_iommu: bool, states: tuple[str, ...], told: tuple[Finding
 
 
 def format_family(name: str, text: str, series: Iterable[tuple[dict[str, str], int]]) -> str:
-    """Return the lines of one gauge. Labels hold words of this program only, which need no escaping."""
+    """Return the lines of one gauge. Labels contain only words of this program, which need no escaping."""
     lines = [f"# HELP {PREFIX}{name} {text}", f"# TYPE {PREFIX}{name} gauge"]
     for labels, value in series:
         inside = ",".join(f'{label}="{word}"' for label, word in labels.items())
@@ -63,5 +63,5 @@ def format_family(name: str, text: str, series: Iterable[tuple[dict[str, str], i
 
 
 def is_own(text: str) -> bool:
-    """Tell whether a file holds such metrics."""
+    """Return whether a file contains such metrics."""
     return text.startswith(f"# HELP {PREFIX}")

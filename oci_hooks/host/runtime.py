@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who runs the hook: a Kata runtime (which one), or a plain runc or crun.
+"""Detect the runtime that started the hook: a Kata runtime (which one), or a plain runc or crun.
 
-Told by what each of them does: Kata's shim is the parent process; Kata Go writes a state without a status, runtime-rs
-writes one; Kata up to 2.3 sends no annotations (facts: katautils/hook.go, kata-sys-util/src/hooks.rs).
+Detection uses their behaviour: Kata's shim is the parent process; Kata Go writes a state without a status, runtime-rs
+writes one; Kata up to 2.3 passes no annotations (facts: katautils/hook.go, kata-sys-util/src/hooks.rs).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SHIM_NAMES = ("containerd-shim-kata", "kata-runtime", "shim-kata", "kata-shim")
 
 
 class Runtime(Frozen):
-    """Who runs the hook.
+    """The runtime that started the hook.
 
     kind: "kata-go", "kata-rs", "kata-1" (1.x to 2.3, no annotations), "kata" (not known which) or "plain";
-    shim: Kata's shim, None where it is not the parent; hypervisor: the one with the state's pid, None where that is
-    none; sandbox: id of the sandbox, "" not known; handler: name of the runtime handler in Kubernetes, "" not known;
-    is_cri: whether Kubernetes' container runtime interface started it; by_hand: whether a person did.
+    shim: Kata's shim, None if it is not an ancestor; hypervisor: the one with the state's pid, None if that process is
+    none; sandbox: id of the sandbox, the container's by default; handler: name of the runtime handler in Kubernetes, ""
+    if unknown; is_cri: whether Kubernetes' container runtime interface started it; by_hand: whether a user did.
     """
 
     kind: str
@@ -42,17 +42,17 @@ class Runtime(Frozen):
 
     @property
     def is_kata(self) -> bool:
-        """Whether a Kata runtime asks."""
+        """Whether it is a Kata runtime."""
         return self.kind != "plain"
 
     @property
     def flavour(self) -> str:
-        """Which configuration it reads: "go", "rs", or "" where not known."""
+        """Which configuration it reads: "go", "rs", or "" if unknown."""
         return {"kata-go": "go", "kata-1": "go", "kata-rs": "rs"}.get(self.kind, "")
 
 
 def detect_runtime(root: Root, state: State, spec: Spec, mode: str, by_hand: bool) -> Runtime:
-    """Return who runs the hook. mode: "auto", "always" or "never" from host.toml; by_hand: a person does."""
+    """Return the runtime. mode: "auto", "always" or "never" from host.toml; by_hand: started by a user."""
     hypervisor = vmm.find_hypervisor(root, state.pid)
     parent = None if by_hand else find_shim(root, root.do(os.getppid))
     handler = next((value for name in HANDLER_ANNOTATIONS if (value := find_annotation(state, spec, name))), "")
@@ -83,7 +83,7 @@ def name_runtime_kind(
     marked = any(name.startswith(KATA_PREFIX) for name in annotations)
     if by_hand:
         return "kata" if mode == "always" or hypervisor or marked or handler.startswith("kata") else "plain"
-    # No other runtime leaves the status empty: the specification forbids it.
+        # No other runtime leaves the status empty: the OCI specification forbids it.
     if not state.status:
         return "kata-go" if state.annotations else "kata-1"
     if shim or hypervisor or marked:
@@ -92,9 +92,9 @@ def name_runtime_kind(
 
 
 def find_shim(root: Root, parent: int) -> Process | None:
-    """Return Kata's shim among a process and its ancestors, None where there is none.
+    """Return Kata's shim among a process and its ancestors, None if there is none.
 
-    parent: the process that started the hook; another program may stand between the two, as oci-add-hooks does.
+    parent: the process that started the hook; another program may be in between, such as oci-add-hooks.
     """
     for pid in list_process_ancestors(root, parent)[:4]:
         process = read_process(root, pid)
@@ -105,10 +105,10 @@ def find_shim(root: Root, parent: int) -> Process | None:
 
 
 def belongs_to_sandbox(root: Root, runtime: Runtime, state: State, holder: Process) -> bool:
-    """Tell whether a process that holds a group belongs to the container's own sandbox.
+    """Return whether a process that holds a group belongs to the container's own sandbox.
 
     It is the state's process or a child of it, a child of the shim, or a hypervisor that was started for this sandbox:
-    Kata's QEMU has its id in -name, Cloud Hypervisor in the path of its socket.
+    Kata's QEMU has the sandbox id in -name, Cloud Hypervisor in the path of its socket.
     """
     chain = list_process_ancestors(root, holder.pid)
     if state.pid > 0 and set(chain) & set(list_process_ancestors(root, state.pid)[:1]):
@@ -123,6 +123,6 @@ def belongs_to_sandbox(root: Root, runtime: Runtime, state: State, holder: Proce
 
 
 def list_sandbox_processes(root: Root, runtime: Runtime, state: State) -> tuple[int, ...]:
-    """Return the processes that most likely are the own sandbox: those of the state and of the shim, with children."""
+    """Return the likely processes of the own sandbox: those of the state and of the shim, with children."""
     shim = runtime.shim.pid if runtime.shim else 0
     return tuple(dict.fromkeys((*list_family(root, state.pid), *list_family(root, shim))))

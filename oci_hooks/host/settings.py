@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What host.toml may say, and what holds where it says nothing."""
+"""Read host.toml: its keys and their defaults."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CODE = LETTERS | frozenset("0123456789-")
 class HostSettings(Frozen):
     """Settings of the host check; schemas/host-settings.json describes the file.
 
-    mode: "enforce", or "warn" for no error at all; deadline: seconds; record: "failure", "always" or "never";
-    checks: codes of findings, each with a mode of its own ("enforce", "warn", "ignore"); kata_mode: "auto", "always" or
+    mode: "enforce", or "warn" to report no errors; deadline: seconds; record: "failure", "always" or "never";
+    checks: modes of single findings by code ("enforce", "warn", "ignore"); kata_mode: "auto", "always" or
     "never" check Kata's configuration; kata_config: path of Kata's configuration file, "" for Kata's own lookup;
     nri_annotate: whether vfio-nri gives a container in Kata the annotation that names its devices to the guest hook.
     """
@@ -35,12 +35,12 @@ class HostSettings(Frozen):
     nri_annotate: bool = False
 
     def find_mode(self, code: str) -> str:
-        """Return the mode of a single check by its code; "" where it has none of its own."""
+        """Return the mode of a single check by its code; "" if none is set."""
         return dict(self.checks).get(code, "")
 
 
 def read_host_settings(root: Root, path: str) -> HostSettings:
-    """Return the host's settings. path: named on the command line, "" for the usual file, which need not be there.
+    """Return the host's settings. path: named on the command line, "" for the usual file, which is optional.
 
     Raises InputError [bad-settings] or [settings-unreadable].
     """
@@ -50,7 +50,7 @@ def read_host_settings(root: Root, path: str) -> HostSettings:
 
 
 def make_host_settings(table: Table) -> HostSettings:
-    """Return the settings in host.toml, of which each key is taken here; schemas/host-settings.json says the same."""
+    """Return the settings in host.toml; reads every key that schemas/host-settings.json defines."""
     usual = HostSettings()
     checks = table.table("checks", "keys of this table are codes of findings, e.g. group-busy")
     kata = table.table("kata")
@@ -59,7 +59,7 @@ def make_host_settings(table: Table) -> HostSettings:
         mode=table.word("mode", usual.mode, "enforce", "warn"),
         deadline=table.number("deadline", usual.deadline, lambda s: 0.1 <= s <= 600, "a number from 0.1 to 600"),
         record=table.word("record", usual.record, "failure", "always", "never"),
-        # A key that is no code stays unknown.
+        # A key that is not a code stays unknown.
         checks=tuple(
             (code, checks.word(code, "", "enforce", "warn", "ignore")) for code in filter(is_code, checks.values)
         ),
@@ -70,12 +70,12 @@ def make_host_settings(table: Table) -> HostSettings:
 
 
 def is_code(text: str) -> bool:
-    """Tell whether a text can be the code of a finding."""
+    """Return whether a text has the form of a finding's code."""
     return text[:1] in LETTERS and CODE.issuperset(text)
 
 
 def is_path(text: str) -> bool:
-    """Tell whether a text is an absolute path: one that a file can have."""
+    """Return whether a text is an absolute path of a file."""
     return text.startswith("/") and "\0" not in text
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks in their order, and from findings to a verdict: the modes of host.toml, checks that could not be made."""
+"""Run the checks in order and derive the verdict from their findings and the modes of host.toml."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ORDER = ("error", "warning", "info")
 
 
 def run_check(subject: str, check: Callable[..., tuple[Finding, ...]], *values: Any) -> tuple[Finding, ...]:
-    """Return a check's findings; a check that the system does not allow to run must not stop a container: a warning.
+    """Return a check's findings; a check that the system does not allow to run gives a warning, not an error.
 
     subject: what is checked, in an administrator's words.
     """
@@ -39,10 +39,10 @@ def run_check(subject: str, check: Callable[..., tuple[Finding, ...]], *values: 
 
 
 def apply_overrides(findings: Iterable[Finding], settings: HostSettings) -> tuple[Finding, ...]:
-    """Return the findings as host.toml wants them, errors first, each once.
+    """Return the findings under the modes of host.toml, errors first, without duplicates.
 
-    settings: `mode` for all checks ("enforce" or "warn"), `checks` for single ones by their code: "warn" tells an error
-    as a warning, "enforce" a warning as an error, "ignore" leaves it out. A check's own mode goes first.
+    settings: `mode` for all checks ("enforce" or "warn"), `checks` for single ones by code: "warn" turns an error into
+    a warning, "enforce" a warning into an error, "ignore" omits it. A check's own mode takes precedence.
     """
     kept = []
     for finding in findings:
@@ -54,7 +54,7 @@ def apply_overrides(findings: Iterable[Finding], settings: HostSettings) -> tupl
 
 
 def override_level(finding: Finding, general: str, own: str) -> str:
-    """Return a finding's level under the modes; "" to leave it out."""
+    """Return a finding's level under the modes; "" to omit it."""
     if own == "ignore":
         return ""
     if own == "enforce":
@@ -65,10 +65,10 @@ def override_level(finding: Finding, general: str, own: str) -> str:
 
 
 def downgrade_privileged(findings: Iterable[Finding], spec: Spec) -> list[Finding]:
-    """Return the findings with no error among them if the container was merely given every node of the host.
+    """Return the findings with errors turned into warnings if the container was merely given every node of the host.
 
-    Docker, podman and Kubernetes list all of the host's devices for a privileged container, VFIO groups included: there
-    a group is no request, and one that is busy or not bound hurts nobody.
+    Docker, podman and Kubernetes list all of the host's devices for a privileged container, VFIO groups included. Such
+    an entry is not a request, and a busy or unbound group does no harm.
     """
     if not any(device.path in HOST_ONLY_NODES for device in spec.devices):
         return list(findings)
@@ -76,14 +76,14 @@ def downgrade_privileged(findings: Iterable[Finding], spec: Spec) -> list[Findin
 
 
 def choose_exit_code(findings: Iterable[Finding]) -> int:
-    """Return the exit code: refused as soon as one finding is an error."""
+    """Return the exit code: refused if any finding is an error."""
     return EXIT_REFUSED if any(finding.level == "error" for finding in findings) else EXIT_DONE
 
 
 def check_container(
     root: Root, state: State, spec: Spec, runtime: Runtime, settings: HostSettings, deadline: Deadline
 ) -> list[Finding]:
-    """Return what is wrong with all that a container with VFIO devices needs, before the modes of host.toml."""
+    """Return the findings of all checks for a container with VFIO devices, before the modes of host.toml."""
     inventory = scan(root)
     targets = find_targets(root, inventory, spec.vfio_devices)
     findings = check_host(root, inventory, targets)
@@ -95,7 +95,7 @@ def check_container(
 
 
 def check_host(root: Root, inventory: Inventory, targets: tuple[Target, ...]) -> list[Finding]:
-    """Return what is wrong with the host itself."""
+    """Return the findings on the host itself."""
 
     findings = [*run_check("control node", checks.check_host_control_node, root, targets)]
     if any(target.group is None and not target.found_by for target in targets):
@@ -104,7 +104,7 @@ def check_host(root: Root, inventory: Inventory, targets: tuple[Target, ...]) ->
 
 
 def check_target(root: Root, target: Target, runtime: Runtime, state: State, deadline: Deadline) -> list[Finding]:
-    """Return what is wrong with one entry of linux.devices and the group that it means."""
+    """Return the findings on one entry of linux.devices and its group."""
 
     return [
         *run_check("group existence", checks.check_group_exists, root, target),
@@ -118,7 +118,7 @@ def check_target(root: Root, target: Target, runtime: Runtime, state: State, dea
 
 
 def check_plain_runtime(root: Root, spec: Spec, runtime: Runtime, targets: tuple[Target, ...]) -> list[Finding]:
-    """Return what a container of a plain runtime lacks itself: there is no guest between it and the host."""
+    """Return the findings on a plain runtime's container, which uses the host's devices without a guest."""
 
     return [
         *run_check("control node", container_checks.check_control_node, spec, targets),
@@ -136,7 +136,7 @@ def check_kata_sandbox(
     settings: HostSettings,
     deadline: Deadline,
 ) -> list[Finding]:
-    """Return what Kata's configuration, or the hypervisor that runs, makes impossible."""
+    """Return the findings on Kata's configuration, or on the running hypervisor."""
     from oci_hooks.host.kata.checks import check_kata
     from oci_hooks.host.kata.lookup import find_config
     from oci_hooks.host.kata.sandbox import inspect_sandbox
@@ -154,7 +154,7 @@ def check_kata_sandbox(
 
 
 def warn_failure_ignored(runtime: Runtime, code: int) -> tuple[Finding, ...]:
-    """Return the warning that a refusal has no effect, where the runtime is known to ignore it."""
+    """Return the warning that a refusal has no effect, if the runtime is known to ignore it."""
     from oci_hooks.findings import Finding
 
     if code == EXIT_DONE or runtime.kind != "kata-rs":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host before any container exists: every IOMMU group, who has it, and what Kata would do; by hand or on a node.
+"""Survey the host before any container exists: every IOMMU group, its users, and Kata's configuration.
 
-Exit codes are the hook's own, and those of a Node Problem Detector plugin: 0 well, 1 a problem, 2 not known.
+Exit codes are those of the hook or of a Node Problem Detector plugin: 0 OK, 1 problem, 2 unknown.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from oci_hooks.program import Run
     from oci_hooks.system import Deadline, Root
 
-# Base classes of PCI functions (pci.ids), as far as a person looks for them here.
+# Base classes of PCI functions (pci.ids) of likely interest.
 CLASS_NAMES = {
     "01": "storage",
     "02": "network",
@@ -52,7 +52,7 @@ NPD_LENGTH = 80
 
 
 class GroupLine(Frozen):
-    """A group in the listing. state: one of the words of describe_state; holders: who has it open."""
+    """A group in the listing. state: one of the words of describe_state; holders: processes that have it open."""
 
     group: VfioGroup
     state: str
@@ -60,7 +60,7 @@ class GroupLine(Frozen):
 
 
 def survey(run: Run) -> int:
-    """Tell of all groups, or of those that the arguments name, and return the exit code. Raises InputError."""
+    """Report on all groups, or on those in the arguments, and return the exit code. Raises InputError."""
     from oci_hooks.host.settings import load_settings
     from oci_hooks.host.suite import apply_overrides, choose_exit_code
 
@@ -104,7 +104,7 @@ def put_metrics(run: Run, lines: tuple[GroupLine, ...], reported: tuple[Finding,
 
 
 def parse_group(text: str) -> str:
-    """Return the group's name in "12" or "/dev/vfio/12". Raises InputError."""
+    """Return the group's name for "12" or "/dev/vfio/12". Raises InputError."""
     name = text[len(GROUP_PREFIX) :] if text.startswith(GROUP_PREFIX) else text
     if not (name.isdigit() or (name.startswith(NOIOMMU_PREFIX) and name[len(NOIOMMU_PREFIX) :].isdigit())):
         hint = "use a group number, e.g. --group 12; list all groups: --all"
@@ -113,7 +113,7 @@ def parse_group(text: str) -> str:
 
 
 def check_named(root: Root, inventory: Inventory, group: VfioGroup, deadline: Deadline) -> list[Finding]:
-    """Return what would stand in the way of a container that asks for this group."""
+    """Return the findings that a container requesting this group would get."""
     from oci_hooks.host.suite import check_host, check_target
 
     entry = make_entry(group)
@@ -125,14 +125,14 @@ def check_named(root: Root, inventory: Inventory, group: VfioGroup, deadline: De
 
 
 def make_no_runtime() -> Any:
-    """Return the asker of a check that no runtime started."""
+    """Return the Runtime of a check that no runtime started."""
     from oci_hooks.host.runtime import Runtime
 
     return Runtime("plain", None, None, "", "", False, True)
 
 
 def find_half_bound(groups: tuple[VfioGroup, ...]) -> list[Finding]:
-    """Return a finding for each group that somebody prepared for VFIO and that would not open."""
+    """Return a finding for each group that has a member with a VFIO driver but cannot be opened."""
     return [
         finding
         for group in groups
@@ -142,13 +142,13 @@ def find_half_bound(groups: tuple[VfioGroup, ...]) -> list[Finding]:
 
 
 def make_entry(group: VfioGroup) -> Device:
-    """Return an entry of linux.devices that asks for a group."""
+    """Return an entry of linux.devices that requests a group."""
     major, minor = group.number or (-1, -1)
     return Device(group.node, "c", major, minor, -1, -1, -1)
 
 
 def list_group_holders(root: Root, deadline: Deadline) -> dict[str, tuple[Process, ...]]:
-    """Return who has which VFIO node open, by its path."""
+    """Return the processes that have each VFIO node open, by its path."""
     holders: dict[str, tuple[Process, ...]] = {}
     for pid in list_pids(root):
         if deadline.remaining() < SCAN_SPARE:
@@ -167,7 +167,7 @@ def make_line(root: Root, group: VfioGroup, holders: dict[str, tuple[Process, ..
 
 
 def describe_state(group: VfioGroup, holders: tuple[Process, ...]) -> str:
-    """Return a group's state in a word or two."""
+    """Return a group's state in one or two words."""
     prepared = any(member.viability == "vfio" for member in group.members)
     facts = (
         (not group.iommu_group and not group.number, "missing"),
@@ -185,7 +185,7 @@ def describe_state(group: VfioGroup, holders: tuple[Process, ...]) -> str:
 
 
 def inspect_configs(root: Root, settings: HostSettings) -> tuple[Sandbox, ...]:
-    """Return Kata's configurations on this host: those that container engines name, and the default one."""
+    """Return Kata's configurations on this host: those set in container engines' files, and the default one."""
     from oci_hooks.host.kata.config import find_default_files, load_config, make_config_file
     from oci_hooks.host.kata.handlers import list_kata_handlers
     from oci_hooks.host.kata.lookup import ConfigLookup
@@ -203,7 +203,7 @@ def inspect_configs(root: Root, settings: HostSettings) -> tuple[Sandbox, ...]:
 
 
 def check_config_conflicts(sandbox: Sandbox) -> list[Finding]:
-    """Return what contradicts itself in a configuration, as far as that can be told without a container."""
+    """Return the contradictions in a configuration that can be found without a container."""
     from oci_hooks.host.kata import checks as kata_checks
 
     return [
@@ -229,7 +229,7 @@ def format_answer(
 
 
 def format_table(lines: tuple[GroupLine, ...], sandboxes: tuple[Sandbox, ...]) -> str:
-    """Return groups, and Kata's configurations, in columns for a person."""
+    """Return groups, and Kata's configurations, as a table."""
     rows: list[tuple[str, ...]] = [("GROUP", "STATE", "DEVICE", "ID", "CLASS", "DRIVER", "IN USE BY")]
     for line in lines:
         held_by = ", ".join(str(process) for process in line.holders) or "-"
@@ -291,7 +291,7 @@ def format_labels(lines: tuple[GroupLine, ...], sandboxes: tuple[Sandbox, ...]) 
 
 
 def format_problem(lines: tuple[GroupLine, ...], reported: tuple[Finding, ...]) -> str:
-    """Return one line for Node Problem Detector: the first error, or how many groups are ready."""
+    """Return one line for Node Problem Detector: the first error, or the number of ready groups."""
     errors = [finding for finding in reported if finding.level == "error"]
     if not errors:
         return f"{sum(line.state == 'ready' for line in lines)} VFIO groups ready\n"
@@ -301,12 +301,12 @@ def format_problem(lines: tuple[GroupLine, ...], reported: tuple[Finding, ...]) 
 
 
 def has_iommu(lines: tuple[GroupLine, ...]) -> bool:
-    """Tell whether one of the groups has an IOMMU behind it."""
+    """Return whether any group is behind an IOMMU."""
     return any(line.group.iommu_group and not line.group.noiommu for line in lines)
 
 
 def describe_line(line: GroupLine) -> dict[str, Any]:
-    """Return a group for --json."""
+    """Return a group as an object for --json."""
     group = line.group
     return {
         "group": group.name,
@@ -329,7 +329,7 @@ def describe_line(line: GroupLine) -> dict[str, Any]:
 
 
 def describe_config(sandbox: Sandbox) -> dict[str, Any]:
-    """Return one of Kata's configurations for --json."""
+    """Return one of Kata's configurations as an object for --json."""
     config = sandbox.config
     if config is None:
         return {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the entries of a container's linux.devices mean on this host: which group or device of VFIO."""
+"""Match the entries of a container's linux.devices to VFIO groups and devices of this host."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Target(Frozen):
-    """What an entry of linux.devices means on this host.
+    """An entry of linux.devices with its group or device on this host.
 
-    entry: the entry; group: the group meant, None where there is none; cdev: name of the VFIO device's own node
-    ("vfio0"), "" for a group's node; found_by: "numbers", "name" (the numbers are no VFIO device's), or "".
+    entry: the entry; group: the matching group, None if there is none; cdev: name of the VFIO device's own node
+    ("vfio0"), "" for a group's node; found_by: "numbers", "name" (the numbers belong to no VFIO device), or "".
     taken_by: the sysfs name of another device that has the entry's numbers, "" without one.
     """
 
@@ -39,12 +39,12 @@ class Target(Frozen):
 
     @property
     def subject(self) -> str:
-        """What to call it in a finding."""
+        """The entry's name in findings."""
         return f"group {self.group.name}" if self.group else self.entry.path
 
 
 def find_targets(root: Root, inventory: Inventory, entries: tuple[Device, ...]) -> tuple[Target, ...]:
-    """Return what each entry of linux.devices means on this host."""
+    """Return each entry of linux.devices with its group or device on this host."""
     groups = list_live_groups(root)
     cdevs = list_cdevs(root)
     return tuple(find_target(root, inventory, entry, groups, cdevs) for entry in entries)
@@ -57,7 +57,7 @@ def find_target(
     groups: dict[tuple[int, int], str],
     cdevs: dict[tuple[int, int], str],
 ) -> Target:
-    """Return what one entry means. groups, cdevs: the nodes that vfio has now, by major and minor."""
+    """Return one entry's target. groups, cdevs: the current VFIO nodes, by major and minor."""
     number = (entry.major, entry.minor)
     name = entry.path.rpartition("/")[2]
     if number in groups:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Kata makes of its configuration, read as its two runtimes read it."""
+"""Read Kata's configuration as its two runtimes read it, and check it."""

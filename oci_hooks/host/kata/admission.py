@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether `enable_annotations` admits a key, in Go and in Rust.
+"""Decide whether `enable_annotations` allows a key, in Go and in Rust.
 
-An expression runs as both libraries run it, all its states at once: the time is its length times the key's, where
+An expression is run as both libraries run it, all states in parallel: the time is its length times the key's, whereas
 Python's `re` takes exponential time for `(a+)+$`.
 
 Sources: kata-containers src/runtime/pkg/oci/utils.go (regexpContains), src/libs/kata-types/src/config/hypervisor/mod.rs
@@ -17,17 +17,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.host.kata.regex import Node
 
-# Characters of an expression, and states of the program that it becomes.
+# Characters of an expression, and states of its compiled program.
 MAX_PATTERN_LENGTH = 5000
 MAX_STATES = 20000
-# States times characters, for all keys together: a second or two.
+# States times characters, for all keys together: one or two seconds.
 MAX_WORK = 2000000
 
 
 class AnnotationFilter:
     """The expressions of one `enable_annotations`.
 
-    programs: what each became, None where it can't be told; work: how much may still be done.
+    programs: each compiled expression, None if it cannot be decided here; work: how much may still be done.
     """
 
     def __init__(self, patterns: list[str], rust: bool) -> None:
@@ -41,11 +41,11 @@ class AnnotationFilter:
             except Unsure:
                 self.programs.append(None)
             except (Invalid, RecursionError):
-                # Go skips an expression that it can't read, Rust then admits nothing at all.
+                # Go skips an expression that it cannot parse; Rust then allows nothing at all.
                 self.is_shut = rust or self.is_shut
 
     def compile(self, pattern: str) -> list[Node]:
-        """Return the program of an expression. Raises Invalid, Unsure."""
+        """Return the compiled program of an expression. Raises Invalid, Unsure."""
         self.work -= 100 + 20 * len(pattern)
         if len(pattern) > MAX_PATTERN_LENGTH or self.work < 0:
             raise Unsure("too long an expression")
@@ -56,7 +56,7 @@ class AnnotationFilter:
         return program
 
     def allows(self, key: str) -> bool | None:
-        """Tell whether a key is admitted; None where that can't be told."""
+        """Return whether a key is allowed; None if that cannot be decided here."""
         if self.is_shut:
             return False
         if self.work < 0:
@@ -67,7 +67,7 @@ class AnnotationFilter:
         return True in answers
 
     def matches(self, program: list[Node] | None, key: str) -> bool | None:
-        """Tell whether a program finds its expression in a key."""
+        """Return whether a program finds its expression in a key; None if that cannot be decided here."""
         if program is None or not set(key) <= set(ASCII):
             return None
         self.work -= 20 + len(program) * (len(key) + 1)
@@ -114,7 +114,7 @@ def compile_node(node: Node, program: list[Node]) -> None:  # noqa: PLR0912 - on
 
 
 def run(program: list[Node], key: str) -> bool:
-    """Tell whether a program finds its expression anywhere in a key."""
+    """Return whether a program finds its expression anywhere in a key."""
     current: set[int] = set()
     for position in range(len(key) + 1):
         found: set[int] = set()
@@ -127,7 +127,7 @@ def run(program: list[Node], key: str) -> bool:
 
 
 def follow(program: list[Node], waiting: list[int], key: str, position: int, found: set[int]) -> None:
-    """Add to `found` all the states that can be reached without reading a character."""
+    """Add all states to `found` that can be reached without reading a character."""
     while waiting:
         state = waiting.pop()
         if state in found:
@@ -141,7 +141,7 @@ def follow(program: list[Node], waiting: list[int], key: str, position: int, fou
 
 
 def is_at(location: str, key: str, position: int) -> bool:
-    """Tell whether a position is such a place."""
+    """Return whether a position in a key is such a location."""
     if location in ("begin", "end"):
         return position == (0 if location == "begin" else len(key))
     before, after = key[position - 1 : position] if position else "", key[position : position + 1]

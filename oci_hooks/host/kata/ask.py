@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vfio-host-check --kata-config: what Kata will make of a configuration, for a person or a program that asks.
+"""vfio-host-check --kata-config: print the effective values of a Kata configuration.
 
-One object a runtime: the effective values with what decided each, or what Kata refuses, or what can't be told.
+The answer has one object per runtime: the values with their sources, or Kata's refusals, or uncertain points.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 RUNTIMES = {"go": "go", "rust": "rs"}
-# Of the kernel's parameters, those that a virtual IOMMU heeds.
+# The kernel parameters that affect a virtual IOMMU.
 IOMMU_WORDS = ("intel_iommu", "amd_iommu", "iommu", "iommu.passthrough", "iommu.strict")
 
 
 def print_kata_config(run: Run) -> int:
-    """Print what the arguments ask for and return the exit code: 0 readable, 1 refused by Kata, 2 not told here.
+    """Print the answer and return the exit code: 0 readable, 1 refused by Kata, 2 uncertain.
 
-    Without --runtime the code is of the runtime that the file is for.
+    Without --runtime the exit code is that of the runtime that the file is for.
     """
     import json
 
@@ -46,7 +46,7 @@ def print_kata_config(run: Run) -> int:
 
 
 def read_annotations(words: tuple[str, ...] | list[str]) -> dict[str, str]:
-    """Return the annotations of KEY=VALUE words. Raises InputError."""
+    """Return the annotations in KEY=VALUE words. Raises InputError."""
     annotations = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -70,7 +70,7 @@ def make_answer(root: Root, file: str, flavour: str, annotations: dict[str, str]
 
 
 def find_config_file(root: Root, file: str, flavour: str) -> ConfigFile | None:
-    """Return the file to read: the one that is named, else the first of Kata's default places; None without one."""
+    """Return the named file, else the first of Kata's default files; None without one."""
     if not file:
         return next(iter(find_default_files(root, flavour, "")), None)
     import os
@@ -80,12 +80,12 @@ def find_config_file(root: Root, file: str, flavour: str) -> ConfigFile | None:
 
 
 def format_problem(problem: Problem) -> str:
-    """Return a problem on one line: when, where and what."""
+    """Return a problem on one line: stage, place and text."""
     return make_one_line(f"{problem.stage}: {problem.describe()}")
 
 
 def find_decision(reading: Reading, key: str) -> str:
-    """Return what decided a value: "annotation NAME", "FILE:LINE", or "default"."""
+    """Return the source of a value: "annotation NAME", "FILE:LINE", or "default"."""
     if key in reading.by_annotation:
         return f"annotation {reading.by_annotation[key]}"
     keys: tuple[str, ...] = ("hypervisor", reading.hypervisor, key)
@@ -101,13 +101,13 @@ def find_decision(reading: Reading, key: str) -> str:
 
 
 def find_table(reading: Reading) -> tuple[str, ...]:
-    """Return the first key of the hypervisor's table that a file sets: Go takes the table that is there."""
+    """Return the first key of the hypervisor's table that a file sets: Go uses the table that exists."""
     wanted = ("hypervisor", reading.hypervisor)
     return next((keys for keys in reading.marks if keys[:2] == wanted), wanted)
 
 
 def format_answer(name: str, found: dict[str, Any]) -> str:
-    """Return an answer for a person."""
+    """Return an answer as text."""
     lines = [f"Kata's {name} runtime, as of release {RELEASE}:"]
     for key in ("refused", "uncertain"):
         if key in found:
@@ -121,12 +121,12 @@ def format_answer(name: str, found: dict[str, Any]) -> str:
 
 
 def find_iommu_words(parameters: str) -> str:
-    """Return the kernel's parameters that a virtual IOMMU heeds, in their order: the last one of a name counts."""
+    """Return the kernel parameters that affect a virtual IOMMU, in order: the last one of a name counts."""
     return " ".join(word for word in parameters.split() if word.partition("=")[0] in IOMMU_WORDS)
 
 
 def choose_runtime(root: Root, file: str, answers: dict[str, dict[str, Any]]) -> str:
-    """Return the runtime that a file is for, as its tables show."""
+    """Return the runtime that a file is for, judged by its tables."""
     location = find_config_file(root, file, "go") or find_config_file(root, file, "rs")
     flavour = load_config(root, location, "", {}).flavour if location else "go"
     return next(name for name in answers if RUNTIMES[name] == flavour)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes of ASCII characters by the names that regular expressions give them, in Go and in Rust."""
+"""Named classes of ASCII characters in regular expressions, in Go and in Rust."""
 
 from __future__ import annotations
 

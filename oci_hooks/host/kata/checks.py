@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what Kata will do with the container's VFIO devices: virtual IOMMU, ports, mode, annotations, hooks.
+"""Check how Kata handles the container's VFIO devices: virtual IOMMU, ports, mode, annotations, hooks.
 
-A function a check; each returns findings. Sources: kata-containers at the places named in each function.
+Each check is one function that returns findings. Sources: kata-containers at the places named in each function.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from oci_hooks.host.targets import Target
     from oci_hooks.oci import Spec
 
-# Hypervisors that never give a virtual IOMMU, whatever the configuration says (fc.go, stratovirt.go: iommu=off;
-# dragonball.rs refuses it; remote has no machine of its own).
+# Hypervisors that never provide a virtual IOMMU, whatever the configuration (fc.go, stratovirt.go: iommu=off;
+# dragonball.rs refuses it; remote runs no virtual machine itself).
 WITHOUT_VIOMMU = ("firecracker", "stratovirt", "dragonball", "remote", "acrn", "openvmm")
 # Machines whose PCI always has an IOMMU in a guest: zPCI, and sPAPR's TCE tables.
 WITH_OWN_IOMMU = ("s390x", "ppc64le")
@@ -58,9 +58,9 @@ def check_config(sandbox: Sandbox) -> tuple[Finding, ...]:
 
 
 def check_viommu(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]:
-    """viommu-off: the guest gets no IOMMU, so vfio-pci in it has nothing to work with.
+    """viommu-off: the guest gets no IOMMU, which vfio-pci in the guest needs.
 
-    An error, unless the configuration leaves the device to the guest's own driver: there nothing is amiss.
+    An error, unless the configuration leaves the device to the guest's own driver.
     channel: only AP or CCW devices, which need no IOMMU.
     """
     if channel or sandbox.machine in WITH_OWN_IOMMU:
@@ -76,14 +76,14 @@ def check_viommu(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]:
             reported = config.describe(setting)
             problem += f"; {reported}" if setting.value is not True else f", although {reported}"
     elif config and setting:
-        # Kata puts its own intel_iommu=on before these, and the kernel takes the last word.
+        # Kata puts its own intel_iommu=on before these, and the kernel uses the last one.
         kernel = config.hypervisor_setting("kernel_params", "")
         refusal = find_kernel_refusal(str(config.reading.values["kernel_params"]))
-        # Where it is ignored because there is none, viommu-unsupported has it.
+        # If the value is ignored because there is no virtual IOMMU, viommu-unsupported reports it.
         is_on = setting.value is True or (setting.written is True and config.hypervisor in WITHOUT_VIOMMU)
         if is_on and not refusal:
             return ()
-        # Of the parameters the one that decides: others may hold a proxy's password.
+        # Print only the deciding parameter: others may contain a proxy's password.
         problem = config.describe(kernel.replace(value=refusal, written=refusal) if is_on else setting)
         if is_on:
             hint = f"remove {refusal} from kernel_params"
@@ -92,8 +92,8 @@ def check_viommu(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]:
     else:
         return ()
     certain = sandbox.level == "error" or (vmm is not None and vmm.viommu == "off")
-    # Who writes guest-kernel (Kata's own files for QEMU do) leaves the device to the guest's driver on purpose. Where
-    # no vfio_mode is set at all, this hook was declared for a container that lists VFIO devices, to have them as such.
+    # guest-kernel (set in Kata's own files for QEMU) leaves the device to the guest's driver on purpose. Without
+    # vfio_mode, this hook was declared for a container that lists VFIO devices and expects them as VFIO devices.
     kind = vmm.kind if vmm is not None else config.hypervisor if config else ""
     wanted = sandbox.wanted or (sandbox.mode == "" and kind == "qemu")
     level = "error" if wanted and certain else "warning"
@@ -122,9 +122,9 @@ def check_viommu_support(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]
 
 
 def explain_no_viommu(sandbox: Sandbox, config: KataConfig) -> tuple[str, bool]:
-    """Return why a configuration can't have a virtual IOMMU, and whether Kata refuses to start with one; "" if it can.
+    """Return why a configuration has no virtual IOMMU, "" if it has; and whether Kata refuses to start with one.
 
-    Go refuses to start QEMU (qemu_arch_base.go, appendIOMMU) and runtime-rs Dragonball; the others go on without one.
+    Go refuses to start QEMU (qemu_arch_base.go, appendIOMMU) and runtime-rs Dragonball; others continue without one.
     """
     name = config.hypervisor
     if name in WITHOUT_VIOMMU:
@@ -153,9 +153,9 @@ def explain_no_viommu(sandbox: Sandbox, config: KataConfig) -> tuple[str, bool]:
 
 
 def check_port(sandbox: Sandbox) -> tuple[Finding, ...]:
-    """no-port, port-conflict: where in the virtual machine the device would be plugged.
+    """no-port, port-conflict: the port of the virtual machine for the device.
 
-    Older releases have none of these keys and need none.
+    Older releases have none of these keys and need no port.
     """
     config = sandbox.config
     if config is None or sandbox.attached or config.hypervisor not in ("qemu", "clh"):
@@ -185,7 +185,7 @@ def check_go_port(sandbox: Sandbox, config: KataConfig) -> tuple[Finding, ...]:
     cold = config.hypervisor_setting("cold_plug_vfio")
     if hot.value is None and cold.value is None:
         return ()
-    # No set: TOML may have a list or a table there.
+    # Not a set: TOML may have a list or a table there, which cannot be hashed.
     used = [value for value in (hot.value, cold.value) if value not in (None, NO_PORT)]
     if not used:
         problem = f"{config.describe(hot if hot.value else cold)}, and no other plug setting selects a port"
@@ -204,8 +204,8 @@ def check_go_port(sandbox: Sandbox, config: KataConfig) -> tuple[Finding, ...]:
 
 
 def check_port_count(sandbox: Sandbox, config: KataConfig, hot: Setting) -> tuple[Finding, ...]:
-    """no-port: in a pod Kata does not know the device when it makes the ports, so there must be some in stock
-    (qemu.go, createPCIeTopology). Told only beforehand: in a pod the hook runs after the device was plugged."""
+    """no-port: in a pod Kata does not know the device when it creates the ports, so it needs spare ports (qemu.go,
+    createPCIeTopology). Reported only by hand: in a pod the hook runs after the device was plugged."""
     stock = config.hypervisor_setting("pcie_root_port", 0)
     in_need = (
         hot.value == "root-port" and sandbox.runtime.is_cri and sandbox.runtime.by_hand and config.hypervisor == "qemu"
@@ -218,14 +218,14 @@ def check_port_count(sandbox: Sandbox, config: KataConfig, hot: Setting) -> tupl
 
 
 def is_positive(value: object) -> bool:
-    """Tell whether a setting is a number above zero; annotations give it as text."""
+    """Return whether a setting is a number above zero; annotations give it as text."""
     return str(value).isdigit() and int(str(value)) > 0
 
 
 def check_annotations(sandbox: Sandbox) -> tuple[Finding, ...]:
     """annotation-not-allowed: Go refuses the sandbox (oci/utils.go, addAnnotations), runtime-rs ignores the annotation.
 
-    When a Go shim has started the hook it has taken the annotations already, so only a person is told of an error.
+    A Go shim that started the hook has accepted the annotations already, so only a check by hand reports an error.
     """
     config = sandbox.config
     if config is None or not config.refused:
@@ -243,7 +243,7 @@ def check_annotations(sandbox: Sandbox) -> tuple[Finding, ...]:
 
 
 def check_confidential(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
-    """needs-iommufd: a confidential guest takes no legacy group (qemu.go: "ConfidentialGuest needs IOMMUFD")."""
+    """needs-iommufd: a confidential guest accepts no legacy group (qemu.go: "ConfidentialGuest needs IOMMUFD")."""
     config = sandbox.config
     if config is None or sandbox.attached:
         return ()
@@ -251,7 +251,7 @@ def check_confidential(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[F
     legacy = [t for t in targets if not t.cdev and t.group is not None and not t.group.is_channel]
     if setting.value is not True or not legacy:
         return ()
-    # Not every release refuses it, and one that does has not come as far as to a hook.
+    # Not every release refuses it, and one that does never reaches the hook.
     problem = (
         f"is a legacy VFIO group, but a confidential guest accepts only /dev/vfio/devices/*: {config.describe(setting)}"
     )
@@ -260,7 +260,7 @@ def check_confidential(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[F
 
 
 def check_rootless(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
-    """group-denied: a hypervisor without root's rights can't open the node (how-to-run-rootless-vmm.md)."""
+    """group-denied: a hypervisor without root privileges cannot open the node (how-to-run-rootless-vmm.md)."""
     config = sandbox.config
     setting = config.hypervisor_setting("rootless", False) if config else None
     if config is None or setting is None or setting.value is not True or sandbox.attached:
@@ -273,7 +273,7 @@ def check_rootless(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Findi
 
 
 def check_group_size(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
-    """multi-device-group: Go's cold plug passes the first device of a group only (sandbox.go, AppendDevice), and
+    """multi-device-group: Go's cold plug passes only the first device of a group (sandbox.go, AppendDevice), and
     runtime-rs the primary one (qemu/inner.rs, hotplug_device)."""
     config = sandbox.config
     if config is None:
@@ -293,7 +293,7 @@ def check_group_size(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Fin
 
 
 def check_domain(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Finding, ...]:
-    """pci-domain: the runtime tells the agent every device under domain 0000 (kata_agent.go, appendVfioDevice)."""
+    """pci-domain: the runtime reports every device to the agent under domain 0000 (kata_agent.go, appendVfioDevice)."""
     findings = []
     for target in targets:
         members = target.group.passable if target.group else ()
@@ -309,7 +309,7 @@ def check_domain(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Finding
 
 
 def check_mode(sandbox: Sandbox) -> tuple[Finding, ...]:
-    """vfio-mode: in guest-kernel mode the container gets the device by the guest's own driver, not as VFIO."""
+    """vfio-mode: in guest-kernel mode the device gets the guest's own driver, and is no VFIO device in the container."""
     config = sandbox.config
     if config is None:
         return ()
@@ -330,8 +330,8 @@ def check_mode(sandbox: Sandbox) -> tuple[Finding, ...]:
 
 
 def check_hooks(sandbox: Sandbox, spec: Spec) -> tuple[Finding, ...]:
-    """hooks-dropped, failure-ignored: runtime-rs loses guest hooks where config.json has hooks (container.rs,
-    amend_spec; agent rpc.rs, append_guest_hooks), and goes on when a host hook fails (hooks.rs, execute_hooks)."""
+    """hooks-dropped: runtime-rs drops the guest hooks if config.json has hooks (container.rs, amend_spec; agent rpc.rs,
+    append_guest_hooks)."""
     config = sandbox.config
     rs = sandbox.runtime.kind == "kata-rs" or (
         not sandbox.runtime.flavour and config is not None and config.flavour == "rs"

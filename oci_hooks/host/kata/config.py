@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kata's configuration as Kata itself would come to it: which file, its drop-ins, the sandbox's annotations.
+"""Find and read Kata's configuration as Kata does: the file, its drop-ins, the sandbox's annotations.
 
-The reading itself is in go.py and rust.py. Sources, in kata-containers: containerd-shim-v2/create.go
+The readers are in go.py and rust.py. Sources, in kata-containers: containerd-shim-v2/create.go
 (loadRuntimeConfig), katautils/config.go (GetDefaultConfigFilePaths); runtime-rs crates/runtimes/src/manager.rs
 (load_config), libs/kata-types/src/config/default.rs. 1.x has no drop-ins.
 """
@@ -30,13 +30,13 @@ RS_DEFAULTS = (
     "/usr/share/defaults/kata-containers/runtime-rs/configuration.toml",
     "/opt/kata/share/defaults/kata-containers/runtime-rs/configuration.toml",
 )
-# The release whose readers ours follow.
+# The Kata release whose behaviour our readers reproduce.
 RELEASE = "4.1"
 RELEASE_MAJOR = int(RELEASE.partition(".")[0])
 
 
 class ConfigFile(Frozen):
-    """Where a configuration is. path: as it was named; real: with links resolved; reason: why this one."""
+    """A configuration file. path: as named; real: with links resolved; reason: why this file was chosen."""
 
     path: str
     real: str
@@ -44,9 +44,9 @@ class ConfigFile(Frozen):
 
 
 class Setting(Frozen):
-    """One value, and what decided it.
+    """One value and its source.
 
-    keys: tables and key; value: what is in effect; written: what the files come to, the same unless Kata changes it;
+    keys: tables and key; value: in effect; written: as merged from the files, the same unless Kata changes it;
     places: "FILE line N" of the last two that set it; annotation: name of the one that overrides them, "" without one;
     is_drop_in: whether the deciding file is a drop-in.
     """
@@ -77,7 +77,7 @@ class Setting(Frozen):
 class KataConfig(Frozen):
     """A sandbox's whole configuration.
 
-    place: the file that it starts from; flavour: "go" or "rs"; reading: what that runtime makes of it.
+    place: the main file; flavour: "go" or "rs"; reading: the values and problems that this runtime gets from it.
     """
 
     place: ConfigFile
@@ -91,24 +91,24 @@ class KataConfig(Frozen):
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """Names of annotations that are not admitted."""
+        """Names of annotations that are not allowed."""
         return self.reading.unallowed
 
     @property
     def directory(self) -> str:
-        """Where its drop-ins are."""
+        """The directory of its drop-ins."""
         return self.place.real.rpartition("/")[0] + "/config.d"
 
     def hypervisor_setting(self, key: str, default: Any = None) -> Setting:
-        """Return a setting of the hypervisor's table, with what decided it."""
+        """Return a setting of the hypervisor's table, with its source."""
         return find_setting(self, ("hypervisor", self.hypervisor, key), default)
 
     def runtime_setting(self, key: str, default: Any = None) -> Setting:
-        """Return a setting of the runtime's table, with what decided it."""
+        """Return a setting of the runtime's table, with its source."""
         return find_setting(self, ("runtime", key), default)
 
     def describe(self, setting: Setting) -> str:
-        """Return a setting with its place and with what did not override it."""
+        """Return a setting with its source and with the annotation that failed to override it."""
         if setting.annotation:
             return setting.describe()
         later = "annotations" if setting.is_drop_in else "config.d/ or annotations"
@@ -121,14 +121,14 @@ class KataConfig(Frozen):
 
 
 def find_default_files(root: Root, flavour: str, shim: str) -> tuple[ConfigFile, ...]:
-    """Return the configurations at Kata's default places that are there, first the one that it would take.
+    """Return the existing configuration files at Kata's default paths, in Kata's order.
 
-    flavour: "go", "rs", or "" for both, Go's first; shim: path of the shim's executable, "" when not known: one below
+    flavour: "go", "rs", or "" for both, Go's first; shim: path of the shim's executable, "" if unknown: a shim below
     /opt/kata was built to look there.
     """
     paths: tuple[str, ...] = {"go": GO_DEFAULTS, "rs": RS_DEFAULTS}.get(flavour, GO_DEFAULTS + RS_DEFAULTS)
     if flavour != "rs" and shim.startswith("/opt/kata/"):
-        # A Go shim knows one prefix only, its own.
+        # A Go shim knows only its own prefix.
         paths = tuple(path for path in paths if not path.startswith("/usr/"))
     elif flavour == "go" and shim.startswith("/usr/"):
         paths = tuple(path for path in paths if not path.startswith("/opt/"))
@@ -141,7 +141,7 @@ def find_default_files(root: Root, flavour: str, shim: str) -> tuple[ConfigFile,
 
 
 def make_config_file(root: Root, path: str, reason: str) -> ConfigFile | None:
-    """Return the place of a file that is there, None where there is none."""
+    """Return the configuration file at a path, None if there is none."""
     is_there = path.startswith("/") and is_valid_path(path) and root.exists(path)
     return ConfigFile(path, root.real_path(path), reason) if is_there else None
 
@@ -150,7 +150,7 @@ def make_config_file(root: Root, path: str, reason: str) -> ConfigFile | None:
 
 
 def load_config(root: Root, location: ConfigFile, flavour: str, annotations: dict[str, str]) -> KataConfig:
-    """Return the configuration that begins in a file. What can't be read is in its reading, and is left out.
+    """Return the configuration that starts with a file. Unreadable parts are problems of its reading, and are left out.
 
     flavour: "go" or "rs" where known, else "" (then the file decides); annotations: the sandbox's.
     """
@@ -164,9 +164,9 @@ def load_config(root: Root, location: ConfigFile, flavour: str, annotations: dic
 
 @tagged("read-kata")
 def read_kata(root: Root, path: str, flavour: str, annotations: dict[str, str]) -> dict[str, Any]:
-    """Return what the runtime makes of a configuration, in a form that JSON has: make_reading takes it.
+    """Return the runtime's reading of a configuration as JSON; make_reading converts it.
 
-    A step: a recording keeps of the files less than what Kata refuses them by, so it has the answer.
+    A step: a recording keeps less of the files than Kata's refusals depend on, so it keeps the answer.
     """
     from oci_hooks.host.kata.go import read_go
     from oci_hooks.host.kata.rust import read_rust
@@ -182,7 +182,7 @@ def read_kata(root: Root, path: str, flavour: str, annotations: dict[str, str]) 
 
 
 def list_keys(tables: dict[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
-    """Return tables as pairs of keys and value; of a table of hypervisors or agents that it is there, too."""
+    """Return tables as pairs of keys and value, and an entry for each table of hypervisors or agents itself."""
     pairs: list[tuple[tuple[str, ...], Any]] = []
     for table, values in tables.items():
         for key, value in values.items():
@@ -195,7 +195,7 @@ def list_keys(tables: dict[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def make_reading(answer: dict[str, Any]) -> Reading:
-    """Return the reading that read_kata answered, from the machine or from a recording."""
+    """Return the reading in an answer of read_kata, live or from a recording."""
     from oci_hooks.host.kata.model import Reading
 
     tables: dict[str, Any] = {"hypervisor": {}, "agent": {}, "runtime": {}, "factory": {}}
@@ -210,7 +210,7 @@ def make_reading(answer: dict[str, Any]) -> Reading:
 
 
 def find_setting(config: KataConfig, keys: tuple[str, ...], default: Any) -> Setting:
-    """Return a value and what decided it: an annotation, else the last file that has it, else the default.
+    """Return a value and its source: an annotation, else the last file that sets it, else the default.
 
     keys: tables and key.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kata's configuration as its Go runtime reads it: tables, types, defaults, what it refuses to load.
+"""Read Kata's configuration as its Go runtime does: tables, types, defaults, refusals.
 
 Sources, in kata-containers 4.1 (src/runtime): pkg/katautils/config.go (tomlConfig, decodeDropIns, new*HypervisorConfig,
 SetKernelParams, checkConfig), pkg/katautils/config-settings.go.in, virtcontainers/hypervisor.go (KernelParamFields);
@@ -68,12 +68,12 @@ AGENT = name_types(
     small="dial_timeout cdh_api_timeout launch_process_timeout",
 )
 KINDS = {"text": "a string", "texts": "a list of strings", "truth": "true or false", "images": "a list of tables"}
-# The largest whole number that a float32 has room for.
+# The largest whole number that fits a float32.
 MAX_REAL = 16777215
 
 
 def read_go(root: Root, path: str, annotations: dict[str, str]) -> Reading:
-    """Return what the Go runtime makes of a configuration. path: the main file, links resolved."""
+    """Return the Go runtime's reading of a configuration. path: the main file, links resolved."""
     from oci_hooks.host.kata.go_annotations import apply_annotations
     from oci_hooks.host.kata.go_checks import check_tables, find_values
 
@@ -91,7 +91,7 @@ def read_go(root: Root, path: str, annotations: dict[str, str]) -> Reading:
 
 
 def merge_layers(layers: list[Layer], ledger: Ledger) -> dict[str, Any]:
-    """Return the tables that the files come to: hypervisor and agent by name, runtime and factory."""
+    """Return the merged tables of the files: hypervisor and agent by name, runtime and factory."""
     tables: dict[str, Any] = {"hypervisor": {}, "agent": {}, "runtime": {}, "factory": {}}
     for number, layer in enumerate(layers):
         fresh = decode_layer(layer, ledger, number == 0)
@@ -105,12 +105,12 @@ def merge_layers(layers: list[Layer], ledger: Ledger) -> dict[str, Any]:
 
 
 def decode_layer(layer: Layer, ledger: Ledger, is_main: bool) -> dict[str, Any]:
-    """Return one file's tables, decoded; what has a wrong type is noted and left out."""
+    """Return one file's tables, decoded; values of a wrong type are noted and left out."""
     fresh: dict[str, Any] = {"hypervisor": {}, "agent": {}, "runtime": {}, "factory": {}}
     for key, table in layer.values.items():
         name = fold(key)
         if name in ("hypervisor", "agent"):
-            # Anything but a table is skipped without a word (unifyMap).
+            # Anything but a table is skipped silently (unifyMap).
             if isinstance(table, dict):
                 decode_named(layer, key, table, fresh[name], ledger, is_main)
         elif name in fresh and not isinstance(table, dict):
@@ -165,7 +165,7 @@ def decode_table(
 
 
 def apply_keys(layer: Layer, fresh: dict[str, Any], tables: dict[str, Any], ledger: Ledger) -> None:
-    """Take a drop-in's keys into the named tables (applyKey): here names count as they are written."""
+    """Apply a drop-in's keys to the named tables (applyKey): here the case of names counts."""
     types = {"hypervisor": HYPERVISOR, "agent": AGENT}
     for keys in layer.keys:
         if len(keys) < 3 or keys[0] not in types:
@@ -180,7 +180,7 @@ def apply_keys(layer: Layer, fresh: dict[str, Any], tables: dict[str, Any], ledg
 
 
 def fold(key: str) -> str:
-    """Return a key in lower case as strings.EqualFold compares: long s and the Kelvin sign are s and k."""
+    """Return a key in lower case as strings.EqualFold compares: long s and the Kelvin sign equal s and k."""
     return key.replace("\u017f", "s").replace("\u212a", "k").lower()
 
 
@@ -205,12 +205,12 @@ def find_wrong(kind: str, value: Any) -> str:
 
 
 def is_text(value: Any) -> bool:
-    """Tell whether a value is a string, and no date."""
+    """Return whether a value is a string and not a date."""
     return isinstance(value, str) and not isinstance(value, Moment)
 
 
 def find_wrong_images(value: Any) -> str:
-    """Return why a value is no list of images, "" if it is."""
+    """Return why a value is not a list of images, "" if it is."""
     if not isinstance(value, list) or not all(isinstance(image, dict) for image in value):
         return f"is not {KINDS['images']}"
     wrong = [key for image in value for key in image if fold(key) in IMAGE and not is_text(image[key])]

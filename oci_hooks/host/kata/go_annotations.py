@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What annotations of the sandbox do to the Go runtime's configuration, and which of them it refuses.
+"""Apply the sandbox's annotations to the Go runtime's configuration, and find those that it refuses.
 
 Sources, in kata-containers 4.1 (src/runtime): pkg/oci/utils.go (addAnnotations and all that it calls),
 virtcontainers/pkg/annotations/annotations.go; Go's strconv.
@@ -74,7 +74,7 @@ CHOICES = {
     "hot_plug_vfio": ("", NO_PORT, *PORTS),
     "cold_plug_vfio": ("", NO_PORT, *PORTS),
 }
-# The annotation is named otherwise in one place (annotations.go, EnableVCPUsPinning).
+# One annotation differs in its name (annotations.go, EnableVCPUsPinning).
 PINNING = "io.katacontainers.enable_vcpus_pinning"
 MAX_CPUS = 240
 FLOAT = re.compile(r"[+-]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -84,12 +84,12 @@ MAX_NUMBER = (1 << 64) - 1
 def apply_annotations(
     ledger: Ledger, tables: dict[str, Any], name: str, values: dict[str, Any], annotations: dict[str, str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Change the values as the annotations want it.
+    """Apply the annotations to the values.
 
-    Return of each value the annotation that decided it, and the names of those that are not admitted.
+    Return the annotation that set each value, and the names of those that are not allowed.
     """
     table = tables["hypervisor"].get(name, {})
-    # Dragonball and nothing else leaves the list of its table unread.
+    # Only Dragonball's table has a list that Kata does not read.
     gate = AnnotationFilter(table.get("enable_annotations", []) if name != "dragonball" else [], False)
     decided: dict[str, str] = {}
     unallowed = []
@@ -122,12 +122,12 @@ def apply_annotations(
 
 
 def find_allowed_list(ledger: Ledger, name: str) -> str:
-    """Return where the list of what is admitted is set."""
+    """Return where the list of allowed annotations is set."""
     return ledger.place("hypervisor", name, "enable_annotations")
 
 
 def find_wrong(ledger: Ledger, tables: dict[str, Any], name: str, key: str, text: str) -> str:  # noqa: PLR0911 - one rule a line
-    """Return why Kata refuses an annotation's value, "" if it takes it."""
+    """Return why Kata refuses an annotation's value, "" if it accepts it."""
     table = tables["hypervisor"].get(name, {})
     if key in TRUTHS:
         return "" if text in TRUE_WORDS + FALSE_WORDS else f"{text!r} is neither true nor false"
@@ -154,12 +154,12 @@ def find_wrong(ledger: Ledger, tables: dict[str, Any], name: str, key: str, text
 
 
 def is_number(text: str) -> bool:
-    """Tell whether strconv.ParseUint takes a text, base 10, 64 bits."""
+    """Return whether strconv.ParseUint accepts a text, base 10, 64 bits."""
     return text.isascii() and text.isdigit() and int(text[:30]) <= MAX_NUMBER
 
 
 def find_wrong_number(name: str, key: str, number: int) -> str:
-    """Return why Kata refuses a number, "" if it takes it."""
+    """Return why Kata refuses a number, "" if it accepts it."""
     if key == "default_memory" and number < 256 and name != "remote":
         return "it is less than 256 MiB"
     if key == "default_max_vcpus" and name != "remote" and number % (1 << 32) > min(os.cpu_count() or 1, MAX_CPUS):
@@ -174,7 +174,7 @@ def find_wrong_number(name: str, key: str, number: int) -> str:
 
 
 def find_wrong_cpus(name: str, text: str) -> str:
-    """Return why Kata refuses a number of processors, "" if it takes it."""
+    """Return why Kata refuses a number of processors, "" if it accepts it."""
     if not FLOAT.fullmatch(text):
         return f"{text!r} is no number"
     number = float(text.replace("_", ""))
@@ -184,7 +184,7 @@ def find_wrong_cpus(name: str, text: str) -> str:
 
 
 def find_wrong_path(ledger: Ledger, patterns: list[str], text: str, key: str) -> str:
-    """Return why Kata refuses a path, "" if one of the patterns finds it on this machine."""
+    """Return why Kata refuses a path, "" if one of the patterns matches it on this machine."""
     from fnmatch import fnmatchcase
 
     parts = text.split("/")
@@ -198,7 +198,7 @@ def find_wrong_path(ledger: Ledger, patterns: list[str], text: str, key: str) ->
 
 
 def find_wrong_other(annotation: str, text: str) -> str:
-    """Return why Kata refuses the value of an annotation of the runtime or the agent, "" if it takes it."""
+    """Return why Kata refuses the value of an annotation of the runtime or the agent, "" if it accepts it."""
     key = annotation.rpartition(".")[2]
     truth = text in TRUE_WORDS + FALSE_WORDS
     if annotation == PINNING or (annotation.startswith(RUNTIME_PREFIX) and key in RUNTIME_TRUTHS):
@@ -216,7 +216,7 @@ def find_wrong_other(annotation: str, text: str) -> str:
 
 
 def is_list(text: str) -> bool:
-    """Tell whether a text is a list of strings in JSON, or null."""
+    """Return whether a text is a list of strings in JSON, or null."""
     from oci_hooks.findings import InputError
     from oci_hooks.json_input import parse_json
 
@@ -228,7 +228,7 @@ def is_list(text: str) -> bool:
 
 
 def is_base64(text: str) -> bool:
-    """Tell whether a text is base64, line ends aside."""
+    """Return whether a text is base64, line ends ignored."""
     from base64 import b64decode
 
     try:
@@ -239,7 +239,7 @@ def is_base64(text: str) -> bool:
 
 
 def check_together(ledger: Ledger, table: dict[str, Any], name: str, annotations: dict[str, str]) -> None:
-    """Note what Kata refuses of annotations that are right one by one."""
+    """Note combinations of annotations that Kata refuses although each alone is valid."""
     found = {key: annotations.get(HYPERVISOR_PREFIX + key, "") for key in ("shared_fs", "virtio_fs_daemon")}
     if found["shared_fs"] == "virtio-fs" and not (found["virtio_fs_daemon"] or table.get("virtio_fs_daemon")):
         ledger.refuse("annotations", f"annotation {HYPERVISOR_PREFIX}shared_fs", "virtio-fs needs virtio_fs_daemon")
@@ -254,7 +254,7 @@ def check_together(ledger: Ledger, table: dict[str, Any], name: str, annotations
 
 
 def set_value(values: dict[str, Any], decided: dict[str, str], key: str, text: str) -> None:
-    """Take an annotation's value, which is right."""
+    """Apply an annotation's valid value."""
     annotation = HYPERVISOR_PREFIX + key
     if key in ("enable_iommu", "rootless"):
         values[key], decided[key] = text in TRUE_WORDS, annotation

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Kata's Go runtime refuses of tables that it could decode, and the values that it takes from them.
+"""Validate decoded tables as Kata's Go runtime does, and derive the values that it uses.
 
 Sources, in kata-containers 4.1 (src/runtime): pkg/katautils/config.go (new*HypervisorConfig, toGuestExtensionImages,
 SetKernelParams, validateBindMounts, checkConfig), pkg/katautils/create.go, pkg/device/config/config.go.
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from oci_hooks.host.kata.model import Ledger
 
-# Tables below [hypervisor], and which of them Kata makes a machine of.
+# Tables below [hypervisor], and which of them Kata supports.
 HYPERVISORS = ("qemu", "clh", "firecracker", "dragonball", "stratovirt", "remote")
 DEFAULT_PATHS = {
     "path": "/usr/bin/qemu-system-x86_64",
@@ -41,14 +41,14 @@ SYSTEMD_PARAMETERS = (
     ("systemd.mask", "systemd-networkd.service"),
     ("systemd.mask", "systemd-networkd.socket"),
 )
-# What may be given of the words; where the file has none or "", the first is taken.
+# Allowed words; if the file has none or "", the first one is used.
 CHOICES = {
     "block_device_driver": BLOCK_DRIVERS,
     "block_device_aio": BLOCK_AIO,
     "shared_fs": SHARED_FS,
     "extra_monitor_socket": MONITORS,
 }
-# Of each hypervisor: the files that it needs, and the words that it checks.
+# For each hypervisor: the files that it needs, and the words that it checks.
 FILES = {
     "qemu": "path kernel initrd image firmware firmware_volume",
     "clh": "path kernel initrd image firmware",
@@ -66,7 +66,7 @@ MIB = 1 << 20
 
 
 def check_tables(ledger: Ledger, tables: dict[str, Any], path: str) -> None:
-    """Note what LoadConfiguration refuses. path: the main file, for what has no line."""
+    """Note the refusals of LoadConfiguration. path: the main file, for problems without a line."""
     for name, table in tables["hypervisor"].items():
         if name not in HYPERVISORS:
             location = ledger.place("hypervisor", name) or path
@@ -86,7 +86,7 @@ def check_tables(ledger: Ledger, tables: dict[str, Any], path: str) -> None:
 
 
 def check_hypervisor(ledger: Ledger, name: str, table: dict[str, Any], path: str) -> None:  # noqa: PLR0912 - one rule a line
-    """Note what the hypervisor's own function refuses."""
+    """Note the refusals of the hypervisor's own function."""
 
     def refuse(key: str, text: str) -> None:
         ledger.refuse("load", ledger.place("hypervisor", name, key) or path, text)
@@ -136,7 +136,7 @@ def check_images(table: dict[str, Any], refuse: Any) -> None:
 
 
 def check_initrd(ledger: Ledger, name: str, table: dict[str, Any]) -> None:
-    """Note an image without content, and an initrd that the machine's memory has no room for."""
+    """Note an image without content, and an initrd that does not fit the machine's memory."""
     memory = table.get("default_memory", 0)
     memory = memory if memory >= 256 else 2048
     for key in ("image", "initrd"):
@@ -166,7 +166,7 @@ def check_ports(name: str, table: dict[str, Any], refuse: Any) -> None:
 
 
 def check_runtime(ledger: Ledger, table: dict[str, Any], path: str) -> None:
-    """Note what Kata refuses of [runtime]."""
+    """Note Kata's refusals for [runtime]."""
 
     def refuse(key: str, text: str) -> None:
         ledger.refuse("load", ledger.place("runtime", key) or path, text)
@@ -192,7 +192,7 @@ def check_runtime(ledger: Ledger, table: dict[str, Any], path: str) -> None:
 
 
 def find_values(ledger: Ledger, tables: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the hypervisor's name and what the runtime takes from the tables, before annotations."""
+    """Return the hypervisor's name and the runtime's values from the tables, before annotations."""
     names = [name for name in tables["hypervisor"] if name in HYPERVISORS]
     name = names[0] if names else ""
     if len(names) > 1:
@@ -222,7 +222,7 @@ def find_values(ledger: Ledger, tables: dict[str, Any]) -> tuple[str, dict[str, 
 
 
 def list_parameters(ledger: Ledger, tables: dict[str, Any], name: str, table: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the kernel's parameters: Kata's own, the agent's, then the file's (SetKernelParams)."""
+    """Return the kernel parameters: Kata's own, the agent's, then the file's (SetKernelParams)."""
     pairs: list[tuple[str, str]] = []
     if table.get("image") and name != "remote":
         pairs += SYSTEMD_PARAMETERS
@@ -237,7 +237,7 @@ def list_parameters(ledger: Ledger, tables: dict[str, Any], name: str, table: di
 
 
 def list_agent_parameters(agent: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the kernel's parameters that an agent's table asks for (KataAgentKernelParams)."""
+    """Return the kernel parameters that an agent's table adds (KataAgentKernelParams)."""
     pairs = []
     if agent.get("enable_debug"):
         pairs.append(("agent.log", "debug"))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which configuration containerd, CRI-O or Docker gives to each Kata runtime.
+"""Find the configuration file that containerd, CRI-O or Docker sets for each Kata runtime.
 
-Kata's shim gets it as the option ConfigPath and tells nobody. Sources: containerd's docs/man/containerd-config.toml.5
-(imports, plugins), crio.conf(5) and crio.conf.d(5), dockerd's daemon.json; kata-deploy writes the first two.
+Kata's shim gets it as the option ConfigPath and does not publish it. Sources: containerd's
+docs/man/containerd-config.toml.5 (imports, plugins), crio.conf(5) and crio.conf.d(5), dockerd's daemon.json;
+kata-deploy writes the first two.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ CONTAINERD_CONFIGS = (
 CRI_PLUGINS = ("io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri", "cri")
 CRIO_CONFIG = "/etc/crio/crio.conf"
 CRIO_DROP_INS = "/etc/crio/crio.conf.d"
-# containerd refuses a cycle of imports; here a chain simply ends.
+# containerd refuses a cycle of imports; here the chain is cut.
 MAX_IMPORTS = 50
 
 
 class Handler(Frozen):
-    """A runtime handler. name: e.g. "kata-qemu"; engine: "containerd", "crio", "docker"; config_path: "" where it is
-    not given; path: the file that says so."""
+    """A runtime handler. name: e.g. "kata-qemu"; engine: "containerd", "crio", "docker"; config_path: "" if not set;
+    path: the file that defines it."""
 
     name: str
     engine: str
@@ -93,23 +94,23 @@ def list_docker(root: Root) -> Iterator[Handler]:
 
 
 def is_kata(name: str, kind: object) -> bool:
-    """Tell whether a runtime is Kata's, by its type or path, or else by its name."""
+    """Return whether a runtime is Kata's, by its type or path, or else by its name."""
     return "kata" in text_of(kind) or name.startswith("kata")
 
 
 def expand(root: Root, pattern: str, importer: str) -> list[str]:
-    """Return the files that an import names: an absolute path or one beside the importing file, with * and ?."""
+    """Return the files of an import: an absolute path or one relative to the importing file, with * and ?."""
     from fnmatch import fnmatch
 
     if not pattern.startswith("/"):
         pattern = f"{importer.rpartition('/')[0]}/{pattern}"
     directory, _, last = pattern.rpartition("/")
-    # Only the last component is matched: kata-deploy, k3s and containerd's own default write no other pattern.
+    # Only the last component is matched: kata-deploy, k3s and containerd's own default use no other pattern.
     return [f"{directory}/{name}" for name in root.list_names(directory or "/") if fnmatch(name, last)]
 
 
 def read_toml(root: Root, path: str) -> dict[str, Any]:
-    """Return the values of a TOML file; empty where it can't be read: the engine's own files are not ours to judge."""
+    """Return the values of a TOML file; empty if unreadable: errors in the engine's own files are not reported here."""
     from oci_hooks.plain_toml import read_toml
 
     try:
@@ -119,7 +120,7 @@ def read_toml(root: Root, path: str) -> dict[str, Any]:
 
 
 def dig(value: Any, *keys: str) -> dict[str, Any]:
-    """Return a table below other tables; empty where there is none."""
+    """Return a nested table; empty if there is none."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}

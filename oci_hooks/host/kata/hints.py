@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to do about a finding on Kata's configuration: words that can be followed to the letter."""
+"""Write hints for findings on Kata's configuration, as instructions that can be followed literally."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.host.kata.config import KataConfig, Setting
 
-# What printf(1) or a quoted word of a shell would change.
+# Characters that printf(1) or a quoted shell word would change.
 UNSAFE = ("\\", "'", "%")
 
 
 def write_fix(config: KataConfig, setting: Setting, value: str) -> str:
-    """Return how to give a setting of the hypervisor's table a value, where it is decided.
+    """Return how to set a setting of the hypervisor's table, at the place that decides it.
 
     value: as TOML writes it.
     """
@@ -32,14 +32,14 @@ def write_fix(config: KataConfig, setting: Setting, value: str) -> str:
 
 
 def make_viommu_hint(config: KataConfig | None, setting: Setting | None) -> str:
-    """Return how to switch the virtual IOMMU on."""
+    """Return how to enable the virtual IOMMU."""
     annotation = f'annotation {HYPERVISOR_PREFIX}enable_iommu: "true"'
     if config is None or setting is None:
         return f"set enable_iommu = true in Kata's configuration.toml, or the sandbox's {annotation}"
     is_ignored = setting.written is True and setting.value is not True
     if setting.annotation or is_ignored:
         return f"set the sandbox's {annotation}"
-    # An annotation that is not admitted would be refused or ignored.
+    # An annotation that is not allowed would be refused or ignored.
     patterns = config.hypervisor_setting("enable_annotations", []).value
     admitted = AnnotationFilter(patterns, config.flavour == "rs").allows("enable_iommu")
     other = f", or the sandbox's {annotation}" if admitted else ""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of Kata's configuration files the sandbox at hand was started with.
+"""Find the Kata configuration file with which the sandbox was started.
 
 The order is the runtime's own (containerd-shim-v2/create.go, loadRuntimeConfig; runtime-rs manager.rs, load_config):
-the annotation of 1.x to 3.x, then the shim's option ConfigPath and KATA_CONF_FILE (runtime-rs: the other way round),
-then the default places. What only the shim knows is taken from the files that told it.
+the annotation of 1.x to 3.x, then the shim's option ConfigPath and KATA_CONF_FILE (runtime-rs: in reverse order),
+then the default paths. ConfigPath, which only the shim knows, is read from the engines' configuration files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ConfigLookup(Frozen):
-    """A configuration. certain: whether it is sure to be the one that the sandbox was started with."""
+    """A configuration. certain: whether it surely is the one with which the sandbox was started."""
 
     config: KataConfig | None
     certain: bool
@@ -37,7 +37,7 @@ def find_config(root: Root, runtime: Runtime, annotations: dict[str, str], named
     configs = [load_config(root, location, runtime.flavour, annotations) for location in locations]
     running = runtime.hypervisor
     if running is not None:
-        # A file for another hypervisor than the one that runs is not this sandbox's.
+        # A file for a hypervisor other than the running one is not this sandbox's.
         fitting = [config for config in configs if config.hypervisor in ("", running.kind)]
         if len(fitting) > 1:
             fitting = [config for config in fitting if names_hypervisor(root, config, running.process.pid)] or fitting
@@ -70,12 +70,12 @@ def find_config_files(
         return (environment,), True
     executable = root.read_link(f"/proc/{shim}/exe") if shim else ""
     defaults = find_default_files(root, runtime.flavour, executable)
-    # Without the shim at hand the first default place is as good a guess as Kata's own.
+    # Without a known shim the first default path is the best guess.
     return defaults[:1], bool(defaults)
 
 
 def find_options(root: Root, runtime: Runtime) -> tuple[ConfigFile, ...]:
-    """Return the files that the container engine may have named in its option ConfigPath, without doubles."""
+    """Return the files that the container engine may have set in its option ConfigPath, without duplicates."""
     from oci_hooks.host.kata.handlers import list_kata_handlers
 
     engines = find_engines(runtime)
@@ -92,7 +92,7 @@ def find_options(root: Root, runtime: Runtime) -> tuple[ConfigFile, ...]:
 
 
 def find_engines(runtime: Runtime) -> tuple[str, ...]:
-    """Return which container engines may have started the container: ctr and nerdctl read no engine's configuration."""
+    """Return the container engines that may have started the container: ctr and nerdctl read no engine's file."""
     if runtime.is_cri:
         return ("containerd", "crio")
     arguments = runtime.shim.arguments if runtime.shim else ()
@@ -102,7 +102,7 @@ def find_engines(runtime: Runtime) -> tuple[str, ...]:
 
 
 def names_hypervisor(root: Root, config: KataConfig, pid: int) -> bool:
-    """Tell whether a configuration names the executable of the running hypervisor."""
+    """Return whether a configuration names the executable of the running hypervisor."""
     path = config.hypervisor_setting("path", "").value
     if not isinstance(path, str) or not path or not is_valid_path(path):
         return False
@@ -110,7 +110,7 @@ def names_hypervisor(root: Root, config: KataConfig, pid: int) -> bool:
 
 
 def read_major(root: Root) -> int:
-    """Return the major version of the Kata that kata-deploy installed, 0 where that is not known."""
+    """Return the major version of Kata that kata-deploy installed, 0 if unknown."""
     for path in VERSION_FILES:
         word = root.read_text_or(path, "").partition(".")[0]
         if word.isdigit():

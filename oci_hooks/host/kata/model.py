@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both of Kata's readers have in common: the files in their order, and what a reading comes to.
+"""Shared parts of both Kata readers: the ordered files, and the reading as their result.
 
-A reading has three answers: values, each with the place that decided it; what Kata refuses; what can't be told here.
-Values are given in all three, as far as they can be read.
+A reading has three parts: values, each with its source; Kata's refusals; uncertain points. Values are given in every
+case, as far as they can be read.
 
 Sources: kata-containers src/runtime/pkg/katautils/config.go (decodeConfig, decodeDropIns), src/libs/kata-types/src/
 config/drop_in.rs.
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from oci_hooks.host.kata.toml import Keys, StrictReader
     from oci_hooks.system import Root
 
-    # Notes what is refused: key, text.
+    # Notes a refusal: key, text.
     Refuse = Callable[[str, str], None]
 
-# Bytes of all files together. Kata's own have 40 KB; what is larger would not be read before the deadline.
+# Bytes of all files together. Kata's own have 40 KB; larger ones would not be read before the deadline.
 MAX_BYTES = 2 << 20
 MAX_FILES = 10000
 SIZES = ("block_device_logical_sector_size", "block_device_physical_sector_size")
 
 
 class Problem(Frozen):
-    """Something that Kata refuses, or that can't be told.
+    """A refusal of Kata, or an uncertain point.
 
-    stage: when Kata would: "load", "annotations", "validate"; place: "FILE line N", "annotation NAME", or the file;
-    text: what is wrong there; code: "syntax" for what no release takes.
+    stage: when Kata refuses: "load", "annotations", "validate"; place: "FILE line N", "annotation NAME", or the file;
+    text: the problem; code: "syntax" for errors that every release refuses.
     """
 
     tag = "problem"
@@ -61,17 +61,17 @@ class Layer(Frozen):
     lines: dict[Keys, int]
 
     def place(self, keys: Keys) -> str:
-        """Return where the file sets a key, in words."""
+        """Return where the file sets a key, as text."""
         line = self.lines.get(keys, 0)
         return f"{self.path} line {line}" if line else self.path
 
 
 class Reading(Frozen):
-    """What one of Kata's runtimes makes of a configuration and of a sandbox's annotations.
+    """One Kata runtime's reading of a configuration and of a sandbox's annotations.
 
-    flavour: "go" or "rs"; hypervisor: its name, "" without one; values: what is effective, by Kata's names; marks: of
-    tables and keys the places that set them, the last one wins; by_annotation: of values the annotation that decided;
-    tables: all that the files come to; unallowed: annotations that enable_annotations does not admit; refused,
+    flavour: "go" or "rs"; hypervisor: its name, "" without one; values: in effect, by Kata's names; marks: the places
+    that set each table and key, the last one decides; by_annotation: the annotation that set a value; tables: all merged
+    tables of the files; unallowed: annotations that enable_annotations does not allow; refused,
     uncertain: problems.
     """
 
@@ -87,10 +87,10 @@ class Reading(Frozen):
 
 
 class Ledger:
-    """What a reader notes while it reads.
+    """A reader's notes.
 
-    missing: problems of files that are not there; present, lost: how many named ones are and are not; ambiguous: keys
-    of which Kata itself takes one of several values by chance ("" for whole tables): what is wrong with one value
+    missing: problems of missing files; present, lost: how many named files exist and how many do not; ambiguous: keys
+    for which Kata itself takes one of several values by chance ("" for whole tables): an error in one value
     need not be refused.
     """
 
@@ -105,13 +105,13 @@ class Ledger:
         self.ambiguous: set[str] = set()
 
     def refuse(self, stage: str, location: str, text: str, code: str = "") -> None:
-        """Note what Kata refuses."""
+        """Note a refusal of Kata."""
         doubtful = bool(self.ambiguous) and stage == "load" and not code
         doubtful = doubtful or (code == "unallowed" and bool(self.ambiguous & {"", "enable_annotations"}))
         (self.uncertain if doubtful else self.refused).append(Problem(stage, location, text, code))
 
     def mark_uncertain(self, location: str, text: str) -> None:
-        """Note what can't be told."""
+        """Note an uncertain point."""
         self.uncertain.append(Problem("load", location, text))
 
     def mark(self, keys: Keys, location: str) -> None:
@@ -119,11 +119,11 @@ class Ledger:
         self.marks[keys] = (*self.marks.get(keys, ())[-1:], location)
 
     def place(self, *keys: str) -> str:
-        """Return where a key is set last, "" where it is not."""
+        """Return where a key is set last, "" if it is not set."""
         return self.marks.get(keys, ("",))[-1]
 
     def need_file(self, path: str, what: str, location: str, named: bool) -> None:
-        """Note whether a file that Kata resolves is there. named: by the configuration, and not by default."""
+        """Note whether a file that Kata resolves exists. named: by the configuration, and not by default."""
         if not path:
             return
         if is_there(self.root, path):
@@ -133,7 +133,7 @@ class Ledger:
             self.missing.append(Problem("load", location, f"{what} {path} is missing"))
 
     def check_files(self) -> None:
-        """Refuse what is missing. Where all files that are named are, the configuration is for another machine."""
+        """Refuse missing files. If all named files are missing, the configuration is for another machine."""
         if self.present or not self.lost:
             for problem in self.missing:
                 self.refuse(problem.stage, problem.place, problem.text)
@@ -147,7 +147,7 @@ class Ledger:
         by_annotation: dict[str, str],
         unallowed: tuple[str, ...],
     ) -> Reading:
-        """Return the reading that all of this comes to. name: the hypervisor's; the rest as of a Reading."""
+        """Return the reading of these notes. name: the hypervisor's; the rest as in Reading."""
         refused, uncertain = tuple(self.refused), tuple(self.uncertain)
         return Reading(flavour, name, values, self.marks, by_annotation, tables, unallowed, refused, uncertain)
 
@@ -163,12 +163,12 @@ def check_sizes(table: dict[str, Any], refuse: Refuse) -> None:
 
 
 def is_there(root: Root, path: str) -> bool:
-    """Tell whether there is a file at a path. One that is not absolute would be looked for below the bundle."""
+    """Return whether a file exists. A relative path would be resolved below the bundle."""
     return path.startswith("/") and "\0" not in path and root.exists(path)
 
 
 def read_layers(root: Root, path: str, reader: type[StrictReader], ledger: Ledger, links: bool) -> list[Layer]:
-    """Return the main file and its drop-ins, in order. What can't be read is noted and left out.
+    """Return the main file and its drop-ins, in order. Unreadable ones are noted and left out.
 
     path: of the main file, links resolved; reader: of this flavour's dialect; links: whether a drop-in may be a link.
     """
@@ -190,7 +190,7 @@ def read_layers(root: Root, path: str, reader: type[StrictReader], ledger: Ledge
 
 
 def list_drop_ins(root: Root, directory: str, ledger: Ledger, links: bool) -> Iterable[str]:
-    """Return the paths of all that is in config.d, in order of their names' bytes: hidden ones and backups count."""
+    """Return the paths of everything in config.d, in byte order of the names, hidden files and backups included."""
     try:
         names: list[str] = root.ask(os.listdir, directory)
     except FileNotFoundError:
@@ -206,7 +206,7 @@ def list_drop_ins(root: Root, directory: str, ledger: Ledger, links: bool) -> It
 
 
 def read_regular(root: Root, path: str, ledger: Ledger) -> bytes | None:
-    """Return a file's content, None (noted) where Kata could not read it either."""
+    """Return a file's content, None (noted) if Kata could not read it either."""
     try:
         mode = root.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -214,13 +214,13 @@ def read_regular(root: Root, path: str, ledger: Ledger) -> bytes | None:
             return None
         return root.read_bytes(path, MAX_BYTES)
     except OSError as error:
-        # A file of /proc or a full table of open files says nothing of what Kata can do.
+        # A file of /proc or a full table of open files does not show whether Kata can read it.
         ledger.refuse("load", path, error.strerror or str(error), "syntax")
     return None
 
 
 def read_layer(path: str, data: bytes, reader: type[StrictReader], ledger: Ledger) -> Layer | None:
-    """Return what one file sets, None (noted) where it is not TOML."""
+    """Return the layer of one file, None (noted) if it is not TOML."""
     try:
         text = decode(data)
         document = reader(text)
@@ -236,7 +236,7 @@ def read_layer(path: str, data: bytes, reader: type[StrictReader], ledger: Ledge
 
 
 def decode(data: bytes) -> str:
-    """Return a file's text without the mark that some editors put before it. Raises UnicodeDecodeError."""
+    """Return a file's text without a byte order mark. Raises UnicodeDecodeError."""
     return data[3:].decode("utf-8") if data.startswith(b"\xef\xbb\xbf") else data.decode("utf-8")
 
 
@@ -244,7 +244,7 @@ def decode(data: bytes) -> str:
 
 
 def read_parameters(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Return a kernel's parameters as pairs of name and value."""
+    """Return kernel parameters as pairs of name and value."""
     pairs = []
     for word in words:
         name, _, value = word.partition("=")
@@ -253,12 +253,12 @@ def read_parameters(words: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def write_parameters(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return pairs as the kernel's command line."""
+    """Return pairs as a kernel command line."""
     return " ".join(f"{name}={value}" if value else name for name, value in pairs)
 
 
 def has_wrong_verity(text: str) -> bool:
-    """Tell whether dm-verity parameters are refused (hypervisor.go, ParseKernelVerityParams; the same in mod.rs)."""
+    """Return whether dm-verity parameters are refused (hypervisor.go, ParseKernelVerityParams; the same in mod.rs)."""
     if not text.strip():
         return False
     fields = [field.strip() for field in text.split(",") if field.strip()]
@@ -274,7 +274,7 @@ def has_wrong_verity(text: str) -> bool:
 
 
 def split_parameters(text: str) -> list[str]:
-    """Return the parameters of a kernel_params: blanks between quotes do not split (KernelParamFields)."""
+    """Return the parameters in kernel_params: blanks between quotes do not split (KernelParamFields)."""
     words = []
     begun = 0
     quoted = False

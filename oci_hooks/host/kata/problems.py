@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Findings about a whole configuration of Kata: what Kata refuses of it, and what can't be told."""
+"""Report Kata's refusals and uncertain points of a whole configuration as findings."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from oci_hooks.host.kata.config import KataConfig
     from oci_hooks.host.kata.sandbox import Sandbox
 
-# Of one kind, in one configuration; who mends them one by one sees the rest.
+# Findings of one kind, in one configuration; the rest appears once these are fixed.
 MAX_PROBLEMS = 3
 
 
 def check_refused(sandbox: Sandbox, config: KataConfig) -> tuple[Finding, ...]:
     """kata-config-refused: Kata starts no sandbox with this configuration, or with these annotations.
 
-    Only a person who asks beforehand is shown what some releases refuse: a shim or a hypervisor that runs has shown
-    that its Kata did take it. It is an error only where the release is known.
+    Refusals of some releases only are reported only by hand: a running shim or hypervisor shows that its Kata accepted
+    the configuration. They are errors only if the release is known.
     """
     findings = []
     beforehand = sandbox.runtime.by_hand and sandbox.hypervisor is None
-    # Other checks of this module have these.
+    # Other checks report these.
     problems = [p for p in config.reading.refused if p.code != "unallowed" and p.text not in (BOTH_PORTS, BOTH_KINDS)]
     problems = [p for p in problems if beforehand or p.code == "syntax"]
     for problem in problems[:MAX_PROBLEMS]:
@@ -47,7 +47,7 @@ def check_refused(sandbox: Sandbox, config: KataConfig) -> tuple[Finding, ...]:
 
 
 def name_release(major: int) -> str:
-    """Return Kata's release in words: the one that is read here, or supposed to be at work."""
+    """Return Kata's release as text: the one that our readers reproduce, or the presumed running one."""
     if major >= RELEASE_MAJOR:
         return f"Kata {major}"
     known = f"this host has {major}" if major else "the release on this host is unknown"
@@ -55,7 +55,7 @@ def name_release(major: int) -> str:
 
 
 def check_uncertain(config: KataConfig) -> tuple[Finding, ...]:
-    """kata-config-uncertain: what Kata makes of a line can't be told."""
+    """kata-config-uncertain: Kata's reading of a line cannot be determined."""
     hint = 'use a simple form without duplicates, e.g. enable_annotations = ["enable_iommu"]'
     return tuple(
         Finding("warning", "kata-config-uncertain", problem.place or config.place.real, problem.text, hint)

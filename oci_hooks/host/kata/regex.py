@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The regular expressions of `enable_annotations`, as Go's and Rust's libraries read them.
+"""Parse the regular expressions of `enable_annotations` as Go's and Rust's libraries do.
 
-Python's `re` reads some of them differently (`$`, `\\Q`, `\\pL`, `{`, `[[:alpha:]]`) and warns about others, so an
-expression is read here, into a tree; admission.py runs it. Only what it finds in ASCII text is of interest.
+Python's `re` reads some of them differently (`$`, `\\Q`, `\\pL`, `{`, `[[:alpha:]]`) and warns about others, so this
+module parses an expression into a tree; admission.py runs it. Only matches in ASCII text are of interest.
 
 Sources: go/src/regexp/syntax/parse.go; crates.io regex-syntax 0.8 (ast/parse.rs).
 """
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     # An expression as a tree: its kind and parts. "set": characters; "look": place; "all", "any": parts; "times".
     Node = tuple[Any, ...]
 
-# Both libraries take the same letters; \0 to \7 are octal numbers in Go and an error in Rust.
+# Both libraries accept the same letters; \0 to \7 are octal numbers in Go and an error in Rust.
 CONTROLS = "abfnrtv"
 MAX_REPEATS = 1000
 MAX_DEPTH = 50
 
 
 class Unsure(Exception):
-    """An expression that is not read here as surely as the libraries read it."""
+    """The expression cannot be parsed here with the libraries' certainty."""
 
 
 class Invalid(Exception):
-    """An expression that the library refuses."""
+    """The library refuses the expression."""
 
 
 class Expression:
-    """Reads one expression.
+    """Parser of one expression.
 
-    position: the next character; folds, is_verbose: whether (?i) and (?x) are on; is_simple: whether the part before
-    was one character.
+    position: the next character; folds, is_verbose: whether (?i) and (?x) are on; is_simple: whether the preceding
+    part was one character.
     """
 
     def __init__(self, text: str, rust: bool) -> None:
@@ -59,7 +59,7 @@ class Expression:
         return tree
 
     def next(self, word: str) -> bool:
-        """Go past a word if it comes next, and tell so."""
+        """Skip a word if it comes next, and return whether it did."""
         if self.text.startswith(word, self.position):
             self.position += len(word)
             return True
@@ -104,14 +104,14 @@ class Expression:
         return ("any", [*choices, ("all", parts)])
 
     def skip_blanks(self) -> bool:
-        """Go past blanks and comments where (?x) is on; tell whether anything comes then."""
+        """Skip blanks and comments if (?x) is on; return whether any text follows."""
         while self.is_verbose and self.text[self.position : self.position + 1] in tuple(" \t\n\r\v\f#"):
             end = self.text.find("\n", self.position) if self.text[self.position] == "#" else self.position
             self.position = end + 1 if end >= 0 else len(self.text)
         return self.position < len(self.text)
 
     def read_times(self) -> tuple[int, int] | None:
-        """Return how often the part before is repeated (-1: without end), None where nothing says so."""
+        """Return the repetition of the preceding part (-1: unlimited), None without one."""
         begun = self.position
         times = next((t for word, t in (("*", (0, -1)), ("+", (1, -1)), ("?", (0, 1))) if self.next(word)), None)
         if times is None and self.next("{"):
@@ -136,7 +136,7 @@ class Expression:
         return times
 
     def read_number(self) -> int | None:
-        """Return a decimal number, None where there is none."""
+        """Return a decimal number, None if there is none."""
         begun = self.position
         while self.position < len(self.text) and self.text[self.position] in DIGITS:
             self.position += 1
@@ -146,7 +146,7 @@ class Expression:
         return int(digits[:8]) if digits else None
 
     def read_item(self) -> list[Node]:  # noqa: PLR0911 - one rule a line
-        """Return what comes next: a character, a class, a place or a group; several for Go's quotation."""
+        """Return the next character, class, location or group; several for Go's quotation."""
         char = self.take()
         if char == "(":
             return [self.read_group()]
@@ -182,7 +182,7 @@ class Expression:
         return ("set", char.lower() + char.upper() if self.folds else char)
 
     def read_escape(self) -> str | list[str]:
-        """Return what a backslash makes of the next characters: one character, or the list of a class."""
+        """Return the meaning of a backslash and the next characters: one character, or the list of a class."""
         char = self.take()
         if char.lower() in PERL and char.isascii():
             chars = PERL[char.lower()]
@@ -322,7 +322,7 @@ class Expression:
         return tree
 
     def read_flags(self) -> bool:
-        """Read flags up to `:` or `)`; tell whether no group follows. Only i matters for a key of one line."""
+        """Read flags up to `:` or `)`; return whether no group follows. Only i matters for a key of one line."""
         begun = self.position
         off = False
         while True:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kata's configuration as runtime-rs reads it: how files are merged, tables, types, what it refuses to load.
+"""Read Kata's configuration as runtime-rs does: merging of files, tables, types, refusals.
 
 Sources, in kata-containers 4.1 (src/libs/kata-types/src/config): drop_in.rs, mod.rs, runtime.rs, agent.rs,
 hypervisor/mod.rs (the structures; `deny_unknown_fields` where it is).
@@ -66,12 +66,12 @@ AGENT = name_types(
     "create_container_timeout health_check_request_timeout_ms container_pipe_size launch_process_timeout",
     memory="mem_agent",
 )
-# Two names of one field, which is then there twice.
+# Two names of one field, which is then set twice.
 ALIASES = (("extra_monitor_socket", "dbg_monitor_socket"), ("enable", "mem_agent_enable"))
 
 
 def read_rust(root: Root, path: str, annotations: dict[str, str]) -> Reading:
-    """Return what runtime-rs makes of a configuration. path: the main file, links resolved."""
+    """Return runtime-rs's reading of a configuration. path: the main file, links resolved."""
     from oci_hooks.host.kata.rust_annotations import apply_annotations
     from oci_hooks.host.kata.rust_checks import adjust, find_values, validate
 
@@ -101,7 +101,7 @@ def split_mount(mount: str) -> str:
 
 
 def merge_layers(layers: list[Layer], ledger: Ledger) -> dict[str, Any]:
-    """Return the tables that the files come to: a table is merged key by key, all else is replaced."""
+    """Return the merged tables of the files: a table is merged key by key, any other value is replaced."""
     merged = Table()
     for layer in layers:
         merge(merged, layer.values, (), layer, ledger)
@@ -125,7 +125,7 @@ def merge(base: dict[str, Any], over: dict[str, Any], keys: Keys, layer: Layer, 
 
 
 def decode(merged: dict[str, Any], ledger: Ledger, path: str) -> dict[str, Any]:
-    """Return the known keys of the tables; what runtime-rs can't take is noted and left out."""
+    """Return the known keys of the tables; values that runtime-rs refuses are noted and left out."""
     tables: dict[str, Any] = {"hypervisor": {}, "agent": {}, "runtime": {}}
     for name, table in tables.items():
         found = merged.get(name, {})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What annotations of the sandbox do to runtime-rs's configuration, and which of them it refuses or ignores.
+"""Apply the sandbox's annotations to runtime-rs's configuration, and find those that it refuses or ignores.
 
 Sources, in kata-containers 4.1: src/libs/kata-types/src/annotations/mod.rs (update_config_by_annotation),
 src/libs/kata-types/src/config/hypervisor/mod.rs (replace_kernel_params, validate_path_pattern); crates.io glob 0.3.
@@ -37,7 +37,7 @@ TRUTHS = [
     "disable_vhost_net",
     "rootless",
 ]
-# By the width of the number in bits.
+# By the number's width in bits.
 NUMBERS = {
     **dict.fromkeys(
         [
@@ -78,7 +78,7 @@ GLOBS = {
     "virtio_fs_daemon": "valid_virtio_fs_daemon_paths",
 }
 FILES = ("kernel", "image", "initrd", "firmware", "guest_hook_path")
-# Keys of the table that an annotation is called otherwise than.
+# Keys of the table whose annotation has another name.
 TABLE_KEYS = {
     "default_max_vcpus": "default_maxvcpus",
     "blk_logical_sector_size": SIZES[0],
@@ -102,9 +102,9 @@ FLOAT = re.compile(r"[+-]?(inf|infinity|nan|([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-
 def apply_annotations(  # noqa: PLR0912 - one rule a line
     ledger: Ledger, tables: dict[str, Any], annotations: dict[str, str], path: str
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Change the tables as the annotations want it.
+    """Apply the annotations to the tables.
 
-    Return of each value the annotation that decided it, and the names of those that are ignored. path: the main file.
+    Return the annotation that set each value, and the names of those that are ignored. path: the main file.
     """
     decided: dict[str, str] = {}
     runtime = tables["runtime"]
@@ -149,7 +149,7 @@ def apply_annotations(  # noqa: PLR0912 - one rule a line
 
 
 def set_value(ledger: Ledger, name: str, table: dict[str, Any], key: str, text: str, decided: dict[str, str]) -> str:  # noqa: PLR0912, PLR0911 - one rule a line
-    """Take an annotation's value; return why runtime-rs refuses it, "" if it takes it."""
+    """Apply an annotation's value; return why runtime-rs refuses it, "" if it accepts it."""
     word = text.strip()
     value: Any = text
     if key in TRUTHS:
@@ -185,7 +185,7 @@ def set_value(ledger: Ledger, name: str, table: dict[str, Any], key: str, text: 
 
 
 def find_wrong_number(key: str, word: str) -> str:
-    """Return why a number is refused, "" if it is taken."""
+    """Return why a number is refused, "" if it is accepted."""
     if not is_number(word, NUMBERS[key]):
         return f"{word!r} is no number of {NUMBERS[key]} bits"
     number = int(word)
@@ -197,13 +197,13 @@ def find_wrong_number(key: str, word: str) -> str:
 
 
 def is_number(word: str, bits: int) -> bool:
-    """Tell whether Rust takes a text for a number without a sign: one plus may come first."""
+    """Return whether Rust parses a text as an unsigned number: one leading plus is allowed."""
     digits = word[1:] if word.startswith("+") else word
     return digits.isascii() and digits.isdigit() and len(digits) < 1000 and int(digits) < 1 << bits
 
 
 def find_wrong_special(ledger: Ledger, name: str, key: str, text: str) -> str:  # noqa: PLR0911 - one rule a line
-    """Return why a value is refused that is of no simple type, "" if it is taken."""
+    """Return why a value of a special type is refused, "" if it is accepted."""
     least, maximum = LIMITS.get(name, (0, 0))
     word = text.strip()
     if key == "default_vcpus":
@@ -225,7 +225,7 @@ def find_wrong_special(ledger: Ledger, name: str, key: str, text: str) -> str:  
 
 
 def find_wrong_path(ledger: Ledger, patterns: list[str], text: str, key: str) -> str:
-    """Return why a path is refused, "" if one of the patterns has it. Here a star stands for slashes, too."""
+    """Return why a path is refused, "" if one of the patterns matches it. Here a star also matches slashes."""
     from fnmatch import fnmatchcase
 
     for pattern in patterns:
@@ -238,7 +238,7 @@ def find_wrong_path(ledger: Ledger, patterns: list[str], text: str, key: str) ->
 
 
 def replace_parameters(old: str, new: str) -> str:
-    """Return the kernel's parameters after an annotation: those with a name that it has are replaced."""
+    """Return the kernel parameters after an annotation, which replaces those of the same names."""
     words = [word.strip() for word in new.split(" ") if word.strip()]
     if not new:
         return old
@@ -248,7 +248,7 @@ def replace_parameters(old: str, new: str) -> str:
 
 
 def apply_runtime_annotation(runtime: dict[str, Any], annotation: str, text: str, decided: dict[str, str]) -> str:
-    """Take the value of an annotation of runtime or agent; return why runtime-rs refuses it, "" if it does not."""
+    """Apply an annotation of runtime or agent; return why runtime-rs refuses it, "" if it accepts it."""
     word = text.strip()
     if annotation in OTHER_TRUTHS:
         return "" if word in ("true", "false") else f"{text!r} is neither true nor false"
@@ -265,7 +265,7 @@ def apply_runtime_annotation(runtime: dict[str, Any], annotation: str, text: str
 
 
 def apply_shared_mounts(runtime: dict[str, Any], text: str) -> str:
-    """Take the shared mounts of an annotation; return why runtime-rs refuses them, "" if it takes them."""
+    """Apply an annotation's shared mounts; return why runtime-rs refuses them, "" if it accepts them."""
     from oci_hooks.findings import InputError
     from oci_hooks.host.kata.rust_types import find_wrong
     from oci_hooks.json_input import parse_json

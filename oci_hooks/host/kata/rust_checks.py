@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runtime-rs makes of its tables after decoding, and what it refuses of them.
+"""Fill in defaults and validate decoded tables as runtime-rs does.
 
 Sources, in kata-containers 4.1 (src/libs/kata-types/src/config): adjust_config and validate in hypervisor/mod.rs,
 qemu.rs, ch.rs, dragonball.rs, firecracker.rs, remote.rs, openvmm.rs, runtime.rs, agent.rs, shared_mount.rs; default.rs.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from oci_hooks.host.kata.model import Ledger, Refuse
 
-# Of each hypervisor: the least memory in MiB, the most processors; it knows no others.
+# For each supported hypervisor: the least memory in MiB, the most processors.
 LIMITS = {
     "qemu": (64, 256),
     "clh": (64, 256),
@@ -28,7 +28,7 @@ LIMITS = {
     "remote": (64, 32),
     "openvmm": (64, 256),
 }
-# What is taken for a key that is not set, or is "" or 0.
+# Defaults for keys that are not set, or are "" or 0.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "qemu": {
         "path": "/usr/bin/qemu-system-x86_64",
@@ -59,9 +59,9 @@ MOUNT_PATH = re.compile(r"(/[-\w.]+)+/?")
 
 
 def adjust(ledger: Ledger, name: str, table: dict[str, Any], stage: str, path: str) -> None:
-    """Fill in a hypervisor's defaults, and note what can't be resolved.
+    """Fill in a hypervisor's defaults, and note unresolvable paths.
 
-    stage: "load", or "annotations" for the second time; path: the main file, for what has no line.
+    stage: "load", or "annotations" for the second time; path: the main file, for problems without a line.
     """
 
     def location(key: str) -> str:
@@ -116,7 +116,7 @@ def adjust_shared(ledger: Ledger, table: dict[str, Any], location: Callable[[str
 
 
 def find_values(tables: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return what runtime-rs takes from the tables."""
+    """Return runtime-rs's values from the tables."""
     table = tables["hypervisor"].get(name, {})
     return {
         "hypervisor": name,
@@ -137,7 +137,7 @@ def find_values(tables: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def validate(ledger: Ledger, tables: dict[str, Any], path: str) -> None:
-    """Note what runtime-rs refuses of all tables, whether they are used or not."""
+    """Note runtime-rs's refusals in all tables, used or not."""
     for name, table in tables["hypervisor"].items():
         if name in LIMITS:
 
@@ -159,7 +159,7 @@ def validate(ledger: Ledger, tables: dict[str, Any], path: str) -> None:
 
 
 def validate_common(name: str, table: dict[str, Any], refuse: Refuse) -> None:
-    """Note what is refused of every hypervisor's table."""
+    """Note the refusals that apply to every hypervisor's table."""
     if table.get("image") and table.get("initrd"):
         refuse("initrd", "image and initrd are both set")
     if table["vm_rootfs_driver"] not in BLOCK_DRIVERS:
@@ -183,7 +183,7 @@ def validate_common(name: str, table: dict[str, Any], refuse: Refuse) -> None:
 
 
 def validate_own(name: str, table: dict[str, Any], refuse: Refuse) -> None:
-    """Note what one hypervisor refuses of its own table."""
+    """Note one hypervisor's refusals in its own table."""
     images = [key for key in ("image", "initrd") if table.get(key)]
     if name in ("qemu", "clh"):
         for key in ("jailer_path", "valid_jailer_paths"):
@@ -210,7 +210,7 @@ def validate_own(name: str, table: dict[str, Any], refuse: Refuse) -> None:
 
 
 def validate_dragonball(table: dict[str, Any], images: list[str], refuse: Refuse) -> None:
-    """Note what Dragonball refuses of its table."""
+    """Note Dragonball's refusals in its table."""
     for key in (
         *("path", "valid_hypervisor_paths", "ctlpath", "valid_ctlpaths", "enable_iothreads", "firmware"),
         *("enable_iommu", "enable_iommu_platform", "default_bridges", "pcie_root_port", "pcie_switch_port"),
@@ -228,7 +228,7 @@ def validate_dragonball(table: dict[str, Any], images: list[str], refuse: Refuse
 
 
 def validate_remote(table: dict[str, Any], refuse: Refuse) -> None:
-    """Note what the remote hypervisor refuses of its table."""
+    """Note the remote hypervisor's refusals in its table."""
     for key in ("initrd", "rootfs_type"):
         if table.get(key):
             refuse(key, f"{key} is set, and a remote machine takes none")
@@ -240,7 +240,7 @@ def validate_remote(table: dict[str, Any], refuse: Refuse) -> None:
 
 
 def validate_blocks(table: dict[str, Any], refuse: Refuse) -> None:
-    """Note what is refused of block devices (BlockDeviceInfo)."""
+    """Note refusals of block devices (BlockDeviceInfo)."""
     if table.get("disable_block_device_use"):
         return
     if table["block_device_driver"] not in BLOCK_DRIVERS:
@@ -249,7 +249,7 @@ def validate_blocks(table: dict[str, Any], refuse: Refuse) -> None:
 
 
 def validate_shared(table: dict[str, Any], refuse: Refuse) -> None:
-    """Note what is refused of the shared file system (SharedFsInfo)."""
+    """Note refusals of the shared file system (SharedFsInfo)."""
     shared = table.get("shared_fs")
     if shared is None:
         return
@@ -260,7 +260,7 @@ def validate_shared(table: dict[str, Any], refuse: Refuse) -> None:
 
 
 def validate_runtime(ledger: Ledger, table: dict[str, Any], path: str) -> None:
-    """Note what is refused of [runtime]."""
+    """Note refusals in [runtime]."""
     choices = {
         "internetworking_model": NETWORK_MODELS,
         "vfio_mode": ("vfio", "guest-kernel"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types that runtime-rs has for the values of its configuration."""
+"""Types of the values in runtime-rs's configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-# Structures inside: their keys, and whether an unknown one is refused.
+# Nested structures: their keys, and whether an unknown one is refused.
 INSIDE = {
     "images": (name_types(text="name path verity_params"), False),
     "factory": (name_types(text="template_path", truth="enable_template"), True),
@@ -60,7 +60,7 @@ def find_wrong(kind: str, value: Any) -> str:
 
 
 def find_wrong_inside(kind: str, value: Any) -> str:
-    """Return what is wrong with a table inside another, "" if nothing."""
+    """Return why a nested table is refused, "" if it is accepted."""
     types, closed = INSIDE[kind]
     if not isinstance(value, dict):
         return "is no table"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a sandbox before it is checked: its runtime, its configuration, its hypervisor."""
+"""Collect the facts about a sandbox before its checks: its runtime, its configuration, its hypervisor."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Sandbox(Frozen):
-    """What is known of the sandbox.
+    """The known facts about the sandbox.
 
-    config: None where no configuration was found; certain: whether it is sure to be the one that Kata reads;
-    hypervisor: the running one, None where not known; machine: the host's, as uname says; mode: vfio_mode, "" where it
-    is not set; wanted: whether the container wants VFIO inside the guest; attached: whether the sandbox's hypervisor
-    holds the groups already; major: Kata's major release, 0 where not known.
+    config: None if no configuration was found; certain: whether Kata surely reads this one; hypervisor: the running
+    one, None if unknown; machine: the host's, as in uname; mode: vfio_mode, "" if not set;
+    wanted: whether the container wants VFIO inside the guest; attached: whether the sandbox's hypervisor
+    holds the groups already; major: Kata's major release, 0 if unknown.
     """
 
     runtime: Runtime
@@ -41,19 +41,19 @@ class Sandbox(Frozen):
 
     @property
     def level(self) -> str:
-        """How bad a wrong setting is: a file or a reading that is in doubt never refuses a container."""
+        """The level of findings on a wrong setting: an uncertain file or reading never refuses a container."""
         return "error" if self.certain and not (self.config and self.config.reading.uncertain) else "warning"
 
 
 def inspect_sandbox(
     root: Root, runtime: Runtime, found: ConfigLookup, annotations: dict[str, str], attached: bool
 ) -> Sandbox:
-    """Return what is known of the sandbox. attached: whether its hypervisor holds all of the container's groups."""
+    """Return the known facts about the sandbox. attached: whether its hypervisor holds all of the container's groups."""
     asked = any(annotations.get(name, "").strip() for name in (DEVICES_ANNOTATION, MAP_ANNOTATION))
     mode = found.config.runtime_setting("vfio_mode", "").value if found.config else ""
     major = read_major(root)
     if not mode and found.config and found.config.flavour == "go" and major >= RELEASE_MAJOR:
-        # The zero value of a Go variable; of older releases it is not known here.
+        # The zero value of a Go variable; for older releases it is unknown here.
         mode = str(found.config.reading.values["vfio_mode"])
     wanted = asked or mode == "vfio"
     machine = root.do(read_architecture)
@@ -64,5 +64,5 @@ def inspect_sandbox(
 
 @tagged("machine")
 def read_architecture() -> str:
-    """Return the host's architecture, as uname says it."""
+    """Return the host's architecture, as in uname."""
     return os.uname().machine

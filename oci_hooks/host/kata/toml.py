@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TOML 1.1 as Kata's two readers take it, with the line of every key.
+"""Parse TOML 1.1 as Kata's two readers do, with the line of every key.
 
 Both of Kata's libraries read TOML 1.1 (`\\e`, `\\xHH`, inline tables over several lines), Python's tomllib only 1.0,
-and none of Python's shows the line of a key. The two differ in what may be defined twice: the Rust crate is strict
-and is followed here, the Go library's way is in toml_go.py.
+and no Python library reports the line of a key. The two differ in their rules on duplicates: the Rust crate is strict
+and is followed here; toml_go.py has the Go library's rules.
 
 Sources: toml.io/en/v1.1.0; crates.io toml 1.1 (de/parser/*.rs), toml_parser 1.1 (decoder/*.rs).
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Keys = tuple[str, ...]
 
-# Parts of a key, and arrays and tables inside each other, as in the Rust crate (de/parser/mod.rs, LIMIT).
+# Limit of a key's parts, and of nested arrays and tables, as in the Rust crate (de/parser/mod.rs, LIMIT).
 MAX_DEPTH = 80
 MAX_WORD_LENGTH = 1000
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
@@ -28,7 +28,7 @@ SPACE = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 LINE_END = re.compile(r"[ \t]*(?:#[^\r\n]*)?(?:\r?\n|\Z)")
 BARE = re.compile(r"[A-Za-z0-9_-]+")
 WORD = re.compile(r"[^\s,#\]}=]+")
-# A date may be followed by a blank and a time.
+# A blank and a time may follow a date.
 DECIMAL = re.compile(r"[+-]?(?:0|[1-9](?:_?[0-9])*)")
 RADIX = re.compile(r"0x[0-9A-Fa-f](?:_?[0-9A-Fa-f])*|0o[0-7](?:_?[0-7])*|0b[01](?:_?[01])*")
 FLOAT = re.compile(r"[+-]?(?:inf|nan|(?:0|[1-9](?:_?[0-9])*)(?:\.[0-9](?:_?[0-9])*)?(?:[eE][+-]?[0-9](?:_?[0-9])*)?)")
@@ -45,7 +45,7 @@ LONG_LITERAL = re.compile(r"'''(?:\r?\n)?((?:[^']|'{1,2}(?!'))*(?:'{1,2}(?='''))
 
 
 class TomlError(ValueError):
-    """A text that the library refuses. line: from 1."""
+    """The library refuses the text. line: from 1."""
 
     def __init__(self, problem: str, line: int) -> None:
         self.problem = problem
@@ -54,11 +54,11 @@ class TomlError(ValueError):
 
 
 class Moment(str):
-    """A date or a time, as it is written: Kata has no key that takes one."""
+    """A date or a time, as written: no key of Kata accepts one."""
 
 
 class Table(dict):  # type: ignore[type-arg]
-    """A table. implicit: nothing but its sub-tables was named; dotted: made by a dotted key; inline: closed."""
+    """A table. implicit: only its sub-tables were named; dotted: created by a dotted key; inline: closed."""
 
     implicit = dotted = inline = False
 
@@ -68,7 +68,7 @@ class Tables(list):  # type: ignore[type-arg]
 
 
 class StrictReader:
-    """Reads one text into `values`; `keys`: every table and key in order; `lines`: of each key the last line."""
+    """Reads one text into `values`; `keys`: every table and key in order; `lines`: the last line of each key."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -104,22 +104,22 @@ class StrictReader:
     # Small steps -----------------------------------------------------------------------------------------------------
 
     def peek(self, word: str) -> bool:
-        """Tell whether the text goes on with a word."""
+        """Return whether a word comes next in the text."""
         return self.text.startswith(word, self.position)
 
     def skip(self, pattern: re.Pattern[str]) -> None:
-        """Go past what a pattern matches, which may be nothing."""
+        """Skip the text that a pattern matches, which may be empty."""
         found = pattern.match(self.text, self.position)
         self.position = found.end() if found else self.position
 
     def take(self, word: str) -> None:
-        """Go past a word that must be there. Raises TomlError."""
+        """Skip a required word. Raises TomlError."""
         if not self.peek(word):
             self.fail(f"{word!r} is missing")
         self.position += len(word)
 
     def line(self, position: int = -1) -> int:
-        """Return the line of a position, of the current one by default. They are asked for in order, mostly."""
+        """Return the line of a position, by default the current one. Fast if asked for in ascending order."""
         position = self.position if position < 0 else position
         begun, line = self.counted if self.counted[0] <= position else (0, 1)
         line += self.text.count("\n", begun, position)
@@ -155,7 +155,7 @@ class StrictReader:
         self.lines[whole] = line
 
     def read_keys(self) -> Keys:
-        """Return a key of one or more parts, and go past the blanks after it."""
+        """Return a key of one or more parts, and skip the blanks after it."""
         keys = []
         while True:
             self.skip(BLANK)
@@ -208,7 +208,7 @@ class StrictReader:
         return value
 
     def descend(self, table: Table, keys: Keys, dotted: bool) -> Table:
-        """Return the table at some keys below another, made where it is not there (document.rs, descend_path)."""
+        """Return the nested table at some keys, created if missing (document.rs, descend_path)."""
         for key in keys:
             if key not in table:
                 table[key] = Table()
@@ -227,7 +227,7 @@ class StrictReader:
     # Values ----------------------------------------------------------------------------------------------------------
 
     def read_value(self, keys: Keys, in_array: bool) -> Any:
-        """Return the value at the current position. keys: whose value it is; in_array: whether it is an element."""
+        """Return the value at the current position. keys: the value's keys; in_array: whether it is an element."""
         if self.peek('"'):
             return self.read_string(LONG_BASIC if self.peek('"""') else BASIC, True)
         if self.peek("'"):
@@ -296,7 +296,7 @@ class StrictReader:
         return table
 
     def list_inline(self, keys: Keys) -> Iterator[tuple[Keys, int]]:
-        """Yield the keys of an inline table with their lines; whoever iterates reads the value after each."""
+        """Yield the keys of an inline table with their lines; the caller reads the value after each."""
         self.take("{")
         while True:
             self.skip(SPACE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Go library for TOML, which Kata's Go runtime uses, lets be defined twice.
+"""Parse TOML as Kata's Go library does, which allows some duplicate definitions.
 
 Source: github.com/BurntSushi/toml v1.6.0, parse.go (addContext, setValue, addImplicit, valueInlineTable), lex.go.
 """
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class LenientReader(StrictReader):
-    """The Go library's way: a key may not be defined twice, but tables can be extended in ways that TOML forbids.
+    """The Go library's rules: a key may not be defined twice, but tables can be extended in ways that TOML forbids.
 
-    implicit_keys, array_keys: its own marks (parse.go, implicits and keyInfo), which outlive what they were set for.
+    implicit_keys, array_keys: the library's marks (parse.go, implicits and keyInfo), which outlive their purpose.
     """
 
     def __init__(self, text: str) -> None:
@@ -51,7 +51,7 @@ class LenientReader(StrictReader):
         return super().read_array(keys)
 
     def read_inline_table(self, keys: Keys, in_array: bool) -> Table:
-        """Return an inline table. in_array: an element of an array is put into an array of tables at first."""
+        """Return an inline table. in_array: an element of an array is first put into an array of tables."""
         outer = self.context
         self.implicit_keys.add(keys)
         self.add_context(keys, in_array)
@@ -69,7 +69,7 @@ class LenientReader(StrictReader):
         return table
 
     def add_context(self, keys: Keys, is_array: bool) -> None:
-        """Make a table the context, and those above it where they are missing (parse.go, addContext)."""
+        """Make a table the context, and create missing tables above it (parse.go, addContext)."""
         table = self.values
         for depth, key in enumerate(keys[:-1], 1):
             if key not in table:
