@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON from bytes, without `import json` where that is possible.
+"""Parse JSON from bytes, without `import json` where possible.
 
-`import json` alone doubles the time of a bare interpreter, and every container would pay for it. CPython's scanner is
-a C function that needs nothing of that package as long as the text is right; when it is not, or when this interpreter
-has no such scanner, the package is loaded and says what is wrong.
+`import json` alone doubles the time of a bare interpreter, for every container. CPython's scanner is a C function that
+needs nothing of that package while the text is valid. If the text is invalid, or this interpreter has no such scanner,
+the package is loaded and reports the error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ScannerOptions:
-    """What CPython's scanner asks its owner for; the same values as json.JSONDecoder's."""
+    """The attributes that CPython's scanner reads from its owner; the same values as json.JSONDecoder's."""
 
     strict = True
     object_hook = None
@@ -29,9 +29,9 @@ class ScannerOptions:
 def parse_json(data: bytes, name: str) -> Any:
     """Return the value of a JSON text.
 
-    name: what to call the text in an error. Raises InputError [bad-json] with line and column.
+    name: the document's name in errors. Raises InputError [bad-json] with line and column.
     """
-    # Runtimes take strings that are not UTF-8: Go's replace the bytes, crun keeps them, as is done here (PEP 383).
+    # Runtimes accept strings that are not UTF-8: Go's replace the bytes, crun keeps them, as this parser does (PEP 383).
     text = data.decode("utf-8", "surrogateescape")
     if not text.strip():
         raise InputError("bad-json", name, "is empty", "provide a JSON object")
@@ -46,7 +46,7 @@ def parse_json(data: bytes, name: str) -> Any:
 
 
 def scan_text(text: str) -> Any:
-    """Return the value, by the C scanner alone. Raises anything on a bad text, ValueError on text behind the value."""
+    """Return the value, by the C scanner alone. Raises any exception for invalid text, ValueError for trailing text."""
     import _json
 
     start = len(text) - len(text.lstrip(" \t\n\r"))
@@ -69,11 +69,11 @@ def parse_slowly(text: str, name: str) -> Any:
         raise InputError("bad-json", name, f"is not JSON: {error}", "provide a JSON object") from None
 
 
-# From a JSON value to what a reader expects ---------------------------------------------------------------------------
+# Conversion of JSON values to the types that a reader expects ---------------------------------------------------------
 
 
 class Mismatch(Exception):
-    """A hand-written reader met not a regular file it expected."""
+    """A hand-written reader found a value of an unexpected type."""
 
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(path, problem)
@@ -110,12 +110,12 @@ def get_int(
 
 
 def format_bounds(low: int | None, high: int | None) -> str:
-    """Return bounds in words."""
+    """Return bounds as text."""
     return f"from {low} to {high}" if high is not None else f"not below {low}"
 
 
 def get_strings(owner: dict[str, Any], key: str, where: str) -> dict[str, str]:
-    """Return a member that maps names to strings; empty where absent. Raises Mismatch."""
+    """Return a member that maps names to strings; empty if absent. Raises Mismatch."""
     values: dict[str, str] = get_member(owner, key, "object", where, {})
     for name, value in values.items():
         check_json_type(value, "string", f"{where}{key}.{name}")
@@ -125,7 +125,7 @@ def get_strings(owner: dict[str, Any], key: str, where: str) -> dict[str, str]:
 def check_json_type(value: Any, kind: str, where: str) -> Any:
     """Return the value if it is of this JSON kind. Raises Mismatch."""
     found = name_json_type(value)
-    # JSON has one kind of number: 5.0 is a whole one.
+    # JSON has one number type: 5.0 is a whole number.
     if kind == "integer" and found == "number" and value == value // 1:
         return int(value)
     if found != kind:
@@ -134,9 +134,9 @@ def check_json_type(value: Any, kind: str, where: str) -> Any:
 
 
 def is_valid_path(text: str) -> bool:
-    """Tell whether a file can have this name: JSON can write NUL and lone surrogates, a path can't hold them.
+    """Return whether a file can have this name: JSON can encode NUL and lone surrogates, a path cannot contain them.
 
-    It can hold bytes that are not UTF-8, for which the surrogates of PEP 383 stand.
+    A path can contain bytes that are not UTF-8, which are decoded as the surrogates of PEP 383.
     """
     try:
         return b"\0" not in text.encode("utf-8", "surrogateescape")
@@ -157,13 +157,13 @@ def name_json_type(value: object) -> str:
 def make_schema_error(
     document: object, mismatch: Mismatch, schema_name: str, subject: str, code: str, hint: str
 ) -> InputError:
-    """Return the error for a document that a reader refused: jsonschema's whole list, or the reader's own word."""
+    """Return the error for a document that a reader refused: jsonschema's whole list, or the reader's own message."""
     first = Finding("error", code, f"{subject}: {mismatch.path}", mismatch.problem, hint)
     try:
         from oci_hooks.schema import find_mistakes
 
         findings = find_mistakes(document, schema_name, subject, code, hint)
     except (ImportError, RecursionError):
-        # What is nested as deep as the stack allowed to read can't be written out.
+        # A document nested as deep as the stack allowed cannot be serialized.
         findings = ()
     return InputError.from_findings(findings or (first,))

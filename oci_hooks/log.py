@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where findings go: stderr for the runtime, the journal or else syslog and, in a guest, /dev/kmsg.
+"""Log findings: to stderr for the runtime, to the journal or else syslog and, in a guest, to /dev/kmsg.
 
-A log that can't be written must not make the hook fail: who reads it has the exit code.
+A failure to write a log must not make the hook fail: the exit code still reports the result.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from oci_hooks.findings import Finding
 
-# Priorities of syslog(3), which the journal and the kernel's log have too.
+# Priorities of syslog(3), also used by the journal and the kernel log.
 PRIORITIES = {"error": 3, "warning": 4, "info": 6, "debug": 7}
 # <level> of a kernel log line (Documentation/ABI/testing/dev-kmsg); facility 1, user.
 KMSG_FACILITY = 8
-# Of more than some 990 bytes the kernel takes nothing: EINVAL (kernel: devkmsg_write, LOG_LINE_MAX).
+# The kernel refuses lines longer than about 990 bytes: EINVAL (kernel: devkmsg_write, LOG_LINE_MAX).
 KMSG_LIMIT = 900
 # systemd's native protocol: a datagram of NAME=value lines (systemd.io/JOURNAL_NATIVE_PROTOCOL).
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
@@ -29,9 +29,9 @@ NOIOMMU_PREFIX = "noiommu-"
 
 
 def report(program: str, container: str, findings: Iterable[Finding], kmsg: bool = False) -> None:
-    """Tell every finding on stderr, in the system's log and, if asked, in the kernel's.
+    """Print every finding on stderr, and log it in the system's log and, if requested, the kernel's.
 
-    program: the executable's name; container: its id for the logs, "" when not known.
+    program: the executable's name; container: its id for the logs, "" if unknown.
     """
     for finding in findings:
         write_stderr(f"{program}: {finding.as_line()}")
@@ -39,14 +39,14 @@ def report(program: str, container: str, findings: Iterable[Finding], kmsg: bool
 
 
 def log_findings(program: str, container: str, findings: Iterable[Finding], kmsg: bool = False) -> None:
-    """Tell every finding in the logs only: what is said beside the answer, which stderr is for."""
+    """Log every finding without printing it: for reports in addition to the answer, which stderr is for."""
     for finding in findings:
         fields = {"CODE": finding.code, "GROUP": find_group_name(finding.subject)}
         write_line(program, container, finding.level, finding.as_line(), fields, kmsg)
 
 
 def report_steps(program: str, container: str, steps: Iterable[str], kmsg: bool = False) -> None:
-    """Tell what a run did and how long each step took, where somebody asked for that."""
+    """Log the steps of a run with the seconds that each took, if requested."""
     for step in steps:
         line = f"debug: {make_one_line(step)}"
         write_stderr(f"{program}: {line}")
@@ -54,7 +54,7 @@ def report_steps(program: str, container: str, steps: Iterable[str], kmsg: bool 
 
 
 def write_line(program: str, container: str, level: str, line: str, fields: dict[str, str], kmsg: bool) -> None:
-    """Write one line to the logs. fields: of the journal."""
+    """Write one line to the logs. fields: for the journal."""
     tagged = make_one_line(f"container {container}: {line}") if container else line
     known = {name: make_one_line(value) for name, value in {**fields, "CONTAINER_ID": container}.items()}
     if not write_journal(program, level, tagged, known):
@@ -64,7 +64,7 @@ def write_line(program: str, container: str, level: str, line: str, fields: dict
 
 
 def find_group_name(subject: str) -> str:
-    """Return the VFIO group that a finding is about; "" where it is about something else."""
+    """Return the VFIO group that a finding is about; "" if it is about another object."""
     for prefix in GROUP_SUBJECTS:
         group = subject[len(prefix) :]
         # /dev/vfio/vfio, /dev/vfio/devices.json and "group 12 of ..." are not names of groups.
@@ -75,7 +75,7 @@ def find_group_name(subject: str) -> str:
 
 
 def write_stderr(line: str) -> None:
-    """Write one line to stderr. Nobody may be listening there."""
+    """Write one line to stderr, which may be closed."""
     try:
         os.write(2, line.encode("utf-8", "backslashreplace") + b"\n")
     except OSError:
@@ -83,7 +83,7 @@ def write_stderr(line: str) -> None:
 
 
 def write_stdout(text: str) -> None:
-    """Write text to stdout. Nobody may be listening there."""
+    """Write text to stdout, which may be closed."""
     try:
         os.write(1, text.encode("utf-8", "backslashreplace"))
     except OSError:
@@ -91,13 +91,13 @@ def write_stdout(text: str) -> None:
 
 
 def write_journal(program: str, level: str, line: str, fields: dict[str, str]) -> bool:
-    """Write one line with fields to the journal, and tell whether that has it."""
+    """Write one line with fields to the journal, and return whether the journal accepted it."""
     # The socket module proper imports enum and selectors.
     import _socket
 
     values = {"MESSAGE": line, "PRIORITY": str(PRIORITIES[level]), "SYSLOG_IDENTIFIER": program}
     values["SYSLOG_PID"] = str(os.getpid())
-    # No value has a newline, which would want another form.
+    # No value contains a newline, which would need another format.
     text = "".join(f"{name}={value}\n" for name, value in {**values, **fields}.items() if value)
     try:
         sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK)
@@ -114,7 +114,7 @@ def write_journal(program: str, level: str, line: str, fields: dict[str, str]) -
 
 
 def write_syslog(program: str, level: str, line: str) -> None:
-    """Write one line to syslog; the C library drops it silently where no daemon listens."""
+    """Write one line to syslog; the C library drops it silently if no daemon listens."""
     import syslog
 
     syslog.openlog(program, syslog.LOG_PID, syslog.LOG_DAEMON)
@@ -122,9 +122,9 @@ def write_syslog(program: str, level: str, line: str) -> None:
 
 
 def write_kmsg(program: str, level: str, line: str) -> None:
-    """Write one line to the kernel's log, the only one that leaves a Kata guest by its console."""
+    """Write one line to the kernel log, the only log that leaves a Kata guest through its console."""
     record = f"<{KMSG_FACILITY + PRIORITIES[level]}>{program}[{os.getpid()}]: {line}"
-    # A character that the cut goes through is left out, no other.
+    # Only a character split by the cut is omitted.
     data = record.encode("utf-8", "backslashreplace")[:KMSG_LIMIT].decode("utf-8", "ignore").encode()
     try:
         fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the runtime says: the OCI state on stdin, the bundle, and its config.json.
+"""Read the runtime's input: the OCI state on stdin, the bundle, and its config.json.
 
-What can't be read is a reason to refuse only where it could concern VFIO: a runtime runs containers with a config.json
-that breaks its specification, and those that ask for nothing are not ours to stop.
+Unreadable input is refused only if it could concern VFIO: runtimes run containers with a config.json that violates the
+specification, and containers that do not request VFIO must not be stopped.
 
-Readers by hand, because every container pays for them. They know only the fields that the hooks use. When one refuses,
-jsonschema is loaded to list everything that is wrong; schemas/state.json and schemas/config.json say the same as the
-readers, and a property test holds them to it.
+The readers are hand-written, because every container pays for their start-up. They know only the fields that the hooks
+use. If one refuses, jsonschema is loaded to list every error; schemas/state.json and schemas/config.json define the
+same rules as the readers, and a property test compares them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 
-# Nodes that nobody gives to a container one by one: where they are listed, everything is.
+# Nodes that are never passed one by one: if they are listed, the container has every node of the host.
 HOST_ONLY_NODES = ("/dev/mem", "/dev/port", "/dev/kmsg")
 # All annotations that the hooks read; their own first.
 DEVICES_ANNOTATION = "io.katacontainers.x.vfio.devices"
@@ -64,7 +64,7 @@ STATE_HINT = "see runtime.md of the OCI runtime-spec for the format of the state
 BUNDLE_HINT = "check that the state's bundle directory contains a config.json"
 CONFIG_HINT = "fix the tool that generated this file (format: config.md and config-linux.md of the OCI runtime-spec)"
 REPLACEMENT_CHARACTER = "\ufffd"  # what Go's encoder writes for a byte that is not UTF-8
-# Characters of a container's id, which goes into its journal; runc takes 1024.
+# Characters of a container's id, which is part of file names; runc accepts 1024.
 MAX_NAME_LENGTH = 8192
 MAX_ID = 0xFFFFFFFF
 
@@ -72,7 +72,7 @@ MAX_ID = 0xFFFFFFFF
 class State(Frozen):
     """OCI state (runtime-spec, runtime.md).
 
-    pid: 0 where the runtime gives none (runc's poststop); status: "" from Kata's Go runtime; root: crun's extra key.
+    pid: 0 if the runtime gives none (runc's poststop); status: "" from Kata's Go runtime; root: crun's extra key.
     """
 
     tag = "state"
@@ -86,7 +86,7 @@ class State(Frozen):
 
 
 class Device(Frozen):
-    """One entry of linux.devices (runtime-spec, config-linux.md). mode, uid, gid: -1 where not given."""
+    """One entry of linux.devices (runtime-spec, config-linux.md). mode, uid, gid: -1 if absent."""
 
     tag = "device"
 
@@ -100,13 +100,13 @@ class Device(Frozen):
 
     @property
     def is_group(self) -> bool:
-        """Whether the path is that of a VFIO group's node, e.g. /dev/vfio/12 or /dev/vfio/noiommu-0."""
+        """Whether the path names a VFIO group's node, e.g. /dev/vfio/12 or /dev/vfio/noiommu-0."""
         rest = self.path[len(GROUP_PREFIX) :]
         return self.is_vfio and "/" not in rest and self.path != CONTROL_NODE
 
     @property
     def is_cdev(self) -> bool:
-        """Whether the path is that of a VFIO device's own node (iommufd), e.g. /dev/vfio/devices/vfio0."""
+        """Whether the path names a VFIO device's own node (iommufd), e.g. /dev/vfio/devices/vfio0."""
         return self.is_vfio and self.path.startswith(CDEV_PREFIX)
 
     @property
@@ -124,7 +124,7 @@ class IdMapping(Frozen):
 
 
 class Spec(Frozen):
-    """The part of config.json that the hooks read. path: where it was read from; raw: all of it."""
+    """The part of config.json that the hooks read. path: of the file; raw: the whole document."""
 
     tag = "spec"
 
@@ -142,7 +142,7 @@ class Spec(Frozen):
 
     @property
     def vfio_devices(self) -> tuple[Device, ...]:
-        """The entries that stand for a VFIO group or device, each once; the control node alone asks for nothing."""
+        """The entries for a VFIO group or device, without duplicates; the control node alone is not a request."""
         return tuple(dict.fromkeys(device for device in self.devices if device.is_group or device.is_cdev))
 
 
@@ -161,7 +161,7 @@ def read_state(data: bytes) -> State:
 
 
 def drop_foreign_annotations(document: Any) -> Any:
-    """Return a state without the annotations that are neither texts nor ours: a runtime copies what it was given."""
+    """Return a state without annotations that are neither strings nor ours: a runtime copies its input."""
     annotations = document.get("annotations") if isinstance(document, dict) else None
     if not isinstance(annotations, dict):
         return document
@@ -170,7 +170,7 @@ def drop_foreign_annotations(document: Any) -> Any:
 
 
 def resolve_bundle(root: Root, state: State) -> State:
-    """Return the state with the bundle that it should name; runtime_command.py says which runtimes get it wrong."""
+    """Return the state with the correct bundle; runtime_command.py lists the runtimes that report a wrong one."""
     if state.bundle != "/" and REPLACEMENT_CHARACTER not in state.bundle:
         return state
     from oci_hooks.runtime_command import find_bundle
@@ -179,7 +179,7 @@ def resolve_bundle(root: Root, state: State) -> State:
 
 
 def read_spec(root: Root, state: State) -> Spec:
-    """Return the container's config.json; nothing asked for where it can't be read and surely asks for nothing.
+    """Return the container's config.json; an empty one if it is unreadable and surely does not request VFIO.
 
     Raises InputError [bundle-unreadable], [bad-json] or [bad-config].
     """
@@ -213,7 +213,7 @@ def read_spec(root: Root, state: State) -> Spec:
 
 
 def find_config(root: Root, state: State) -> str:
-    """Return where the container's config.json is.
+    """Return the path of the container's config.json.
 
     Kata 1.x keeps it in /run/libcontainer/<id> instead of the bundle (dgibson/kata-vfio-tools).
     """
@@ -229,19 +229,19 @@ def find_config(root: Root, state: State) -> str:
 
 
 def find_annotation(state: State, spec: Spec, name: str) -> str | None:
-    """Return an annotation's value, from the state or else from config.json; None without one."""
+    """Return an annotation's value, from the state or else from config.json; None if absent."""
     value = state.annotations.get(name)
     return value if value is not None else spec.annotations.get(name)
 
 
 def asks_for_vfio(state: State, spec: Spec) -> bool:
-    """Tell whether anything at all asks for VFIO: an annotation, or an entry of linux.devices."""
+    """Return whether anything requests VFIO: an annotation, or an entry of linux.devices."""
     names = (DEVICES_ANNOTATION, MAP_ANNOTATION)
     return bool(spec.vfio_devices) or any(find_annotation(state, spec, name) is not None for name in names)
 
 
 def is_traced(annotations: dict[str, str], paths: list[str]) -> bool:
-    """Tell whether a container that has these annotations, and devices of these paths, asks for VFIO."""
+    """Return whether a container with these annotations, and devices of these paths, requests VFIO."""
     state = State("", "", 0, "", annotations)
     devices = tuple(Device(normalize_device_path(path), "c", -1, -1, -1, -1, -1) for path in paths)
     spec = make_spec({}, "").replace(devices=devices)
@@ -249,12 +249,12 @@ def is_traced(annotations: dict[str, str], paths: list[str]) -> bool:
 
 
 def is_sandbox(state: State, spec: Spec) -> bool:
-    """Tell whether this is a pod's pause container."""
+    """Return whether this is a pod's pause container."""
     return any(find_annotation(state, spec, name) == value for name, value in SANDBOX_ANNOTATIONS.items())
 
 
 def make_state(document: object) -> State:
-    """Return the state that a JSON document holds. Raises Mismatch."""
+    """Return the state in a JSON document. Raises Mismatch."""
     if not isinstance(document, dict):
         raise Mismatch("top level", f"expected object, found {json_input.name_json_type(document)}")
     get_member(document, "ociVersion", "string", "", "")
@@ -273,7 +273,7 @@ def make_state(document: object) -> State:
 
 
 def make_spec(document: object, path: str) -> Spec:
-    """Return what the hooks use of a config.json document. Raises Mismatch."""
+    """Return the part of a config.json document that the hooks use. Raises Mismatch."""
     if not isinstance(document, dict):
         raise Mismatch("top level", f"expected object, found {json_input.name_json_type(document)}")
     root = get_member(document, "root", "object", "", None)
@@ -327,7 +327,7 @@ def normalize_device_path(path: str) -> str:
     """Return a device's path as it is below the container's root, absolute and in its shortest form."""
     import os.path
 
-    # Two leading slashes are kept by normpath and mean nothing here.
+    # normpath keeps two leading slashes, which have no meaning here.
     return "/" + os.path.normpath(f"/{path}").lstrip("/")
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the plain part of TOML, which is all that most settings files are made of.
+"""Read the plain subset of TOML, which most settings files use.
 
-The imports of tomllib (re, typing, datetime) take longer than everything else that a hook does with its settings. A
+The imports of tomllib (re, typing, datetime) take longer than the rest of a hook's settings code. A
 line is plain if it is empty, a comment, `[table]`, or `key = value` with a boolean, a number without sign or exponent,
-a string without escapes, or a list of such strings. A file with any other line, right or wrong, is left to tomllib.
+a string without escapes, or a list of such strings. A file with any other line, valid or not, is left to tomllib.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 BLANK = " \t"
 BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 TRUTH = {"true": True, "false": False}
-# A float of more digits has no exact value, and an integer of more is nothing that a setting can be.
+# A float with more digits has no exact value, and no setting allows a longer integer.
 MAX_DIGITS = 15
 
 
 class NotPlain(Exception):
-    """This text needs a whole TOML reader, to read it or to refuse it."""
+    """This text needs a complete TOML reader, to read it or to refuse it."""
 
 
 def read_plain(text: str) -> dict[str, Any] | None:
-    """Return the value of a plain TOML text, the same as tomllib's; None where it is not plain."""
+    """Return the value of a plain TOML text, the same as tomllib's; None if it is not plain."""
     values: dict[str, Any] = {}
     table = values
     try:
-        # A tab is the only control character that a comment or a string may have.
+        # A tab is the only control character allowed in a comment or a string.
         if not text.replace("\n", " ").replace("\t", " ").isprintable():
             return None
         for line in (whole.strip(BLANK) for whole in text.split("\n")):
@@ -45,7 +45,7 @@ def read_plain(text: str) -> dict[str, Any] | None:
 
 
 def add(table: dict[str, Any], key: str, value: Any) -> Any:
-    """Put a value into a table and return it. Raises NotPlain where the key is there."""
+    """Put a value into a table and return it. Raises NotPlain if the key exists."""
     if key in table:
         raise NotPlain
     table[key] = value
@@ -120,19 +120,19 @@ def read_word(word: str) -> bool | int | float:
 
 
 def is_decimal(text: str) -> bool:
-    """Tell whether a text is one or more of the digits 0 to 9."""
+    """Return whether a text is one or more of the digits 0 to 9."""
     return text.isascii() and text.isdecimal()
 
 
 def check_end(rest: str) -> None:
-    """Raise NotPlain where not a regular file a comment follows."""
+    """Raise NotPlain if anything but a comment follows."""
     rest = rest.lstrip(BLANK)
     if rest and not rest.startswith("#"):
         raise NotPlain
 
 
 def read_toml(text: str) -> dict[str, Any]:
-    """Return the value of a TOML text, without a library where it is plain. Raises what load_toml does."""
+    """Return the value of a TOML text, without a library if it is plain. Raises the exceptions of load_toml."""
 
     values = read_plain(text)
     return load_toml(text) if values is None else values
@@ -154,7 +154,7 @@ def load_toml(text: str) -> dict[str, Any]:
 
 
 def read_float(text: str) -> float:
-    """Return a number. Raises ValueError for nan and inf: no bound of a schema keeps nan out."""
+    """Return a number. Raises ValueError for nan and inf: no bound of a schema excludes nan."""
     value = float(text)
     if value - value != 0:
         raise ValueError(f"{text} is no number here")

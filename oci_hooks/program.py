@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both executables share: arguments, standard input, the deadline, and exceptions turned into exit codes."""
+"""Run a hook: arguments, standard input, the deadline, and exceptions turned into findings and exit codes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 # Kata's agent passes the kind of hook as the only argument (src/agent/src/sandbox.rs, find_hooks).
 PHASES = ("prestart", "createRuntime", "poststop")
-# A state is some hundred bytes and the container's annotations, which may be of any size: runc takes megabytes.
+# A state has some hundred bytes and the container's annotations, which may have any size: runc accepts megabytes.
 STATE_LIMIT = 64 << 20
 
 
 class Arguments(Frozen):
-    """The command line. phase: "" when not given; bundle: "" for a state on stdin; the rest as their options say."""
+    """The command line. phase: "" if absent; bundle: "" for a state on stdin; the rest as their options document."""
 
     phase: str = ""
     bundle: str = ""
@@ -54,12 +54,12 @@ class Arguments(Frozen):
 
 
 class Hook(Frozen):
-    """What makes a hook.
+    """The definition of a hook.
 
     name: of its executable; seconds: its deadline until the settings are read; work: the hook itself, which returns the
-    exit code; add_options: gives the parser the hook's own options; read_record_mode: returns the setting `record` of a
-    settings file ("": the usual one), raises InputError; kmsg: whether findings also go to /dev/kmsg; by_hand: no
-    runtime calls it so, and there is no container.
+    exit code; add_options: adds the hook's own options to the parser; read_record_mode: returns the setting `record` of
+    a settings file ("": the usual one), raises InputError; kmsg: whether findings also go to /dev/kmsg; by_hand:
+    started by a user, without a container.
     """
 
     name: str
@@ -74,11 +74,11 @@ class Hook(Frozen):
 class Run:
     """One run of a hook.
 
-    program: name of the executable; root: the door to the system; container: its id, "" until it is known; findings:
-    what is to be reported besides an error; plan: what --dry-run --json prints; details: more members for --json;
-    is_answered: an answer in a form of its own was printed already; is_verbose: the steps are reported too; record: the
-    setting ("failure", "always", "never"), "" until it is read; record_asked: the annotation: "full" leaves nothing
-    out, any other word records the run whatever becomes of it, "" asks for nothing.
+    program: name of the executable; root: access to the system; container: its id, "" until known; findings:
+    findings to report in addition to an error; plan: printed by --dry-run --json; details: more members for --json;
+    is_answered: an answer in another format was already printed; is_verbose: also report the steps; record: the
+    setting ("failure", "always", "never"), "" until it is read; record_asked: the annotation: "full" redacts nothing,
+    any other word records the run whatever its result, "" requests nothing.
     """
 
     def __init__(self, program: str, arguments: Arguments, deadline: Deadline, root: Root) -> None:
@@ -100,7 +100,7 @@ class Run:
         self.findings.append(finding)
 
     def apply_annotations(self, state: State, spec: Spec) -> None:
-        """Log and record as the container's annotations ask for."""
+        """Set logging and recording as the container's annotations request."""
         from oci_hooks import oci
 
         if is_enabled(oci.find_annotation(state, spec, oci.LOG_ANNOTATION)):
@@ -110,7 +110,7 @@ class Run:
             self.record_asked = str(record)
 
     def is_recorded(self, code: int) -> bool:
-        """Tell whether a run that ended so is recorded. A person's survey of the machine is not."""
+        """Return whether a run with this exit code is recorded. A survey by hand is not."""
         asked = self.arguments
         by_hand = asked.all or asked.groups or (asked.kata_config, asked.metrics, asked.cdi) != (None, None, None)
         if self.record == "never" or by_hand:
@@ -119,7 +119,7 @@ class Run:
 
 
 def is_enabled(value: str | None) -> bool:
-    """Tell whether an annotation says yes."""
+    """Return whether an annotation's value enables its feature."""
     return value is not None and value.strip().lower() in ("1", "true", "yes", "on", "debug")
 
 
@@ -127,7 +127,7 @@ def is_enabled(value: str | None) -> bool:
 
 
 class Outcome(Frozen):
-    """What a run came to. findings: all that it has to say; error: an exception that nobody foresaw, a defect."""
+    """The result of a run. findings: all to report; error: an unexpected exception, a defect."""
 
     code: int
     findings: list[Finding]
@@ -136,8 +136,8 @@ class Outcome(Frozen):
 
 
 def run_hook(hook: Hook, argv: list[str]) -> int:
-    """Run one hook and return its exit code; whatever goes wrong in it becomes findings. argv: its arguments."""
-    # A run is over before there is garbage worth looking for.
+    """Run one hook and return its exit code; any failure in it becomes findings. argv: its arguments."""
+    # A run ends before garbage collection would pay off.
     gc.disable()
     open_standard_descriptors()
     try:
@@ -145,7 +145,7 @@ def run_hook(hook: Hook, argv: list[str]) -> int:
     except InputError as error:
         from oci_hooks.log import report
 
-        # Whoever reads JSON is told in JSON, whatever else there is that can't be read.
+        # With --json, errors are reported in JSON too, even if other arguments are unreadable.
         if "--json" in argv:
             print_json(hook.name, error.exit_code, error.findings, {})
         report(hook.name, "", error.findings, hook.kmsg)
@@ -173,7 +173,7 @@ def run_hook(hook: Hook, argv: list[str]) -> int:
 
 
 def record_run(hook: Hook, run: Run, outcome: Outcome, notes: list[Note]) -> None:
-    """Record a run. A Python without its whole library can't, and that it lacks it is what was reported."""
+    """Record a run. A Python without its whole library cannot, and has already reported the missing part."""
     from oci_hooks.log import log_findings
 
     try:
@@ -184,12 +184,12 @@ def record_run(hook: Hook, run: Run, outcome: Outcome, notes: list[Note]) -> Non
         return
     if not run.record and find_record_mode(hook, run.arguments.settings) == "never":
         return
-    # Not on stderr, which has what is wrong, and nothing else, for the runtime's message.
+    # Not on stderr, which has only the errors, for the runtime's message.
     log_findings(hook.name, run.container, save_recording(summarize(run, outcome), notes), hook.kmsg)
 
 
 def find_record_mode(hook: Hook, settings: str) -> str:
-    """Return the setting `record` for a run that failed before it came to its settings; "" where they are unusable."""
+    """Return the setting `record` for a run that failed before reading its settings; "" if they are unusable."""
     try:
         return hook.read_record_mode(settings)
     except Exception:  # noqa: BLE001 - the hook's answer stands, whatever happens to its recording
@@ -197,7 +197,7 @@ def find_record_mode(hook: Hook, settings: str) -> str:
 
 
 def summarize(run: Run, outcome: Outcome) -> Summary:
-    """Return what a recording has of a run besides its steps."""
+    """Return the part of a recording other than the run's steps."""
     from oci_hooks.record.summary import Summary
 
     return Summary(
@@ -213,7 +213,7 @@ def summarize(run: Run, outcome: Outcome) -> Summary:
 
 
 def run_work(run: Run, work: Callable[[Run], int]) -> Outcome:
-    """Do the hook's work; whatever goes wrong in it becomes findings."""
+    """Do the hook's work; any failure in it becomes findings."""
     begun = time.monotonic()
     try:
         code, error, findings = work(run), None, run.findings
@@ -229,7 +229,7 @@ def run_work(run: Run, work: Callable[[Run], int]) -> Outcome:
 
 
 def make_internal_finding(error: Exception) -> Finding:
-    """Return the finding for an exception that nobody foresaw: the system's, or a defect of ours."""
+    """Return the finding for an unexpected exception: an error of the system, or a defect of ours."""
     if isinstance(error, OSError):
         hint = "check dmesg and that path; --debug shows the failing step"
         return Finding("error", "system", error.filename or "a system call", error.strerror or str(error), hint)
@@ -245,21 +245,21 @@ def make_internal_finding(error: Exception) -> Finding:
 
 
 def open_standard_descriptors() -> None:
-    """Give descriptors 0 to 2 something to point at, so that no file that is opened later takes their place."""
+    """Open descriptors 0 to 2 if they are closed, so that no file opened later gets their numbers."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            # The lowest free number is taken, which is this one.
+            # open() returns the lowest free number, which is this one.
             os.open("/dev/null", os.O_RDWR)
 
 
 def parse_arguments(
     program: str, argv: list[str], add_options: Callable[[ArgumentParser], None], by_hand: bool = False
 ) -> Arguments:
-    """Return the arguments. A runtime gives none or the hook's kind, and does not pay for argparse.
+    """Return the arguments. A runtime passes none or the kind of hook, and does not pay for argparse.
 
-    by_hand: without the arguments that a container's state is for.
+    by_hand: without the arguments for a container's state.
     """
     if not argv:
         return Arguments()
@@ -270,7 +270,7 @@ def parse_arguments(
     from oci_hooks import __version__
 
     class Parser(ArgumentParser):
-        """A parser whose refusal is a finding like every other."""
+        """A parser that reports errors as findings."""
 
         def error(self, message: str) -> None:  # type: ignore[override]
             raise InputError("bad-arguments", "arguments", message, f"see {program} --help")
@@ -308,7 +308,7 @@ def read_state(run: Run) -> State:
 
 @tagged("read-state")
 def read_input(deadline: Deadline) -> bytes:
-    """Return what stands on stdin. Raises InputError [no-state] if nothing comes, or nobody closes it in time."""
+    """Return the content of stdin. Raises InputError [no-state] if it is empty or not closed in time."""
     if os.isatty(0):
         raise InputError("no-state", "stdin", "is a terminal; an OCI state is expected", "to run by hand: --bundle DIR")
     try:
@@ -325,7 +325,7 @@ def read_input(deadline: Deadline) -> bytes:
 
 
 def print_json(program: str, code: int, findings: Iterable[Finding], more: dict[str, Any]) -> None:
-    """Print findings for a program that reads them. more: other members, by key. Schema: schemas/findings.json."""
+    """Print findings as JSON. more: other members, by key. Schema: schemas/findings.json."""
     import json
 
     from oci_hooks.log import write_stdout

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command line of the runtime that runs this hook has, where its state is wrong or not enough.
+"""Read the command line of the runtime that runs this hook, where its state is wrong or incomplete.
 
-Read only when the bundle of the state can't be the right one, or has no config.json.
+Read only if the bundle in the state cannot be right, or has no config.json.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def find_bundle(root: Root, named: str) -> str:
-    """Return the bundle's directory; as it was named in the state where nothing better is known.
+    """Return the bundle's directory; the one named in the state if nothing better is known.
 
-    crun says "/" of a container with a user namespace and devices, because it leaves its working directory on the way
+    crun reports "/" for a container with a user namespace and devices, because it has changed its working directory
     (containers/crun#2025, seen with 1.8.1). runc replaces each byte of a path that is not UTF-8, as Go's encoder does;
-    it works in the bundle.
+    its working directory is the bundle.
     """
     if named != "/" and root.exists(f"{named}/config.json"):
         return named
@@ -29,7 +29,7 @@ def find_bundle(root: Root, named: str) -> str:
 
 
 def find_config_option(root: Root) -> str:
-    """Return the file that crun was told to read instead of the bundle's config.json (crun(1), --config), else ""."""
+    """Return the file that crun reads instead of the bundle's config.json (crun(1), --config), "" without one."""
     words = read_runtime_command(root)
     return find_option(words, "--config", "-f") if words[0].rpartition("/")[2] == "crun" else ""
 
@@ -40,9 +40,9 @@ def read_runtime_command(root: Root) -> list[str]:
 
 
 def find_option(words: list[str], *names: str) -> str:
-    """Return the value of an option where it is an absolute path, else "". names: long and short.
+    """Return the value of an option if it is an absolute path, else "". names: long and short.
 
-    A relative one is relative to a directory that the runtime may have left.
+    A relative path is relative to a directory that the runtime may have left.
     """
     for word, following in zip(words, words[1:] + [""]):
         name, _, value = word.partition("=")

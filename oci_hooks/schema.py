@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say exactly what is wrong with a document, with jsonschema.
+"""Report every error in a document, with jsonschema.
 
-Loaded only when a hand-written reader has refused a document: jsonschema costs ten bare interpreters.
+Loaded only after a hand-written reader refused a document: jsonschema takes the time of ten bare interpreters.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-# More than a screen of mistakes in one document helps nobody.
+# Maximum of reported errors in one document: about a screen.
 MAX_FINDINGS = 10
-# Mistakes that are looked at to find these.
+# Maximum of examined errors, of which the reported ones are a part.
 MAX_ERRORS = 1000
-# Rules of a schema in words, for a value whose schema has no title.
+# Descriptions of a schema's rules, for a value whose schema has no title.
 RULES = {
     "minimum": "a number not below {}",
     "maximum": "a number not above {}",
@@ -30,14 +30,14 @@ RULES = {
 def load_site_packages() -> None:
     """Make the distribution's Python libraries importable: the hooks start without them (python3 -S).
 
-    Their directories, and no more: site.main() would also run sitecustomize and the lines of .pth files, as root.
+    Only their directories: site.main() would also run sitecustomize and the lines of .pth files, as root.
     """
     import sys
 
     if sys.flags.no_site and "site" not in sys.modules:
         import site
 
-        # A virtual environment's, where the interpreter is one's.
+        # Those of a virtual environment, if the interpreter belongs to one.
         own = f"{sys.executable.rpartition('/bin/')[0]}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
         sys.path += [
             location for location in (f"{own}/site-packages", *site.getsitepackages()) if location not in sys.path
@@ -56,7 +56,7 @@ def load_schema(name: str) -> dict[str, Any]:
 
 
 def find_mistakes(document: Any, schema_name: str, subject: str, code: str, hint: str) -> tuple[Finding, ...]:
-    """Return a finding for each thing in the document that breaks the schema.
+    """Return a finding for each violation of the schema in the document.
 
     subject: the document's name for the findings; code, hint: theirs. Raises ImportError without jsonschema.
     """
@@ -66,14 +66,14 @@ def find_mistakes(document: Any, schema_name: str, subject: str, code: str, hint
     import jsonschema
 
     validator = jsonschema.Draft7Validator(load_schema(schema_name))
-    # A document of a MiB has a million mistakes, each of some kB.
+    # A document of a MiB can have a million errors, each of some kB.
     first = islice(validator.iter_errors(document), MAX_ERRORS)
     errors = sorted(first, key=lambda error: [str(step) for step in error.path])
     findings = (
         Finding("error", code, f"{subject}: {format_path(error.absolute_path)}", describe_schema_error(error), hint)
         for error in errors
     )
-    # jsonschema complains of each member that is lacking; one finding names them all.
+    # jsonschema reports each missing member separately; one finding names them all.
     return tuple(dict.fromkeys(findings))[:MAX_FINDINGS]
 
 
@@ -86,7 +86,7 @@ def format_path(steps: Iterable[object]) -> str:
 
 
 def describe_schema_error(error: Any) -> str:
-    """Return what one jsonschema ValidationError means, in the words of the hooks."""
+    """Return one jsonschema ValidationError as text, in the words of the hooks."""
     found = describe_value(error.instance)
     rule, wanted = error.validator, error.validator_value
     if rule == "type":
@@ -105,13 +105,13 @@ def describe_schema_error(error: Any) -> str:
 
 
 def describe_value(value: object) -> str:
-    """Return a short account of a JSON value, for an error message."""
+    """Return a short description of a JSON value, for an error message."""
     import json
 
     try:
-        # TOML has dates and times, which JSON has not.
+        # TOML has dates and times, which JSON does not have.
         text = json.dumps(value, ensure_ascii=True, default=str)
     except (ValueError, RecursionError):
-        # TOML can write a number in hexadecimal that Python refuses to write in decimal (sys.set_int_max_str_digits).
+        # TOML can contain a hexadecimal number that Python refuses to print in decimal (sys.set_int_max_str_digits).
         return "a value too large to show"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the machine: /etc/oci-vfio-hooks/host.toml and guest.toml.
+"""Read the settings of the machine: /etc/oci-vfio-hooks/host.toml and guest.toml.
 
-Read only where the file exists and only after VFIO was asked for. A file that is there must be right: a misspelt key
-that is silently ignored is a setting that is not in force. Nothing but the interpreter's own library reads and checks
-it; schemas/*-settings.json say the same for other programs, and a test holds both to one verdict.
+Read only if the file exists and only after VFIO was requested. An existing file must be valid: a silently ignored
+misspelt key would be a setting without effect. Only the interpreter's own library is used to read and check it;
+schemas/*-settings.json define the same rules for other programs, and a test compares both.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-# A file with every key and a comment for each has some thousand bytes.
+# A file with every key and a comment for each has a few thousand bytes.
 MAX_BYTES = 64 << 10
-# More than a screen of mistakes in one file helps nobody.
+# Maximum of reported errors in one file: about a screen.
 MAX_FINDINGS = 10
-# How the owner of a file looks in a user namespace that has no number for him (proc_sys_kernel(5), overflowuid).
+# The uid of a file whose owner is not mapped in a user namespace (proc_sys_kernel(5), overflowuid).
 OVERFLOW_UID = 65534
 ALL_USERS = ["0", "0", "4294967295"]
 
 
 def read_settings(root: Root, path: str, make: Callable[[Table], T], *, required: bool = False) -> T:
-    """Return the settings in a TOML file; what `make` makes of an empty one where there is no such file.
+    """Return the settings in a TOML file; those of an empty file if it does not exist.
 
-    path: absolute, below the root; make: takes each value out of the table by its kind; required: a file that is not
-    there is an error, for one that was named on the command line.
-    Raises InputError [bad-settings] with every mistake, or [settings-unreadable].
+    path: absolute, below the root; make: reads each value from the table by its type; required: a missing file is an
+    error, for one named on the command line.
+    Raises InputError [bad-settings] with every error, or [settings-unreadable].
     """
     text = read_text(root, path, required)
     table = Table(parse_toml(text, path))
@@ -54,7 +54,7 @@ def read_settings(root: Root, path: str, make: Callable[[Table], T], *, required
 
 
 def read_text(root: Root, path: str, required: bool) -> str:
-    """Return the text of a settings file; "" where there is none. Raises InputError."""
+    """Return the text of a settings file; "" if it does not exist. Raises InputError."""
     try:
         check_file(root, path)
         data = root.read_bytes(path, MAX_BYTES)
@@ -80,8 +80,8 @@ def read_text(root: Root, path: str, required: bool) -> str:
 def check_file(root: Root, path: str) -> None:
     """Raise InputError unless a path is a file that only root, or the user that runs the hook, can write.
 
-    A hook that runs as root takes devices in use from others if `force` names them: no other user may have it say so.
-    Root reads any file, whatever its mode, so a file that others can't read is fine. Raises OSError.
+    A hook that runs as root takes devices in use if `force` names them: no other user may be able to set that.
+    Root reads any file, whatever its mode, so a file that others cannot read is fine. Raises OSError.
     """
     found = root.stat(path)
     if not stat.S_ISREG(found.st_mode):
@@ -95,7 +95,7 @@ def check_file(root: Root, path: str) -> None:
     if found.st_uid and found.st_uid != root.do(os.geteuid) and not is_unmapped(root, found.st_uid):
         problem = f"belongs to user {found.st_uid}, who could change what the hook does as root"
         raise InputError("bad-settings", path, problem, f"chown root:root {path}")
-    # The group of root is root.
+    # root's group counts as root.
     if found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid):
         problem = (
             f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o}), who could change what the "
@@ -105,7 +105,7 @@ def check_file(root: Root, path: str) -> None:
 
 
 def is_unmapped(root: Root, uid: int) -> bool:
-    """Tell whether an owner has no number in this user namespace: a rootless container's hook has the user's rights."""
+    """Return whether an owner is unmapped in this user namespace: a rootless hook has its user's rights."""
     return uid == OVERFLOW_UID and root.read_text_or("/proc/self/uid_map", "").split() not in ([], ALL_USERS)
 
 
@@ -113,7 +113,7 @@ def is_unmapped(root: Root, uid: int) -> bool:
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
-    """Return the value of a TOML text. name: what to call it. Raises InputError [bad-settings] with the line."""
+    """Return the value of a TOML text. name: its name in errors. Raises InputError [bad-settings] with the line."""
     try:
         return read_toml(text)
     except (ValueError, RecursionError) as error:
@@ -130,7 +130,7 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
 
 
 class Mistake(Frozen):
-    """A value that is wrong. keys: tables and key, as in ("auto", "ids"); item: its number in a list, -1: none."""
+    """A wrong value. keys: tables and key, as in ("auto", "ids"); item: its index in a list, -1: none."""
 
     keys: tuple[str, ...]
     item: int
@@ -138,9 +138,9 @@ class Mistake(Frozen):
 
 
 class Table:
-    """A table of a settings file. Its values are taken key by key; a wrong one is noted, and its default taken.
+    """A table of a settings file. Its values are read key by key; a wrong one is noted and replaced by its default.
 
-    keys: of the tables around it and its own, () for the file itself; rule: which keys it has, where no list says it.
+    keys: of the enclosing tables and its own, () for the file itself; rule: describes its allowed keys, if they are no list.
     """
 
     def __init__(self, values: dict[str, Any], keys: tuple[str, ...] = (), rule: str = "") -> None:
@@ -152,12 +152,12 @@ class Table:
         self.tables: list[Table] = []
 
     def find(self, key: str) -> Any:
-        """Return the value of a key, which is thereby known; None where it is absent: TOML has no null."""
+        """Return the value of a key and mark the key as known; None if it is absent: TOML has no null."""
         self.known.append(key)
         return self.values.get(key)
 
     def refuse(self, key: str, expected: str, value: object, item: int = -1) -> None:
-        """Note that a value is not what is expected."""
+        """Note that a value is not as expected."""
         from oci_hooks.schema import describe_value
 
         problem = f"expected {expected}, found {describe_value(value)}"
@@ -178,12 +178,12 @@ class Table:
         return self.default(key, default, expected, value)
 
     def switch(self, key: str, default: bool) -> bool:
-        """Return a truth value."""
+        """Return a boolean."""
         value = self.find(key)
         return value if type(value) is bool else self.default(key, default, "true or false", value)
 
     def word(self, key: str, default: str, *words: str) -> str:
-        """Return one of these words, of which the first is the default if none is given."""
+        """Return one of these words; the first is the default."""
         value = self.find(key)
         expected = f"one of {', '.join(words)}"
         return value if type(value) is str and value in words else self.default(key, default, expected, value)
@@ -212,7 +212,7 @@ class Table:
         return default
 
     def table(self, key: str, rule: str = "") -> Table:
-        """Return a table in this one, an empty one where it is absent. rule: see the class."""
+        """Return a table in this one, an empty one if absent. rule: see the class."""
         value = self.find(key)
         if value is not None and type(value) is not dict:
             self.refuse(key, f"a table, [{key}]", value)
@@ -221,7 +221,7 @@ class Table:
         return table
 
     def list_mistakes(self) -> list[Mistake]:
-        """Return what is wrong in this table and those in it: keys that nobody asked for, and values."""
+        """Return the errors in this table and those in it: unknown keys, and wrong values."""
         rule = self.rule or f"known keys: {', '.join(sorted(self.known))}"
         unknown = [
             Mistake((*self.keys, key), -1, f"unknown key; {rule}") for key in self.values if key not in self.known
@@ -230,7 +230,7 @@ class Table:
 
 
 def make_finding(path: str, text: str, mistake: Mistake) -> Finding:
-    """Return what to report of a mistake in a file with this text."""
+    """Return the finding for an error in a file with this text."""
     from oci_hooks.toml_lines import find_line
 
     try:

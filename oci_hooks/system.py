@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only door between the hooks and the system.
+"""Access the system: all of the hooks' reads and changes go through a `Root`.
 
-Every reading function takes a `Root`: "/" on the live system, a made tree in a test, a record when a run is replayed.
-What is read by path goes through `Root.ask`; what changes the system, or reads it in other ways, is a function marked
-`@step` and goes through `Root.do`. These two are all that a record notes and a replay answers. Plain system calls: most
+A `Root` is "/" on the live system, a temporary tree in a test, a recording when a run is replayed. Reads by
+path go through `Root.ask`; a function that changes the system, or reads it in other ways, is marked `@step` and goes
+through `Root.do`. A recording contains exactly these two, and a replay answers them. Plain system calls: most
 files here are sysfs attributes of a few bytes.
 """
 
@@ -28,14 +28,14 @@ VERSION_FILES = ("/opt/kata/VERSION",)
 
 DOCKER_CONFIG = "/etc/docker/daemon.json"
 
-# A sysfs attribute is a page at most; config.json of a tenant may be anything.
+# A sysfs attribute is a page at most; a tenant's config.json may have any size.
 DEFAULT_LIMIT = 16 << 20
-# The deadline of a hook. Kata's agent kills a guest hook after 10 s, and nothing of what it knew is left then.
+# The deadline of a hook, in seconds. Kata's agent kills a guest hook after 10 s, and its knowledge is lost then.
 USUAL_SECONDS = 8.0
 
 
 def tagged(tag: str) -> Callable[[F], F]:
-    """Give a question or step the name that recordings have for it, whatever its function is called."""
+    """Set the name of a question or step in recordings, independent of its function's name."""
 
     def give(function: F) -> F:
         function.tag = tag  # type: ignore[attr-defined]
@@ -45,13 +45,13 @@ def tagged(tag: str) -> Callable[[F], F]:
 
 
 def name_tag(function: Callable[..., object]) -> str:
-    """Return the name that recordings have for a function: its tag, or that of the standard library's."""
+    """Return a function's name in recordings: its tag, or the name of a standard library function."""
     tag: str = getattr(function, "tag", "") or function.__name__
     return tag
 
 
 class Deadline:
-    """A moment by which the hook must have ended. seconds: from now."""
+    """The time by which the hook must end. seconds: from now."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -63,70 +63,70 @@ class Deadline:
 
     @tagged("elapsed")
     def elapsed(self) -> float:
-        """Return the seconds that are over, never more than there are."""
+        """Return the seconds elapsed, at most the total."""
         return self.seconds - self.remaining()
 
     def extend(self, seconds: float) -> None:
-        """Set how many seconds there are in all, from the same start: settings are read after the clock has begun."""
+        """Set the total seconds, from the same start: settings are read after the clock has started."""
         self.seconds = seconds
 
 
 class Descriptor(int):
-    """An open file's number. A record only says that there was one, and a replay gives one of /dev/null."""
+    """An open file's number. A recording only keeps that it existed, and a replay opens /dev/null instead."""
 
 
 class Root:
     """A directory tree read as if it were the system's root. Paths are absolute, as on the live system.
 
-    top: the directory that stands for "/".
+    top: the directory used as "/".
     """
 
     def __init__(self, top: str = "/") -> None:
         self.top = top.rstrip("/")
 
     def host_path(self, path: str) -> str:
-        """Return where the path really lies on this machine."""
+        """Return the real location of a path on this machine."""
         return self.top + path if path != "/" else self.top or "/"
 
-    # The door ----------------------------------------------------------------------------------------------------
+    # Access ------------------------------------------------------------------------------------------------------
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
-        """Return what a reading function says of a path. Raises OSError."""
+        """Return a reading function's result for a path. Raises OSError."""
         return question(self.host_path(path), *more)
 
     def do(self, function: Callable[..., T], *arguments: object) -> T:
-        """Return what a step comes to: a function that changes the system, or reads it past `ask`."""
+        """Return the result of a step: a function that changes the system, or reads it other than by `ask`."""
         return function(*arguments)
 
     def note(self, what: str, value: object) -> None:
-        """Take note of something that was decided, for the record of the run."""
+        """Note a decision, for the recording of the run."""
 
     # Reading -----------------------------------------------------------------------------------------------------
 
     def read_bytes(self, path: str, limit: int = DEFAULT_LIMIT) -> bytes:
-        """Return the file's content. Raises OSError; EFBIG when there is more than `limit` bytes."""
+        """Return the file's content. Raises OSError; EFBIG if there are more than `limit` bytes."""
         return self.ask(read_file, path, limit)
 
     def read_text(self, path: str) -> str:
-        """Return the file's content without the white space around it. Raises OSError."""
+        """Return the file's content without surrounding white space. Raises OSError."""
         return self.read_bytes(path).decode("utf-8", "surrogateescape").strip()
 
     def read_text_or(self, path: str, default: str) -> str:
-        """Return the file's content, or the default where the file can't be read."""
+        """Return the file's content, or the default if the file cannot be read."""
         try:
             return self.read_text(path)
         except OSError:
             return default
 
     def list_names(self, path: str) -> list[str]:
-        """Return the names in a directory, sorted; empty where there is no such directory. Raises other OSErrors."""
+        """Return the names in a directory, sorted; empty if it does not exist. Raises other OSErrors."""
         try:
             return sorted(self.ask(os.listdir, path))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def read_link(self, path: str) -> str:
-        """Return the target of a symbolic link, or "" where there is none."""
+        """Return the target of a symbolic link, or "" if there is none."""
         try:
             target: str = self.ask(os.readlink, path)
         except OSError:
@@ -134,7 +134,7 @@ class Root:
         return target
 
     def read_link_name(self, path: str) -> str:
-        """Return the last component of a link's target ("" without a link): sysfs says driver and group so."""
+        """Return the last component of a link's target ("" without a link): sysfs names driver and group this way."""
         return self.read_link(path).rpartition("/")[2]
 
     def stat(self, path: str) -> os.stat_result:
@@ -142,7 +142,7 @@ class Root:
         return self.ask(os.stat, path)
 
     def exists(self, path: str) -> bool:
-        """Tell whether there is anything at this path, links followed."""
+        """Return whether this path exists, links followed."""
         try:
             self.stat(path)
         except OSError:
@@ -150,12 +150,12 @@ class Root:
         return True
 
     def real_path(self, path: str) -> str:
-        """Return the path with every link resolved, still as seen from this root."""
+        """Return the path with every link resolved, still relative to this root."""
         real: str = self.ask(os.path.realpath, path)
         return real[len(self.top) :] if self.top and real.startswith(self.top + "/") else real
 
     def is_exclusively_open(self, path: str) -> bool:
-        """Tell whether a block device's node can't be opened because it is in exclusive use. Nothing else is asked.
+        """Return whether a block device's node cannot be opened because it is in exclusive use.
 
         Source: open(2), O_EXCL without O_CREAT: EBUSY when the device is mounted or otherwise used by the system.
         """
@@ -166,12 +166,12 @@ class Root:
         return False
 
 
-# What a root asks -----------------------------------------------------------------------------------------------------
+# Questions ------------------------------------------------------------------------------------------------------------
 
 
 @tagged("read")
 def read_file(path: str, limit: int) -> bytes:
-    """Return a file's content. Raises OSError; EFBIG when there is more than `limit` bytes."""
+    """Return a file's content. Raises OSError; EFBIG if there are more than `limit` bytes."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         return b"".join(read_chunks(fd, limit, path))
@@ -180,7 +180,7 @@ def read_file(path: str, limit: int) -> bytes:
 
 
 def read_chunks(fd: int, limit: int, name: str) -> Iterator[bytes]:
-    """Yield what a descriptor holds, to its end. Raises OSError; EFBIG past `limit` bytes."""
+    """Yield a descriptor's content, to its end. Raises OSError; EFBIG past `limit` bytes."""
     total = 0
     while True:
         chunk = os.read(fd, 65536)
@@ -193,9 +193,9 @@ def read_chunks(fd: int, limit: int, name: str) -> Iterator[bytes]:
 
 
 def read_pipe(fd: int, deadline: Deadline, limit: int = DEFAULT_LIMIT) -> bytes | None:
-    """Return what comes through a pipe until its other end is closed, None where that is not before the deadline.
+    """Return the data from a pipe until its other end is closed, None if it is not closed before the deadline.
 
-    limit: bytes after which no more is read, so that more than these come back. Raises OSError.
+    limit: bytes after which reading stops, so that the result is longer than this. Raises OSError.
     """
     import select
 
@@ -213,17 +213,17 @@ def read_pipe(fd: int, deadline: Deadline, limit: int = DEFAULT_LIMIT) -> bytes 
 
 @tagged("open-exclusively")
 def open_exclusively(path: str) -> None:
-    """Open a block device's node for nobody else, and close it. Raises OSError."""
+    """Open a block device's node exclusively, and close it. Raises OSError."""
     os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
 
 
-# What a root does -----------------------------------------------------------------------------------------------------
+# Steps ----------------------------------------------------------------------------------------------------------------
 
 
 def step(tag: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Have a function go through `Root.do`. Its first argument is the root, or has it as its attribute `root`.
+    """Make a function go through `Root.do`. Its first argument is the root, or has it as its attribute `root`.
 
-    tag: the name that recordings have for the step.
+    tag: the step's name in recordings.
     """
 
     def wrap(function: Callable[P, T]) -> Callable[P, T]:
@@ -238,14 +238,14 @@ def step(tag: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return wrap
 
 
-# Noting ---------------------------------------------------------------------------------------------------------------
+# Notes ----------------------------------------------------------------------------------------------------------------
 
 
 class Note:
-    """One thing that a run asked, did or decided.
+    """One question, step or decision of a run.
 
-    kind: "ask", "do" or "note"; name: of the function, or of what was decided; arguments: path first for "ask";
-    begun: seconds since the run began; seconds: how long it took; answer: what came of it, an exception included;
+    kind: "ask", "do" or "note"; name: of the function or decision; arguments: path first for "ask";
+    begun: seconds since the run began; seconds: its duration; answer: the result, an exception included;
     inside: whether it is a part of the step before it.
     """
 
@@ -262,9 +262,9 @@ class Note:
 
 
 class RecordingRoot(Root):
-    """The live system, and a note of all that passed the door: what a record is made of.
+    """The live system, with notes of all questions, steps and decisions: the source of a recording.
 
-    It stands here because every run has one: noting costs a microsecond, a module of its own would cost an open.
+    Defined here because every run has one: noting costs a microsecond, a separate module would cost an open.
     """
 
     def __init__(self) -> None:
@@ -274,11 +274,11 @@ class RecordingRoot(Root):
         self.depth = 0
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
-        """Return what a reading function says of a path, and note it. Raises OSError."""
+        """Return a reading function's result for a path, and note it. Raises OSError."""
         return self.call_noted(self.add("ask", name_tag(question), (path,)), question, path, *more)
 
     def do(self, function: Callable[..., T], *arguments: object) -> T:
-        """Return what a step comes to, and note it."""
+        """Return the result of a step, and note it."""
         entry = self.add("do", name_tag(function), arguments)
         self.depth += 1
         try:
@@ -287,17 +287,17 @@ class RecordingRoot(Root):
             self.depth -= 1
 
     def note(self, what: str, value: object) -> None:
-        """Take note of something that was decided."""
+        """Note a decision."""
         self.add("note", what, ()).answer = value
 
     def add(self, kind: str, name: str, arguments: tuple[object, ...]) -> Note:
-        """Return a new note, at the end of all."""
+        """Return a new note, appended to the others."""
         entry = Note(kind, name, arguments, time.monotonic() - self.started, self.depth > 0)
         self.notes.append(entry)
         return entry
 
     def call_noted(self, entry: Note, function: Callable[..., T], *arguments: object) -> T:
-        """Return what a function returns, noting that, or what it raises."""
+        """Return a function's result, noting it or the exception raised."""
         try:
             answer = function(*arguments)
         except Exception as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On which line of a TOML text a key gets its value. tomllib does not say, and a user wants to go there.
+"""Find the line of a TOML text that sets a key. tomllib does not report it, but users need it.
 
-tomllib itself is the judge: a key stands on the first line whose reading makes it appear. So tables, dotted and quoted
-keys, comments and strings of many lines need no second parser here.
+tomllib itself decides: a key is on the first line with which it appears in the parsed text. So tables, dotted and quoted
+keys, comments and multi-line strings need no second parser here.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# An array or a string over more lines than this is not what anybody looks for.
+# Arrays and strings of more lines than this are not searched.
 MAX_VALUE_LINES = 200
 
 
 def find_line(text: str, keys: tuple[str, ...]) -> int:
-    """Return the number of the line (from 1) on which a key is set; 0 where it is not, or can't be found.
+    """Return the number of the line (from 1) on which a key is set; 0 if it is not set or cannot be found.
 
-    text: the whole TOML text, known to be right; keys: tables and key, e.g. ("hypervisor", "qemu", "enable_iommu").
+    text: the whole TOML text, known to be valid; keys: tables and key, e.g. ("hypervisor", "qemu", "enable_iommu").
     """
     lines = text.replace("\r\n", "\n").split("\n")
     for index, line in enumerate(lines):
@@ -30,9 +30,9 @@ def find_line(text: str, keys: tuple[str, ...]) -> int:
 
 
 def sets_key(lines: list[str], index: int, keys: tuple[str, ...]) -> bool:
-    """Tell whether a line begins the value of a key: without it the key is not there, with it it is."""
+    """Return whether a line starts the value of a key: without the line the key is absent, with it the key is set."""
     before = parse_lines(lines[:index])
-    # Within a string or an array that began further up.
+    # Inside a string or an array that began earlier.
     if before is None or has_key(before, keys):
         return False
     for end in range(index + 1, min(index + 1 + MAX_VALUE_LINES, len(lines)) + 1):
@@ -43,7 +43,7 @@ def sets_key(lines: list[str], index: int, keys: tuple[str, ...]) -> bool:
 
 
 def parse_lines(lines: list[str]) -> dict[str, Any] | None:
-    """Return the value of some lines of TOML; None where they are not whole."""
+    """Return the value of some lines of TOML; None if they are incomplete."""
     try:
         return read_toml("\n".join(lines))
     except ValueError:
@@ -51,7 +51,7 @@ def parse_lines(lines: list[str]) -> dict[str, Any] | None:
 
 
 def has_key(values: dict[str, Any], keys: tuple[str, ...]) -> bool:
-    """Tell whether a key is there, below its tables."""
+    """Return whether a key exists, below its tables."""
     value: Any = values
     for key in keys:
         if not isinstance(value, dict) or key not in value:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a config.json that can't be read could ask for VFIO: traces of it in the bytes, whatever else they are.
+"""Decide whether an unreadable config.json could request VFIO: by traces of a request in the bytes, whatever they are.
 
-Runtimes run what the reader refuses: text behind the object, comments, objects nested by the thousand, members that are
-null. Such a container is stopped only where it could be one that asks. Both answers here err on that side: lacks_vfio
-says yes only where no reader of JSON can find VFIO, and read_traces finds at least what the reader would.
+Runtimes run containers whose config.json the reader refuses: text after the object, comments, objects nested by the
+thousand, members that are null. Such a container is stopped only if it could request VFIO. Both answers here err on
+that side: lacks_vfio is true only if no JSON reader can find VFIO, and read_traces finds at least what the reader would.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
     Asks = Callable[[dict[str, str], list[str]], bool]
 
-# Every annotation and every path that asks has this word in it, as these bytes or with some of them escaped.
+# Every annotation and path of a request contains this word, as these bytes or with some of them escaped.
 WORD = b"vfio"
 ESCAPES = (b"\\u0076", b"\\u0066", b"\\u0069", b"\\u006f", b"\\u006F")
-# Bytes of a piece's end that may belong to a word whose rest is in the next one.
+# Bytes at a piece's end that may belong to a word continued in the next piece.
 OVERLAP = 5
 PIECE = 1 << 20
-# A file of which not even the bytes are looked at. A runtime keeps all of it in memory, several times.
+# Size above which not even the bytes are searched. A runtime keeps the whole file in memory, several times.
 MAX_FILE_BYTES = 1 << 30
-# One that is followed, in memory, when the bytes alone are no answer.
+# Size up to which a file is parsed in memory, if the bytes alone give no answer.
 MAX_TEXT_BYTES = 64 << 20
 
 
 @tagged("find-request")
 def read_request_traces(path: str, asks: Asks) -> bool | None:
-    """Tell whether a config.json asks for VFIO; None where nobody can say, as of an empty one. asks: see find_request.
+    """Return whether a config.json requests VFIO; None if undecidable, as for an empty one. asks: see find_request.
 
-    A question of its own to the system: a recording has the answer, and not the text, of which it leaves out most.
+    A separate question to the system: a recording has the answer, and not the text, most of which is redacted.
     """
     from oci_hooks.system import read_file
 
@@ -48,9 +48,9 @@ def read_request_traces(path: str, asks: Asks) -> bool | None:
 
 
 def find_request(data: bytes, asks: Asks) -> bool | None:
-    """Tell whether a text asks for VFIO; None where it has the word and can't be followed. Pure.
+    """Return whether a text requests VFIO; None if it contains the word and cannot be parsed. Pure.
 
-    asks: tells it of annotations and paths of devices.
+    asks: returns whether annotations and paths of devices request VFIO.
     """
     if lacks_vfio(data):
         return False
@@ -61,7 +61,7 @@ def find_request(data: bytes, asks: Asks) -> bool | None:
 
 
 def lacks_vfio(data: bytes) -> bool:
-    """Tell whether a text surely has no "vfio" in any string, whatever else it is. Pure; nothing is imported.
+    """Return whether a text surely has no "vfio" in any string, whatever it is. Pure; imports nothing.
 
     JSON has one other way to write a letter: its escape of six characters (RFC 8259, section 7).
     """
@@ -71,7 +71,7 @@ def lacks_vfio(data: bytes) -> bool:
 
 
 def file_lacks_vfio(path: str) -> bool:
-    """Tell the same of a file, piece by piece: one that is too large to be read. Raises OSError."""
+    """Return the same for a file too large to be read at once, piece by piece. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         total, end = 0, b""
@@ -89,13 +89,13 @@ def file_lacks_vfio(path: str) -> bool:
 
 
 class Unreadable(Exception):
-    """The text can't be followed."""
+    """The text cannot be parsed."""
 
 
 class RequestTraces:
-    """What a text that is nearly JSON has where a container asks for VFIO. All of it: values of any kind count.
+    """The request-related values of a text that is nearly JSON; values of any type count.
 
-    annotations: by name, "" for a value that is no string; paths: every string below linux.devices.
+    annotations: by name, "" for a value that is not a string; paths: every string below linux.devices.
     """
 
     def __init__(self) -> None:
@@ -103,29 +103,29 @@ class RequestTraces:
         self.paths: list[str] = []
 
     def add_key(self, keys: list[str | None]) -> None:
-        """Take note of a member. keys: the way to it, its own name last; None for a place in an array."""
+        """Note a member. keys: its path, its own name last; None for an array element."""
         if len(keys) == 2 and keys[1] is not None and is_member(keys, "annotations"):
             self.annotations.setdefault(keys[1], "")
 
     def add_text(self, keys: list[str | None], text: str) -> None:
-        """Take note of a string. keys: the way to it."""
+        """Note a string. keys: its path."""
         if is_member(keys, "annotations"):
-            # One that stands where no annotation can is taken for a name: no reader says what it means.
+            # A string where no annotation can be counts as a name: no reader defines its meaning.
             self.annotations[(len(keys) == 2 and keys[1]) or text] = text
         elif is_member(keys, "linux", "devices"):
             self.paths.append(text)
 
 
 def is_member(keys: list[str | None], *names: str) -> bool:
-    """Tell whether a way begins with these names, in any case: Go takes them so (encoding/json, Unmarshal)."""
+    """Return whether a path starts with these names, in any case: Go accepts them so (encoding/json, Unmarshal)."""
     return len(keys) >= len(names) and all(key is not None and key.casefold() == name for key, name in zip(keys, names))
 
 
 def read_traces(data: bytes) -> RequestTraces | None:
-    """Return the traces in the first value of a text; None where that can't be followed to its end. Pure.
+    """Return the traces in the first value of a text; None if it cannot be parsed to its end. Pure.
 
-    It goes by brackets, colons and strings alone, without recursion; numbers and words may be anything. Comments are
-    skipped, as yajl does, which crun reads with.
+    It uses only brackets, colons and strings, without recursion; numbers and words may be anything. Comments are
+    skipped, as in yajl, crun's reader.
     """
     try:
         return scan_text(data.decode("utf-8", "surrogateescape"))
@@ -138,7 +138,7 @@ def scan_text(text: str) -> RequestTraces:
     import re
 
     traces = RequestTraces()
-    # The way to where we are: a member's name, None in an array; the name of an object before its first member is "".
+    # The current path: a member's name, None in an array; the name of an object before its first member is "".
     keys: list[str | None] = []
     last: str | None = None
     mark: Any = re.compile(r"""[][{}:,"'/]""").search
@@ -170,9 +170,9 @@ def scan_text(text: str) -> RequestTraces:
 
 
 def read_string(text: str, start: int, wanted: bool) -> tuple[str, int]:
-    """Return a string and the place behind it. Raises Unreadable.
+    """Return a string and the position after it. Raises Unreadable.
 
-    start: behind its quote; wanted: whether its escapes are decoded. Behind an odd number of backslashes is an escape.
+    start: after its quote; wanted: whether its escapes are decoded. An odd number of backslashes begins an escape.
     """
     end = text.find('"', start)
     while end >= 0:
@@ -196,7 +196,7 @@ def read_string(text: str, start: int, wanted: bool) -> tuple[str, int]:
 
 
 def skip_comment(text: str, start: int) -> int:
-    """Return the place behind a comment. start: behind its first slash. Raises Unreadable."""
+    """Return the position after a comment. start: after its first slash. Raises Unreadable."""
     if text.startswith("*", start):
         end = text.find("*/", start + 1)
         if end >= 0:

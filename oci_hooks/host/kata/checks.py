@@ -122,7 +122,7 @@ def check_viommu_support(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]
 
 
 def explain_no_viommu(sandbox: Sandbox, config: KataConfig) -> tuple[str, bool]:
-    """Return why a configuration has no virtual IOMMU, "" if it has; and whether Kata refuses to start with one.
+    """Return why a configuration cannot have a virtual IOMMU ("" if it can), and whether Kata then refuses to start.
 
     Go refuses to start QEMU (qemu_arch_base.go, appendIOMMU) and runtime-rs Dragonball; others continue without one.
     """
@@ -309,7 +309,7 @@ def check_domain(sandbox: Sandbox, targets: tuple[Target, ...]) -> tuple[Finding
 
 
 def check_mode(sandbox: Sandbox) -> tuple[Finding, ...]:
-    """vfio-mode: in guest-kernel mode the device gets the guest's own driver, and is no VFIO device in the container."""
+    """vfio-mode: in guest-kernel mode the guest's own driver gets the device, so the container has no VFIO device."""
     config = sandbox.config
     if config is None:
         return ()

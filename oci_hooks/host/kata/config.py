@@ -108,7 +108,7 @@ class KataConfig(Frozen):
         return find_setting(self, ("runtime", key), default)
 
     def describe(self, setting: Setting) -> str:
-        """Return a setting with its source and with the annotation that failed to override it."""
+        """Return a setting with its source, and the later sources that do not override it."""
         if setting.annotation:
             return setting.describe()
         later = "annotations" if setting.is_drop_in else "config.d/ or annotations"

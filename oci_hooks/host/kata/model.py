@@ -70,8 +70,8 @@ class Reading(Frozen):
     """One Kata runtime's reading of a configuration and of a sandbox's annotations.
 
     flavour: "go" or "rs"; hypervisor: its name, "" without one; values: in effect, by Kata's names; marks: the places
-    that set each table and key, the last one decides; by_annotation: the annotation that set a value; tables: all merged
-    tables of the files; unallowed: annotations that enable_annotations does not allow; refused,
+    that set each table and key, the last one decides; by_annotation: the annotation that set a value; tables: all
+    merged tables of the files; unallowed: annotations that enable_annotations does not allow; refused,
     uncertain: problems.
     """
 

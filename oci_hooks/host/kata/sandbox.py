@@ -48,7 +48,7 @@ class Sandbox(Frozen):
 def inspect_sandbox(
     root: Root, runtime: Runtime, found: ConfigLookup, annotations: dict[str, str], attached: bool
 ) -> Sandbox:
-    """Return the known facts about the sandbox. attached: whether its hypervisor holds all of the container's groups."""
+    """Return the known facts about the sandbox. attached: whether its hypervisor holds all groups of the container."""
     asked = any(annotations.get(name, "").strip() for name in (DEVICES_ANNOTATION, MAP_ANNOTATION))
     mode = found.config.runtime_setting("vfio_mode", "").value if found.config else ""
     major = read_major(root)
