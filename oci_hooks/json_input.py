@@ -31,7 +31,7 @@ def parse_json(data: bytes, name: str) -> Any:
 
     name: the document's name in errors. Raises InputError [bad-json] with line and column.
     """
-    # Runtimes accept strings that are not UTF-8: Go's replace the bytes, crun keeps them, as this parser does (PEP 383).
+    # Runtimes accept strings that are not UTF-8: Go's replace the bytes, crun keeps them, as done here (PEP 383).
     text = data.decode("utf-8", "surrogateescape")
     if not text.strip():
         raise InputError("bad-json", name, "is empty", "provide a JSON object")

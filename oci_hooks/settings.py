@@ -140,7 +140,7 @@ class Mistake(Frozen):
 class Table:
     """A table of a settings file. Its values are read key by key; a wrong one is noted and replaced by its default.
 
-    keys: of the enclosing tables and its own, () for the file itself; rule: describes its allowed keys, if they are no list.
+    keys: of the enclosing tables and its own, () for the file itself; rule: text on the allowed keys, "" to list them.
     """
 
     def __init__(self, values: dict[str, Any], keys: tuple[str, ...] = (), rule: str = "") -> None:

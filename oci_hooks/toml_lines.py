@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the line of a TOML text that sets a key. tomllib does not report it, but users need it.
 
-tomllib itself decides: a key is on the first line with which it appears in the parsed text. So tables, dotted and quoted
-keys, comments and multi-line strings need no second parser here.
+tomllib itself decides: a key is on the first line with which it appears in the parsed text. So tables, dotted and
+quoted keys, comments and multi-line strings need no second parser here.
 """
 
 from __future__ import annotations

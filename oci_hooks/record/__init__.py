@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recordings of runs: what a hook saw and did, without what is private."""
+"""Write, redact and read recordings of runs: the reads and steps of a hook, without private data."""

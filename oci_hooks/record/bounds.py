@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much a recording may be, for the hook that writes one and for the tool that reads one from a stranger.
+"""Limit the size of recordings, for the hook that writes one and the tool that reads one from an untrusted source.
 
-A hook stops at these bounds when it writes, so that its recordings can always be read. The recordings of real runs have
+A hook observes these bounds when it writes, so that its recordings can always be read. The recordings of real runs have
 150 events, 60 kB unpacked and a depth of 7; the bounds are far above that, and low enough that the worst recording
-within them costs seconds and some hundred MiB, not minutes and GiB.
+within them takes seconds and some hundred MiB, not minutes and GiB.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
 
-# A record.json, events.jsonl, state.json and config.json: nothing else is in a recording, and none of them twice.
+# record.json, events.jsonl, state.json and config.json: a recording has no other members, and none of them twice.
 MAX_MEMBERS = 4
-# Two documents of four MiB that gzip can't shrink.
+# Two documents of four MiB that gzip cannot compress.
 MAX_PACKED_BYTES = 8 << 20
 # The members at their largest: 1 + 16 + 4 + 4 MiB, and the tar's headers.
 MAX_BYTES = 26 << 20
@@ -26,36 +26,36 @@ MAX_SUMMARY_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 4 << 20
 # Twenty thousand events of 800 bytes; those of a real run have 200 on average.
 MAX_EVENT_BYTES = 16 << 20
-# What one file held: a sysfs attribute is a page, and nothing that the hooks understand is longer than this.
+# Content of one file: a sysfs attribute is a page, and the hooks parse nothing longer than this.
 MAX_ANSWER_BYTES = 1 << 18
-# JSON writes a character of an answer with six bytes at most; and something for the rest of the event.
+# JSON uses at most six bytes for a character of an answer; and space for the rest of the event.
 MAX_LINE_BYTES = 7 * MAX_ANSWER_BYTES
-# A machine with a thousand PCI functions makes ten thousand.
+# A machine with a thousand PCI functions causes ten thousand.
 MAX_EVENTS = 20_000
 # JSON values in all events, in a document: 25 for each event. A value takes 100 bytes of memory.
 MAX_VALUES = 500_000
-# JSON values in record.json: jsonschema looks at each, which takes 50 microseconds.
+# JSON values in record.json: jsonschema checks each, which takes 50 microseconds.
 MAX_SUMMARY_VALUES = 20_000
-# Objects and arrays inside each other: a plan with its nodes has 7.
+# Nesting of objects and arrays: a plan with its nodes has 7.
 MAX_DEPTH = 32
-# Whole numbers of the kernel have 64 bits; no wider one goes through C.
+# The kernel's integers have 64 bits; C code accepts no wider ones.
 MAX_NUMBER = (1 << 64) - 1
 # errno(3): the kernel's numbers end at MAX_ERRNO.
 MAX_ERRNO = 4095
-# Reading and running again the largest recording takes five on a slow machine.
+# Reading and replaying the largest recording takes five on a slow machine.
 MAX_SECONDS = 20
-# On top of what the process has: ten times what the largest recording takes unpacked.
+# In addition to the process's own memory: ten times the unpacked size of the largest recording.
 MAX_MEMORY_BYTES = 512 << 20
 
 
 class RecordError(Exception):
-    """This is no recording that can be read; says why. path: of the file, "" where not known."""
+    """The file is not a readable recording, with the reason. path: of the file, "" if unknown."""
 
     path = ""
 
 
 class RecordTooLarge(RecordError):
-    """A recording is above a bound. name: the bound's, as the constants of this module; maximum: its value."""
+    """A recording exceeds a bound. name: the bound's, as the constants of this module; maximum: its value."""
 
     def __init__(self, name: str, maximum: int, where: str = "") -> None:
         words = name.lower().replace("_", " ")
@@ -64,20 +64,20 @@ class RecordTooLarge(RecordError):
 
 
 class OutOfTime(BaseException):
-    """The time for a recording is over. No Exception: a hook that runs again takes every Exception for its own."""
+    """The time for a recording is over. Not an Exception: a replayed hook handles every Exception as its own."""
 
 
 def check_bound(found: int, name: str, where: str = "") -> None:
-    """Raise RecordTooLarge where a number is above a bound. name: the constant of this module, without MAX_."""
+    """Raise RecordTooLarge if a number exceeds a bound. name: the constant of this module, without MAX_."""
     maximum: int = globals()[f"MAX_{name}"]
     if found > maximum:
         raise RecordTooLarge(name, maximum, where)
 
 
 def check_value(value: object, where: str) -> int:
-    """Return how many JSON values one holds, itself included. Raises RecordTooLarge: DEPTH, NUMBER.
+    """Return the number of JSON values in one, itself included. Raises RecordTooLarge: DEPTH, NUMBER.
 
-    Not recursive: a text of a few kB is as deep as Python's stack.
+    Not recursive: a text of a few kB can be nested as deep as Python's stack.
     """
     count = 0
     level = [value]
@@ -99,15 +99,15 @@ def check_value(value: object, where: str) -> int:
 
 
 def estimate_values(data: bytes) -> int:
-    """Return how many values a JSON text may have: a comma, a colon or a bracket comes with each."""
+    """Return the possible number of values in a JSON text: each comes with a comma, a colon or a bracket."""
     return 1 + sum(map(data.count, (b",", b":", b"[", b"{")))
 
 
 class bounded:  # noqa: N801 - reads as a statement
-    """While this holds, the process has MAX_SECONDS and MAX_MEMORY_BYTES more. Raises RecordTooLarge at its end.
+    """Context in which the process may use MAX_SECONDS and MAX_MEMORY_BYTES more. Raises RecordTooLarge at its end.
 
-    For what can't be counted beforehand: how long a hook takes with the answers of a stranger. Only in a main thread,
-    which is the one that signals come to.
+    For costs that cannot be counted beforehand: the time that a hook takes with untrusted answers. Only in the main
+    thread, which receives the signals.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class bounded:  # noqa: N801 - reads as a statement
         signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
 
     def end(self, _number: int, _frame: FrameType | None) -> None:
-        """Take SIGALRM."""
+        """Handle SIGALRM."""
         raise OutOfTime
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run met, as plain JSON, and back: answers, results of steps, errors.
+"""Encode recorded values as plain JSON and decode them: answers, results of steps, errors.
 
-A value that JSON has is itself. Any other is an object with the key "!": its kind, which is a name of its own (`tag`),
-not the class's. Reading back makes nothing but the kinds that the reader hands in, because a recording may come from
-anybody.
+A value of a JSON type is itself. Any other is an object with the key "!": its kind, which is a name of its own (`tag`),
+not the class's. Decoding creates only the kinds that the reader passes in, because a recording may come from
+an untrusted source.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     Kinds = Mapping[str, Callable[..., object]]
 
 KIND = "!"
-# The names that recordings have for the exceptions of the hooks.
+# The names of the hooks' exceptions in recordings.
 ERRORS = {"error": HookError, "bad-input": InputError, "refusal": Refusal, "failed-step": StepError}
 UNDO_LOG = "undo-log"
-# Of these a recording has what privacy.py leaves of the document.
+# Of these a recording has only the redacted document.
 DOCUMENTS = ("state", "spec")
 STAT_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size", "st_rdev")
 
 
 class NotationError(Exception):
-    """Something that this module did not write."""
+    """The value was not written by this module."""
 
 
 class Opaque:
-    """Stands for a value that is not kept, where something has to stand."""
+    """Placeholder for a value that is not kept."""
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
 def encode(value: object) -> Any:
-    """Return a value as JSON; what can't be kept is only named."""
+    """Return a value as JSON; a value that cannot be kept is only named."""
     if type(value) is int and abs(value) > MAX_NUMBER:
         return {KIND: "opaque", "type": "a whole number of more than 64 bits"}
     if value is None or type(value) in (bool, int, float, str):
@@ -56,7 +56,7 @@ def encode(value: object) -> Any:
 
 
 def encode_object(value: Any) -> dict[str, Any]:
-    """Return a value that JSON does not have."""
+    """Return the object for a value that has no JSON type."""
     if isinstance(value, bytes):
         return {KIND: "bytes", "text": value.decode("utf-8", "surrogateescape")}
     if isinstance(value, Frozen):
@@ -71,7 +71,7 @@ def encode_object(value: Any) -> dict[str, Any]:
 
 
 def encode_arguments(values: tuple[object, ...]) -> list[Any]:
-    """Return what a step was asked to do: numbers, names and records; neither the hook's own tools nor documents."""
+    """Return a step's arguments: numbers, names and records; neither the hook's internal objects nor documents."""
     kept = []
     for value in values:
         if type(value) in (int, str):
@@ -94,7 +94,7 @@ def encode_error(error: BaseException) -> dict[str, Any]:
 
 
 def name_path(path: object) -> str | None:
-    """Return the path in an OSError, None without one."""
+    """Return the path in an OSError, None if it has none."""
     return os.fsdecode(path) if isinstance(path, (str, bytes)) else None
 
 
@@ -102,7 +102,7 @@ def name_path(path: object) -> str | None:
 
 
 def decode(value: Any, kinds: Kinds) -> Any:
-    """Return the value that encode() was given. kinds: what makes a record of each kind. Raises NotationError."""
+    """Return the value passed to encode(). kinds: the constructor for each kind of record. Raises NotationError."""
     if isinstance(value, list):
         return [decode(item, kinds) for item in value]
     if not isinstance(value, dict):
@@ -125,7 +125,7 @@ def freeze(value: Any) -> Any:
 
 
 def make_stat(value: dict[str, Any]) -> os.stat_result:
-    """Return a stat with the fields that the hooks look at."""
+    """Return a stat with the fields that the hooks use."""
     first = [int(value[name]) for name in STAT_FIELDS[:7]]
     return os.stat_result((*first, 0, 0, 0), {"st_rdev": int(value["st_rdev"])})
 
@@ -144,7 +144,7 @@ PLAIN_KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def decode_error(value: Any) -> Exception:
-    """Return the exception that encode_error() was given. Raises NotationError."""
+    """Return the exception passed to encode_error(). Raises NotationError."""
     try:
         kind = value[KIND]
         if kind == "OSError":
@@ -160,7 +160,7 @@ def decode_error(value: Any) -> Exception:
 
 
 def make_finding(value: Any) -> Finding:
-    """Return a finding of a record. Raises NotationError."""
+    """Return a finding in a recording. Raises NotationError."""
     fields = Finding.field_names()
     if not isinstance(value, dict) or set(value) != set(fields) or not all(isinstance(v, str) for v in value.values()):
         raise NotationError("is no finding")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of single lines and files whose form the kernel or this package gives: /proc, a device, settings."""
+"""Redact lines and files whose format the kernel or this package defines: /proc, a device, settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from oci_hooks.record.hidetext import Keys
 
 NUMBERS = re.compile(r"[\s\d]*", re.ASCII)
-# Stands for a path that is left out: white space would end the field.
+# Placeholder for a redacted path: white space would end the field.
 NOWHERE = "/(left-out)"
 # Value of a property of a device or machine: a driver, an address.
 PROPERTY = re.compile(r"[\w.:/+-]{1,200}", re.ASCII)
@@ -37,23 +37,23 @@ def keep_lines(text: str, is_kept: Callable[[str], bool]) -> str:
 
 
 def hide_stat(text: str) -> str:
-    """Return /proc/PID/stat without the name that the process gave itself."""
+    """Return /proc/PID/stat without the name that the process set for itself."""
     head, _, rest = text.rpartition(")")
     return f"{keep_numbers(head.partition('(')[0]).strip()} ({LEFT_OUT}) {rest.strip()}"
 
 
 def hide_swap(line: str) -> str:
-    """Return a line of /proc/swaps: the devices; a swap file's disk is mounted."""
+    """Return a line of /proc/swaps with devices only; the disk of a swap file is mounted."""
     return line if line.startswith(("/dev/", "Filename")) else line and f"{NOWHERE} file 0 0 0"
 
 
 def hide_route(line: str) -> str:
-    """Return a line of /proc/net/route: the interface."""
+    """Return a line of /proc/net/route with the interface only."""
     return f"{line.split(maxsplit=1)[0]} 0" if line.strip() else ""
 
 
 def hide_route6(line: str) -> str:
-    """Return a line of /proc/net/ipv6_route: what kind of destination, flags and interface."""
+    """Return a line of /proc/net/ipv6_route with the kind of destination, flags and interface."""
     fields = line.split()
     if len(fields) != 10:
         return line and LEFT_OUT
@@ -61,7 +61,7 @@ def hide_route6(line: str) -> str:
 
 
 def hide_json_device(value: str) -> str:
-    """Return a -device option in JSON: its driver and its host address."""
+    """Return a -device option in JSON with its driver and its host address."""
     try:
         document = json.loads(value)
     except (ValueError, RecursionError):
@@ -78,9 +78,9 @@ def hide_json_device(value: str) -> str:
 
 
 def keep_settings(values: dict[str, Any], schema: dict[str, Any]) -> list[tuple[Keys, Keys, Any]]:
-    """Return what is kept of the hooks' own settings, what their schema knows: keys, keys as they are kept, value.
+    """Return the kept part of the hooks' own settings, as their schema defines: keys, redacted keys, value.
 
-    Of a key that it does not know it stays that there was one, of a value that it does not allow what kind it was.
+    Of an unknown key only its existence is kept, of a value that the schema does not allow only its type.
     """
     kept: list[tuple[Keys, Keys, Any]] = []
     for index, (key, value) in enumerate(values.items(), 1):
@@ -98,7 +98,7 @@ def keep_settings(values: dict[str, Any], schema: dict[str, Any]) -> list[tuple[
 
 
 def keep_set_value(value: Any, rule: dict[str, Any]) -> Any:
-    """Return a setting's value as it is kept."""
+    """Return a setting's redacted value."""
     if isinstance(value, str):
         pattern = rule.get("pattern", ".*" if rule.get("type") == "string" else "(?!)")
         allowed = value in rule["enum"] if "enum" in rule else bool(re.search(pattern, value))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a machine's files and processes is written down: the fields that the hooks read, in the form of each file.
+"""Redact a machine's files and processes in a recording: keep the fields that the hooks read, in each file's format.
 
-A place that is not listed here is left out, and a test holds the list and the hooks' questions together. A replay finds
-the same: what is left out is what a hook looked at and passed over. Some of it stays because a finding names it: the
+A path that is not listed here is left out, and a test compares the list with the hooks' questions. A replay has the
+same result: the redacted parts are those that a hook read and ignored. Some are kept because a finding names them: the
 mount point of a disk in use, the address of an interface that is up, the program that has a group open.
 """
 
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from oci_hooks.record.summary import Summary
 
-# What the hooks ask of the system besides what a file holds: names in directories, targets of links, numbers of files,
-# devices and processes, a word. Whoever asks another question decides here what of the answer is kept.
+# The hooks' questions to the system other than a file's content: names in directories, targets of links, numbers of
+# files, devices and processes, a word. A new question needs an entry here on the kept part of its answer.
 QUESTIONS = (
     "loop-backing",
     "group-status",
@@ -53,20 +53,20 @@ QUESTIONS = (
     "realpath",
     "stat",
 )
-# Addresses of interfaces are kept where a finding names them.
+# Addresses of interfaces are kept if a finding names them.
 ADDRESS_QUESTIONS = ("ipv4", "network")
 ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - stands for one that is left out
-# What Kata's shim has in its environment and the host hook asks for (host/kata/lookup.py).
+# Variables of Kata's shim that the host hook reads (host/kata/lookup.py).
 KEPT_VARIABLES = ("KATA_CONF_FILE=",)
-# The hooks' own settings, and the schemas that say which keys they have.
+# The hooks' own settings, and the schemas that define their keys.
 SETTINGS = {
     "/etc/oci-vfio-hooks/guest.toml": "guest-settings",
     "/etc/oci-vfio-hooks/host.toml": "host-settings",
 }
-# Programs whose command lines decide something; of others the name is enough, where a finding has it.
+# Programs whose command lines affect a decision; of others only the name is kept, if a finding has it.
 KEPT_PROGRAMS = ("qemu", "cloud-hypervisor", "clh", "firecracker", "stratovirt", "containerd-shim-kata", "crun", "runc")
 VFIO_NODES = (GROUP_PREFIX, IOMMUFD_NODE)
-# Options of QEMU, Cloud Hypervisor and crun, and of the properties of their values those that decide.
+# Options of QEMU, Cloud Hypervisor and crun, and those properties of their values that affect a decision.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "device": DEVICE_PROPERTIES,
     "machine": ("", "type", "accel", "iommu", "kernel_irqchip"),
@@ -85,19 +85,19 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "f": (),
 }
 PATH_OPTIONS = ("bundle", "b", "config", "f")
-# Stands for properties that are left out: it has a name, as the first word without one is the driver's.
+# Placeholder for redacted properties: it has a name, as the first word without one is the driver.
 OTHER_PROPERTIES = f"{LEFT_OUT}={LEFT_OUT}"
 STATUS_LINE = re.compile(r"[A-Za-z_]+:[\s\d]*", re.ASCII)
 KIND_OF_FILE_SYSTEM = re.compile(r"[a-z0-9_]{1,20}", re.ASCII)
-# Options of a mount that the hooks read (guest/apply/cgroup.py), or that say nothing.
+# Options of a mount that the hooks read (guest/apply/cgroup.py), or that reveal nothing.
 MOUNT_OPTIONS = ("rw", "ro", "devices")
 
 
 class Redactor:
-    """What is told of one run.
+    """Redaction of one run.
 
-    reported: the text of its findings; names: ids of container and sandbox, by which a hypervisor is known; settings:
-    reads what is kept of the hooks' own settings.
+    reported: the text of its findings; names: ids of container and sandbox, which identify a hypervisor; settings:
+    returns the kept part of the hooks' own settings.
     """
 
     def __init__(self, reported: str, names: tuple[str, ...], settings: dict[str, dict[str, Any]]) -> None:
@@ -108,7 +108,7 @@ class Redactor:
     # Events ----------------------------------------------------------------------------------------------------------
 
     def hide_events(self, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the reads of a run with what the hooks go by."""
+        """Return the reads of a run, redacted to the parts that the hooks use."""
         kept = [event for event in events if self.is_kept(event)]
         links = {event["path"] for event in kept if is_open_file(split(event))}
         pids = {parts[2] for parts in map(split, kept) if is_process(parts) and (parts[3] != "fd" or len(parts) > 4)}
@@ -116,16 +116,16 @@ class Redactor:
         return [event for event in shown if event is not None]
 
     def is_kept(self, event: dict[str, Any]) -> bool:
-        """Tell whether an event is no process's open file, or one that is a VFIO node or named in a finding."""
+        """Return whether an event is kept: of processes' open files only VFIO nodes and those named in a finding."""
         if not is_open_file(split(event)):
             return True
         target = str(event.get("answer", ""))
         return target.startswith(VFIO_NODES) or (target.startswith("/dev/") and target in self.told)
 
     def hide_event(self, event: dict[str, Any], pids: set[str], links: set[str]) -> dict[str, Any] | None:
-        """Return an event as it may be told, None where it may not.
+        """Return the redacted event, None if it is left out.
 
-        pids: processes of which something is told; links: open files that are told.
+        pids: processes with kept events; links: open files that are kept.
         """
         parts, answer = split(event), event.get("answer")
         if event.get("do") == "read-kata" and "answer" in event:
@@ -140,16 +140,16 @@ class Redactor:
         return {**event, "answer": self.hide_answer(event["ask"], event["path"], answer)}
 
     def hide_answer(self, question: str, path: str, answer: Any) -> Any:
-        """Return what is kept of the answer to a question."""
+        """Return the kept part of the answer to a question."""
         if question == "read" and isinstance(answer, dict):
-            # A member of its own, or a file that was too long to be kept, has no text.
+            # A separate member, or a file too long to be kept, has no text.
             return {**answer, "text": self.hide_file(path, answer["text"])} if "text" in answer else answer
         if question in ADDRESS_QUESTIONS:
             return self.hide_addresses(answer)
         return answer if question in QUESTIONS else LEFT_OUT
 
     def hide_addresses(self, answer: Any) -> Any:
-        """Return an address, or [kind, interface, address] of many interfaces, with those that a finding names."""
+        """Return an address, or [kind, interface, address] of many interfaces; only addresses in findings are kept."""
         if isinstance(answer, str):
             return answer if not answer or answer in self.told else ANY_ADDRESS
         rows = answer if isinstance(answer, list) else []
@@ -158,7 +158,7 @@ class Redactor:
     # Files -----------------------------------------------------------------------------------------------------------
 
     def hide_file(self, path: str, text: str) -> str:
-        """Return what is kept of a file's text."""
+        """Return the kept part of a file's text."""
         if path.startswith("/sys/"):
             return text
         if path.startswith("/proc/"):
@@ -172,12 +172,12 @@ class Redactor:
         return self.hide_configuration(path, text)
 
     def hide_configuration(self, path: str, text: str) -> str:
-        """Return what is kept of a configuration: of an engine, of Kata, of the hooks, of a container."""
+        """Return the kept part of a configuration: of an engine, of Kata, of the hooks, of a container."""
         data = text.encode("utf-8", "surrogateescape")
         if path == DOCKER_CONFIG:
             return hide_json_values(data).decode("utf-8", "surrogateescape")
         if text.lstrip().startswith("{"):
-            # crun can be told to read another file than the bundle's config.json.
+            # An option of crun can name another file than the bundle's config.json.
             return hide_document(data, "config.json").decode("utf-8", "surrogateescape")
         schema = self.settings.get(path)
         if schema is not None:
@@ -185,7 +185,7 @@ class Redactor:
         return hide_toml(text, lambda values: [(keys, keys, value) for keys, value in hide_values(values, KEPT_KEYS)])
 
     def proc_files(self) -> dict[str, Callable[[str], str]]:
-        """Return what is kept of each file of proc(5): below a process's directory, or of the machine."""
+        """Return the redaction of each file of proc(5): below a process's directory, or of the machine."""
         return {
             "cgroup": str,
             "cmdline": lambda text: "\0".join(self.hide_command(text.split("\0"))),
@@ -207,7 +207,7 @@ class Redactor:
         }
 
     def hide_mount(self, line: str) -> str:
-        """Return a line of mountinfo: of cgroups all, of devices which, and the place that a finding names."""
+        """Return a redacted line of mountinfo: all of cgroups, the device numbers, and the mount point in a finding."""
         location, dash, rest = line.partition(" - ")
         fields, types = location.split(" "), rest.split(" ")
         if not dash or len(fields) < 5 or len(types) < 3:
@@ -222,13 +222,13 @@ class Redactor:
         return " ".join([*first, top, point, "rw", "-", kind, source, ",".join(options) or "rw"])
 
     def is_reported_place(self, field: str) -> bool:
-        """Tell whether a finding names a mount point, as it stands in mountinfo."""
+        """Return whether a finding names a mount point, as written in mountinfo."""
         from oci_hooks.linux.mounts import unescape
 
         return f"mounted on {unescape(field)}" in self.told
 
     def hide_address(self, line: str) -> str:
-        """Return a line of if_inet6: the address where a finding names it."""
+        """Return a line of if_inet6 with the address only if a finding names it."""
         fields = line.split()
         if len(fields) != 6:
             return line and LEFT_OUT
@@ -239,7 +239,7 @@ class Redactor:
     # Processes -------------------------------------------------------------------------------------------------------
 
     def hide_command(self, words: list[str]) -> list[str]:
-        """Return the command line of a process: of a hypervisor or runtime what decides, else the told program."""
+        """Return a process's redacted command line: the deciding options of a hypervisor or runtime, else the program."""
         program = words[0].rpartition("/")[2]
         if not program.startswith(KEPT_PROGRAMS):
             return [program if program and program in self.told else LEFT_OUT]
@@ -256,7 +256,7 @@ class Redactor:
         return kept
 
     def hide_value(self, option: str, value: str) -> str:
-        """Return the value of an option of a hypervisor: the properties that decide, the id of the sandbox."""
+        """Return a hypervisor option's redacted value: the deciding properties, the id of the sandbox."""
         if not value or value == "moby" or (option in PATH_OPTIONS and value.startswith("/")):
             return value
         if option == "append":
@@ -279,7 +279,7 @@ class Redactor:
 
 
 def make_redactor(run: Summary, members: dict[str, bytes]) -> Redactor:
-    """Return what decides how much of the machine's files and processes is kept."""
+    """Return the redactor for a run and its documents."""
     names = [run.container]
     for data in members.values():
         try:
@@ -298,15 +298,15 @@ def make_redactor(run: Summary, members: dict[str, bytes]) -> Redactor:
 
 
 def split(event: dict[str, Any]) -> list[str]:
-    """Return the parts of an event's path: ["", "proc", "12", "fd", "3"]."""
+    """Return the components of an event's path: ["", "proc", "12", "fd", "3"]."""
     return str(event.get("path", "")).split("/")
 
 
 def is_process(parts: list[str]) -> bool:
-    """Tell whether a path is below a process's directory."""
+    """Return whether a path is below a process's directory."""
     return len(parts) > 3 and parts[1] == "proc" and parts[2].isdigit()
 
 
 def is_open_file(parts: list[str]) -> bool:
-    """Tell whether a path is that of an open file of a process."""
+    """Return whether a path is that of an open file of a process."""
     return is_process(parts) and len(parts) > 4 and parts[3] == "fd"

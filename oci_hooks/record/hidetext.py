@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts without what is nobody's business: one that is no JSON, TOML, a kernel's command line.
+"""Redact texts: invalid JSON, TOML, a kernel command line.
 
-What stays is enough for the hook's readers to come to the same values, on the same lines, or to the same mistake at the
-same place. Every function takes time in proportion to its text: a tenant wrote it.
+The rest is enough for the hook's readers to get the same values, on the same lines, or the same error at the
+same place. Every function takes time linear in the length of its text, which a tenant wrote.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     Keys = tuple[str, ...]
 
 LEFT_OUT = "(left out)"
-# Strings of a text that is no JSON, by which oci.py and traces.py see whether it could ask for VFIO.
+# Strings of invalid JSON by which oci.py and traces.py decide whether it could request VFIO.
 TRACES = re.compile(
     r"annotations|linux|devices|path|type|major|minor|[cbup]|/dev/vfio[/\w-]{0,64}"
     r"|io\.katacontainers\.x\.vfio[\w.-]{0,100}"
     r"|io\.(katacontainers\.pkg\.oci|kubernetes\.cri(-o)?)\.[Cc]ontainer_?-?[Tt]ype"
     r"|pod_sandbox|sandbox"
 )
-# A string with its quotes, or to the end of the text. Whatever comes after the opening quote matches, so that nothing
-# is tried twice.
+# A string with its quotes, or to the end of the text. Any text after the opening quote matches, so that nothing is
+# tried twice.
 STRING = r'"([^"\\]*(?:\\.[^"\\]*)*)("|\\?\Z)'
-# What stands between strings. A literal or a number counts only at the beginning of a word.
+# Text between strings. A literal or a number counts only at the beginning of a word.
 WORD = r'[^\s{}\[\],:"]+'
 TOKEN = re.compile(rf"{STRING}|{WORD}", re.DOTALL)
 LITERAL = re.compile(r"true|false|null|NaN|-?Infinity|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
-# An escape that is right, one that is not, the trace of a request, any other character.
+# A valid escape, an invalid one, the trace of a request, any other character.
 PIECE = re.compile(r'\\u[0-9a-fA-F]{4}|\\["\\/bfnrt]|\\.|vfio|[^\\]', re.DOTALL)
 BYTE_ORDER_MARK = "\ufeff"
-# Words of a kernel's command line that decide something here.
+# Words of a kernel command line that affect a decision here.
 KERNEL_WORD = re.compile(r"[\w.-]*iommu[\w.]*(=[\w,.:+-]{0,80})?")
 # The keys of Kata's tables that the host hook reads (host/kata/checks.py, host/kata/lookup.py, host/kata/config.py).
 HYPERVISOR_KEYS = (
@@ -53,10 +53,10 @@ HYPERVISOR_KEYS = (
     "rootless",
 )
 RUNTIME_KEYS = ("hypervisor_name", "vfio_mode")
-# Of these Kata takes no string, so that one is nothing to go by.
+# Kata accepts no string for these, so a string affects no decision.
 NO_TEXTS = ("enable_iommu", "pcie_root_port", "pcie_switch_port", "confidential_guest", "rootless")
 ANY = "*"
-# Values that are kept of the files of Kata and of container engines (host/kata/handlers.py), by their keys.
+# Values kept from the files of Kata and of container engines (host/kata/handlers.py), by their keys.
 KEPT_KEYS = (
     *(("hypervisor", ANY, key) for key in HYPERVISOR_KEYS),
     *(("runtime", key) for key in RUNTIME_KEYS),
@@ -71,13 +71,13 @@ KEPT_KEYS = (
 LINE_OF_MISTAKE = re.compile(r"at line (\d+)")
 
 
-# A text that is nearly JSON -------------------------------------------------------------------------------------------
+# Text that is nearly JSON ---------------------------------------------------------------------------------------------
 
 
 def hide_text(data: bytes, count: Callable[[], object] = lambda: None) -> bytes:
-    """Return a text that is no JSON with every string, word and number illegible, each error of it still in its place.
+    """Return invalid JSON with every string, word and number masked, and each error still in its place.
 
-    count: called for each piece of the text that is looked at, for the test that these are no more than there are.
+    count: called for each examined piece of the text, for the test that there are no more than these.
     """
     text = data.decode("utf-8", "surrogateescape")
     head = BYTE_ORDER_MARK if text.startswith(BYTE_ORDER_MARK) else ""
@@ -107,14 +107,14 @@ def hide_text(data: bytes, count: Callable[[], object] = lambda: None) -> bytes:
 
 
 def hide_word(word: str) -> str:
-    """Return a word outside of strings: a literal stays, of a number its form."""
+    """Return a word outside of strings: a literal is kept, of a number its format."""
     literal = LITERAL.match(word)
     kept = literal[0] if literal else ""
     return re.sub("[1-9]", "1", kept) + "".join(map(mask, word[len(kept) :]))
 
 
 def mask(character: str) -> str:
-    """Return one that stands for another of as many bytes; a control character, and no UTF-8, stay what they are."""
+    """Return a substitute of as many bytes; control characters, and bytes that are not UTF-8, are kept."""
     if character < " ":
         return character
     if "\udc80" <= character <= "\udcff":
@@ -126,7 +126,7 @@ def mask(character: str) -> str:
 
 
 def hide_kernel(text: str) -> str:
-    """Return kernel parameters: those of the IOMMU, and that there were others."""
+    """Return kernel parameters: those of the IOMMU, and a placeholder for others."""
     words = [word if KERNEL_WORD.fullmatch(word) else LEFT_OUT for word in text.split()]
     return " ".join(dict.fromkeys(words) if LEFT_OUT in words else words)
 
@@ -135,7 +135,7 @@ def hide_kernel(text: str) -> str:
 
 
 def hide_values(values: dict[str, Any], wanted: tuple[Keys, ...]) -> Iterator[tuple[Keys, Any]]:
-    """Yield keys and value of what is kept of a configuration. wanted: keys, "*" for any name."""
+    """Yield keys and value of the kept settings of a configuration. wanted: keys, "*" for any name."""
     for key, value in values.items():
         rests = tuple(keys[1:] for keys in wanted if keys and keys[0] in (key, ANY))
         if () in rests:
@@ -149,7 +149,7 @@ def hide_values(values: dict[str, Any], wanted: tuple[Keys, ...]) -> Iterator[tu
 
 
 def keep_setting(value: Any, key: str) -> Any:
-    """Return a setting as it is kept, None where it is not: TOML has dates, which decide nothing here."""
+    """Return a redacted setting, None if it is left out: TOML has dates, which affect no decision here."""
     if isinstance(value, str):
         kept = LEFT_OUT if key in NO_TEXTS else value
         return hide_kernel(value) if key == "kernel_params" else kept
@@ -159,7 +159,7 @@ def keep_setting(value: Any, key: str) -> Any:
 
 
 def hide_json_values(data: bytes) -> bytes:
-    """Return a configuration in JSON (Docker's) with the values that are kept."""
+    """Return a configuration in JSON (Docker's) with the kept values only."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
@@ -174,10 +174,10 @@ def hide_json_values(data: bytes) -> bytes:
 
 
 def hide_toml(text: str, find: Callable[[dict[str, Any]], list[tuple[Keys, Keys, Any]]]) -> str:
-    """Return a configuration in TOML with the values that are kept, each on its line.
+    """Return a configuration in TOML with the kept values only, each on its line.
 
-    find: returns what is kept: its keys in the text, its keys as they are kept, its value. A text that is no TOML has
-    its mistake on the same line.
+    find: returns the kept settings: keys in the text, redacted keys, value. Invalid TOML keeps its error on the
+    same line.
     """
     from oci_hooks.plain_toml import read_toml
     from oci_hooks.settings import format_key
@@ -191,7 +191,7 @@ def hide_toml(text: str, find: Callable[[dict[str, Any]], list[tuple[Keys, Keys,
     lines = [""] * (text.count("\n") + 1)
     for keys, names, value in kept:
         location = max(find_line(text, keys) - 1, 0)
-        # Of several on one line the later ones come further down.
+        # Of several on one line the later ones move down.
         while location < len(lines) and lines[location]:
             location += 1
         lines[location : location + 1] = [f"{'.'.join(map(format_key, names))} = {write_value(value)}"]
@@ -205,7 +205,7 @@ def hide_toml(text: str, find: Callable[[dict[str, Any]], list[tuple[Keys, Keys,
 
 
 def hide_mistake(text: str, mistake: str) -> str:
-    """Return a text that is no TOML with nothing but the line of its mistake, illegible."""
+    """Return invalid TOML with only the line of its error, masked."""
     lines = text.split("\n")
     found = LINE_OF_MISTAKE.search(mistake)
     number = min(int(found[1]) if found else len(lines), len(lines))

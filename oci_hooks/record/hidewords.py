@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Kata makes of its configuration, without what that quotes of a document: a recording has the rest.
+"""Redact Kata's reading of its configuration: leave out the words that a problem quotes from a document.
 
-A problem's text keeps the words that the readers' own code has: keys of Kata, what it takes for them, plain English.
+A problem's text keeps the words in the readers' own code: keys of Kata, their allowed values, plain English.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ READERS = (
 )
 TOKEN = re.compile(r"""[^\s,;:()\[\]'".=]+""")
 FILE = re.compile(r"/[^\n]*")
-# What is asked inside of a reading and kept. What else is asked there, the configuration names.
+# Questions inside a reading whose answers are kept. The configuration names the others.
 READS = ("listdir", "read", "readlink")
 # The codes of findings that quote a problem.
 CODES = ("kata-config-refused", "kata-config-uncertain")
 
 
 def hide_reading(answer: Any) -> Any:
-    """Return what kata_config.read_kata answered, as JSON, with what the host hook goes by."""
+    """Return the answer of kata_config.read_kata, as JSON, with only the parts that the host hook uses."""
     words = list_words()
     values = {key: keep_setting(value, key) for key, value in answer["values"].items()}
     return {
@@ -51,19 +51,19 @@ def hide_reading(answer: Any) -> Any:
 
 
 def is_kept(keys: list[str]) -> bool:
-    """Tell whether the hook goes by a key."""
+    """Return whether the hook uses a key."""
     if keys[0] == "runtime":
         return len(keys) == 2 and keys[1] in RUNTIME_KEYS
     return keys[0] == "hypervisor" and (len(keys) == 2 or (len(keys) == 3 and keys[2] in HYPERVISOR_KEYS))
 
 
 def hide_problem(problem: dict[str, Any], words: frozenset[str]) -> dict[str, Any]:
-    """Return a problem, as JSON, without what it quotes."""
+    """Return a problem, as JSON, without its quotations."""
     return {**problem, "place": hide_place(problem["place"], words), "text": hide_words(problem["text"], words)}
 
 
 def hide_place(location: str, words: frozenset[str]) -> str:
-    """Return where a problem is: a file, which the recording names anyway, or an annotation that Kata has."""
+    """Return where a problem is: a file, which the recording names anyway, or an annotation known to Kata."""
     if location.startswith("annotation "):
         name = location.partition(" ")[2]
         known = name.startswith((RUNTIME_PREFIX, AGENT_PREFIX)) and name.rpartition(".")[2] in words
@@ -72,7 +72,7 @@ def hide_place(location: str, words: frozenset[str]) -> str:
 
 
 def hide_kata(finding: Finding) -> Finding:
-    """Return a finding of CODES without what its problem quotes; the release stands at its end."""
+    """Return a finding of CODES without the quotations in its problem; the release is at its end."""
     words = list_words()
     location = hide_place(finding.subject, words)
     head, mark, release = finding.problem.rpartition("; ")
@@ -82,12 +82,12 @@ def hide_kata(finding: Finding) -> Finding:
 
 
 def hide_words(text: str, words: frozenset[str]) -> str:
-    """Return a text with all but these words left out."""
+    """Return a text with only these words."""
     return TOKEN.sub(lambda match: match[0] if match[0] in words else LEFT_OUT, text)
 
 
 def list_words() -> frozenset[str]:
-    """Return the words that the readers' code has, and the system's errors. One letter is none, but for "a"."""
+    """Return the words in the readers' code, and the system's errors. A single letter counts only if it is "a"."""
     from importlib.util import find_spec
 
     words = {"a", *TOKEN.findall(LEFT_OUT)}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a run is written down: recordings are sent to strangers.
+"""Redact recordings, because they are sent to other people.
 
-Kept is what the hooks go by, by the lists in this module (state, config.json, findings), in hidetext.py (configuration
-files) and in hidehost.py (processes, /proc); of everything else only what kind of thing it was. A list of secrets would
-always lack one. The manual has the same table: vfio-hook-replay(1), WHAT IS KEPT.
+The kept parts are those that the hooks use, by the lists in this module (state, config.json, findings), in hidetext.py
+(configuration files) and in hidehost.py (processes, /proc); of any other value only its type. A list of secrets would
+never be complete. The manual has the same table: vfio-hook-replay(1), WHAT IS KEPT.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     Rule = Callable[[Any], Any]
 
-# Annotations by which the hooks know sandbox, container and runtime (oci.py, host/runtime.py); their values are kept.
+# Annotations by which the hooks identify sandbox, container and runtime (oci.py, host/runtime.py); values are kept.
 DECIDING = (
     CONFIG_PATH_ANNOTATION,
     RUNTIME_PREFIX + "vfio_mode",
@@ -52,9 +52,9 @@ DECIDING = (
     *CONTAINER_NAME_ANNOTATIONS,
     *HANDLER_ANNOTATIONS,
 )
-# Of these only that there was one with this beginning decides.
+# Only the presence of a name with one of these prefixes affects a decision.
 TELLING_PREFIXES = (*CRI_PREFIXES, KATA_PREFIX)
-# Names of OCI's specification, whose values decide nothing here; other names are left out with their values.
+# Names of OCI's specification whose values affect no decision here; other names are left out with their values.
 KNOWN_NAMES = (
     "annotations",
     "apparmorProfile",
@@ -92,16 +92,16 @@ KNOWN_NAMES = (
 )
 VFIO = "/dev/vfio/"
 PLUGIN_PREFIX = "PCIDEVICE_"
-# The codes of findings that quote the document which they are about.
+# The codes of findings that quote the document they are about.
 QUOTING = ("bad-config", "bad-state", "bad-settings")
 JSON_KINDS = ("string", "object", "array", "integer", "number", "boolean", "null")
 
 
-# Rules: what is kept of a value ---------------------------------------------------------------------------------------
+# Redaction rules for a value ------------------------------------------------------------------------------------------
 
 
 def shape(value: Any) -> Any:
-    """Return what kind of value it is: of the same JSON type, and empty where that is."""
+    """Return a placeholder for a value: of the same JSON type, and empty if the value is."""
     if isinstance(value, str):
         return value and LEFT_OUT
     if isinstance(value, list):
@@ -114,32 +114,32 @@ def shape(value: Any) -> Any:
 
 
 def number(value: Any) -> Any:
-    """Return a number, a truth value or null; of anything else its kind."""
+    """Return a number, a boolean or null; a placeholder for anything else."""
     return shape(value) if isinstance(value, (str, list, dict)) else value
 
 
 def text(keep: Callable[[str], str]) -> Rule:
-    """Return the rule for a string; what is none keeps its kind."""
+    """Return the rule for a string; any other value becomes a placeholder."""
     return lambda value: keep(value) if isinstance(value, str) else number(value)
 
 
 def one_of(*words: str) -> Rule:
-    """Return the rule for a string that is kept if it is one of these."""
+    """Return the rule for a string that is kept if it is one of these words."""
     return text(lambda value: value if value in words else shape(value))
 
 
 def like(pattern: str) -> Rule:
-    """Return the rule for a string that is kept if it is like this."""
+    """Return the rule for a string that is kept if it matches this pattern."""
     return text(lambda value: value if re.fullmatch(pattern, value, re.ASCII) else shape(value))
 
 
 def items(rule: Rule) -> Rule:
-    """Return the rule for an array, each of whose items has this rule."""
+    """Return the rule for an array that applies this rule to each item."""
     return lambda value: [rule(item) for item in value] if isinstance(value, list) else shape(value)
 
 
 def members(**rules: Rule) -> Rule:
-    """Return the rule for an object whose members have these rules; the names of others are left out too."""
+    """Return the rule for an object with rules for its members; the names of others are left out too."""
 
     def keep(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -156,7 +156,7 @@ def members(**rules: Rule) -> Rule:
 whole = text(lambda value: value)
 
 
-# What is kept ---------------------------------------------------------------------------------------------------------
+# Rules for the documents ----------------------------------------------------------------------------------------------
 
 
 def keep_annotations(value: Any) -> Any:
@@ -168,7 +168,7 @@ def keep_annotations(value: Any) -> Any:
         if name in DECIDING or name == MAP_ANNOTATION or name.startswith(MAP_ANNOTATION + "."):
             kept[name] = text(hide_kernel if name.endswith(".kernel_params") else str)(item)
         elif name.startswith(HYPERVISOR_PREFIX):
-            # enable_annotations admits it or not, whatever its value is.
+            # enable_annotations allows it or not, whatever its value.
             kept[name] = shape(item)
         else:
             prefix = next((prefix for prefix in TELLING_PREFIXES if name.startswith(prefix)), "")
@@ -177,7 +177,7 @@ def keep_annotations(value: Any) -> Any:
 
 
 def keep_variable(word: str) -> str:
-    """Return an environment variable: of the device plugin's the addresses, of others that there was one."""
+    """Return a redacted environment variable: the device plugin's addresses, of others only that one existed."""
     name, equals, value = word.partition("=")
     if not name.startswith(PLUGIN_PREFIX) or name.endswith("_INFO"):
         return f"{shape(name)}{equals}{shape(value)}"
@@ -186,9 +186,9 @@ def keep_variable(word: str) -> str:
 
 
 def keep_device_path(path: str) -> str:
-    """Return the path in linux.devices of a VFIO node, or of one that only a privileged container has.
+    """Return a path in linux.devices if it is a VFIO node, or one that only a privileged container has.
 
-    Of another it stays whether it is absolute, and a name.
+    Of any other path only whether it is absolute, and a name, are kept.
     """
     plain = "/" + os.path.normpath(path).lstrip("/") if path else ""
     if is_valid_path(path) and (plain + "/" == VFIO or plain.startswith(VFIO) or plain in HOST_ONLY_NODES):
@@ -197,7 +197,7 @@ def keep_device_path(path: str) -> str:
 
 
 def keep_destination(path: str) -> str:
-    """Return where a mount is, if that holds the control node: /dev, /dev/vfio."""
+    """Return a mount's destination if it contains the control node: /dev, /dev/vfio."""
     return path if (CONTROL_NODE + "/").startswith(path.rstrip("/") + "/") else shape(path)
 
 
@@ -250,22 +250,22 @@ CONFIG = members(
 
 
 def hide_document(data: bytes, name: str) -> bytes:
-    """Return a document with what the hooks go by. name: "state.json" or "config.json"."""
+    """Return a document with the parts that the hooks use. name: "state.json" or "config.json"."""
     try:
-        # As the hooks' reader does: UTF-16 is no JSON to it, and bytes that are not UTF-8 are no mistake.
+        # As in the hooks' reader: UTF-16 is invalid JSON, and bytes that are not UTF-8 are accepted.
         document = json.loads(data.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
         return hide_text(data)
     return json.dumps((STATE if name == "state.json" else CONFIG)(document), indent=1).encode()
 
 
-# What was said --------------------------------------------------------------------------------------------------------
+# Findings and messages ------------------------------------------------------------------------------------------------
 
 
 def hide_finding(finding: Finding) -> Finding:
-    """Return a finding without what it quotes of a document, and of the values that a defect met.
+    """Return a finding without its quotations of a document, and without the values in a defect's message.
 
-    A replay is compared by this too: it quotes what is left of the document.
+    A replay is compared after this redaction too: it quotes the redacted document.
     """
     if finding.code == "internal":
         return finding.replace(problem=hide_quoted(finding.problem))
@@ -273,7 +273,7 @@ def hide_finding(finding: Finding) -> Finding:
         return hidewords.hide_kata(finding)
     if finding.code not in QUOTING:
         return finding
-    # The name of an annotation is not kept either.
+    # The name of an annotation is left out too.
     subject = re.sub(rf"(: annotations\.)(?!{re.escape(MAP_ANNOTATION)}).*", rf"\g<1>{LEFT_OUT}", finding.subject)
     if finding.problem.startswith("unknown key"):
         subject = f"{subject.rpartition(': ')[0]}: {LEFT_OUT}"
@@ -285,5 +285,5 @@ def hide_finding(finding: Finding) -> Finding:
 
 
 def hide_quoted(words: str) -> str:
-    """Return the text of an exception with what stands between quotes left out, and from a quote without a second."""
+    """Return the text of an exception without quoted parts, and without the rest after an unpaired quote."""
     return re.sub(r"""'[^']*('|\Z)|"[^"]*("|\Z)""", f"'{LEFT_OUT}'", words)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a record that may come from anybody.
+"""Read a recording that may come from an untrusted source.
 
-Nothing is unpacked to disk. A file is read only within bounds (bounds.py), its members only by the names that records
-have, as plain files; what is in them is checked against schemas/record.json before anything looks at it.
+Nothing is unpacked to disk. A file is read only within bounds (bounds.py), its members only under their expected
+names, as plain files; their content is checked against schemas/record.json before it is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from oci_hooks.findings import Finding
 
 DOCUMENTS = ("state.json", "config.json")
-# Members by name, and the bound of each one's length.
+# Members by name, and the maximum length of each.
 MEMBERS = {
     "record.json": "SUMMARY_BYTES",
     "events.jsonl": "EVENT_BYTES",
@@ -41,10 +41,10 @@ MAX_DIGITS = 20
 
 
 class Recording(Frozen):
-    """A run as it was recorded.
+    """A recorded run.
 
-    about: record.json; events: in their order; documents: state.json and config.json, where they were read; findings:
-    what the run said.
+    about: record.json; events: in their order; documents: state.json and config.json, if they were read; findings:
+    those that the run reported.
     """
 
     path: str
@@ -55,7 +55,7 @@ class Recording(Frozen):
 
 
 def read_record(path: str | os.PathLike[str]) -> Recording:
-    """Return the record in a file. Raises RecordError (RecordTooLarge where it is above a bound), OSError."""
+    """Return the recording in a file. Raises RecordError (RecordTooLarge if it exceeds a bound), OSError."""
     path = os.fspath(path)
     try:
         return make_record(path, read_members(unpack(read_packed(path))))
@@ -65,7 +65,7 @@ def read_record(path: str | os.PathLike[str]) -> Recording:
 
 
 def make_record(path: str, members: dict[str, bytes]) -> Recording:
-    """Return the record that some files are. Raises RecordError."""
+    """Return the recording made of these files. Raises RecordError."""
     about = parse(members, "record.json")
     check_version(about)
     check_bound(check_value(about, "record.json"), "SUMMARY_VALUES", "record.json")
@@ -82,7 +82,7 @@ def make_record(path: str, members: dict[str, bytes]) -> Recording:
 
 def read_packed(path: str) -> bytes:
     """Return the content of a regular file. Raises RecordError, OSError."""
-    # Neither a pipe nor a device is waited for, or woken.
+    # Does not wait for a pipe, nor activate a device.
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     with open(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -91,9 +91,9 @@ def read_packed(path: str) -> bytes:
 
 
 def unpack(packed: bytes) -> bytes:
-    """Return what a gzip file holds. Raises RecordError for anything else, and for more than a record ever holds."""
+    """Return the content of a gzip file. Raises RecordError for other files, and for more than a recording can have."""
     check_bound(len(packed), "PACKED_BYTES")
-    # 16 + 15: gzip, whose header and checksum zlib then reads.
+    # 16 + 15: gzip, whose header and checksum zlib then checks.
     decompressor = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
         data = decompressor.decompress(packed, bounds.MAX_BYTES + 1)
@@ -106,10 +106,10 @@ def unpack(packed: bytes) -> bytes:
 
 
 def read_members(data: bytes) -> dict[str, bytes]:
-    """Return the files in a tar by their names. Raises RecordError for what a record does not have.
+    """Return the files in a tar by their names. Raises RecordError for anything that a recording does not have.
 
-    By hand: a record is four plain files with short names, and all else that a tar can hold (links, sparse files,
-    extended headers that give names and sizes) is refused before anything reads it.
+    Hand-written: a recording is four plain files with short names, and all other features of tar (links, sparse files,
+    extended headers with names and sizes) are refused before anything reads them.
     """
     members: dict[str, bytes] = {}
     location = 0
@@ -144,7 +144,7 @@ def read_header(header: bytes) -> tuple[str, int]:
 
 
 def read_events(data: bytes) -> list[dict[str, Any]]:
-    """Return the events of a record. Raises RecordError."""
+    """Return the events of a recording. Raises RecordError."""
     check_bound(data.count(b"\n"), "EVENTS", "events.jsonl")
     events: list[dict[str, Any]] = []
     values = 0
@@ -163,7 +163,7 @@ def read_events(data: bytes) -> list[dict[str, Any]]:
 
 
 def is_event(event: Any) -> bool:
-    """Tell whether a value is an event, as schemas/record.json says; jsonschema takes a hundred times as long."""
+    """Return whether a value is an event, as in schemas/record.json; jsonschema takes a hundred times as long."""
     if not isinstance(event, dict):
         return False
     kinds = ("ask" in event and "path" in event) + ("do" in event and "seconds" in event) + ("note" in event)
@@ -215,7 +215,7 @@ def read_int(text: str) -> int:
 
 
 def read_float(text: str) -> float:
-    """Return a number. Raises ValueError for what is none, as NaN, and for one that no float can hold."""
+    """Return a number. Raises ValueError for a non-number, such as NaN, and for one outside a float's range."""
     value = float(text)
     if value - value != 0:
         raise ValueError(f"{text[:40]} is no number here")
@@ -223,7 +223,7 @@ def read_float(text: str) -> float:
 
 
 def check_version(about: Any) -> None:
-    """Raise RecordError where the record is of a version that this program does not know."""
+    """Raise RecordError if this program does not know the recording's version."""
     version = about.get("version") if isinstance(about, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise RecordError("record.json has no version")
@@ -241,7 +241,7 @@ def check_version(about: Any) -> None:
 
 
 def check_schema(value: Any, location: str = "about") -> None:
-    """Raise RecordError unless record.json, or one event, is as schemas/record.json says. location: "events[7]"."""
+    """Raise RecordError unless record.json, or one event, fits schemas/record.json. location: "events[7]"."""
     try:
         import jsonschema
     except ImportError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recording has of a run besides its steps."""
+"""Summarize a run for its recording: everything but its steps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Summary(Frozen):
-    """What a recording has of a run besides its steps.
+    """The part of a recording other than the run's steps.
 
-    program: the executable's name; container: its id, "" where not known; arguments: the command line, by name; code:
-    the exit code; seconds: how long it took; error: an exception that nobody foresaw; full: nothing is left out.
+    program: the executable's name; container: its id, "" if unknown; arguments: the command line, by name; code:
+    the exit code; seconds: the duration; error: an unexpected exception; full: nothing is redacted.
     """
 
     program: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run told to a person: its steps, what it decided, what it read. Text from the events of a record."""
+"""Format a recording as text: the steps of the run, its decisions, its reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def list_steps(notes: Iterable[Note]) -> Iterator[str]:
 
 
 def format_run(record: Recording, reads: bool) -> str:
-    """Return a run as a timeline. reads: each question with its answer, not only how many there were."""
+    """Return a run as a timeline. reads: print each question with its answer, not only their number."""
     lines = [*format_head(record), ""]
     asked: list[dict[str, Any]] = []
     for event in record.events:
@@ -39,13 +39,13 @@ def format_run(record: Recording, reads: bool) -> str:
         asked = []
     lines += [*count_reads(asked), "", *format_findings(record)]
     if record.about["traceback"]:
-        # A line of its text is none of the tool's own.
+        # A line of the recording's text is not the tool's own.
         lines += ["", *(f"| {line}" for line in record.about["traceback"].splitlines())]
     return "".join(f"{make_one_line(line)}\n" for line in lines)
 
 
 def format_head(record: Recording) -> list[str]:
-    """Return who ran, when, where, and with which versions."""
+    """Return the run's program, time, machine and versions."""
     about = record.about
     versions = ", ".join(f"{name} {value}" for name, value in sorted(about["versions"].items()) if value)
     given = ", ".join(f"{name} {value}" for name, value in sorted(about["arguments"].items()) if value)
@@ -58,12 +58,12 @@ def format_head(record: Recording) -> list[str]:
 
 
 def format_findings(record: Recording) -> list[str]:
-    """Return what the run said."""
+    """Return the run's findings."""
     return [finding.as_line() for finding in record.findings] or ["succeeded without findings"]
 
 
 def count_reads(asked: list[dict[str, Any]]) -> list[str]:
-    """Return a line for a number of reads."""
+    """Return a line with the number of reads."""
     if not asked:
         return []
     missing = sum("errno" in event for event in asked)
@@ -73,7 +73,7 @@ def count_reads(asked: list[dict[str, Any]]) -> list[str]:
 
 
 def format_event(event: dict[str, Any]) -> list[str]:
-    """Return an event's lines: when, what, on what, what came of it."""
+    """Return an event's lines: time, name, object, result."""
     at = f"{event['at']:8.3f}"
     if "ask" in event:
         return [f"{at} read  {event['path']} ({event['ask']}): {format_answer(event)}"]
@@ -86,7 +86,7 @@ def format_event(event: dict[str, Any]) -> list[str]:
 
 
 def format_answer(event: dict[str, Any]) -> str:
-    """Return what came of a question or a step."""
+    """Return the result of a question or a step."""
     if "errno" in event:
         return name_errno(event["errno"])
     if "error" in event:
@@ -98,7 +98,7 @@ def format_answer(event: dict[str, Any]) -> str:
 
 
 def format_decision(event: dict[str, Any]) -> list[str]:
-    """Return a request or a plan, a line an entry."""
+    """Return a request or a plan, one line per entry."""
     value = event.get("answer")
     if not isinstance(value, dict):
         return [format_value(value)]
@@ -106,7 +106,7 @@ def format_decision(event: dict[str, Any]) -> list[str]:
 
 
 def format_value(value: Any) -> str:
-    """Return a value of a record in few words."""
+    """Return a short form of a value in a recording."""
     if isinstance(value, list):
         return ", ".join(filter(None, map(format_value, value)))
     if not isinstance(value, dict):
@@ -130,7 +130,7 @@ def format_value(value: Any) -> str:
 
 
 def name_errno(number: object) -> str:
-    """Return the words for an errno; of what is none, what it is."""
+    """Return the text of an errno; the value itself if it is none."""
     return os.strerror(number) if type(number) is int and 0 <= number <= MAX_ERRNO else f"errno {number}"
 
 
@@ -146,17 +146,17 @@ def format_result(result: dict[str, Any]) -> str:
 
 
 def format_check(check: dict[str, Any]) -> str:
-    """Return what opening a node inside the container came to."""
+    """Return the result of opening a node inside the container."""
     error = check["error"]
     return f"{check['node']['name']} {name_errno(error) if error else 'opens' if check['is_viable'] else 'not viable'}"
 
 
 def format_claim(claim: dict[str, Any]) -> str:
-    """Return who has which groups."""
+    """Return a claim's owner and groups."""
     return f"{claim['container']} has {', '.join(claim['groups'])}"
 
 
-# How records of the hooks are told, where their fields are more than anybody wants to read.
+# Formats for the hooks' records that have more fields than are useful to print.
 FORMATS: dict[object, Callable[[dict[str, Any]], str]] = {
     "cgroup": lambda value: str(value["unified"] or value["devices"]),
     "grant": lambda value: ", ".join(f"{major}:{minor}" for major, minor in value["nodes"]),
@@ -185,7 +185,7 @@ def shorten(text: str) -> str:
 
 
 def format_explanation(record: Recording) -> str:
-    """Return the shortest account of a run, for a ticket."""
+    """Return the shortest summary of a run, for a ticket."""
     about = record.about
     verdict = {0: "succeeded", 1: "refused or failed", 2: "could not use its input"}
     lines = [f"{about['program']} {verdict[about['exit']]}: container {about['container'] or '(not known)'}"]
@@ -202,7 +202,7 @@ def format_explanation(record: Recording) -> str:
 
 
 def format_request(record: Recording) -> str:
-    """Return what the container asked for, in the words of the request."""
+    """Return the container's request, in its own words."""
     for event in record.events:
         if event.get("note") == "request" and isinstance(event.get("answer"), dict):
             request = event["answer"]
@@ -213,7 +213,7 @@ def format_request(record: Recording) -> str:
 
 
 def format_row(record: Recording) -> tuple[str, ...]:
-    """Return a record's columns in the list: file, when, program, container, what came of it."""
+    """Return a recording's columns in the list: file, time, program, container, result."""
     about = record.about
     reported = (finding.code for finding in record.findings if finding.level != "info")
     output = ", ".join(dict.fromkeys(reported)) or "succeeded"
@@ -222,7 +222,7 @@ def format_row(record: Recording) -> tuple[str, ...]:
 
 
 def list_facts(record: Recording) -> Iterator[str]:
-    """Yield what two runs are compared by: versions, the first answer to each question, decisions, findings."""
+    """Yield the facts by which two runs are compared: versions, first answer to each question, decisions, findings."""
     about = record.about
     yield f"program {about['program']} {about['hook']}"
     yield from (f"version {name} {value}" for name, value in sorted(about["versions"].items()))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a run: written after everything is said, when the run failed or somebody asked.
+"""Write the recording of a run, after all reports, if the run failed or a recording was requested.
 
-A compressed tar with four members at most: record.json (what came of it, versions), events.jsonl (every question with
-its answer or errno, every step, every decision, in order), state.json and config.json (what privacy.py leaves of them).
-Whatever goes wrong here is one warning and nothing more.
+A compressed tar with four members at most: record.json (result, versions), events.jsonl (every question with its answer
+or errno, every step, every decision, in order), state.json and config.json (as redacted by privacy.py).
+Any failure here gives one warning and nothing more.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ DIRECTORY = "/var/lib/oci-vfio-hooks/records"
 SPARE_DIRECTORY = "/run/oci-vfio-hooks/records"
 SUFFIX = ".tar.gz"
 KEPT_RECORDINGS = 20
-# Of the environment of a hook, which is trusted for nothing: what is told when something is wrong with the interpreter.
+# Of a hook's environment, which is never trusted: variables of interest if the interpreter is set up wrongly.
 VARIABLES = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PYTHONHOME", "PYTHONPATH")
-# Programs that are asked for their version: those that start hooks, and say it without doing anything.
+# Programs that are asked for their version: they start hooks, and print it without side effects.
 RUNTIMES = ("runc", "crun", "youki", "kata-agent", "kata-runtime", "containerd-shim-kata-v2")
 
 
 def save_recording(run: Summary, notes: list[Note]) -> list[Finding]:
-    """Write the record of a run, and return what there is to say of it: where it is, or why it is not."""
+    """Write the recording of a run, and return findings about it: its path, or why it was not written."""
     try:
         data = pack(make_members(run, notes))
         path = save(data, make_name(run))
     except Exception as error:  # noqa: BLE001 - the hook's answer stands, whatever happens to its record
         if os.geteuid():
-            # A person without rights tries something; there is nothing to mend.
+            # Run without root privileges: nothing to fix.
             return []
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         hint = 'fix the problem, or disable recording with record = "never"'
@@ -56,14 +56,14 @@ def save_recording(run: Summary, notes: list[Note]) -> list[Finding]:
     ]
 
 
-# What it holds --------------------------------------------------------------------------------------------------------
+# Content --------------------------------------------------------------------------------------------------------------
 
 
 def make_members(run: Summary, notes: list[Note]) -> dict[str, bytes]:
-    """Return the files of the record by their names."""
+    """Return the files of the recording by their names."""
     import json
 
-    # Lone surrogates stand for bytes that are not UTF-8; JSON's escapes keep them.
+    # Lone surrogates represent bytes that are not UTF-8; JSON's escapes keep them.
     members: dict[str, bytes] = {}
     events = list_events(notes, members, run.full)
     findings = run.findings
@@ -93,7 +93,7 @@ def make_members(run: Summary, notes: list[Note]) -> dict[str, bytes]:
 
 
 def write_events(events: Iterable[dict[str, Any]]) -> bytes:
-    """Return events as lines of JSON, as many of them as a reader takes (bounds.py)."""
+    """Return events as lines of JSON, as many as a reader accepts (bounds.py)."""
     import json
 
     lines: list[bytes] = []
@@ -109,9 +109,9 @@ def write_events(events: Iterable[dict[str, Any]]) -> bytes:
 
 
 def list_events(notes: list[Note], members: dict[str, bytes], full: bool) -> list[dict[str, Any]]:
-    """Return all that a run noted, as JSON; an answer that is the same as before is not repeated.
+    """Return all notes of a run, as JSON; an answer that is unchanged is not repeated.
 
-    members: where state.json and config.json go; full: nothing of these is left out.
+    members: gets state.json and config.json; full: nothing in these is redacted.
     """
     events = []
     before: dict[tuple[str, object], object] = {}
@@ -119,7 +119,7 @@ def list_events(notes: list[Note], members: dict[str, bytes], full: bool) -> lis
     for note in notes:
         outer = note.name if note.kind == "do" and not note.inside else outer
         if note.inside and outer == "read-kata" and not full and note.name not in READS:
-            # Files that Kata's configuration names: the step has the answer.
+            # Files named in Kata's configuration: the step has the answer.
             continue
         event: dict[str, Any] = {"at": round(note.begun, 4), note.kind: note.name}
         if note.kind == "ask":
@@ -138,7 +138,7 @@ def list_events(notes: list[Note], members: dict[str, bytes], full: bool) -> lis
 
 
 def encode_answer(note: Note, members: dict[str, bytes], full: bool) -> dict[str, Any]:
-    """Return what came of a question or a step: `answer`, `errno` or `error`."""
+    """Return the result of a question or a step: `answer`, `errno` or `error`."""
     answer = note.answer
     if isinstance(answer, OSError) and note.kind == "ask":
         return {"errno": answer.errno or 0}
@@ -156,7 +156,7 @@ def encode_answer(note: Note, members: dict[str, bytes], full: bool) -> dict[str
 
 
 def name_document(note: Note) -> str:
-    """Return the member that a note's answer is; "" for everything but state and config.json."""
+    """Return the member that has a note's answer; "" for all but state and config.json."""
     if note.kind == "do":
         return "state.json" if note.name == "read-state" else ""
     is_config = note.kind == "ask" and str(note.arguments[0]).endswith("/config.json")
@@ -172,7 +172,7 @@ def describe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_traceback(error: BaseException | None, full: bool) -> str:
-    """Return the traceback of a defect, its cause first; "" without one. full: with what its text quotes."""
+    """Return the traceback of a defect, its cause first; "" without one. full: with the quotations in its text."""
     if error is None:
         return ""
     import traceback
@@ -184,7 +184,7 @@ def format_traceback(error: BaseException | None, full: bool) -> str:
 
 
 def name_variables() -> list[str]:
-    """Return the names of the hook's own environment variables that could matter to it, and that there are others."""
+    """Return the names of the hook's relevant environment variables, and a placeholder for others."""
     kept = sorted(name for name in os.environ if name in VARIABLES)
     return kept + [LEFT_OUT] * (len(kept) < len(os.environ))
 
@@ -193,7 +193,7 @@ def name_variables() -> list[str]:
 
 
 def find_versions() -> dict[str, str]:
-    """Return the versions of what took part in the run."""
+    """Return the versions of the software that took part in the run."""
     import sys
 
     system = os.uname()
@@ -215,7 +215,7 @@ def find_versions() -> dict[str, str]:
 
 
 def find_runtime() -> str:
-    """Return the name of the program that started the hook, with its version where it is a runtime that says it."""
+    """Return the name of the program that started the hook, with its version if it is a known runtime."""
     parent = f"/proc/{os.getppid()}"
     try:
         with open(f"{parent}/cmdline", "rb") as file:
@@ -225,7 +225,7 @@ def find_runtime() -> str:
         return ""
     # runc runs as a copy of itself in memory, which is still /proc/PID/exe.
     if name not in RUNTIMES or not (executable.rpartition("/")[2] == name or executable.startswith("/memfd:")):
-        # What a process calls itself may be anything; a crun that runs as a copy of itself has no other name.
+        # A process can set its own name to anything; a crun that runs as a copy of itself has no other name.
         return name if name in RUNTIMES else executable.rpartition("/")[2]
     import subprocess
 
@@ -247,7 +247,7 @@ def find_runtime() -> str:
 
 
 def make_name(run: Summary) -> str:
-    """Return the record's file name: they sort by time, and say whose they are."""
+    """Return the recording's file name, which sorts by time and contains program and container."""
     now = time.time()
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in run.container or "unknown")[:40]
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
@@ -270,7 +270,7 @@ def pack(members: dict[str, bytes]) -> bytes:
 
 
 def save(data: bytes, name: str) -> str:
-    """Write a record into the first directory that takes it, and return its path. Raises OSError."""
+    """Write a recording into the first usable directory, and return its path. Raises OSError."""
     try:
         return save_in(DIRECTORY, data, name)
     except OSError as first:
@@ -281,7 +281,7 @@ def save(data: bytes, name: str) -> str:
 
 
 def save_in(directory: str, data: bytes, name: str) -> str:
-    """Write a record into a directory, and take away all but the newest. Raises OSError."""
+    """Write a recording into a directory, and remove all but the newest. Raises OSError."""
     prepare(directory)
     draft, path = f"{directory}/.{os.getpid()}", f"{directory}/{name}"
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -297,7 +297,7 @@ def save_in(directory: str, data: bytes, name: str) -> str:
         raise
     records = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX))
     for old in records[:-KEPT_RECORDINGS]:
-        # Another hook may be at the same.
+        # Another hook may do the same at the same time.
         try:
             os.unlink(f"{directory}/{old}")
         except FileNotFoundError:
@@ -306,7 +306,7 @@ def save_in(directory: str, data: bytes, name: str) -> str:
 
 
 def prepare(directory: str) -> None:
-    """Make the directory, which only its owner may look into. Raises OSError where it is somebody else's."""
+    """Create the directory, accessible only to its owner. Raises OSError if it belongs to another user."""
     os.makedirs(os.path.dirname(directory), 0o755, exist_ok=True)
     try:
         os.mkdir(directory, 0o700)

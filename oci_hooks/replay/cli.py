@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vfio-hook-replay: look at the records of hooks that ran, and run them again.
+"""vfio-hook-replay: inspect the recordings of hooks, and run the hooks again on them.
 
-A hook that failed keeps a record of all that it saw and did, below /var/lib/oci-vfio-hooks/records.
+A hook that failed keeps a recording of its reads and steps, below /var/lib/oci-vfio-hooks/records.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "vfio-hook-replay"
 EXIT_SAME, EXIT_DIFFERENT, EXIT_UNUSABLE = 0, 1, 2
-# What a stranger's record makes of code that was written for a hook's own: "errno": {}, an address that is a list.
+# Exceptions that an untrusted recording causes in code written for a hook's own: "errno": {}, an address as a list.
 DAMAGE = (ArithmeticError, AttributeError, LookupError, NotationError, RecursionError, TypeError, ValueError)
 EPILOG = """\
 A failed hook leaves a record in /var/lib/oci-vfio-hooks/records. REC is a file,
@@ -42,12 +42,12 @@ exit code: 0 done, or the same as recorded; 1 different; 2 unusable
 def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit code. argv: arguments without the program's name; None for this process's."""
     arguments = make_parser().parse_args(argv)
-    # A reader that has seen enough (head) is no error.
+    # A reader that closes the pipe early (head) is not an error.
     command: Callable[[Namespace], int] = arguments.command
     name = getattr(arguments, "record", "") or "record"
     try:
         if getattr(arguments, "live", False):
-            # This machine's hook has its own deadline, and may not be cut off between two steps.
+            # A hook on this machine has its own deadline, and must not be interrupted between two steps.
             return command(arguments)
         with bounded():
             return command(arguments)
@@ -63,13 +63,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fail(problem: str) -> int:
-    """Say why a record can't be used and return the exit code for that."""
+    """Report why a recording cannot be used and return the exit code for that."""
     write_stderr(f"{PROGRAM}: {make_one_line(problem)}")
     return EXIT_UNUSABLE
 
 
 def describe_damage(name: str, error: Exception) -> str:
-    """Return why a record can't be used, in one line. name: of the record, where the error does not say which."""
+    """Return why a recording cannot be used, in one line. name: of the recording, if the error does not have it."""
     name = getattr(error, "path", "") or name
     if isinstance(error, RecordTooLarge):
         hint = "hooks do not write such a recording: record the run again"
@@ -80,10 +80,10 @@ def describe_damage(name: str, error: Exception) -> str:
 
 
 class Parser(ArgumentParser):
-    """A parser whose refusal is one line: the name of a file on the command line may be a stranger's."""
+    """A parser that reports errors in one line: a file name on the command line may come from an untrusted source."""
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong and end the process."""
+        """Print the error and end the process."""
         sys.exit(fail(f"{message}; see {PROGRAM} --help"))
 
 
@@ -125,11 +125,11 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-# Finding records ------------------------------------------------------------------------------------------------------
+# Finding recordings ---------------------------------------------------------------------------------------------------
 
 
 def find_paths(arguments: Namespace) -> list[str]:
-    """Return the paths of all records, the newest last. Raises OSError where they may not be looked at."""
+    """Return the paths of all recordings, the newest last. Raises OSError if their directory cannot be read."""
     directories = [arguments.directory] if arguments.directory else [DIRECTORY, SPARE_DIRECTORY]
     paths = []
     for directory in directories:
@@ -142,7 +142,7 @@ def find_paths(arguments: Namespace) -> list[str]:
 
 
 def find_record(arguments: Namespace, word: str) -> Recording:
-    """Return the record that a word on the command line means. Raises RecordError, OSError."""
+    """Return the recording that a word on the command line names. Raises RecordError, OSError."""
     if os.path.isfile(word):
         return read_record(word)
     paths = find_paths(arguments)
@@ -151,7 +151,7 @@ def find_record(arguments: Namespace, word: str) -> Recording:
     found = [path for path in paths if os.path.basename(path).startswith(word)]
     if len(found) == 1 and word:
         return read_record(found[0])
-    # The newest of a container's runs is the one that is asked about.
+    # The newest of a container's runs is used.
     for path in reversed(paths):
         if word and name_container(path) == word:
             return read_record(path)
@@ -161,7 +161,7 @@ def find_record(arguments: Namespace, word: str) -> Recording:
 
 
 def name_container(path: str) -> str:
-    """Return the container's id in a record; "" where the record can't be read."""
+    """Return the container's id in a recording; "" if the recording cannot be read."""
     try:
         return str(read_record(path).about["container"])
     except (RecordError, OSError):
@@ -172,7 +172,7 @@ def name_container(path: str) -> str:
 
 
 def list_records(arguments: Namespace) -> int:
-    """Print a line for each record."""
+    """Print a line for each recording."""
     rows = [("RECORD", "WHEN", "HOOK", "CONTAINER", "SAID")]
     for path in find_paths(arguments):
         try:
@@ -189,7 +189,7 @@ def list_records(arguments: Namespace) -> int:
 
 
 def explain(arguments: Namespace) -> int:
-    """Print the account of a run for a ticket."""
+    """Print the summary of a run for a ticket."""
     write_stdout(timeline.format_explanation(find_record(arguments, arguments.record)))
     return EXIT_SAME
 
@@ -201,7 +201,7 @@ def show_record(arguments: Namespace) -> int:
 
 
 def run_record(arguments: Namespace) -> int:
-    """Run a record's hook again and print what differs."""
+    """Run a recording's hook again and print the differences."""
     record = find_record(arguments, arguments.record)
     if arguments.live:
         return run_on_this_machine(record, arguments)
@@ -218,7 +218,7 @@ def run_record(arguments: Namespace) -> int:
 
 
 def run_on_this_machine(record: Recording, arguments: Namespace) -> int:
-    """Run a record's hook with this machine behind the door, and print what it says."""
+    """Run a recording's hook on this machine, and print its findings."""
     import tempfile
 
     from oci_hooks.replay.rerun import run_live
@@ -234,7 +234,7 @@ def run_on_this_machine(record: Recording, arguments: Namespace) -> int:
 
 
 def diff_records(arguments: Namespace) -> int:
-    """Print compare two recordings."""
+    """Compare two recordings and print the differences."""
     import difflib
 
     one, other = find_record(arguments, arguments.record), find_record(arguments, arguments.other)
@@ -253,7 +253,7 @@ def diff_records(arguments: Namespace) -> int:
 
 
 def export_record(arguments: Namespace) -> int:
-    """Write a pytest case that runs a record again, and the record beside it."""
+    """Write a pytest case that replays a recording, and the recording into the same directory."""
     record = find_record(arguments, arguments.record)
     codes = [finding.code for finding in record.findings] or ["success"]
     name = "".join(c if c.isalnum() else "_" for c in f"{record.about['program']}_{codes[0]}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of records that a replay makes anew from a recording: what the hooks' steps return, and nothing else."""
+"""List the record types that a replay creates from a recording: the results of the hooks' steps, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def make_undo_log(path: str, kept: int) -> UndoLog:
-    """Return a journal whose entries go nowhere."""
+    """Return an undo log that writes its entries nowhere."""
     return UndoLog(open_nothing(), str(path), int(kept))
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a recorded hook again: on the recorded machine, where nothing is touched, or on this one.
+"""Run a recorded hook again: on the recorded machine, without touching anything, or on this one.
 
-The hook's own code runs, all of it up to the door (system.py). Behind the door stands the record: a question has the
-answer that it had then, a step the result. Compared are findings and plan; what this version of the code asks or does
-that the record has no answer to is told beside them.
+The hook's own code runs, up to its Root (system.py), which answers from the recording: a question gets its recorded
+answer, a step its recorded result. Findings and plan are compared; questions and steps of this version of the code that
+the recording has no answer to are reported too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-# What Python tells an audit hook of before it changes something (docs.python.org, Audit events table).
+# Python's audit events before a change (docs.python.org, Audit events table).
 CHANGES = (
     "fcntl.flock",
     "fcntl.ioctl",
@@ -56,14 +56,14 @@ CHANGES = (
 )
 
 
-# What Python opens to load a module, and this package's schemas.
+# Audit events of Python when it opens a module, or one of this package's schemas.
 CODE = (".py", ".pyc", ".so", ".pth", ".cfg", ".json", "/METADATA", ".zip", ".egg-link")
 
 
 class Rerun(Frozen):
-    """What running a record again came to.
+    """The result of running a recording again.
 
-    outcome: of the run; decisions: what it decided, as JSON; unexpected: what the record has no answer to.
+    outcome: of the run; decisions: as JSON; unexpected: questions and steps without an answer in the recording.
     """
 
     outcome: Outcome
@@ -72,7 +72,7 @@ class Rerun(Frozen):
 
 
 class ReplayRoot(Root):
-    """The machine of a record. Answers what was asked there, in the state that it was in after the steps so far."""
+    """The recorded machine. Gives the recorded answers, in the state after the steps so far."""
 
     def __init__(self, record: Recording) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class ReplayRoot(Root):
         self.damage: encoding.NotationError | None = None
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
-        """Return what the question was answered with. Raises OSError; ENOENT where nobody asked it."""
+        """Return the recorded answer to a question. Raises OSError; ENOENT if it was never asked."""
         known = self.answers.get((name_tag(question), path))
         if known is None:
             if not self.is_known_absent(path):
@@ -104,14 +104,14 @@ class ReplayRoot(Root):
         return answer
 
     def is_known_absent(self, path: str) -> bool:
-        """Tell whether the record shows that there is nothing at a path, by a listing of what is."""
+        """Return whether a recorded directory listing shows that a path does not exist."""
         directory, _, name = path.rpartition("/")
         listing = self.listings.get(directory)
         answer = listing.get("answer") if listing else None
         return isinstance(answer, list) and name not in answer
 
     def pick(self, known: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-        """Return the answer for now: the last before the next step; several of them are given one after the other."""
+        """Return the answer for now: the last before the next step; several of them in sequence."""
         limit = self.steps[self.next_step][0] if self.next_step < len(self.steps) else sys.maxsize
         since = self.steps[self.next_step - 1][0] if self.next_step else -1
         past = [entry for entry in known if entry[0] < since]
@@ -121,7 +121,7 @@ class ReplayRoot(Root):
         return (present or past[-1:] or known)[0][1]
 
     def do(self, function: Callable[..., T], *arguments: object) -> T:
-        """Return what the step came to then, None for one that was not done. Raises what it raised then."""
+        """Return the step's recorded result, None for one that was not done. Raises its recorded exception."""
         for number in range(self.next_step, len(self.steps)):
             event = self.steps[number][1]
             if event["do"] == name_tag(function):
@@ -134,22 +134,22 @@ class ReplayRoot(Root):
         return None  # type: ignore[return-value]
 
     def note(self, what: str, value: object) -> None:
-        """Keep what was decided, to compare it."""
+        """Keep a decision for the comparison."""
         self.decisions.append([what, encoding.encode(value)])
 
     def decode(self, value: Any) -> Any:
-        """Return an answer of the record. Raises NotationError."""
+        """Return an answer of the recording. Raises NotationError."""
         if isinstance(value, dict) and value.get(encoding.KIND) == "member":
             return self.documents.get(str(value.get("name")), b"")
         try:
             return encoding.decode(value, KINDS)
         except encoding.NotationError as error:
-            # The hook takes any exception for its own.
+            # The hook would handle any other exception as its own.
             self.damage = error
             raise
 
     def decode_error(self, value: Any) -> Exception:
-        """Return an error of the record. Raises NotationError."""
+        """Return an error of the recording. Raises NotationError."""
         try:
             return encoding.decode_error(value)
         except encoding.NotationError as error:
@@ -158,24 +158,24 @@ class ReplayRoot(Root):
 
 
 class LiveRoot(RecordingRoot):
-    """This machine, with the state of a record."""
+    """This machine, with the state of a recording."""
 
     def __init__(self, state: bytes) -> None:
         super().__init__()
         self.state = state
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
-        """Return what a reading function says of a path. Raises OSError; also for a file that is none.
+        """Return a reading function's result for a path. Raises OSError; also if it is not a regular file.
 
-        The record names files (of settings, of Kata's configuration), and may be a stranger's: to open a device may do
-        something (/dev/watchdog).
+        The recording names files (of settings, of Kata's configuration), and may be untrusted: opening a device can have
+        side effects (/dev/watchdog).
         """
         if name_tag(question) == "read" and not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "is no regular file", path)
         return super().ask(question, path, *more)
 
     def do(self, function: Callable[..., T], *arguments: object) -> T:
-        """Return what a step comes to; the state is the record's."""
+        """Return the result of a step; the state is the recording's."""
         if name_tag(function) == "read-state":
             return self.state  # type: ignore[return-value]
         return super().do(function, *arguments)
@@ -185,9 +185,9 @@ class LiveRoot(RecordingRoot):
 
 
 def rerun(record: Recording) -> Rerun:
-    """Run the record's hook on the recorded machine. Nothing on this one is changed. Raises NotationError."""
+    """Run the recording's hook on the recorded machine. Changes nothing on this one. Raises NotationError."""
     root = ReplayRoot(record)
-    # The plan of a dry run is in its decisions; printed, it would stand among the differences.
+    # The plan of a dry run is in its decisions; printing it would mix it with the differences.
     run = make_run(record, root, make_arguments(record).replace(json=True))
     with sealed():
         outcome = run_work(run, find_work(record.about["program"]))
@@ -197,9 +197,9 @@ def rerun(record: Recording) -> Rerun:
 
 
 def run_live(record: Recording, bundle: str, pid: int | None, apply: bool) -> tuple[Run, Outcome]:
-    """Run the record's hook on this machine, with its state and config.json; a dry run unless `apply`.
+    """Run the recording's hook on this machine, with its state and config.json; a dry run unless `apply`.
 
-    bundle: a directory that holds the config.json; pid: instead of the state's.
+    bundle: a directory with the config.json; pid: replaces the state's.
     """
     import json
 
@@ -209,7 +209,7 @@ def run_live(record: Recording, bundle: str, pid: int | None, apply: bool) -> tu
         state["pid"] = pid
     arguments = make_arguments(record).replace(dry_run=not apply, bundle="")
     if record.about["arguments"].get("bundle"):
-        # Run by hand then: there was no state.
+        # The recorded run was started by hand: it had no state.
         state.setdefault("pid", arguments.pid if pid is None else pid)
         state["status"] = "creating"
     run = make_run(record, LiveRoot(json.dumps(state).encode()), arguments)
@@ -217,18 +217,18 @@ def run_live(record: Recording, bundle: str, pid: int | None, apply: bool) -> tu
 
 
 def make_arguments(record: Recording) -> Arguments:
-    """Return the command line of a record."""
+    """Return the command line in a recording."""
     values = {name: value for name, value in record.about["arguments"].items() if name in Arguments.field_names()}
     return Arguments(**{**values, "groups": tuple(values.get("groups", ()))})
 
 
 def make_run(record: Recording, root: Root, arguments: Arguments) -> Run:
-    """Return the run of a hook that is run again."""
+    """Return the run of a hook for a replay."""
     return Run(record.about["program"], arguments, Deadline(USUAL_SECONDS), root)
 
 
 def find_work(program: str) -> Callable[[Run], int]:
-    """Return what a hook does."""
+    """Return a hook's work function."""
     if program == "vfio-host-check":
         from oci_hooks.host.hook import work as check
 
@@ -242,12 +242,12 @@ def find_work(program: str) -> Callable[[Run], int]:
 
 
 def find_differences(record: Recording) -> list[str]:
-    """Return how findings and plan of a record that is run again differ, as a unified diff; empty: not at all."""
+    """Return the differences in findings and plan after a replay, as a unified diff; empty if there are none."""
     return compare(record, rerun(record))
 
 
 def compare(record: Recording, again: Rerun) -> list[str]:
-    """Return a unified diff of a record and what running it again came to."""
+    """Return a unified diff of a recording and the result of its replay."""
     import difflib
 
     before, now = list(format_record(record)), list(format_rerun(again))
@@ -256,21 +256,21 @@ def compare(record: Recording, again: Rerun) -> list[str]:
 
 
 def format_record(record: Recording) -> Iterator[str]:
-    """Yield the lines by which a record is compared: decisions, findings, exit code."""
+    """Yield the lines by which a recording is compared: decisions, findings, exit code."""
     yield from format_decisions([[event["note"], event.get("answer")] for event in record.events if "note" in event])
     yield from (hide_finding(finding).as_line() for finding in record.findings)
     yield f"exit {record.about['exit']}"
 
 
 def format_rerun(again: Rerun) -> Iterator[str]:
-    """Yield the same lines for what a run came to now."""
+    """Yield the same lines for the result of a replay."""
     yield from format_decisions(again.decisions)
     yield from (hide_finding(finding).as_line() for finding in again.outcome.findings)
     yield f"exit {again.outcome.code}"
 
 
 def format_decisions(decisions: list[Any]) -> Iterator[str]:
-    """Yield decisions, a line a value."""
+    """Yield decisions, one line per value."""
     import json
 
     for what, value in decisions:
@@ -280,26 +280,26 @@ def format_decisions(decisions: list[Any]) -> Iterator[str]:
             yield from (f"{what}: {key}: {json.dumps(each, sort_keys=True)}" for each in items)
 
 
-# Nothing is changed ---------------------------------------------------------------------------------------------------
+# Protection from changes ----------------------------------------------------------------------------------------------
 
 
 class sealed:  # noqa: N801 - reads as a statement
-    """While this holds, the process may compute and load its own code; all else that touches the system, to open a
+    """Context in which the process may only compute and load its own code; any other access to the system, opening a
     file for reading included, raises PermissionError.
 
-    The record stands behind the door, and this behind the record: a step that a later version forgets to send through
-    the door is refused, not done, also when root replays what a stranger sent.
+    The hook's Root answers from the recording, and this context is the second barrier: a step that a later version does
+    not send through the Root is refused, not done, also if root replays an untrusted recording.
     """
 
     def __init__(self) -> None:
         self.holds = False
-        # Where Python loads modules from, also this package's schemas.
+        # Directories from which Python loads modules, and this package's schemas.
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         locations = (*sys.path, sys.prefix, sys.base_prefix, package)
         self.places = tuple({f"{os.path.abspath(location)}/" for location in locations})
 
     def __enter__(self) -> None:
-        # An audit hook can't be taken away again, only told to look elsewhere.
+        # An audit hook cannot be removed, only disabled by a flag.
         sys.addaudithook(self.watch)
         self.holds = True
 
@@ -307,7 +307,7 @@ class sealed:  # noqa: N801 - reads as a statement
         self.holds = False
 
     def watch(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Raise PermissionError for what changes the system."""
+        """Raise PermissionError for an audit event of a change."""
         if not self.holds:
             return
         changes = event in CHANGES
@@ -319,9 +319,9 @@ class sealed:  # noqa: N801 - reads as a statement
             raise PermissionError(errno.EPERM, f"a replay changes nothing: {event}", str(arguments[:1]))
 
     def is_code(self, path: object) -> bool:
-        """Tell whether a file that is opened is a part of Python or of this package."""
+        """Return whether an opened file is a part of Python or of this package."""
         if not isinstance(path, (str, bytes)):
-            # A descriptor, which is open.
+            # A file descriptor, already open.
             return isinstance(path, int)
         name = os.path.abspath(os.fsdecode(path))
         return name.endswith(CODE) and name.startswith(self.places)
