@@ -2,8 +2,8 @@
 """Decide whether an unreadable config.json could request VFIO: by traces of a request in the bytes, whatever they are.
 
 Runtimes run containers whose config.json the reader refuses: text after the object, comments, objects nested by the
-thousand, members that are null. Such a container is stopped only if it could request VFIO. Both answers here err on that
-side: lacks_vfio is true only if no JSON reader can find VFIO, and read_traces finds at least what the reader would.
+thousand, members that are null. Such a container is stopped only if it could request VFIO. Both answers here err on
+that side: lacks_vfio is true only if no JSON reader can find VFIO, and read_traces finds all that the reader would.
 """
 
 from __future__ import annotations

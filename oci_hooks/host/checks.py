@@ -180,7 +180,7 @@ def check_empty(target: Target) -> tuple[Finding, ...]:
 def check_viability(target: Target) -> tuple[Finding, ...]:
     """group-not-viable, from sysfs: a member has a driver other than a VFIO driver, or VFIO created no group."""
     group = target.group
-        # A no-IOMMU group shares nothing, so viability does not apply.
+    # A no-IOMMU group shares nothing, so viability does not apply.
     if group is None or group.noiommu or not group.passable:
         return ()
     if group.blocking:

@@ -239,7 +239,7 @@ class Redactor:
     # Processes -------------------------------------------------------------------------------------------------------
 
     def hide_command(self, words: list[str]) -> list[str]:
-        """Return a process's redacted command line: the deciding options of a hypervisor or runtime, else the program."""
+        """Return a process's redacted command line: a hypervisor's or runtime's deciding options, else the program."""
         program = words[0].rpartition("/")[2]
         if not program.startswith(KEPT_PROGRAMS):
             return [program if program and program in self.told else LEFT_OUT]

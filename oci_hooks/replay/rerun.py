@@ -167,8 +167,8 @@ class LiveRoot(RecordingRoot):
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
         """Return a reading function's result for a path. Raises OSError; also if it is not a regular file.
 
-        The recording names files (of settings, of Kata's configuration), and may be untrusted: opening a device can have
-        side effects (/dev/watchdog).
+        The recording names files (of settings, of Kata's configuration), and may be untrusted: opening a device can
+        have side effects (/dev/watchdog).
         """
         if name_tag(question) == "read" and not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "is no regular file", path)
