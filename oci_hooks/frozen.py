@@ -46,7 +46,7 @@ class Frozen:
             self.__dict__.update(named)
             return
         for name in fields:
-            # A default stays where it is, in the class.
+            # A default remains in the class.
             if name not in named and not hasattr(type(self), name):
                 raise TypeError(f"{type(self).__name__} lacks {name}")
         unknown = named.keys() - set(fields)

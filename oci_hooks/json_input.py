@@ -41,7 +41,7 @@ def parse_json(data: bytes, name: str) -> Any:
         raise InputError("bad-json", name, "is nested too deeply", "use a valid OCI document") from None
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 - whatever the bare scanner stumbled over, json says it in words
+    except Exception:  # noqa: BLE001 - json reports any error of the scanner with its position
         return parse_slowly(text, name)
 
 

@@ -192,7 +192,7 @@ def find_record_mode(hook: Hook, settings: str) -> str:
     """Return the setting `record` for a run that failed before reading its settings; "" if they are unusable."""
     try:
         return hook.read_record_mode(settings)
-    except Exception:  # noqa: BLE001 - the hook's answer stands, whatever happens to its recording
+    except Exception:  # noqa: BLE001 - a failed recording does not change the result
         return ""
 
 

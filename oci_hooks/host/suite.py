@@ -28,7 +28,7 @@ ORDER = ("error", "warning", "info")
 def run_check(subject: str, check: Callable[..., tuple[Finding, ...]], *values: Any) -> tuple[Finding, ...]:
     """Return a check's findings; a check that the system does not allow to run gives a warning, not an error.
 
-    subject: what is checked, in an administrator's words.
+    subject: the object of the check, in an administrator's words.
     """
     try:
         return check(*values)

@@ -55,7 +55,7 @@ QUESTIONS = (
 )
 # Addresses of interfaces are kept if a finding names them.
 ADDRESS_QUESTIONS = ("ipv4", "network")
-ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - stands for one that is left out
+ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - placeholder for a redacted address
 # Variables of Kata's shim that the host hook reads (host/kata/lookup.py).
 KEPT_VARIABLES = ("KATA_CONF_FILE=",)
 # The hooks' own settings, and the schemas that define their keys.

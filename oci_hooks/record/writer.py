@@ -42,7 +42,7 @@ def save_recording(run: Summary, notes: list[Note]) -> list[Finding]:
     try:
         data = pack(make_members(run, notes))
         path = save(data, make_name(run))
-    except Exception as error:  # noqa: BLE001 - the hook's answer stands, whatever happens to its record
+    except Exception as error:  # noqa: BLE001 - a failed recording does not change the result
         if os.geteuid():
             # Run without root privileges: nothing to fix.
             return []

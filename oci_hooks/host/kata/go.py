@@ -142,7 +142,7 @@ def decode_table(
 ) -> dict[str, Any]:
     """Return one table's known keys, by their right names.
 
-    keys: as they are written; named: as Kata names them; counts: whether what is set here is in force at once.
+    keys: as written; named: as Kata names them; counts: whether settings made here take effect at once.
     """
     types = {"hypervisor": HYPERVISOR, "agent": AGENT, "runtime": RUNTIME, "factory": FACTORY}[named[0]]
     fresh: dict[str, Any] = {}
