@@ -45,7 +45,7 @@ class Form(Frozen):
 
 
 def make_document(offers: Iterable[Offer], form: Form) -> tuple[dict[str, Any], list[Finding]]:
-    """Return the CDI document that offers these groups, and a finding for each name that can't be used.
+    """Return the CDI document that offers these groups, and a finding for each name that cannot be used.
 
     Each group is a device named by its number, and by the address of each device in it; `all` is every group.
     """
