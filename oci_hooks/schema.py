@@ -37,7 +37,7 @@ def load_site_packages() -> None:
     if sys.flags.no_site and "site" not in sys.modules:
         import site
 
-        # Those of a virtual environment, if the interpreter belongs to one.
+        # A virtual environment's directory, if the interpreter belongs to one.
         own = f"{sys.executable.rpartition('/bin/')[0]}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
         sys.path += [
             location for location in (f"{own}/site-packages", *site.getsitepackages()) if location not in sys.path
