@@ -28,8 +28,12 @@ EXAMPLES = "/usr/share/doc/oci-vfio-hooks/examples"
 DEVICES = "io.katacontainers.x.vfio.devices"
 IMAGE = "registry.example/probe:1"
 PAUSE = "registry.example/pause:3.9"
-# Opens each group that it sees, and names it: what no hook has allowed does not open.
-PROGRAM = ("/bin/sh", "-c", "for g in /dev/vfio/[0-9]*; do [ -e $g ] && { : <>$g; } && echo opened $g; done; echo ran")
+# Prints its environment, opens each group that it sees, and names it: what no hook has allowed does not open.
+PROGRAM = (
+    "/bin/sh",
+    "-c",
+    "export -p; for g in /dev/vfio/[0-9]*; do [ -e $g ] && { : <>$g; } && echo opened $g; done; echo ran",
+)
 BUSYBOX = Path("/bin/busybox")
 APPLETS = ("sh", "sleep", "ls", "cat")
 LIMIT = 240.0

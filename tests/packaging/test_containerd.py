@@ -120,6 +120,21 @@ def test_only_the_class_is_new(containerd: Root, file: str) -> None:
     assert "has the class vfio already" in add(containerd, "vfio")
 
 
+def test_cdi_is_where_the_page_has_it(containerd: Root) -> None:
+    """1.6 has no CDI, 1.7 has it after the page's two keys, 2.1 has it on."""
+    version = containerd.run("containerd", "--version").stdout.split()[2]
+    config = dump(containerd)
+    section = config["plugins"][PLUGINS[config["version"]]]
+    wanted = next(value for key, value in {"1.6": None, "1.7": False, "2.1": True}.items() if version.startswith(key))
+    assert section.get("enable_cdi") is wanted
+    if wanted is False:
+        _, *keys = read_section("By CDI", HOWTO)
+        write(containerd, "\n".join(["version = 2", f'[plugins."{PLUGINS[2]}"]', *keys]))
+        section = dump(containerd)["plugins"][PLUGINS[2]]
+        assert section["enable_cdi"] is True
+        assert section["cdi_spec_dirs"] == ["/etc/cdi", "/var/run/cdi"]
+
+
 def test_a_class_that_is_there_gets_what_it_lacks(containerd: Root) -> None:
     write(containerd, CLUSTER + KATA)
     before = dump(containerd)

@@ -110,6 +110,11 @@ RUN = {
     "podman run --rm --device oci-vfio-hooks/group=13 --ulimit memlock=-1:-1 IMAGE": (
         "tests/vm/test_guest_cdi.py::test_podman_takes_a_group_by_its_cdi_name"
     ),
+    "docker run --rm --device oci-vfio-hooks/group=13 --ulimit memlock=-1 IMAGE PROGRAM": (
+        "tests/engines/test_cdi.py::test_docker"
+    ),
+    "ctr run --rm --device oci-vfio-hooks/group=13 IMAGE NAME": "tests/engines/test_cdi.py::test_ctr",
+    "crictl run container.json pod.json": "tests/engines/test_cdi.py::test_pod",
     'mkdir -p "$ROOTFS_DIR/etc/oci-vfio-hooks"': TYPED,
     'echo \'on_failure = "kill"\' > "$ROOTFS_DIR/etc/oci-vfio-hooks/guest.toml"': TYPED,
     './add-to-rootfs "$ROOTFS_DIR" dist/python3-oci-vfio-hooks_*.deb dist/oci-vfio-hooks-guest_*.deb': (
