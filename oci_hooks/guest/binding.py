@@ -120,12 +120,3 @@ def extend_deadline(root: Root, deadline: Deadline, settings: str) -> None:
     except InputError:
         # Told to who starts a container. What has to be put back is the same without it.
         return
-
-
-# Deciding ------------------------------------------------------------------------------------------------------------
-
-
-# Putting back --------------------------------------------------------------------------------------------------------
-
-
-# Showing -------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ class Request(Frozen):
 def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
     """Return what the container asks for, or None where it asks for nothing.
 
-    The annotation decides where there is one, then the predecessor's map, then linux.devices (design.md, 4.1).
+    The annotation decides where there is one, then the predecessor's map, then linux.devices
+    (docs/reference/annotations.md).
     Raises InputError [bad-annotation].
     """
     if oci.is_sandbox(state, spec):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a request and a picture of the machine to the IOMMU groups that the container gets, or why not. Pure.
+"""Choose the IOMMU groups that a container gets, from its request and the inventory of the machine, or refuse. Pure.
 
-The rules are those of design.md, 4.1: what the annotation names outright; else linux.devices by their numbers, and the
-rest by counting. A group is taken whole or not at all.
+The rules (docs/reference/annotations.md): what the annotation names outright; else linux.devices by their numbers, and
+the rest by counting. A group is taken whole or not at all.
 """
 
 from __future__ import annotations

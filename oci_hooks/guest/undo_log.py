@@ -15,10 +15,6 @@ from oci_hooks.frozen import Frozen
 from oci_hooks.linux.instances import Instance
 from oci_hooks.system import tagged
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    pass
-
 FORMAT = "oci-vfio-hooks 2"
 # Bytes that a journal may have: written and read alike. It has a line a device and a node; this is a thousand devices.
 UNDO_LOG_LIMIT = 1 << 20

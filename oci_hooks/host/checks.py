@@ -282,9 +282,6 @@ def is_attached(root: Root, target: Target, runtime: Runtime, deadline: Deadline
     return bool(nodes & set(list_open_paths(root, runtime.hypervisor.process.pid)))
 
 
-# The container's own permission --------------------------------------------------------------------------------------
-
-
 # Words ---------------------------------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ CODES = ("kata-config-refused", "kata-config-uncertain")
 
 
 def hide_reading(answer: Any) -> Any:
-    """Return the answer of kata_config.read_kata, as JSON, with only the parts that the host hook uses."""
+    """Return the answer of read_kata (host/kata/config.py), as JSON, with only the parts that the host hook uses."""
     words = list_words()
     values = {key: keep_setting(value, key) for key, value in answer["values"].items()}
     return {

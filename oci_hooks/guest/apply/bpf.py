@@ -16,10 +16,6 @@ import struct
 
 from oci_hooks.guest.apply.bpf_program import SIZE, ProgramError, make_loadable
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    pass
-
 # The number of bpf(2), by the machine's name in uname(2).
 SYSCALL_NUMBERS = {
     "x86_64": 321,

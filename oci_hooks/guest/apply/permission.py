@@ -5,9 +5,9 @@ What is widened is the container's own cgroup, with version 2 also the systemd s
 ancestor of version 2 ever is; one of version 1 only when asked for, because there a child can't get what its parent
 lacks.
 
-The caller's order: `cgroup.find_cgroup`, `proof.verify_nodes`; when something is not permitted `plan_grant`, `permit`,
-`prove` again; when it still is not, `forbid` and raise what `explain_denial` returns. guest/permits.py does it for all
-claims together: grants of several containers may be for one parent.
+The caller's order: `cgroup.find_cgroup`, `proof.verify_nodes`; if the cgroup denies a node `plan_grant`, `allow`,
+`verify_nodes` again; if it is still denied `disallow`, and raise what `explain_denial` returns. guest/permits.py does it
+for all claims together.
 """
 
 from __future__ import annotations

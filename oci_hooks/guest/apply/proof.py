@@ -104,7 +104,7 @@ def find_access(
 ) -> dict[tuple[int, int], str]:
     """Return what of reading and writing is permitted for each node inside the cgroup: "r", "w", "rw" or "".
 
-    Arguments and errors as of `prove`.
+    Arguments and errors as of `verify_nodes`.
     """
     access: dict[tuple[int, int], str] = {}
     for letter, flags in (("r", os.O_RDONLY), ("w", os.O_WRONLY)):

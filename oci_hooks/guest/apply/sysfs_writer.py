@@ -81,7 +81,7 @@ def run_jobs(
 ) -> list[Result]:
     """Do the jobs side by side and return how each ended, in their order.
 
-    close_fds: descriptors that a child must not keep open (children.start_child); while_waiting: what this process does
+    close_fds: descriptors that a child must not keep open (child.start_child); while_waiting: what this process does
     where it would only wait for the kernel.
     """
     jobs = tuple(jobs)

@@ -215,6 +215,3 @@ def find_wrong_images(value: Any) -> str:
         return f"is not {KINDS['images']}"
     wrong = [key for image in value for key in image if fold(key) in IMAGE and not is_text(image[key])]
     return f"has a {wrong[0]} that is no string" if wrong else ""
-
-
-# Words of the kernel's command line -----------------------------------------------------------------------------------
