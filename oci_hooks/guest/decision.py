@@ -20,9 +20,11 @@ from oci_hooks.system import Deadline, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from oci_hooks.guest.request import Request
     from oci_hooks.guest.selection import ChosenGroup
     from oci_hooks.guest.undo_log import Entry, UndoLog
     from oci_hooks.linux.uevents import Listener
+    from oci_hooks.system import Root
 
 # What binding takes once the device is there; waiting for it must leave so much.
 BIND_SECONDS = 1.0
@@ -111,12 +113,22 @@ def select_groups(session: Session, claims: list[Claim]) -> tuple[ChosenGroup, .
         settings.auto_ids,
         settings.auto_classes,
         settings.force,
+        find_cdevs(session.root, session.request),
     )
     choices = selection.choose_groups(session.request, candidates)
     own = [entry for claim in claims if claim.path == session.claim_path for entry in claim.entries]
     noted = [entry for entry in reversed(own) if entry.kind == "device" and is_same_device(inventory, entry)]
     before = {entry.words[0]: entry.words[1] for entry in noted}
     return tuple(chosen.replace(drivers_before=before) for chosen in choices)
+
+
+def find_cdevs(root: Root, request: Request) -> dict[tuple[int, int], str]:
+    """Return the devices that have a node of their own by its numbers, where linux.devices may list one: BDF."""
+    if not any(entry.is_cdev for entry in request.entries):
+        return {}
+    from oci_hooks.linux.vfio import CDEV_CLASS, list_cdevs
+
+    return {number: root.read_link_name(f"{CDEV_CLASS}/{name}/device") for number, name in list_cdevs(root).items()}
 
 
 def is_same_device(inventory: pci.Inventory, entry: Entry) -> bool:

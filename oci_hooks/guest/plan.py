@@ -107,11 +107,15 @@ def make_plan(root: Root, choices: tuple[ChosenGroup, ...], spec: Spec, options:
     entries = {entry.path: entry for entry in spec.devices}
     nodes = [plan_node("control", "", entries.get(CONTROL_NODE), spec, options)]
     nodes += [plan_node("group", chosen.group.name, chosen.entry, spec, options) for chosen in choices]
-    if options.wants_cdev:
+    cdev_entries = {address: entry for chosen in choices for address, entry in chosen.cdev_entries.items()}
+    if options.wants_cdev or cdev_entries:
         nodes.append(plan_node("iommu", "", entries.get(IOMMUFD_NODE), spec, options))
-        nodes += [plan_node("cdev", device.address, None, spec, options) for device in devices]
+        nodes += [
+            plan_node("cdev", device.address, cdev_entries.get(device.address), spec, options) for device in devices
+        ]
     paths = {node.path for node in nodes}
-    stale = tuple(entry for entry in spec.vfio_devices if entry.path not in paths)
+    right = set(cdev_entries.values())
+    stale = tuple(entry for entry in spec.vfio_devices if entry.path not in paths and entry not in right)
     groups = tuple(chosen.group.name for chosen in choices)
     known = tuple(make_map_entries(choices)) if options.writes_map else ()
     return Plan(groups, tuple(rebinds), tuple(nodes), stale, "user" in spec.namespaces, known)

@@ -42,7 +42,8 @@ class Candidates(Frozen):
     auto_ids, auto_classes: prefixes of `vvvv:dddd` and of the class code that `auto` and counting are confined to, all
     when empty; never: selectors (`id` or `class` prefixes) that they leave out; claims: group -> container that has it;
     live: (major, minor) -> VFIO group that has a node with these numbers; uses: gives the reasons why a device must not
-    be touched; forced: BDFs for which guest.toml overrules them.
+    be touched; forced: BDFs for which guest.toml overrules them; cdevs: (major, minor) -> BDF of the device whose own
+    node has these numbers.
     """
 
     inventory: Inventory
@@ -53,19 +54,22 @@ class Candidates(Frozen):
     auto_ids: tuple[str, ...] = ()
     auto_classes: tuple[str, ...] = ()
     forced: tuple[str, ...] = ()
+    cdevs: Mapping[tuple[int, int], str] = {}
 
 
 class ChosenGroup(Frozen):
     """A group for the container.
 
     entry: the linux.devices entry it stands for, where one is known; host_addresses: guest BDF -> BDF on the host;
-    drivers_before: guest BDF -> driver it had before an earlier run of the hook bound it.
+    drivers_before: guest BDF -> driver it had before an earlier run of the hook bound it; cdev_entries: guest BDF ->
+    the linux.devices entry that has the numbers of the device's own node.
     """
 
     group: IommuGroup
     entry: Device | None = None
     host_addresses: dict[str, str] = {}  # noqa: RUF012 - never changed
     drivers_before: dict[str, str] = {}  # noqa: RUF012 - never changed
+    cdev_entries: dict[str, Device] = {}  # noqa: RUF012 - never changed
 
 
 def choose_groups(request: Request, candidates: Candidates) -> tuple[ChosenGroup, ...]:
@@ -163,15 +167,24 @@ def choose_listed(request: Request, candidates: Candidates) -> dict[str, ChosenG
     choices: dict[str, ChosenGroup] = {}
     rest: list[Device] = []
     for entry in request.entries:
-        name = candidates.live.get((entry.major, entry.minor), "")
+        device = find_cdev(entry, candidates)
+        name = device.group if device else candidates.live.get((entry.major, entry.minor), "")
         # Numbers of another container's group are the host's by accident, unless the path says that group too.
         if name in candidates.inventory.groups and (name not in candidates.claims or names_group(entry, name)):
-            choices.setdefault(name, ChosenGroup(candidates.inventory.groups[name], entry))
+            chosen = choices.setdefault(name, ChosenGroup(candidates.inventory.groups[name], entry))
+            if device:
+                choices[name] = chosen.replace(cdev_entries={**chosen.cdev_entries, device.address: entry})
         else:
             rest.append(entry)
     if rest:
         choices.update(choose_by_count(request, rest, set(choices), candidates))
     return choices
+
+
+def find_cdev(entry: Device, candidates: Candidates) -> PciDevice | None:
+    """Return the device whose own node an entry has path and numbers of, None where they are the host's."""
+    address = candidates.cdevs.get((entry.major, entry.minor), "") if entry.is_cdev else ""
+    return candidates.inventory.devices.get(address)
 
 
 def names_group(entry: Device, name: str) -> bool:

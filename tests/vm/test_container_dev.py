@@ -18,7 +18,6 @@ from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
 
 MACHINE = "uses"
-KERNELS = ("6.1",)
 POINT = Path("/run/btrfs")
 MOUNTS_WITHOUT_DEV = [mount for mount in bundles.MOUNTS if not mount["destination"].startswith("/dev")]
 

@@ -22,7 +22,6 @@ from tests.vm import devices, guest
 from tests.vm.bundles import Containers
 
 MACHINE = "uses"
-KERNELS = ("6.1",)
 POINT = Path("/run/uses-mnt")
 
 

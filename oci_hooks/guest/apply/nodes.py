@@ -10,6 +10,7 @@ from oci_hooks.frozen import Frozen
 from oci_hooks.guest.apply import cgroup, container_dev
 from oci_hooks.guest.apply.node_paths import NodePath, resolve_node
 from oci_hooks.guest.plan import MAP_PATH
+from oci_hooks.linux import pci
 from oci_hooks.oci import IOMMUFD_NODE
 from oci_hooks.system import step
 
@@ -39,12 +40,22 @@ class Container(Frozen):
 
 def expose_nodes(root: Root, plan: Plan, container: Container, undo_log: UndoLog) -> tuple[cgroup.MadeNode, ...]:
     """Make the plan's nodes in the container and return them as the proof wants them. Raises StepError."""
-    node_paths = [(node, resolve_node(root, node)) for node in plan.nodes]
+    node_paths = [(node, resolve_node(root, node)) for node in list_possible_nodes(root, plan.nodes)]
     create_nodes(root, node_paths, plan, container, undo_log)
     return tuple(
         cgroup.MadeNode(node_path.path, *node_path.numbers, is_group=node.kind == "group")
         for node, node_path in node_paths
     )
+
+
+def list_possible_nodes(root: Root, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Return the nodes without those of groups, where devices' own are wanted and the kernel has no VFIO groups.
+
+    Without CONFIG_VFIO_GROUP (drivers/vfio/Makefile) there is neither the class nor /dev/vfio/vfio.
+    """
+    if not any(node.kind == "cdev" for node in nodes) or root.exists(pci.VFIO_CLASS):
+        return nodes
+    return tuple(node for node in nodes if node.kind in ("iommu", "cdev"))
 
 
 @step("create-nodes")
@@ -75,27 +86,37 @@ def ensure_nodes(
     dev: int, node_paths: list[tuple[Node, NodePath]], plan: Plan, container: Container, undo_log: UndoLog
 ) -> None:
     """Make every node that is not there as it should be. dev: descriptor of /dev. Raises StepError, OSError."""
+    prepare_directory(dev, plan, container, undo_log)
     for node, node_path in node_paths:
         directory = open_or_create(dev, node_path.directory, container, undo_log)
         try:
-            refuse_foreign_mount(dev, directory, node_path)
-            if node_path.directory == "vfio" and node.kind == "control" and not container_dev.is_guest_dev(directory):
-                for entry in plan.stale:
-                    remove_stale(dev, entry, container, undo_log)
-                if plan.map:
-                    write_map(directory, plan.map, container, undo_log)
+            refuse_foreign_mount(dev, directory, node_path.directory)
             ensure_node(directory, node, node_path, container, undo_log)
         finally:
             os.close(directory)
 
 
-def refuse_foreign_mount(dev: int, directory: int, node_path: NodePath) -> None:
+def prepare_directory(dev: int, plan: Plan, container: Container, undo_log: UndoLog) -> None:
+    """Make /dev/vfio, without stale nodes and with the map. Raises StepError, OSError."""
+    directory = open_or_create(dev, "vfio", container, undo_log)
+    try:
+        refuse_foreign_mount(dev, directory, "vfio")
+        if not container_dev.is_guest_dev(directory):
+            for entry in plan.stale:
+                remove_stale(dev, entry, container, undo_log)
+            if plan.map:
+                write_map(directory, plan.map, container, undo_log)
+    finally:
+        os.close(directory)
+
+
+def refuse_foreign_mount(dev: int, directory: int, path: str) -> None:
     """Raise StepError where nodes would come to lie in a directory of somebody else that is mounted in /dev."""
     # The guest's own /dev/vfio is made no node in, and has those that are needed.
     if container_dev.crosses_mount(dev, directory) and not container_dev.is_guest_dev(directory):
         problem = "is a directory of the guest that is mounted into the container, not private to it"
         hint = "remove this mount from config.json: the hook creates the nodes"
-        raise StepError("hostile-tree", f"/dev/{node_path.directory}", problem, hint)
+        raise StepError("hostile-tree", f"/dev/{path}", problem, hint)
 
 
 def open_or_create(dev: int, path: str, container: Container, undo_log: UndoLog) -> int:

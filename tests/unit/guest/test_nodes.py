@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -217,6 +218,25 @@ def test_resolve_node_noiommu_and_cdev(tree: Tree) -> None:
     }
     tree.undo()
     assert list(tree.list_all()) == ["dev"]
+
+
+def test_cdev_nodes_without_groups(tree: Tree) -> None:
+    """A kernel without VFIO_GROUP has no other nodes; map and stale nodes are seen to all the same."""
+    machine = tree.machine
+    machine.add(NIC, group="5")
+    machine.place(f"/sys/bus/pci/devices/{NIC}/vfio-dev/vfio3").mkdir(parents=True)
+    machine.write("/sys/class/vfio-dev/vfio3/dev", "510:3\n")
+    machine.write("/sys/class/misc/iommu/dev", "10:125\n")
+    shutil.rmtree(machine.place("/sys/class/vfio"))
+    put_node(tree.dev / "vfio/99", 244, 9)
+    wanted = [("control", ""), ("group", "5"), ("iommu", ""), ("cdev", NIC)]
+    stale = (Device("/dev/vfio/99", "c", 244, 9, -1, -1, -1),)
+    tree.expose(nodes=tuple(Node(kind, subject, 0o600, 0, 0) for kind, subject in wanted), stale=stale)
+    found = [path for path, at in tree.list_all().items() if not stat.S_ISDIR(at[0])]
+    assert sorted(found) == ["dev/iommu", "dev/vfio/devices.json", "dev/vfio/devices/vfio3"]
+    with pytest.raises(StepError) as caught:
+        tree.expose(nodes=(Node("group", "5", 0o600, 0, 0),))
+    assert caught.value.findings[0].code == "no-group-node"
 
 
 # Hostile trees -------------------------------------------------------------------------------------------------------

@@ -124,6 +124,15 @@ def test_make_plan_cdev_nodes_on_request(machine: Machine) -> None:
     ]
 
 
+def test_make_plan_listed_cdev_kept(machine: Machine) -> None:
+    """The entry with this guest's numbers is no stale node, and gives its node's owner."""
+    config = spec([entry("/dev/vfio/devices/vfio1", 243, 1, uid=5), entry("/dev/vfio/devices/vfio7", 240, 7)])
+    made = plan(machine, config, cdev_entries={NIC: config.devices[0]})
+    assert [device.path for device in made.stale] == ["/dev/vfio/devices/vfio7"]
+    assert [(node.kind, node.subject) for node in made.nodes][2:] == [("iommu", ""), ("cdev", NIC), ("cdev", OTHER)]
+    assert [node.uid for node in made.nodes if node.subject == NIC] == [5]
+
+
 def test_make_plan_map_entries(machine: Machine) -> None:
     made = plan(machine, spec(), host_addresses={NIC: "0000:3b:00.0"}, drivers_before={OTHER: "igb"})
     assert made.map == (

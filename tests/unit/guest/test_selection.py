@@ -242,6 +242,18 @@ def test_choose_listed_by_live_numbers(machine: Machine) -> None:
     assert (chosen.group.name, chosen.entry) == ("4", entry("12", 244, 0))
 
 
+def test_choose_listed_by_live_cdev_numbers(machine: Machine) -> None:
+    """A device's own node with this guest's numbers is that device, however many others are free."""
+    candidates = make_pool(machine, live={(244, 0): "10"}, cdevs={(243, 1): NIC})
+    node = entry("devices/vfio1", 243, 1)
+    (chosen,) = choose_groups(ask(entries=(node,)), candidates)
+    assert (chosen.group.name, chosen.cdev_entries) == ("4", {NIC: node})
+    # A group's path with the numbers of a device's node, or the other way round, is the host's.
+    refuse(ask(entries=(entry("12", 243, 1),)), candidates, "ambiguous")
+    taken = make_pool(machine, cdevs={(243, 1): NIC}, claims={"4": "other"}, used={DISK: ["busy"]})
+    assert names(choose_groups(ask(entries=(node,)), taken)) == ["10"]
+
+
 def test_choose_listed_host_group_name_ignored(machine: Machine) -> None:
     # /dev/vfio/4 with the host's numbers, while guest group 4 is another device: only one candidate is left to mean.
     candidates = make_pool(machine, live={(244, 0): "4"}, used={DISK: ["busy"], NIC: ["busy"]})

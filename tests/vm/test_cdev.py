@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices by their own nodes (iommufd): chosen, created, allowed, used; with VFIO groups and without."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import guest_calls
+from tests.support.guest_calls import ask
+from tests.vm import bundles, devices, guest
+from tests.vm.bundles import Containers
+
+MACHINE = "single"
+KERNELS = ("full", "no-group")
+CLASS = Path("/sys/class/vfio-dev")
+# include/uapi/linux/vfio.h and iommufd.h: VFIO_DEVICE_BIND_IOMMUFD, IOMMU_IOAS_ALLOC, VFIO_DEVICE_ATTACH_IOMMUFD_PT,
+# VFIO_DEVICE_DETACH_IOMMUFD_PT.
+USE = """
+import fcntl, os, struct
+(name,) = os.listdir("/dev/vfio/devices")
+iommu, device = os.open("/dev/iommu", os.O_RDWR), os.open("/dev/vfio/devices/" + name, os.O_RDWR)
+fcntl.ioctl(device, 0x3B76, bytearray(struct.pack("=IIiI", 16, 0, iommu, 0)))
+space = bytearray(struct.pack("=III", 12, 0, 0))
+fcntl.ioctl(iommu, 0x3B81, space)
+fcntl.ioctl(device, 0x3B77, bytearray(struct.pack("=III", 12, 0, struct.unpack("=III", space)[2])))
+fcntl.ioctl(device, 0x3B78, struct.pack("=II", 8, 0))
+print(name, *sorted(os.listdir("/dev/vfio")))
+"""
+USE_COMMAND = ("/usr/bin/python3", "-c", USE)
+HOOKS = bundles.guest_hooks("createRuntime", "poststop")
+
+
+def has_groups() -> bool:
+    """Return whether this kernel has VFIO groups."""
+    return Path("/sys/class/vfio").exists()
+
+
+def list_nodes(group: str) -> list[str]:
+    """Return the names that the container is to find below /dev/vfio."""
+    return sorted(["devices", "devices.json", *([group, "vfio"] if has_groups() else [])])
+
+
+@pytest.fixture
+def nic() -> str:
+    """Return the address of the NIC."""
+    return guest.find_device(devices.NIC_E1000E)
+
+
+def test_cdev_by_annotation(containers: Containers, nic: str) -> None:
+    done = containers.run(*USE_COMMAND, annotations=ask(f"{nic},cdev"), hooks=HOOKS)
+    assert done.code == 0, done.stderr
+    assert done.stdout.split()[1:] == list_nodes(guest.group_of(nic))
+    assert guest.driver_of(nic) == "e1000e"
+    assert guest_calls.list_claims() == []
+
+
+def test_cdev_listed_with_guest_numbers(containers: Containers, nic: str) -> None:
+    """linux.devices lists the node with this guest's numbers, and another group is free as well."""
+    guest.bind(nic, "vfio-pci")
+    (name,) = os.listdir(guest.PCI / nic / "vfio-dev")
+    major, minor = map(int, guest.read_attribute(CLASS / name / "dev").split(":"))
+    node = {"path": f"/dev/vfio/devices/{name}", "type": "c", "major": major, "minor": minor}
+    with guest_calls.settings("deadline = 60", "[auto]", "never = []"):
+        done = containers.run(*USE_COMMAND, devices=[node], hooks=HOOKS)
+    assert done.code == 0, done.stderr
+    assert done.stdout.split() == [name, *list_nodes(guest.group_of(nic))]
+    assert guest.driver_of(nic) == "vfio-pci"
+    assert guest_calls.list_claims() == []
