@@ -21,9 +21,6 @@ from tests.progress import PROGRESS
 from tests.provision import DEPMOD, REPOSITORY, Kernel, MissingError, find_cache, locked, make_partial, make_stamp, run
 
 FRAGMENTS = REPOSITORY / "tests/vm/kernels"
-# What files of tests boot that ask for no kernel by name.
-FAST_KERNEL = "full"
-
 # Debian's source package, and the release that has it. The same version for everybody, as long as the mirror has it.
 SOURCE_SUITE = "trixie"
 SOURCE_PACKAGE = "linux-source-6.12"
@@ -76,6 +73,16 @@ def ensure_kernel(name: str) -> Kernel:
                 build_kernels(place)
     (image,) = (place / name).glob("boot/vmlinuz-*")
     return Kernel(name, image.name.split("-", 1)[1], image)
+
+
+def are_built() -> bool:
+    """Return whether our own kernels are in the cache. Nobody's test run compiles them: tests/vm/kernel does."""
+    return find_own_kernels().exists()
+
+
+def find_fast_kernel() -> str:
+    """Return what files of tests boot that ask for no kernel by name: our own where it was built, else Debian's."""
+    return "full" if are_built() else provision.DEFAULT_KERNEL
 
 
 def find_own_kernels() -> Path:

@@ -196,7 +196,7 @@ def test_read_wishes_machine_and_kernels(tmp_path: Path) -> None:
     """Read, not imported: outside the machine an import might fail."""
     file = tmp_path / "test_x.py"
     file.write_text('import nothing_there\nMACHINE = "single"\n')
-    assert runner.read_wishes(file) == ("single", (kernels.FAST_KERNEL,))
+    assert runner.read_wishes(file) == ("single", (kernels.find_fast_kernel(),))
     file.write_text('MACHINE = "many"\nKERNELS = ("6.1", "6.12")\n')
     assert runner.read_wishes(file) == ("many", ("6.1", "6.12"))
 
@@ -224,7 +224,7 @@ def test_runner_groups_files_by_machine(tmp_path: Path) -> None:
     second = make_file(tmp_path, "test_second.py", "standard", "6.1")
     assert runner.plan_boots([single, first, second]) == [
         Boot("standard", "6.1", (first, second)),
-        Boot("single", kernels.FAST_KERNEL, (single,)),
+        Boot("single", kernels.find_fast_kernel(), (single,)),
         Boot("standard", "6.12", (first,)),
     ]
 

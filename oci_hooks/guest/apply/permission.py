@@ -6,8 +6,8 @@ ancestor of version 2 ever is; one of version 1 only when asked for, because the
 lacks.
 
 The caller's order: `cgroup.find_cgroup`, `proof.verify_nodes`; if the cgroup denies a node `plan_grant`, `allow`,
-`verify_nodes` again; if it is still denied `disallow`, and raise what `explain_denial` returns. guest/permits.py does it
-for all claims together.
+`verify_nodes` again; if it is still denied `disallow`, and raise what `explain_denial` returns. guest/permits.py does
+it for all claims together.
 """
 
 from __future__ import annotations
