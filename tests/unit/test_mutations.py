@@ -126,6 +126,27 @@ MUTATIONS = [
         "guest/test_selection.py",
     ),
     (
+        "cdev entries by their numbers",
+        "guest/selection",
+        'if entry.is_cdev else ""',
+        'if False else ""',
+        "guest/test_selection.py -k cdev",
+    ),
+    (
+        "a listed cdev is no stale node",
+        "guest/plan",
+        " and entry not in right",
+        "",
+        "guest/test_plan.py -k cdev",
+    ),
+    (
+        "no nodes of groups on a kernel without them",
+        "guest/apply/nodes",
+        "or root.exists(pci.VFIO_CLASS)",
+        "or True",
+        "guest/test_nodes.py -k cdev",
+    ),
+    (
         "owner of an id",
         "guest/ownership",
         "(claim.pid, claim.start) != (owner.pid, owner.start)",
