@@ -58,3 +58,24 @@ def test_another_fragment_is_another_place(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "full.config").write_text("CONFIG_A=y\n")
     monkeypatch.setattr(kernels, "FRAGMENTS", tmp_path)
     assert kernels.find_own_kernels() != before
+
+
+def test_kernels_are_built_together_and_their_source_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unpack(directory: Path) -> Path:
+        (directory / "tree").mkdir(parents=True)
+        return directory / "tree"
+
+    def compile_one(_tree: Path, name: str, place: Path) -> None:
+        (place / "boot").mkdir(parents=True)
+        (place / f"boot/vmlinuz-6.12.0-{name}").touch()
+
+    place = tmp_path / "kernels-own-1"
+    monkeypatch.setattr(kernels, "find_own_kernels", lambda: place)
+    monkeypatch.setattr(provision, "ensure_packages", lambda _: None)
+    monkeypatch.setattr(kernels, "unpack_source", unpack)
+    monkeypatch.setattr(kernels, "configure", lambda *_: None)
+    monkeypatch.setattr(kernels, "compile_kernel", compile_one)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in kernels.OWN_KERNELS:
+        assert kernels.ensure_kernel(name).release == f"6.12.0-{name}"
+    assert sorted(path.name for path in place.iterdir()) == sorted(kernels.OWN_KERNELS)
