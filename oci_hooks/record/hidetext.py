@@ -114,7 +114,7 @@ def hide_word(word: str) -> str:
 
 
 def mask(character: str) -> str:
-    """Return a substitute of as many bytes; control characters, and bytes that are not UTF-8, are kept."""
+    """Return a substitute of as many bytes; a control character is kept, a byte that is not UTF-8 stays invalid."""
     if character < " ":
         return character
     if "\udc80" <= character <= "\udcff":
