@@ -170,7 +170,7 @@ MUTATIONS = [
     (
         "mounts",
         "guest/apply/nodes",
-        "            refuse_foreign_mount(dev, directory, node_path)",
+        "            refuse_foreign_mount(dev, directory, node_path.directory)",
         "",
         "guest/test_container_dev.py -k mounted",
     ),
