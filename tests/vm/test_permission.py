@@ -26,7 +26,7 @@ from oci_hooks.system import Deadline, Root
 from tests.vm import devices, guest
 
 MACHINE = "standard"
-KERNELS = ("6.1", "full")
+KERNELS = ("6.1", "6.12")
 
 ROOT = Root()
 UNIFIED = Path("/sys/fs/cgroup")
