@@ -155,3 +155,13 @@ def test_no_module_is_long() -> None:
     }
     print(max(lengths.items(), key=lambda item: item[1]))
     assert {name: lines for name, lines in lengths.items() if lines > 350} == {}
+
+
+def test_no_test_is_long() -> None:
+    long = []
+    for path in (PACKAGE.parent / "tests").rglob("test_*.py"):
+        text = path.read_text()
+        long += [path.name] if len(text.splitlines()) > 600 else []
+        tests = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
+        long += [node.name for node in tests if node.name[:5] == "test_" and (node.end_lineno or 0) - node.lineno >= 60]
+    assert long == []
