@@ -32,7 +32,7 @@ CARRIED_OUT = {
     "probe": "write .*/drivers_probe b'{subject}'",
     "remove": "unlink '{name}'",
     "create": "mknod '{name}'",
-    "mount": "call 'syscall' 429 ",
+    "mount": "call_libc 'syscall' 429 ",
     "write": "write .*/devices.json ",
     "allow": "replace_program ",
 }

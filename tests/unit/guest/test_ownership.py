@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,10 @@ def take_stock(machine: Machine) -> dict[str, str]:
 
 def replace(machine: Machine, ids: str = "1b36:0010", override: str = "vfio-pci") -> None:
     """Take the network card out, and put another device into its slot; it may look bound by the hook."""
-    shutil.rmtree(os.path.realpath(machine.place(DEVICE)))
+    # It stays elsewhere, so that its inode number is not given out again: file systems do that, sysfs does not.
+    machine.write("/unplugged/x")
+    os.rename(os.path.realpath(machine.place(DEVICE)), machine.place(f"/unplugged/{time.monotonic_ns()}"))
     machine.place(DEVICE).unlink()
-    # So that the number is not given again: file systems do, sysfs does not.
-    for name in range(9):
-        machine.write(f"/sys/devices/pci0000:01/filler{name}")
     class_code = "020000" if ids == "8086:10d3" else "010802"
     machine.add(NIC, ids=ids, class_code=class_code, driver="e1000e", group="4")
     machine.write(f"{DEVICE}/driver_override", f"{override}\n")

@@ -243,7 +243,8 @@ def test_a_selected_group_that_cannot_be_passed_is_an_error_and_the_others_are_w
     before = bench.file.stat()
     code, err = bench.write(f"--select={what}")
     assert code == 1 and "error: [cdi-empty] host" in err
-    assert bench.file.stat() == before
+    now = bench.file.stat()
+    assert (now.st_ino, now.st_mtime_ns, now.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
 
 
 def test_a_host_without_iommu_keeps_the_file_that_it_has(
@@ -265,7 +266,8 @@ def test_a_file_of_somebody_else_is_replaced_only_with_force(bench: Bench, text:
     code, err = bench.write()
     assert code == 1
     assert "error: [output] /run/cdi/vfio.json" in err and "--force" in err
-    assert bench.file.stat() == before
+    now = bench.file.stat()
+    assert (now.st_ino, now.st_mtime_ns, now.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
     assert bench.write("--force")[0] == 0
     assert names(json.loads(bench.file.read_text()))
 
