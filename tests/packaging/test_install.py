@@ -100,7 +100,7 @@ def test_debs_without_recommended_packages(bare: MakeRoot, name: str) -> None:
         assert "line 1: dead_line: unknown key; " in bound.run(hook, text=state, code=2).stderr
     output = bound.run("vfio-hook-replay", "explain", code=2).stderr
     assert output.startswith("vfio-hook-replay: ")
-    assert output.endswith("apt install python3-jsonschema\n")
+    assert output.endswith("(apt install python3-jsonschema)\n")
     root.run("apt-get", "purge", "-y", "python3-oci-vfio-hooks", *PACKAGES)
 
 

@@ -163,7 +163,7 @@ def test_host_check_wrong_numbers(nic: str, tmp_path: Path) -> None:
     done = plain(tmp_path)
     assert done.code == 1
     assert "error: [node-mismatch]" in done.stderr
-    assert "which is the device null" in done.stderr
+    assert "which is null" in done.stderr
 
 
 # Who holds it --------------------------------------------------------------------------------------------------------
