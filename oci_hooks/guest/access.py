@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give a container access to its nodes: see whether they open in it, allow what its cgroup denies, see again."""
+"""Give a container access to its nodes: verify that they open in it, allow what its cgroup denies, verify again."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bind and release: the steps that need the claims, in their order.
+"""Bind and release devices for a container: the steps that need the claims, in order.
 
 The machine-wide lock is held while it is decided who gets what, and while stale claims are put back; not while devices
 are bound. From then on the container's own journal is locked, until the hook ends in whatever way.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who has which group: one journal a container below /run/oci-vfio-hooks, locked across processes.
+"""Claims: which container has which group, in one undo log each below /run/oci-vfio-hooks, locked across processes.
 
 A claim names its owner: the container by id and bundle, its init by pid and start time, and its cgroups. So it is known
 when the container has ended, which not every runtime reports by poststop, and whose poststop it is that comes: ids are

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dry run prints: the plan of the hook, or what a release would put back."""
+"""Print what a dry run would do: the plan of the hook, or what a release would restore."""
 
 from __future__ import annotations
 

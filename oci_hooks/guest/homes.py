@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A container's own cgroups, as its claim notes them, and whether a process is left in them.
+"""Find a container's own cgroups, as its claim records them, and check whether a process is left in them.
 
 A container may outlive its init: in a shared pid namespace (a Kubernetes pod with shareProcessNamespace, `--pid host`)
 the kernel does not kill the other processes with it.

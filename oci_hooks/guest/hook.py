@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest hook: from an OCI state to VFIO groups that are open to one container, and back.
+"""The guest hook: open the VFIO groups that an OCI state asks for to one container, and release them.
 
 The way of the data: state, spec, request, picture, plan, apply, proof. Reading and planning
 change nothing; binding.py has the plan carried out, and what is over put back.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""User and group ids inside and outside the user namespace of a container (user_namespaces(7))."""
+"""Map user and group ids between the inside and the outside of a user namespace (user_namespaces(7))."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks of files, waited for until a deadline."""
+"""Lock files, and wait for a lock until a deadline."""
 
 from __future__ import annotations
 

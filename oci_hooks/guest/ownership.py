@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose a claim is: which claims are over, which groups others have, and whose poststop it is that comes."""
+"""Decide who owns a claim: which claims are over, who has a group, and which container a poststop belongs to."""
 
 from __future__ import annotations
 

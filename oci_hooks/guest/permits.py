@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The permissions of all claims together: none is taken back with another's, and no device number is two containers'.
+"""Manage the permissions of all claims: revoke only a container's own, and let no two share a device number.
 
 Permission is a matter of device numbers, and of cgroups that containers have in common:
 

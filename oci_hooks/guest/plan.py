@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From groups to what has to be done, as data: printed by --dry-run, compared by replay, carried out by apply. Pure."""
+"""Plan the steps from the chosen groups, as data: for --dry-run, replay and apply. Pure."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put back what killed hooks, ended containers and a failed run left: undo, then remove the claim."""
+"""Restore what killed hooks, ended containers and a failed run left behind, then remove the claim."""
 
 from __future__ import annotations
 
@@ -88,5 +88,5 @@ def take_back(session: Session, undo_log: UndoLog) -> list[Finding]:
 
 
 def is_unfinished(findings: list[Finding]) -> bool:
-    """Tell whether something is left to put back that can be put back later."""
+    """Return whether something is left to put back that can be put back later."""
     return any(finding.code in drivers.UNFINISHED for finding in findings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What VFIO a container asks its guest for: the annotation, the predecessor's map, linux.devices. Pure."""
+"""Read which VFIO devices a container asks for: annotation, predecessor's map, linux.devices. Pure."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def read_hints(spec: oci.Spec) -> tuple[str, ...]:
 
 
 def matches(selector: Selector, device: PciDevice) -> bool:
-    """Tell whether a selector means this device."""
+    """Return whether a selector means this device."""
     if selector.kind == "address":
         return device.address == selector.value
     if selector.kind == "id":
@@ -205,7 +205,7 @@ def matches(selector: Selector, device: PciDevice) -> bool:
 
 
 def matches_path(wanted: str, path: str) -> bool:
-    """Tell whether a device's path in sysfs is the guest PCI path: the slots from the root bus to it.
+    """Return whether a device's path in sysfs is the guest PCI path: the slots from the root bus to it.
 
     wanted: `[dddd:[bb:]]ss.f/ss.f`. Without a root complex any will do, as Kata's paths of one root complex leave it
     out; path: e.g. /sys/devices/pci0000:00/0000:00:02.0/0000:01:00.0.

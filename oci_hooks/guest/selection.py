@@ -188,7 +188,7 @@ def find_cdev(entry: Device, candidates: Candidates) -> PciDevice | None:
 
 
 def names_group(entry: Device, name: str) -> bool:
-    """Tell whether an entry has the path of a group's node, which has a number of its own without an IOMMU."""
+    """Return whether an entry has the path of a group's node, which has a number of its own without an IOMMU."""
     node = entry.path.rpartition("/")[2]
     return node == name or (node.startswith(NOIOMMU_PREFIX) and name.startswith(NOIOMMU_GROUP))
 
@@ -245,7 +245,7 @@ def find_candidates(candidates: Candidates) -> list[IommuGroup]:
 
 
 def is_candidate(group: IommuGroup, candidates: Candidates) -> bool:
-    """Tell whether a group has an endpoint, and none that is on the never-list or in use."""
+    """Return whether a group has an endpoint, and none that is on the never-list or in use."""
     return bool(group.endpoints) and not any(
         is_on_never_list(device, candidates) or not is_auto_allowed(device, candidates) or candidates.uses(device)
         for device in group.endpoints
@@ -253,7 +253,7 @@ def is_candidate(group: IommuGroup, candidates: Candidates) -> bool:
 
 
 def is_auto_allowed(device: PciDevice, candidates: Candidates) -> bool:
-    """Tell whether guest.toml lets `auto` and counting take this kind of device."""
+    """Return whether guest.toml lets `auto` and counting take this kind of device."""
     if not candidates.auto_ids and not candidates.auto_classes:
         return True
     return device.id.startswith(candidates.auto_ids or ("-",)) or device.class_code.startswith(
@@ -262,7 +262,7 @@ def is_auto_allowed(device: PciDevice, candidates: Candidates) -> bool:
 
 
 def is_on_never_list(device: PciDevice, candidates: Candidates) -> bool:
-    """Tell whether a device is on the never-list: `id:vvvv[:dddd]`, `class:cc[cccc]`, `root:cccc` for a root bus."""
+    """Return whether a device is on the never-list: `id:vvvv[:dddd]`, `class:cc[cccc]`, `root:cccc` for a root bus."""
     for rule in candidates.never:
         kind, _, prefix = rule.partition(":")
         if kind == "id" and device.id.startswith(prefix):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one run of the guest hook works with."""
+"""The state of one run of the guest hook."""
 
 from __future__ import annotations
 

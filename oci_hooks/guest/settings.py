@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guest.toml may say, and what holds where it says nothing."""
+"""Settings of the guest hook (guest.toml) and their defaults."""
 
 from __future__ import annotations
 
@@ -84,22 +84,22 @@ def make_guest_settings(table: Table) -> GuestSettings:
 
 
 def is_address(text: str) -> bool:
-    """Tell whether a text is a BDF as sysfs writes it, or with a longer domain."""
+    """Return whether a text is a BDF as sysfs writes it, or with a longer domain."""
     return text.count(":") == 2 and text == text.strip().lower() and bool(normalize_address(text))
 
 
 def is_id(text: str) -> bool:
-    """Tell whether a text is VENDOR or VENDOR:DEVICE."""
+    """Return whether a text is VENDOR or VENDOR:DEVICE."""
     words = text.split(":")
     return len(words) <= 2 and is_hex_list(words, (4, 4)[: len(words)])
 
 
 def is_class(text: str) -> bool:
-    """Tell whether a text is a class code of one, two or three bytes."""
+    """Return whether a text is a class code of one, two or three bytes."""
     return len(text) in (2, 4, 6) and HEX.issuperset(text)
 
 
 def is_kind(text: str) -> bool:
-    """Tell whether a text names devices of a kind, for `auto.never`."""
+    """Return whether a text names devices of a kind, for `auto.never`."""
     kind, _, value = text.partition(":")
     return is_id(value) if kind == "id" else kind in ("class", "root") and is_class(value)

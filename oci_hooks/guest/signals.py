@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals: those that a runtime leaves behind, and those that tell the hook to end.
+"""Handle signals: reset what the runtime left behind, and end the hook on the signals that stop it.
 
 Loaded only where there is something to bind or to put back.
 """

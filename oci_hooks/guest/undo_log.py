@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal: what has to be put back, written before it is changed.
+"""The undo log: how to restore each thing, written before that thing is changed.
 
 One file a container, one line an entry, words parted by tabs and percent-escaped: it can be read with cat, costs no
 import, and a line torn by a kill is a step that was never begun. `done` ends the journal of a hook that succeeded.
@@ -147,7 +147,7 @@ def parse_undo_log(data: bytes) -> list[Entry]:
 
 
 def has_numbers(entry: Entry) -> bool:
-    """Tell whether those words of an entry are numbers that have to be."""
+    """Return whether those words of an entry are numbers that have to be."""
     numbers = [word for name, word in zip(KINDS[entry.kind], entry.words) if name in NUMBERS]
     return all(word.isascii() and word.isdigit() and len(word) <= DIGITS for word in numbers)
 

@@ -188,7 +188,7 @@ def add_route(body: bytes, found: NetworkUse) -> None:
 
 
 def is_automatic(kind: int, length: int, destination: bytes) -> bool:
-    """Tell whether an IPv6 route is one that comes with a link: to fe80::/10, multicast, an own or anycast address."""
+    """Return whether an IPv6 route is one that comes with a link: to fe80::/10, multicast, an own or anycast address."""
     link = destination[:1] == b"\xfe" and destination[1:2] >= b"\x80" and destination[1:2] < b"\xc0"
     return link or destination[:1] == b"\xff" or kind == RTN_ANYCAST or (kind == RTN_LOCAL and length == 128)
 

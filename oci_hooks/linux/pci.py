@@ -225,7 +225,7 @@ def resolve_noiommu_groups(
 
 
 def is_viable_member(device: PciDevice) -> bool:
-    """Tell whether a member leaves its group viable: no driver, a vfio driver, a harmless one, or a bridge."""
+    """Return whether a member leaves its group viable: no driver, a vfio driver, a harmless one, or a bridge."""
     return not device.driver or device.owned_by_vfio or device.driver in HARMLESS_DRIVERS or device.is_bridge
 
 
@@ -246,7 +246,7 @@ def normalize_address(text: str) -> str:
 
 
 def is_hex_list(words: list[str], lengths: tuple[int, ...]) -> bool:
-    """Tell whether the words are hexadecimal numbers of exactly these lengths."""
+    """Return whether the words are hexadecimal numbers of exactly these lengths."""
     return len(words) == len(lengths) and all(
         len(word) == length and HEX.issuperset(word) for word, length in zip(words, lengths)
     )

@@ -149,7 +149,7 @@ def classify_pci(root: Root, device: PciDevice) -> str:
 
 
 def is_variant_driver(root: Root, driver: str) -> bool:
-    """Tell whether a PCI driver is one of vfio's variants: its module builds on vfio_pci_core."""
+    """Return whether a PCI driver is one of vfio's variants: its module builds on vfio_pci_core."""
     if not driver:
         return False
     module = root.read_link_name(f"{PCI_DRIVERS}/{driver}/module")

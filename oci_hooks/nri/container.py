@@ -55,7 +55,7 @@ def check(run: Run, pod: dict[str, Any], container: dict[str, Any], seconds: flo
 
 
 def is_vfio_path(path: str) -> bool:
-    """Tell whether a path means a VFIO group or device, however it is written; the control node asks for nothing."""
+    """Return whether a path means a VFIO group or device, however it is written; the control node asks for nothing."""
     shortest = oci.normalize_device_path(path) if path.startswith("/") else ""
     return shortest.startswith(oci.GROUP_PREFIX) and shortest != oci.CONTROL_NODE
 
@@ -112,7 +112,7 @@ def find_runtime(root: Root, state: State, spec: Spec, mode: str) -> Runtime:
 
 
 def is_kata_handler(root: Root, name: str) -> bool:
-    """Tell whether a runtime handler is one of Kata's, whatever it is called, as the engine's configuration says."""
+    """Return whether a runtime handler is one of Kata's, whatever it is called, as the engine's configuration says."""
     from oci_hooks.host.kata.handlers import list_kata_handlers
 
     return bool(name) and any(handler.name == name for handler in list_kata_handlers(root))

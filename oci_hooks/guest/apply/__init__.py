@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only folder that changes the machine, each change noted in the undo log first."""
+"""Change the machine. Each change is in the undo log first; no other folder makes any."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device programs as instructions: a permission in front of a program, and the program without it again. Pure.
+"""Device programs as instructions: add a permission in front of a program, and remove it again. Pure.
 
 The prefix says yes to exactly the wanted nodes and leaves every other question to what follows. It bears a mark and
 says how long it is: any later process, also one that runs after this one was killed, can find it and cut it off.

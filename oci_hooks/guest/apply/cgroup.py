@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cgroups: where a process's permission to open device nodes is decided.
+"""Find the cgroups that decide whether a process may open device nodes.
 
 Both hierarchies may be there at once, and the kernel asks both (kernel: devcgroup_check_permission). Version 2 asks BPF
 programs (device_filter.py), version 1 has a list for each cgroup (device_list.py). proof.py opens nodes from inside a
@@ -175,7 +175,7 @@ def list_scope_ancestors(unified: str) -> tuple[str, ...]:
 
 
 def has_only_child(root: Root, path: str, child: str) -> bool:
-    """Tell whether a cgroup has no process of its own and no other child than this."""
+    """Return whether a cgroup has no process of its own and no other child than this."""
     children = [name for name in root.list_names(path) if root.exists(f"{path}/{name}/cgroup.procs")]
     return root.read_text_or(f"{path}/cgroup.procs", "unknown") == "" and children == [child.rpartition("/")[2]]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes for what may block for ever, or can't be undone in one's own process.
+"""Run in a child process what may block for ever, or cannot be undone in the hook's own process.
 
 A child that hangs in the kernel outlives even SIGKILL: it must hold nothing that anybody waits for, and nobody waits
 for it.
@@ -78,7 +78,7 @@ def end_child(child: Child, seconds: float) -> None:
 
 
 def has_ended(child: Child, seconds: float) -> bool:
-    """Tell whether a child has closed its end of the pipe within some seconds: it is gone, or about to be."""
+    """Return whether a child has closed its end of the pipe within some seconds: it is gone, or about to be."""
     import select
 
     poller = select.poll()
@@ -97,7 +97,7 @@ def reap(pid: int) -> None:
 
 
 def is_open(fd: int) -> bool:
-    """Tell whether a descriptor is open."""
+    """Return whether a descriptor is open."""
     try:
         os.fstat(fd)
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The container's /dev, reached without trusting a name in it.
+"""Access the container's /dev without trusting any name in it.
 
 The tree below the root file system is the image's. It is descended component by component with descriptors that follow
 no link, and nodes are made relative to them (CVE-2025-23267 and CVE-2024-0132 are what becomes of hooks that do not).
@@ -50,7 +50,7 @@ def open_rootfs(pid: int, rootfs: str) -> int:
 
 
 def is_same_directory(one: os.stat_result, other: os.stat_result) -> bool:
-    """Tell whether two stats are of one directory."""
+    """Return whether two stats are of one directory."""
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
@@ -138,12 +138,12 @@ def inspect_node(directory: int, name: str) -> ExistingEntry | None:
 
 
 def is_guest_dev(directory: int) -> bool:
-    """Tell whether a directory lies on the guest's own /dev (a bind mount of it), whose nodes are not ours to make."""
+    """Return whether a directory lies on the guest's own /dev (a bind mount of it), whose nodes are not ours to make."""
     return os.fstat(directory).st_dev == os.stat("/dev").st_dev
 
 
 def is_foreign_mount(dev: int, pid: int, rootfs: str) -> bool:
-    """Tell whether a container's /dev is a directory of this machine that is mounted there.
+    """Return whether a container's /dev is a directory of this machine that is mounted there.
 
     What is made in one outlives the container, and can't be found again when the container's mounts are gone. A file
     system of the container's own ends with it; a directory of its root file system is found by the same path.
@@ -177,7 +177,7 @@ def find_file_system(fd: int, pid: int) -> str:
 
 
 def crosses_mount(parent: int, directory: int) -> bool:
-    """Tell whether a directory below another one is a mount, so that it leads elsewhere. Raises OSError."""
+    """Return whether a directory below another one is a mount, so that it leads elsewhere. Raises OSError."""
     return read_mount_id(parent) != read_mount_id(directory)
 
 

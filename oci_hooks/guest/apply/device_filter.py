@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device filters of cgroup version 2: change the programs of a cgroup, and find those above it."""
+"""Change the device filters of a cgroup (version 2), and find those of its ancestors."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device lists of cgroup version 1 (Documentation/admin-guide/cgroup-v1/devices.rst): read, add a node, take it out.
+"""Device lists of cgroup version 1 (Documentation/admin-guide/cgroup-v1/devices.rst): read, allow, deny.
 
 A cgroup is in one of two states (kernel: security/device_cgroup.c): it denies all but what it lists, or it permits all
 but what it does not show, and lists "a *:* rwm". A write to devices.allow or devices.deny changes one entry, that of

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carry a plan out and put it back: what changes the machine is called from here; permits.py revokes permission.
+"""Bind devices to vfio-pci, and restore their drivers from the undo log.
 
 Before each change, what undoes it goes to the journal. Undoing reads nothing but the journal, so that it is the same
 after a failure, at poststop, and in the next hook after a kill. Every undo may be done twice.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""End a container's init, so that nothing runs without the devices it was promised."""
+"""Kill a container's init, so that no container runs without the devices it was promised."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Have the kernel's VFIO drivers there: built in, loaded, or loaded now; else say what the kernel lacks."""
+"""Load the kernel's VFIO drivers unless they are there, or report which kernel options are missing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mounts in another mount namespace. Loaded only for containers with a user namespace.
+"""Mount file systems in another mount namespace. Loaded only for containers with a user namespace.
 
 A file system is made detached (fsopen(2), fsmount(2), Linux 5.2) and attached by a child that enters the namespace
 (setns(2)): Python has setns only from 3.12 and the others not at all, hence ctypes. The numbers of the new mount calls

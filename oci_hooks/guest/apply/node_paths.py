@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a group's or device's node belongs in a container's /dev, and its device numbers."""
+"""Resolve where a group's or device's node belongs in a container's /dev, and its device number."""
 
 from __future__ import annotations
 

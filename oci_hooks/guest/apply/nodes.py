@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nodes in the container's /dev: made, mounted where a user namespace wants that, and taken away again."""
+"""Create and remove the nodes in the container's /dev; mount them where a user namespace requires that."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def mount_nodes(
 
 
 def has_node(directory: int, node_path: NodePath) -> bool:
-    """Tell whether a node is in a directory, with the right numbers."""
+    """Return whether a node is in a directory, with the right numbers."""
     found = container_dev.inspect_node(directory, node_path.name)
     return found is not None and found.kind == "char" and (found.major, found.minor) == node_path.numbers
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Permission to open device nodes from inside a container's cgroup: plan it, give it, take it back, explain its lack.
+"""Allow device nodes in a container's cgroup: plan, allow, disallow, and explain a denial.
 
 What is widened is the container's own cgroup, with version 2 also the systemd scope that holds nothing but it. No other
 ancestor of version 2 ever is; one of version 1 only when asked for, because there a child can't get what its parent

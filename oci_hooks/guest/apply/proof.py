@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof that counts: a process in a container's cgroup opens the nodes, and asks a group whether it is viable."""
+"""Verify, from a process in the container's cgroup, that its nodes open and its groups are viable."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def verify_node(directory: int, node: MadeNode, flags: int = os.O_RDWR) -> tuple
 
 
 def is_device(status: os.stat_result, node: MadeNode) -> bool:
-    """Tell whether this is the character device that the node is meant to be."""
+    """Return whether this is the character device that the node is meant to be."""
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(node.major, node.minor)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes to sysfs that may block for ever, done in a child process under a deadline.
+"""Write to sysfs in a child process under a deadline, because such a write may block for ever.
 
 A driver's remove() can hang, and a blocked write can't be called off from its own process (driverctl, dpdk-devbind and
 libvirt hang with it). In the child each device has a thread of its own, so that devices are bound side by side: much of
