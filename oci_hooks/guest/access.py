@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def preload_later_steps() -> None:
-    """Import what making and permitting nodes needs; ctypes, for bpf(2), is the dearest import of a whole run."""
+    """Import what creating and allowing nodes needs; ctypes, for bpf(2), is the slowest import of the run."""
     import ctypes  # noqa: F401
 
     from oci_hooks.guest import permits  # noqa: F401

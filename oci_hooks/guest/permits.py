@@ -3,13 +3,13 @@
 
 Permission is a matter of device numbers, and of cgroups that containers have in common:
 
-* The kernel gives a number out anew when its device is gone. A container that was permitted it, and still has a node of
-  it, would open the next one's device. So what is dead is revoked before devices are bound (`revoke_stale_numbers`),
+* The kernel reuses the number of a device that is gone. A container that was allowed this number, and still has a node
+  with it, could open the next device. So what is dead is revoked before devices are bound (`revoke_stale_numbers`),
   and what the kernel gave out for this container all the same, from whoever had it, right after (`claim_numbers`).
 * A parent that was widened, with version 1, stays so until no claim needs it.
 
-All of this is done with the machine-wide lock held: cgroups' rules are read, changed and written back, and nobody else
-does so meanwhile. What is permitted is noted in the claim before, what is revoked from a claim after it is done.
+The hook holds the machine-wide lock for all of this: it reads, changes and writes back the cgroups' rules, and no other
+hook may do so meanwhile. A permission is in the claim before it is given; a revocation is, after it was made.
 """
 
 from __future__ import annotations

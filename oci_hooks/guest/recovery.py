@@ -23,7 +23,7 @@ UNDO_SECONDS = 1.5
 def repair_claims(session: Session, claims: list[Claim], lock: int) -> list[Claim]:
     """Put back what killed hooks and ended containers left, and return the claims that hold.
 
-    One that could not be put back holds too: its devices are not to be had.
+    A claim that could not be undone holds too: nobody else gets its devices.
     """
     held = []
     for claim in claims:

@@ -85,7 +85,7 @@ class UndoLog:
         self.size = size
 
     def add(self, kind: str, *words: object) -> None:
-        """Append one entry, in a single write. Raises OSError, StepError: what is not noted whole must not be done."""
+        """Append one entry, in a single write. Raises OSError, StepError: no step may follow an incomplete entry."""
         self.write(format_entry(kind, *words))
 
     def write(self, line: bytes) -> None:

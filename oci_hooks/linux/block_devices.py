@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block devices that are made of others: volumes, arrays, loop devices. Reading only.
+"""Find the block devices that are built on others: volumes, arrays, loop devices. Reads only.
 
 Sources: Documentation/ABI (sysfs-block, sysfs-block-dm, sysfs-block-loop), loop(4).
 """

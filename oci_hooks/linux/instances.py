@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device is at an address: that is a place, and another device may be plugged in there by now.
+"""Identify a device across hot plug: an address is a place, and another device may be there now.
 
 A device is known by the inode number of its directory in sysfs. The kernel makes a new directory for a device that is
 plugged in, and gives no number twice (fs/kernfs/dir.c, __kernfs_new_node: in turn, with a generation). Vendor, device

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mounts that a process sees. Source: proc(5), /proc/<pid>/mountinfo."""
+"""Read the mounts of a process. Source: proc(5), /proc/<pid>/mountinfo."""
 
 from __future__ import annotations
 

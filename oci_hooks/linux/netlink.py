@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The addresses and routes of this network namespace, by rtnetlink. Reading only.
+"""Read the addresses and routes of this network namespace by rtnetlink.
 
 The files in /proc/net show one routing table of IPv4, and ioctls show an address only under its own label. A dump shows
 all of them. Sources: netlink(7), rtnetlink(7); include/uapi/linux/netlink.h, rtnetlink.h, if_addr.h, nexthop.h.
@@ -188,7 +188,7 @@ def add_route(body: bytes, found: NetworkUse) -> None:
 
 
 def is_automatic(kind: int, length: int, destination: bytes) -> bool:
-    """Return whether an IPv6 route is one that comes with a link: to fe80::/10, multicast, an own or anycast address."""
+    """Return whether an IPv6 route comes with a link: to fe80::/10, multicast, an own or anycast address."""
     link = destination[:1] == b"\xfe" and destination[1:2] >= b"\x80" and destination[1:2] < b"\xc0"
     return link or destination[:1] == b"\xff" or kind == RTN_ANYCAST or (kind == RTN_LOCAL and length == 128)
 

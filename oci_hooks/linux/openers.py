@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device nodes that the kernel has below a PCI function, and who has them open or mapped. Reading only.
+"""Find the device nodes below a PCI function, and the processes that have them open or mapped. Reads only.
 
 Which nodes there are is the kernel's answer (/sys/dev, Documentation/ABI/testing/sysfs-dev), not a list of classes: a
 class that nobody thought of is in use like any other as soon as a process has its node open. Processes: proc(5).

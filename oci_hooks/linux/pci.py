@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PCI devices and IOMMU groups as sysfs shows them. Reading only.
+"""Read PCI devices and IOMMU groups from sysfs.
 
 Sources: Documentation/ABI/testing/sysfs-bus-pci, sysfs-kernel-iommu_groups, sysfs-devices-vfio-dev of the kernel.
 A BDF is written `dddd:bb:ss.f`, in lower case hexadecimal, as sysfs names it.

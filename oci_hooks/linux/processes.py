@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes: who holds a VFIO node, whose child is whose, and what the kernel itself says of a group.
+"""Read processes: who holds a VFIO node, who is whose child; and the status of a group from the kernel.
 
 The only part of the host hook that opens a device: for as long as one ioctl takes, because a group that is open for
 one process is busy for every other.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes a PCI function off-limits: it is in use, or the machine stands on it. Reading only.
+"""Find why a PCI function must not be taken: it is in use, or the virtual machine depends on it. Reads only.
 
-What is a use is the kernel's answer as far as it gives one: every device node below the function that a process has
+The kernel decides what a use is, as far as it can: every device node below the function that a process has
 open (openers.py), every address and route (netlink.py), each block device made of another (block_devices.py).
 Sources: Documentation/ABI (sysfs-block, sysfs-class-net, sysfs-bus-pci), proc(5).
 """

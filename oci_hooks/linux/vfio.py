@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host has behind an entry of linux.devices: the VFIO group, its members on whatever bus, their drivers.
+"""Read VFIO groups: their members on every bus, and the drivers of these.
 
 Numbers decide which group an entry means, as they do in runc, crun and Kata (virtcontainers config.GetHostPath looks up
 /sys/dev/char/M:m); the path is only what the node is called in the container. Sources: the kernel's

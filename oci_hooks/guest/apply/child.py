@@ -61,7 +61,7 @@ def detach_from_runtime(close_fds: tuple[int, ...]) -> None:
 
 
 def end_child(child: Child, seconds: float) -> None:
-    """Kill a child unless it has ended, and reap it, unless it hangs in the kernel. Twice is as once.
+    """Kill a child unless it has ended, and reap it, unless it hangs in the kernel. Idempotent.
 
     seconds: how long it may take to end. Only one that hangs inside a driver needs more, and nothing ends that.
     The kill takes effect when the kernel lets go of it, so that what it had still to do is not done late.

@@ -138,7 +138,7 @@ def inspect_node(directory: int, name: str) -> ExistingEntry | None:
 
 
 def is_guest_dev(directory: int) -> bool:
-    """Return whether a directory lies on the guest's own /dev (a bind mount of it), whose nodes are not ours to make."""
+    """Return whether a directory is on the guest's own /dev (a bind mount of it), where the hook creates no nodes."""
     return os.fstat(directory).st_dev == os.stat("/dev").st_dev
 
 

@@ -3,7 +3,7 @@
 
 A driver's remove() can hang, and a blocked write can't be called off from its own process (driverctl, dpdk-devbind and
 libvirt hang with it). In the child each device has a thread of its own, so that devices are bound side by side: much of
-that is waiting, and a thread is had in half the time of a process, and without its memory.
+that is waiting, and a thread starts in half the time of a process and needs less memory.
 """
 
 from __future__ import annotations
