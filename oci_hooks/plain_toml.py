@@ -133,7 +133,6 @@ def check_end(rest: str) -> None:
 
 def read_toml(text: str) -> dict[str, Any]:
     """Return the value of a TOML text, without a library if it is plain. Raises the exceptions of load_toml."""
-
     values = read_plain(text)
     return load_toml(text) if values is None else values
 

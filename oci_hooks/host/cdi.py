@@ -12,7 +12,7 @@ from oci_hooks.host.cdi_document import KIND, Form, format_document, is_own, mak
 from oci_hooks.host.cdi_groups import find_unmatched, list_offers, parse_choices, report_offers
 from oci_hooks.host.files import put_file
 from oci_hooks.host.settings import load_settings
-from oci_hooks.host.suite import apply_overrides, choose_exit_code
+from oci_hooks.host.suite import choose_exit_code, report_findings
 from oci_hooks.host.survey import describe_line, format_columns
 from oci_hooks.linux.pci import scan
 from oci_hooks.log import write_stdout
@@ -93,10 +93,7 @@ def work_cdi(run: Run) -> int:
 
 def conclude(run: Run, findings: list[Finding], settings: HostSettings) -> int:
     """Record the findings under the modes of host.toml and return the exit code."""
-    told = apply_overrides(findings, settings)
-    for finding in told:
-        run.report(finding)
-    return choose_exit_code(told)
+    return choose_exit_code(report_findings(run, findings, settings))
 
 
 def choose_form(output: str, named: str) -> str:

@@ -8,7 +8,6 @@ from oci_hooks.frozen import Frozen
 from oci_hooks.host import checks
 from oci_hooks.host.survey import list_group_holders, make_entry, make_line, make_no_runtime
 from oci_hooks.host.targets import Target
-from oci_hooks.linux.pci import IOMMU_GROUPS
 from oci_hooks.linux.vfio import list_groups
 from oci_hooks.oci import CDEV_PREFIX
 
@@ -134,15 +133,9 @@ def make_offer(root: Root, line: GroupLine, cdev: bool) -> Offer:
 
 
 def find_cdevs(root: Root, group: VfioGroup) -> dict[str, str]:
-    """Return the members' own device nodes, where they exist: {"0000:3b:00.0": "/dev/vfio/devices/vfio0"}.
-
-    Source: the kernel's Documentation/ABI/testing/sysfs-devices-vfio-dev, Documentation/driver-api/vfio.rst (6.6).
-    """
-    names = {
-        member.name: root.list_names(f"{IOMMU_GROUPS}/{group.iommu_group}/devices/{member.name}/vfio-dev")
-        for member in group.passable
-    }
-    return {member: CDEV_PREFIX + found[0] for member, found in names.items() if found}
+    """Return the members' own device nodes, where they exist: {"0000:3b:00.0": "/dev/vfio/devices/vfio0"}."""
+    nodes = {member.name: checks.list_device_nodes(root, group, member) for member in group.passable}
+    return {member: found[0] for member, found in nodes.items() if found}
 
 
 def find_obstacles(root: Root, group: VfioGroup, nodes: dict[str, str], cdev: bool) -> tuple[Finding, ...]:

@@ -243,7 +243,7 @@ def check_holders(
     root: Root, group: VfioGroup, runtime: Runtime, state: State, deadline: Deadline
 ) -> tuple[Finding, ...]:
     """group-busy: a process outside the container's own sandbox has the group open."""
-    nodes = (group.node, *(CDEV_PREFIX + name for name in list_member_cdevs(root, group)))
+    nodes = list_group_nodes(root, group)
     holders, looked, total = find_holders(root, nodes, deadline, list_sandbox_processes(root, runtime, state))
     if any(belongs_to_sandbox(root, runtime, state, holder) for holder in holders):
         return ()
@@ -265,10 +265,18 @@ def check_holders(
     return (Finding("error", "group-busy", subject, problem, f"stop the process (kill {pids}), or use another group"),)
 
 
-def list_member_cdevs(root: Root, group: VfioGroup) -> list[str]:
-    """Return the names of the members' own VFIO nodes: ["vfio0"]."""
-    directory = f"{IOMMU_GROUPS}/{group.iommu_group}/devices"
-    return [name for member in group.members for name in root.list_names(f"{directory}/{member.name}/vfio-dev")]
+def list_group_nodes(root: Root, group: VfioGroup) -> tuple[str, ...]:
+    """Return the nodes by which a process can have a group open: the group's, then those of its devices."""
+    return (group.node, *(node for member in group.members for node in list_device_nodes(root, group, member)))
+
+
+def list_device_nodes(root: Root, group: VfioGroup, member: Member) -> list[str]:
+    """Return a member's own VFIO nodes by its names in sysfs: ["/dev/vfio/devices/vfio0"].
+
+    Source: the kernel's Documentation/ABI/testing/sysfs-devices-vfio-dev, Documentation/driver-api/vfio.rst (6.6).
+    """
+    directory = f"{IOMMU_GROUPS}/{group.iommu_group}/devices/{member.name}/vfio-dev"
+    return [CDEV_PREFIX + name for name in root.list_names(directory)]
 
 
 def is_attached(root: Root, target: Target, runtime: Runtime, deadline: Deadline) -> bool:
@@ -276,7 +284,7 @@ def is_attached(root: Root, target: Target, runtime: Runtime, deadline: Deadline
     group = target.group
     if group is None or runtime.hypervisor is None:
         return False
-    nodes = {group.node, *(CDEV_PREFIX + name for name in list_member_cdevs(root, group))}
+    nodes = set(list_group_nodes(root, group))
     if deadline.remaining() < SCAN_SPARE:
         return False
     return bool(nodes & set(list_open_paths(root, runtime.hypervisor.process.pid)))

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from oci_hooks.oci import Spec, State
     from oci_hooks.program import Run
-    from oci_hooks.system import Root
 
 PROGRAM = "vfio-host-check"
 
@@ -120,8 +119,7 @@ def check_container(run: Run, state: State, spec: Spec) -> int:
     settings, root = load_settings(run), run.root
     runtime = detect_runtime(root, state, spec, settings.kata_mode, bool(run.arguments.bundle))
     findings = suite.check_container(root, state, spec, runtime, settings, run.deadline)
-    reported = suite.apply_overrides(findings, settings)
-    code = suite.choose_exit_code(reported)
-    for finding in (*reported, *suite.warn_failure_ignored(runtime, code)):
+    code = suite.choose_exit_code(suite.report_findings(run, findings, settings))
+    for finding in suite.warn_failure_ignored(runtime, code):
         run.report(finding)
     return code

@@ -81,7 +81,6 @@ def is_path(text: str) -> bool:
 
 def load_settings(run: Run) -> HostSettings:
     """Return the settings of host.toml, or of the file that the command line names. Raises InputError."""
-
     settings = read_host_settings(run.root, run.arguments.settings)
     run.deadline.extend(settings.deadline)
     run.record = settings.record

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from oci_hooks.host.targets import Target
     from oci_hooks.linux.pci import Inventory
     from oci_hooks.oci import Spec, State
+    from oci_hooks.program import Run
     from oci_hooks.system import Deadline, Root
 
 
@@ -75,6 +76,14 @@ def downgrade_privileged(findings: Iterable[Finding], spec: Spec) -> list[Findin
     return [finding.replace(level="warning") if finding.level == "error" else finding for finding in findings]
 
 
+def report_findings(run: Run, findings: Iterable[Finding], settings: HostSettings) -> tuple[Finding, ...]:
+    """Add the findings to a run's report under the modes of host.toml, and return them as they are reported."""
+    reported = apply_overrides(findings, settings)
+    for finding in reported:
+        run.report(finding)
+    return reported
+
+
 def choose_exit_code(findings: Iterable[Finding]) -> int:
     """Return the exit code: refused if any finding is an error."""
     return EXIT_REFUSED if any(finding.level == "error" for finding in findings) else EXIT_DONE
@@ -96,7 +105,6 @@ def check_container(
 
 def check_host(root: Root, inventory: Inventory, targets: tuple[Target, ...]) -> list[Finding]:
     """Return the findings on the host itself."""
-
     findings = [*run_check("control node", checks.check_host_control_node, root, targets)]
     if any(target.group is None and not target.found_by for target in targets):
         findings += run_check("host IOMMU", checks.check_iommu, root, inventory)
@@ -105,7 +113,6 @@ def check_host(root: Root, inventory: Inventory, targets: tuple[Target, ...]) ->
 
 def check_target(root: Root, target: Target, runtime: Runtime, state: State, deadline: Deadline) -> list[Finding]:
     """Return the findings on one entry of linux.devices and its group."""
-
     return [
         *run_check("group existence", checks.check_group_exists, root, target),
         *run_check("device number", checks.check_device_numbers, target, runtime),
@@ -119,7 +126,6 @@ def check_target(root: Root, target: Target, runtime: Runtime, state: State, dea
 
 def check_plain_runtime(root: Root, spec: Spec, runtime: Runtime, targets: tuple[Target, ...]) -> list[Finding]:
     """Return the findings on a plain runtime's container, which uses the host's devices without a guest."""
-
     return [
         *run_check("control node", container_checks.check_control_node, spec, targets),
         *run_check("device rules", container_checks.check_device_rules, spec, targets),
@@ -155,8 +161,6 @@ def check_kata_sandbox(
 
 def warn_failure_ignored(runtime: Runtime, code: int) -> tuple[Finding, ...]:
     """Return the warning that a refusal has no effect, if the runtime is known to ignore it."""
-    from oci_hooks.findings import Finding
-
     if code == EXIT_DONE or runtime.kind != "kata-rs":
         return ()
     problem = "ignores the failure of this hook and starts the sandbox anyway"

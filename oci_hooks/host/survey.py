@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from oci_hooks.host.kata.sandbox import Sandbox
     from oci_hooks.host.settings import HostSettings
     from oci_hooks.linux.pci import Inventory
-    from oci_hooks.linux.processes import SCAN_SPARE, Process
+    from oci_hooks.linux.processes import Process
     from oci_hooks.linux.vfio import Member, VfioGroup
     from oci_hooks.program import Run
     from oci_hooks.system import Deadline, Root
@@ -62,7 +62,7 @@ class GroupLine(Frozen):
 def survey(run: Run) -> int:
     """Report on all groups, or on those in the arguments, and return the exit code. Raises InputError."""
     from oci_hooks.host.settings import load_settings
-    from oci_hooks.host.suite import apply_overrides, choose_exit_code
+    from oci_hooks.host.suite import choose_exit_code, report_findings
 
     settings, root = load_settings(run), run.root
     inventory = scan(root)
@@ -76,9 +76,7 @@ def survey(run: Run) -> int:
     lines = tuple(make_line(root, group, holders) for group in groups)
     sandboxes = () if settings.kata_mode == "never" else inspect_configs(root, settings)
     findings += [finding for sandbox in sandboxes for finding in check_config_conflicts(sandbox)]
-    reported = apply_overrides(findings, settings)
-    for finding in reported:
-        run.report(finding)
+    reported = report_findings(run, findings, settings)
     run.details["groups"] = [describe_line(line) for line in lines]
     run.details["kata"] = [describe_config(sandbox) for sandbox in sandboxes]
     if run.arguments.metrics is not None:
@@ -161,8 +159,9 @@ def list_group_holders(root: Root, deadline: Deadline) -> dict[str, tuple[Proces
 
 def make_line(root: Root, group: VfioGroup, holders: dict[str, tuple[Process, ...]]) -> GroupLine:
     """Return a group's line of the listing."""
-    nodes = (group.node, *(f"{GROUP_PREFIX}devices/{name}" for name in checks.list_member_cdevs(root, group)))
-    held_by = tuple(dict.fromkeys(process for node in nodes for process in holders.get(node, ())))
+    held_by = tuple(
+        dict.fromkeys(process for node in checks.list_group_nodes(root, group) for process in holders.get(node, ()))
+    )
     return GroupLine(group, describe_state(group, held_by), held_by)
 
 

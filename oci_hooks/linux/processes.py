@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from oci_hooks.system import Deadline, Root
+    from oci_hooks.system import Deadline
 
 # _IO(VFIO_TYPE, VFIO_BASE + 3) of linux/vfio.h
 VFIO_GROUP_GET_STATUS = 0x3B67

@@ -45,10 +45,8 @@ def check(run: Run, pod: dict[str, Any], container: dict[str, Any], seconds: flo
     run.deadline.extend(min(settings.deadline, seconds))
     runtime = find_runtime(run.root, state, spec, settings.kata_mode)
     found = suite.check_container(run.root, state, spec, runtime, settings, run.deadline)
-    reported = suite.apply_overrides((finding for finding in found if finding.code not in NOT_SHOWN), settings)
-    for finding in reported:
-        run.report(finding)
-    code = suite.choose_exit_code(reported)
+    shown = (finding for finding in found if finding.code not in NOT_SHOWN)
+    code = suite.choose_exit_code(suite.report_findings(run, shown, settings))
     if code == EXIT_DONE and settings.nri_annotate and runtime.is_kata:
         run.details["annotations"] = make_annotations(run.root, state, spec)
     return code
