@@ -6,7 +6,7 @@ from __future__ import annotations
 from oci_hooks import json_input, oci
 from oci_hooks.findings import InputError
 from oci_hooks.frozen import Frozen
-from oci_hooks.linux.pci import HEX, is_hex_list, normalize_address
+from oci_hooks.linux.pci import HEX, is_class, is_hex_list, normalize_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def parse_selector(word: str, source: str) -> Selector:
     if separator and kind == "id" and is_hex_list(value.split(":"), (4, 4)):
         return Selector("id", value)
     # Class, class and subclass, or with the interface too.
-    if separator and kind == "class" and len(value) in (2, 4, 6) and HEX.issuperset(value):
+    if separator and kind == "class" and is_class(value):
         return Selector("class", value)
     if separator and kind == "path":
         path = normalize_path(value)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from oci_hooks.frozen import Frozen
-from oci_hooks.linux.pci import HEX, is_hex_list, normalize_address
+from oci_hooks.linux.pci import is_class, is_id, normalize_address
 from oci_hooks.system import USUAL_SECONDS
 
 TYPE_CHECKING = False
@@ -86,17 +86,6 @@ def make_guest_settings(table: Table) -> GuestSettings:
 def is_address(text: str) -> bool:
     """Return whether a text is a BDF as sysfs writes it, or with a longer domain."""
     return text.count(":") == 2 and text == text.strip().lower() and bool(normalize_address(text))
-
-
-def is_id(text: str) -> bool:
-    """Return whether a text is VENDOR or VENDOR:DEVICE."""
-    words = text.split(":")
-    return len(words) <= 2 and is_hex_list(words, (4, 4)[: len(words)])
-
-
-def is_class(text: str) -> bool:
-    """Return whether a text is a class code of one, two or three bytes."""
-    return len(text) in (2, 4, 6) and HEX.issuperset(text)
 
 
 def is_kind(text: str) -> bool:

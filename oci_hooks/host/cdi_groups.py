@@ -8,6 +8,7 @@ from oci_hooks.frozen import Frozen
 from oci_hooks.host import checks
 from oci_hooks.host.survey import list_group_holders, make_entry, make_line, make_no_runtime
 from oci_hooks.host.targets import Target
+from oci_hooks.linux.pci import is_class, is_id
 from oci_hooks.linux.vfio import list_groups
 from oci_hooks.oci import CDEV_PREFIX
 
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from oci_hooks.system import Deadline, Root
 
 SYNTAX = "give a group's number, an address (0000:3b:00.0), id:8086:10d3 or class:0200; several with commas"
-HEXADECIMAL = frozenset("0123456789abcdef")
-# Lengths in digits: of a vendor, of vendor and device; of a class, with subclass, with interface.
-ID_LENGTHS = ((4,), (4, 4))
-CLASS_LENGTHS = (2, 4, 6)
 
 
 class Choice(Frozen):
@@ -88,18 +85,12 @@ def parse_choice(text: str) -> Choice:
         return Choice("group", text)
     if kind == "id" and is_id(value):
         return Choice("id", value)
-    if kind == "class" and HEXADECIMAL.issuperset(value) and len(value) in CLASS_LENGTHS:
+    if kind == "class" and is_class(value):
         return Choice("class", value)
     # An address as lspci prints it has no domain; a mediated device has a UUID.
     if text and kind not in ("id", "class") and set(text) & set(":.-") and not set(text) & set("/= \t"):
         return Choice("address", f"0000:{text.lower()}" if colon and text.count(":") == 1 else text.lower())
     raise InputError("bad-arguments", f"--select {text}", "is neither a group nor a device", SYNTAX)
-
-
-def is_id(text: str) -> bool:
-    """Return whether a text is a vendor ID, or vendor and device ID: `8086`, `8086:10d3`."""
-    words = text.split(":")
-    return HEXADECIMAL.issuperset(text.replace(":", "")) and tuple(map(len, words)) in ID_LENGTHS
 
 
 def find_unmatched(choices: tuple[Choice, ...], offers: tuple[Offer, ...]) -> tuple[Finding, ...]:

@@ -250,3 +250,14 @@ def is_hex_list(words: list[str], lengths: tuple[int, ...]) -> bool:
     return len(words) == len(lengths) and all(
         len(word) == length and HEX.issuperset(word) for word, length in zip(words, lengths)
     )
+
+
+def is_id(text: str) -> bool:
+    """Return whether a text is VENDOR or VENDOR:DEVICE, as sysfs writes them: `8086`, `8086:10d3`."""
+    words = text.split(":")
+    return len(words) <= 2 and is_hex_list(words, (4, 4)[: len(words)])
+
+
+def is_class(text: str) -> bool:
+    """Return whether a text is a class code of one, two or three bytes: `02`, `0200`, `020000`."""
+    return len(text) in (2, 4, 6) and HEX.issuperset(text)
