@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 
 from oci_hooks.findings import Refusal
 from oci_hooks.system import step
@@ -66,9 +67,8 @@ def replace_file(root: Root, path: str, data: bytes) -> None:
         os.mkdir(directory)
         # Independent of the umask, here and below: engines without root privileges read the file too.
         os.chmod(directory, 0o755)  # noqa: S103 - as /etc/cdi is
-    # CDI and node_exporter read *.json, *.yaml and *.prom only.
-    draft = f"{directory}/.{name}.{os.getpid()}.new"
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    # A name that nobody has: a killed run may have left a draft. CDI and node_exporter read other endings only.
+    fd, draft = tempfile.mkstemp(prefix=f".{name}.", suffix=".new", dir=directory)
     try:
         try:
             write_all(fd, data)

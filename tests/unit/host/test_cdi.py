@@ -293,6 +293,14 @@ def test_an_output_that_cannot_be_written(bench: Bench, kind: str) -> None:
     assert sorted(bench.tree.top.joinpath("run").rglob("*")) == before
 
 
+def test_a_draft_that_a_killed_run_left_is_in_nobodys_way(bench: Bench) -> None:
+    """Its name had the process id, which a later run may get: with that name it could not be written any more."""
+    bench.file.parent.mkdir(parents=True, exist_ok=True)
+    bench.file.with_name(f".{bench.file.name}.{os.getpid()}.new").write_text("half")
+    assert bench.write()[0] == 0
+    assert json.loads(bench.file.read_text())["kind"] == "oci-vfio-hooks/group"
+
+
 def test_a_write_that_breaks_off_leaves_the_old_file_and_nothing_else(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
