@@ -229,16 +229,11 @@ def make_jobs(kinds: list[str]) -> Iterator[tuple[str, Job]]:
     if "packaging" in kinds:
         here = partial(run_here, REPOSITORY / "tests/packaging", prefix="packaging: ", limit=PACKAGING_TEST_LIMIT)
         yield "packaging", here
-    boots = [(kind, boot) for kind in IN_MACHINES if kind in kinds for boot in plan_boots(find_machine_tests(kind))]
-    # Our own kernel is compiled while all that boots Debian's, or nothing, is at work.
-    for kind, boot in boots:
-        if boot.kernel not in kernels.OWN_KERNELS:
+    for kind in (kind for kind in IN_MACHINES if kind in kinds):
+        for boot in plan_boots(find_machine_tests(kind)):
             yield kind, make_boot_job(boot, [])
     if "newcomer" in kinds:
         yield from (("newcomer", job) for job in make_newcomer_jobs())
-    for kind, boot in boots:
-        if boot.kernel in kernels.OWN_KERNELS:
-            yield kind, make_boot_job(boot, [])
 
 
 def make_newcomer_jobs() -> Iterator[partial[Count]]:

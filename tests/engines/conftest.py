@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.engine import Engine, make_engine, read_layers
-from tests.vm import bundles, guest
+from tests.engines.engine import Engine, find_group, make_engine, read_layers
+from tests.vm import bundles, devices, guest
 
 HERE = Path(__file__).resolve().parent
 RELEASES = {"6.1": "debian-12", "6.12": "debian-13"}
@@ -47,3 +47,12 @@ def containerd(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Engin
     made = make_engine(Path("/run/engine-2"), read_layers("containerd-2"))
     yield made
     made.close()
+
+
+@pytest.fixture(name="group")
+def bind_group() -> Iterator[str]:
+    """Return the NIC's group, which vfio-pci has until the test is over."""
+    nic, group = guest.find_device(devices.NIC_E1000E), find_group()
+    guest.bind(nic, "vfio-pci")
+    yield group
+    guest.bind_native(nic)

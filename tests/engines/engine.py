@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.newcomer.lines import read_section
+from tests.support.podman import CONTAINERS_CONF, make_storage_conf
 from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Done
 
@@ -83,19 +84,7 @@ CRICTL = """\
 #!/bin/sh
 exec /usr/bin/crictl --runtime-endpoint unix:///run/containerd/containerd.sock --timeout 120s "$@"
 """
-CONTAINERS_CONF = """\
-[containers]
-netns = "none"
-[engine]
-cgroup_manager = "cgroupfs"
-events_logger = "none"
-"""
-STORAGE_CONF = """\
-[storage]
-driver = "overlay"
-graphroot = "/var/lib/containers/storage"
-runroot = "/run/containers/storage"
-"""
+STORAGE_CONF = make_storage_conf("overlay")
 
 
 @dataclass(frozen=True)

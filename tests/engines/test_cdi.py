@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.engines import engine as engines
-from tests.engines.engine import IMAGE, PAUSE, Engine, fill, find_group
+from tests.engines.engine import IMAGE, PAUSE, Engine, fill
 from tests.engines.test_engines import POD, wait_for_log
 from tests.vm import devices, guest
 from tests.vm.bundles import Done
@@ -29,15 +28,6 @@ CONFIG = "/etc/containerd/config.toml"
 BUSY = "vfio-host-check: error: [group-busy]"
 NOT_VIABLE = "vfio-host-check: error: [group-not-viable]"
 FILE = "/run/cdi/oci-vfio-hooks.yaml"
-
-
-@pytest.fixture(name="group")
-def bind_group() -> Iterator[str]:
-    """Return the NIC's group, which vfio-pci has until the test is over."""
-    nic, group = guest.find_device(devices.NIC_E1000E), find_group()
-    guest.bind(nic, "vfio-pci")
-    yield group
-    guest.bind_native(nic)
 
 
 def write_file(engine: Engine) -> None:

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engines.engine import IMAGE, PAUSE, Engine, find_group
+from tests.engines.engine import IMAGE, PAUSE, Engine
 from tests.engines.test_engines import POD, wait_for_log
-from tests.vm import devices, guest
 from tests.vm.bundles import Done
 
 MACHINE = "single"
@@ -28,15 +27,6 @@ NRI = """
 PLUGIN = "setsid vfio-nri </dev/null >/run/nri.log 2>&1 & echo $! >/run/nri.main"
 WAIT = "for i in $(seq 60); do grep -q '{}' {} && exit 0; sleep 0.5; done; cat {}; exit 1"
 CONNECTED = "vfio-nri.* connected"
-
-
-@pytest.fixture(name="group")
-def bind_group() -> Iterator[str]:
-    """Return the NIC's group, which vfio-pci has as long as the test lasts."""
-    nic, group = guest.find_device(devices.NIC_E1000E), find_group()
-    guest.bind(nic, "vfio-pci")
-    yield group
-    guest.bind_native(nic)
 
 
 @pytest.fixture(name="sandbox")

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.packages import Root
+from tests.support.podman import CONTAINERS_CONF, make_storage_conf
 from tests.vm import bundles, devices, guest
 from tests.vm.bundles import PROBE, Container, Containers, Done
 
@@ -33,20 +34,8 @@ HOOKS_D = "/usr/share/containers/oci/hooks.d"
 DEVICES = "io.katacontainers.x.vfio.devices"
 INSTALL = bundles.REPOSITORY / "docs/howto/install.md"
 HOOK_LOG = bundles.BUNDLES / "hook.log"
-# This machine has neither systemd nor a network, and no room for images: the container's root is a directory.
-CONTAINERS_CONF = """\
-[containers]
-netns = "none"
-[engine]
-cgroup_manager = "cgroupfs"
-events_logger = "none"
-"""
-STORAGE_CONF = """\
-[storage]
-driver = "vfs"
-graphroot = "/var/lib/containers/storage"
-runroot = "/run/containers/storage"
-"""
+# There is no room for images: the container's root is a directory.
+STORAGE_CONF = make_storage_conf("vfs")
 
 
 @pytest.fixture(scope="module")
