@@ -175,7 +175,7 @@ ROWS = [
         "record/hidehost",
         "answer if question in QUESTIONS else LEFT_OUT",
         "answer",
-        "record/test_privacy.py",
+        "record/test_redaction.py",
     ),
     (
         "properties of a device",

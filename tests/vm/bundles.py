@@ -8,6 +8,7 @@ cached one. What a container prints goes to files: a container outlives `create`
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import select
@@ -247,7 +248,10 @@ class Container:
         """Wait until the container's init has ended."""
         try:
             pidfd = os.pidfd_open(self.read_pid())
-        except ProcessLookupError:
+        except OSError as error:
+            # EINVAL: the kernel knew the number when it looked it up, and the process was gone a moment later.
+            if error.errno not in (errno.ESRCH, errno.EINVAL):
+                raise
             return
         with os.fdopen(pidfd) as file:
             ready, _, _ = select.select([file], [], [], limit)
