@@ -489,6 +489,9 @@ def run_selected(arguments: list[str]) -> int:
     """Run some files of tests in their machines: what a developer does all day."""
     files = [Path(word).resolve() for word in arguments if word.partition("::")[0].endswith(".py")]
     options = [word for word in arguments if not word.partition("::")[0].endswith(".py")]
+    for file in files:
+        if not file.is_file():
+            raise MissingError(f"{file}: no such file; to choose tests of a file: -k WORD")
     provision.ensure_packages(provision.TEST_PACKAGES)
     provision.compile_hooks()
     jobs = [make_boot_job(boot, options) for boot in plan_boots(files or find_machine_tests())]
@@ -506,7 +509,9 @@ def run_command(arguments: list[str]) -> int:
         raise MissingError(f"no machine {name!r}; there are {', '.join(machines.MACHINES)}")
     kernel = kernels.find_fast_kernel()
     if command[:1] == ["--kernel"]:
-        kernel, command = command[1], command[2:]
+        kernel, command = "".join(command[1:2]), command[2:]
+    if kernel not in kernels.KERNELS:
+        raise MissingError(f"no kernel {kernel!r}; there are {', '.join(kernels.KERNELS)}")
     provision.ensure_packages(provision.TEST_PACKAGES)
     with tempfile.TemporaryDirectory(prefix="rig-share-") as share:
         job = rig.Job(tuple(command), Path(share), VM_LIMIT, make_environment([]))
