@@ -4,6 +4,7 @@
     tests/run                                          lint, unit, runtime, packaging, newcomer, chain, vm
     tests/run lint unit                                these kinds
     tests/run engines                                  podman, Docker, containerd; not in the above
+    tests/run iommus                                   IOMMUs other than Intel's; not in the above
     tests/run --list [KIND...]                         installs what they need, and names their tests
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
     tests/run --in MACHINE [--kernel NAME] COMMAND...  any command in a machine, on a kernel of tests/kernels.py
@@ -40,7 +41,9 @@ from tests.vm import machines, rig
 
 KINDS = ("lint", "unit", "runtime", "packaging", "newcomer", "chain", "vm")
 # What is run when it is asked for, besides.
-ON_REQUEST = ("engines",)
+ON_REQUEST = ("engines", "iommus")
+# Where a kind's files are, if not in a directory of its name.
+DIRECTORIES = {"iommus": "vm/iommus"}
 # Run in the rig's machines, where nothing may be skipped.
 IN_MACHINES = ("chain", "vm", *ON_REQUEST)
 # The long ones: side by side, as many jobs at a time as there are processors.
@@ -179,7 +182,7 @@ def list_kinds(kinds: Sequence[str]) -> int:
     install_packages(kinds)
     for kind in kinds:
         say(f"== {kind}")
-        directory = REPOSITORY / "tests" / kind
+        directory = REPOSITORY / "tests" / DIRECTORIES.get(kind, kind)
         if kind == "lint":
             say("\n".join(map(" ".join, (*LINTERS, *DOCUMENT_LINTERS))))
         elif directory.is_dir():
@@ -276,7 +279,7 @@ def run_jobs(jobs: Iterable[tuple[str, Job]]) -> list[tuple[str, Job, Count]]:
 
 def find_machine_tests(kind: str = "vm") -> list[Path]:
     """Return all files of tests of a kind that runs in a machine."""
-    return sorted((REPOSITORY / "tests" / kind).glob("test_*.py"))
+    return sorted((REPOSITORY / "tests" / DIRECTORIES.get(kind, kind)).glob("test_*.py"))
 
 
 def find_tool(name: str) -> str:

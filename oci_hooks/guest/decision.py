@@ -114,12 +114,27 @@ def select_groups(session: Session, claims: list[Claim]) -> tuple[ChosenGroup, .
         settings.auto_classes,
         settings.force,
         find_cdevs(session.root, session.request),
+        selection.VIOMMU_HINT if inventory.groups else choose_viommu_hint(session.root),
     )
     choices = selection.choose_groups(session.request, candidates)
     own = [entry for claim in claims if claim.path == session.claim_path for entry in claim.entries]
     noted = [entry for entry in reversed(own) if entry.kind == "device" and is_same_device(inventory, entry)]
     before = {entry.words[0]: entry.words[1] for entry in noted}
     return tuple(chosen.replace(drivers_before=before) for chosen in choices)
+
+
+def choose_viommu_hint(root: Root) -> str:
+    """Return what gives this guest IOMMU groups: a virtual IOMMU, or a kernel that uses the one it has."""
+    from oci_hooks.linux.firmware import find_off_parameters, find_unused_iommu
+
+    off, iommu = find_off_parameters(root), find_unused_iommu(root)
+    if off:
+        return f"remove {' '.join(off)} from the guest kernel's parameters (Kata: kernel_params)"
+    if iommu and iommu.parameter:
+        return f"boot the guest's kernel with {iommu.parameter}: it has a virtual IOMMU (ACPI table {iommu.table})"
+    if iommu:
+        return f"use a guest kernel built with {iommu.option}: it has a virtual IOMMU (ACPI table {iommu.table})"
+    return selection.VIOMMU_HINT
 
 
 def find_cdevs(root: Root, request: Request) -> dict[tuple[int, int], str]:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 LIST_HINT = "list the devices of this guest with: lspci -Dnnk"
 VIOMMU_HINT = (
-    "set enable_iommu = true in [hypervisor.qemu] of Kata's configuration.toml, or start QEMU with -device intel-iommu"
+    "set enable_iommu = true in [hypervisor.qemu] of Kata's configuration.toml, or start QEMU with -device intel-iommu "
+    "(arm64: -machine virt,iommu=smmuv3)"
 )
 
 
@@ -43,7 +44,7 @@ class Candidates(Frozen):
     when empty; never: selectors (`id` or `class` prefixes) that they leave out; claims: group -> container that has it;
     live: (major, minor) -> VFIO group that has a node with these numbers; uses: gives the reasons why a device must not
     be touched; forced: BDFs for which guest.toml overrules them; cdevs: (major, minor) -> BDF of the device whose own
-    node has these numbers.
+    node has these numbers; viommu_hint: what gives this guest IOMMU groups.
     """
 
     inventory: Inventory
@@ -55,6 +56,7 @@ class Candidates(Frozen):
     auto_classes: tuple[str, ...] = ()
     forced: tuple[str, ...] = ()
     cdevs: Mapping[tuple[int, int], str] = {}
+    viommu_hint: str = VIOMMU_HINT
 
 
 class ChosenGroup(Frozen):
@@ -107,9 +109,8 @@ def choose_named(request: Request, candidates: Candidates) -> dict[str, ChosenGr
             devices = find_selected(selector, request, candidates)
         for device in devices:
             if not device.group:
-                raise Refusal(
-                    "viommu-off", device.address, "has no IOMMU group: no virtual IOMMU covers it", VIOMMU_HINT
-                )
+                problem = "has no IOMMU group: no virtual IOMMU covers it"
+                raise Refusal("viommu-off", device.address, problem, candidates.viommu_hint)
             known = choices.get(device.group)
             entry = known.entry if known else next(entries, None)
             hosts = dict(known.host_addresses) if known else {}
@@ -231,7 +232,7 @@ def check_iommu(candidates: Candidates) -> None:
     bare = [d for d in candidates.inventory.devices.values() if not d.is_bridge and not is_on_never_list(d, candidates)]
     if bare and not candidates.inventory.groups:
         subject = ", ".join(describe_device(device) for device in bare)
-        raise Refusal("viommu-off", subject, "this guest has no IOMMU groups", VIOMMU_HINT)
+        raise Refusal("viommu-off", subject, "this guest has no IOMMU groups", candidates.viommu_hint)
 
 
 def find_candidates(candidates: Candidates) -> list[IommuGroup]:
@@ -331,7 +332,7 @@ def explain_no_iommu(candidates: Candidates) -> str:
 
 def choose_hint(candidates: Candidates, hint: str) -> str:
     """Return the hint, or what to do first where there is no IOMMU group."""
-    return hint if candidates.inventory.groups else VIOMMU_HINT
+    return hint if candidates.inventory.groups else candidates.viommu_hint
 
 
 def format_count(number: int, noun: str) -> str:

@@ -11,6 +11,7 @@ import os
 
 from oci_hooks.findings import Finding
 from oci_hooks.host.runtime import belongs_to_sandbox, list_sandbox_processes
+from oci_hooks.linux.firmware import find_off_parameters, find_unused_iommu
 from oci_hooks.linux.pci import IOMMU_GROUPS, VFIO_CLASS
 from oci_hooks.linux.processes import SCAN_SPARE, find_holders, list_open_paths, read_group_status
 from oci_hooks.linux.vfio import CDEV_CLASS
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from oci_hooks.oci import State
     from oci_hooks.system import Deadline, Root
 
-# ACPI tables in which the firmware describes an IOMMU, and the kernel parameter that enables it.
-IOMMU_TABLES = {"DMAR": "intel_iommu=on", "IVRS": "amd_iommu=on", "IORT": "iommu.passthrough=0", "VIOT": ""}
-
-
 # The host ------------------------------------------------------------------------------------------------------------
 
 
@@ -36,17 +33,19 @@ def check_iommu(root: Root, inventory: Inventory) -> tuple[Finding, ...]:
     """iommu-off: the kernel created no IOMMU group, so no device can be passed through."""
     if root.list_names(IOMMU_GROUPS):
         return ()
-    tables = root.list_names("/sys/firmware/acpi/tables")
-    table = next((name for name in IOMMU_TABLES if name in tables), "")
-    argument = IOMMU_TABLES.get(table, "")
-    words = root.read_text_or("/proc/cmdline", "").split()
-    off = [word for word in words if word in ("iommu=off", "intel_iommu=off", "amd_iommu=off")]
+    iommu = find_unused_iommu(root)
+    off = find_off_parameters(root)
     if off:
         hint = f"remove {' '.join(off)} from the kernel's command line and reboot"
-    elif table and argument not in words:
+    elif iommu and iommu.parameter:
         hint = (
-            f"the firmware reports an IOMMU ({table}): boot with {argument}, e.g. grubby --update-kernel=ALL "
-            f"--args={argument}"
+            f"the firmware reports an IOMMU ({iommu.table}): boot with {iommu.parameter}, e.g. grubby "
+            f"--update-kernel=ALL --args={iommu.parameter}"
+        )
+    elif iommu:
+        hint = (
+            f"the firmware reports an IOMMU ({iommu.table}): boot a kernel built with {iommu.option}, and see what "
+            "dmesg | grep -i iommu reports"
         )
     elif inventory.devices and "acpi" in root.list_names("/sys/firmware"):
         hint = (

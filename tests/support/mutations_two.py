@@ -4,6 +4,13 @@
 from __future__ import annotations
 
 ROWS = [
+    (
+        "an IOMMU that the kernel does not use is explained",
+        "guest/decision",
+        "    if iommu and iommu.parameter:\n",
+        "    if False:\n",
+        "guest/test_session.py -k unused_iommu",
+    ),
     ("a search cut short", "host/checks", "        if looked < total:\n", "        if False:\n", "host/test_checks.py"),
     (
         "what can't be read is looked at",

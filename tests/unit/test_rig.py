@@ -247,7 +247,8 @@ def test_rig_iommu_only_on_request(machine: machines.Machine, tmp_path: Path, mo
     monkeypatch.delenv("RIG_ACCEL", raising=False)
     command = rig.make_vng_command(machine, KERNEL, make_job(tmp_path), Board(tmp_path))
     text = shlex.join(command)
-    assert ("intel-iommu" in text, "intel_iommu=on" in text) == (machine.iommu, machine.iommu)
+    is_intel = machine.iommu == machines.INTEL_IOMMU
+    assert ("-iommu" in text, "intel_iommu=on" in text) == (bool(machine.iommu.qemu), is_intel)
     assert "--disable-kvm" in command
     monkeypatch.setenv("RIG_ACCEL", "kvm")
     assert "--disable-kvm" not in rig.make_vng_command(machine, KERNEL, make_job(tmp_path), Board(tmp_path))

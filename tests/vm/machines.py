@@ -11,13 +11,30 @@ from tests.vm.devices import Board
 
 
 @dataclass(frozen=True)
+class Iommu:
+    """A virtual IOMMU. qemu: QEMU's arguments for it; kernel_arguments: what makes the kernel use it."""
+
+    qemu: tuple[str, ...] = ()
+    kernel_arguments: tuple[str, ...] = ()
+
+
+NO_IOMMU = Iommu()
+INTEL_IOMMU = Iommu(("-device", "intel-iommu,intremap=on,caching-mode=on"), ("intel_iommu=on",))
+# The device is there, and the kernel leaves it alone, as Debian's does unless it is told.
+IDLE_INTEL_IOMMU = Iommu(INTEL_IOMMU.qemu, ("intel_iommu=off",))
+AMD_IOMMU = Iommu(("-device", "amd-iommu,intremap=on"))
+# What Cloud Hypervisor has too.
+VIRTIO_IOMMU = Iommu(("-device", "virtio-iommu-pci"))
+
+
+@dataclass(frozen=True)
 class Machine:
-    """A virtual machine. plug: puts the devices in; iommu: whether it has a virtual IOMMU that the kernel uses."""
+    """A virtual machine. plug: puts the devices in."""
 
     name: str
     about: str
     plug: Callable[[Board], None]
-    iommu: bool = True
+    iommu: Iommu = INTEL_IOMMU
     cpus: int = 2
     memory: str = "2G"
     kernel_arguments: tuple[str, ...] = ()
@@ -74,7 +91,10 @@ MACHINES = {
     for machine in (
         Machine("standard", "one of everything", plug_standard),
         Machine("single", "one NIC: the plain case, and the demo's", plug_single),
-        Machine("no-iommu", "as standard, without a virtual IOMMU", plug_standard, iommu=False),
+        Machine("no-iommu", "as standard, without a virtual IOMMU", plug_standard, iommu=NO_IOMMU),
+        Machine("amd-iommu", "as single, with AMD's IOMMU", plug_single, iommu=AMD_IOMMU),
+        Machine("virtio-iommu", "as single, with the virtio IOMMU", plug_single, iommu=VIRTIO_IOMMU),
+        Machine("idle-iommu", "as single, with Intel's IOMMU off in the kernel", plug_single, iommu=IDLE_INTEL_IOMMU),
         Machine("uses", "a serial port, a CAN interface, a disk: what a device can be used for", plug_uses),
         Machine("many", "sixteen NICs in sixteen groups", plug_many),
         Machine("bench", "what the benchmarks bind: sixteen groups, and eight NICs in one", plug_bench),

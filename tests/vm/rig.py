@@ -159,9 +159,7 @@ def is_verbose() -> bool:
 def make_vng_command(machine: Machine, kernel: provision.Kernel, job: Job, board: Board) -> list[str]:
     """Return virtme-ng's command line."""
     qemu = ["-machine", "q35,kernel-irqchip=split"]
-    if machine.iommu:
-        qemu += ["-device", "intel-iommu,intremap=on,caching-mode=on"]
-    qemu += board.arguments
+    qemu += [*machine.iommu.qemu, *board.arguments]
     qemu += ["-chardev", f"socket,id=rigcontrol,path={board.scratch / 'control'}"]
     qemu += ["-device", "virtio-serial", "-device", f"virtserialport,chardev=rigcontrol,name={PORT_NAME}"]
     # The root once more, for inside.sh: virtme-ng's own is without a cache.
@@ -169,7 +167,7 @@ def make_vng_command(machine: Machine, kernel: provision.Kernel, job: Job, board
     qemu += ["-device", "virtio-9p-pci,fsdev=rigroot,mount_tag=rig.root"]
     qemu += ["-qmp", f"unix:{board.scratch / 'qmp'}"]
     appended = [*KERNEL_ARGUMENTS, f"loglevel={7 if is_verbose() else 4}"]
-    appended += [*(["intel_iommu=on"] if machine.iommu else []), *machine.kernel_arguments]
+    appended += [*machine.iommu.kernel_arguments, *machine.kernel_arguments]
     command = ["vng", "--run", str(kernel.image), "--disable-microvm", "--force-9p", "--verbose"]
     command += [] if os.environ.get("RIG_ACCEL") == "kvm" else ["--disable-kvm"]
     command += ["--cpus", str(machine.cpus), "--memory", machine.memory, "--user", "root"]

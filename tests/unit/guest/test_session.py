@@ -427,3 +427,29 @@ def test_noiommu_device_needs_allow_noiommu(bare: Machine, asked: tuple[str, ...
     bare.write(pci.NOIOMMU_SWITCH, "N\n")
     with pytest.raises(Refusal, match=r"\[viommu-off\] " + BOUND):
         choose(bare, *asked)
+
+
+@pytest.mark.parametrize(
+    ("table", "parameters", "advice"),
+    [
+        ("FACP", "ro", "set enable_iommu = true in [hypervisor.qemu]"),
+        # Every arm64 machine has one.
+        ("IORT", "ro", "-machine virt,iommu=smmuv3"),
+        ("DMAR", "ro intel_iommu=on,sm_on", "boot the guest's kernel with intel_iommu=on: "),
+        ("DMAR", "ro intel_iommu=on", "use a guest kernel built with CONFIG_INTEL_IOMMU: "),
+        ("DMAR", "ro intel_iommu=off", "remove intel_iommu=off from the guest kernel's parameters"),
+        ("IVRS", "ro", "use a guest kernel built with CONFIG_AMD_IOMMU: "),
+        ("VIOT", "ro", "use a guest kernel built with CONFIG_VIRTIO_IOMMU: "),
+    ],
+)
+def test_unused_iommu_explained(tmp_path: Path, table: str, parameters: str, advice: str) -> None:
+    machine = Machine(tmp_path)
+    machine.add(FREE)
+    machine.write(f"/sys/firmware/acpi/tables/{table}", "")
+    machine.write("/proc/cmdline", parameters)
+    for asked in (FREE, "auto"):
+        with pytest.raises(Refusal) as caught:
+            choose(machine, asked)
+        (finding,) = caught.value.findings
+        assert finding.code == "viommu-off"
+        assert advice in finding.hint

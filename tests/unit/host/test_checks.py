@@ -261,10 +261,11 @@ def test_cdev_with_wrong_numbers_ignored(tree: HostTree, numbers: str) -> None:
     [
         ({}, "enable the IOMMU in the firmware setup and on the kernel's command line"),
         ({"/sys/firmware/acpi/tables/DMAR": ""}, "boot with intel_iommu=on"),
-        ({"/sys/firmware/acpi/tables/IVRS": ""}, "boot with amd_iommu=on"),
+        ({"/sys/firmware/acpi/tables/IVRS": ""}, "(IVRS): boot a kernel built with CONFIG_AMD_IOMMU"),
+        ({"/sys/firmware/acpi/tables/IORT": ""}, "give it a virtual IOMMU"),
         ({"/sys/firmware/acpi/tables/FACP": ""}, "enable VT-d"),
         ({"/sys/firmware/acpi/tables/DMAR": "", "/proc/cmdline": "ro intel_iommu=off"}, "remove intel_iommu=off"),
-        ({"/sys/firmware/acpi/tables/DMAR": "", "/proc/cmdline": "intel_iommu=on"}, "enable VT-d"),
+        ({"/sys/firmware/acpi/tables/DMAR": "", "/proc/cmdline": "intel_iommu=on"}, "built with CONFIG_INTEL_IOMMU"),
     ],
 )
 def test_iommu_off_reported(tmp_path: Path, files: dict[str, str], hint: str) -> None:
