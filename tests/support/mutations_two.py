@@ -175,7 +175,7 @@ ROWS = [
         "record/hidehost",
         "text and LEFT_OUT\n        if path in",
         "text\n        if path in",
-        "record/test_privacy.py",
+        "record/test_redaction.py",
     ),
     (
         "answers that nobody knows",
@@ -196,7 +196,7 @@ ROWS = [
         "record/hidehost",
         "option = name if name in OPTIONS else",
         "option = name if True else",
-        "record/test_privacy.py",
+        "record/test_redaction.py",
     ),
     (
         "options of a mount",
