@@ -48,7 +48,7 @@ ROWS = [
         "idle",
         "if not is_faultless(state) or not lacks_vfio(data):",
         "if not is_faultless(state):",
-        "test_idle.py -k never_ends",
+        "test_idle.py -k real",
     ),
     (
         "an empty config.json",
