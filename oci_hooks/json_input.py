@@ -9,21 +9,11 @@ the package is loaded and reports the error.
 from __future__ import annotations
 
 from oci_hooks.findings import Finding, InputError
+from oci_hooks.idle import scan_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-
-class ScannerOptions:
-    """The attributes that CPython's scanner reads from its owner; the same values as json.JSONDecoder's."""
-
-    strict = True
-    object_hook = None
-    object_pairs_hook = None
-    parse_float = float
-    parse_int = int
-    parse_constant = float
 
 
 def parse_json(data: bytes, name: str) -> Any:
@@ -43,18 +33,6 @@ def parse_json(data: bytes, name: str) -> Any:
         raise
     except Exception:  # noqa: BLE001 - json reports any error of the scanner with its position
         return parse_slowly(text, name)
-
-
-def scan_text(text: str) -> Any:
-    """Return the value, by the C scanner alone. Raises any exception for invalid text, ValueError for trailing text."""
-    import _json
-
-    start = len(text) - len(text.lstrip(" \t\n\r"))
-    scan: Any = _json.make_scanner  # typeshed wants a JSONDecoder; the scanner is content with its attributes
-    value, end = scan(ScannerOptions)(text, start)
-    if text[end:].strip(" \t\n\r"):
-        raise ValueError("unexpected text after the JSON value")
-    return value
 
 
 def parse_slowly(text: str, name: str) -> Any:

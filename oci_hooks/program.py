@@ -7,7 +7,7 @@ import gc
 import os
 import time
 
-from oci_hooks.findings import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
+from oci_hooks.findings import EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
 from oci_hooks.frozen import Frozen
 from oci_hooks.system import Deadline, RecordingRoot, read_pipe, tagged
 
@@ -78,10 +78,10 @@ class Run:
     findings to report in addition to an error; plan: printed by --dry-run --json; details: more members for --json;
     is_answered: an answer in another format was already printed; is_verbose: also report the steps; record: the
     setting ("failure", "always", "never"), "" until it is read; record_asked: the annotation: "full" redacts nothing,
-    any other word records the run whatever its result, "" requests nothing.
+    any other word records the run whatever its result, "" requests nothing; begun: what was read from stdin already.
     """
 
-    def __init__(self, program: str, arguments: Arguments, deadline: Deadline, root: Root) -> None:
+    def __init__(self, program: str, arguments: Arguments, deadline: Deadline, root: Root, begun: bytes = b"") -> None:
         self.program = program
         self.arguments = arguments
         self.deadline = deadline
@@ -94,6 +94,7 @@ class Run:
         self.is_verbose = arguments.debug
         self.record = ""
         self.record_asked = ""
+        self.begun = begun
 
     def report(self, finding: Finding) -> None:
         """Keep a finding for the report at the end."""
@@ -135,8 +136,11 @@ class Outcome(Frozen):
     error: Exception | None = None
 
 
-def run_hook(hook: Hook, argv: list[str]) -> int:
-    """Run one hook and return its exit code; any failure in it becomes findings. argv: its arguments."""
+def run_hook(hook: Hook, argv: list[str], begun: bytes = b"") -> int:
+    """Run one hook and return its exit code; any failure in it becomes findings.
+
+    argv: its arguments; begun: what was read from stdin already (idle.py).
+    """
     # A run ends before garbage collection would pay off.
     gc.disable()
     open_standard_descriptors()
@@ -151,7 +155,7 @@ def run_hook(hook: Hook, argv: list[str]) -> int:
         report(hook.name, "", error.findings, hook.kmsg)
         return error.exit_code
     root = RecordingRoot()
-    run = Run(hook.name, arguments, Deadline(hook.seconds), root)
+    run = Run(hook.name, arguments, Deadline(hook.seconds), root, begun)
     outcome = run_work(run, hook.work)
     if arguments.json and not run.is_answered:
         more = {**run.details, "plan": run.plan} if arguments.dry_run else run.details
@@ -301,18 +305,21 @@ def read_state(run: Run) -> State:
     from oci_hooks import oci
 
     if not run.arguments.bundle:
-        return oci.resolve_bundle(run.root, oci.read_state(run.root.do(read_input, run.deadline)))
+        return oci.resolve_bundle(run.root, oci.read_state(run.root.do(read_input, run.deadline, run.begun)))
     bundle = os.path.abspath(run.arguments.bundle)
     return oci.State(os.path.basename(bundle) or "bundle", bundle, run.arguments.pid, "", {})
 
 
 @tagged("read-state")
-def read_input(deadline: Deadline) -> bytes:
-    """Return the content of stdin. Raises InputError [no-state] if it is empty or not closed in time."""
+def read_input(deadline: Deadline, begun: bytes = b"") -> bytes:
+    """Return the content of stdin. Raises InputError [no-state] if it is empty or not closed in time.
+
+    begun: what was read from it already.
+    """
     if os.isatty(0):
         raise InputError("no-state", "stdin", "is a terminal; an OCI state is expected", "to run by hand: --bundle DIR")
     try:
-        data = read_pipe(0, deadline, STATE_LIMIT)
+        data = read_pipe(0, deadline, STATE_LIMIT, begun)
     except OSError as error:
         raise InputError("no-state", "stdin", error.strerror or str(error), "pass the OCI state on stdin") from None
     if data is None:
@@ -333,18 +340,3 @@ def print_json(program: str, code: int, findings: Iterable[Finding], more: dict[
     reported = [finding.as_dict() for finding in findings]
     answer = {"version": 1, "program": program, "exit": code, "findings": reported, **more}
     write_stdout(json.dumps(answer, indent=2) + "\n")
-
-
-__all__ = [
-    "EXIT_BAD_INPUT",
-    "EXIT_DONE",
-    "EXIT_REFUSED",
-    "Arguments",
-    "Hook",
-    "Run",
-    "parse_arguments",
-    "read_input",
-    "read_state",
-    "run_hook",
-    "run_work",
-]

@@ -192,17 +192,18 @@ def read_chunks(fd: int, limit: int, name: str) -> Iterator[bytes]:
         yield chunk
 
 
-def read_pipe(fd: int, deadline: Deadline, limit: int = DEFAULT_LIMIT) -> bytes | None:
+def read_pipe(fd: int, deadline: Deadline, limit: int = DEFAULT_LIMIT, begun: bytes = b"") -> bytes | None:
     """Return the data from a pipe until its other end is closed, None if it is not closed before the deadline.
 
-    limit: bytes after which reading stops, so that the result is longer than this. Raises OSError.
+    limit: bytes after which reading stops, so that the result is longer than this; begun: what was read from it
+    already. Raises OSError.
     """
     import select
 
     poller = select.poll()
     poller.register(fd, select.POLLIN)
-    chunks = []
-    total = 0
+    chunks = [begun]
+    total = len(begun)
     while poller.poll(deadline.remaining() * 1000):
         chunks.append(os.read(fd, 65536))
         total += len(chunks[-1])

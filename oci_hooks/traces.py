@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+from oci_hooks.idle import WORD, lacks_vfio
 from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
     Asks = Callable[[dict[str, str], list[str]], bool]
 
-# Every annotation and path of a request contains this word, as these bytes or with some of them escaped.
-WORD = b"vfio"
-ESCAPES = (b"\\u0076", b"\\u0066", b"\\u0069", b"\\u006f", b"\\u006F")
 # Bytes at a piece's end that may belong to a word continued in the next piece.
 OVERLAP = 5
 PIECE = 1 << 20
@@ -60,16 +58,6 @@ def find_request(data: bytes, asks: Asks) -> bool | None:
     return asks(traces.annotations, traces.paths)
 
 
-def lacks_vfio(data: bytes) -> bool:
-    """Return whether a text surely has no "vfio" in any string, whatever it is. Pure; imports nothing.
-
-    JSON has one other way to write a letter: its escape of six characters (RFC 8259, section 7).
-    """
-    if WORD in data:
-        return False
-    return b"\\u00" not in data or not any(escape in data for escape in ESCAPES)
-
-
 def file_lacks_vfio(path: str) -> bool:
     """Return the same for a file too large to be read at once, piece by piece. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -77,12 +65,14 @@ def file_lacks_vfio(path: str) -> bool:
         total, end = 0, b""
         while total <= MAX_FILE_BYTES:
             piece = os.read(fd, PIECE)
+            known = end + piece
+            # What follows a word at the end decides what it is, and is in the next piece.
+            if not lacks_vfio(known.removesuffix(WORD) if piece else known):
+                return False
             if not piece:
                 return True
-            if not lacks_vfio(end + piece):
-                return False
             total += len(piece)
-            end = (end + piece)[-OVERLAP:]
+            end = known[-OVERLAP:]
         return False
     finally:
         os.close(fd)

@@ -22,9 +22,12 @@ PROGRAM = "vfio-guest-bind"
 SECONDS = USUAL_SECONDS
 
 
-def main(argv: list[str]) -> int:
-    """Run the guest hook and return its exit code. argv: the arguments without the program's name."""
-    return run_hook(Hook(PROGRAM, SECONDS, work, add_options, read_record_mode, kmsg=True), argv)
+def main(argv: list[str], begun: bytes = b"") -> int:
+    """Run the guest hook and return its exit code.
+
+    argv: the arguments without the program's name; begun: what was read from stdin already.
+    """
+    return run_hook(Hook(PROGRAM, SECONDS, work, add_options, read_record_mode, kmsg=True), argv, begun)
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -6,8 +6,9 @@ It changes nothing. Modules that a container without VFIO devices does not need 
 
 from __future__ import annotations
 
+from oci_hooks.findings import EXIT_DONE
 from oci_hooks.oci import is_sandbox, read_spec
-from oci_hooks.program import EXIT_DONE, Hook, read_state, run_hook
+from oci_hooks.program import Hook, read_state, run_hook
 from oci_hooks.system import USUAL_SECONDS, Root
 
 TYPE_CHECKING = False
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
 PROGRAM = "vfio-host-check"
 
 
-def main(argv: list[str]) -> int:
-    """Run the hook, or the check by hand, and return the exit code. argv: arguments without the program's name."""
+def main(argv: list[str], begun: bytes = b"") -> int:
+    """Run the hook, or the check by hand, and return the exit code.
+
+    argv: arguments without the program's name; begun: what was read from stdin already.
+    """
     if any(word == "--cdi" or word.startswith("--cdi=") for word in argv):
         from oci_hooks.host.cdi import add_cdi_options, work_cdi
 
         options = Hook(PROGRAM, USUAL_SECONDS, work_cdi, add_cdi_options, read_record_mode, kmsg=False, by_hand=True)
         return run_hook(options, argv)
-    return run_hook(Hook(PROGRAM, USUAL_SECONDS, work, add_options, read_record_mode, kmsg=False), argv)
+    return run_hook(Hook(PROGRAM, USUAL_SECONDS, work, add_options, read_record_mode, kmsg=False), argv, begun)
 
 
 def add_options(parser: ArgumentParser) -> None:

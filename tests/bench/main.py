@@ -107,7 +107,9 @@ def measure_here(parts: Sequence[str], runs: int, result: Path) -> Report:
 def measure_inside(parts: Sequence[str], runs: int, share: Path) -> Report:
     """Return what was measured in the virtual machine."""
     result = share / "inside.json"
-    command = [PYTHON, "-m", "tests.bench.inside", str(rig.SHARE / result.name), str(runs), *parts]
+    # The helpers of the tests import pytest.
+    python = provision.ensure_venv("tests", provision.TEST_REQUIREMENTS) / "bin/python"
+    command = [str(python), "-m", "tests.bench.inside", str(rig.SHARE / result.name), str(runs), *parts]
     environment = {"OCI_VFIO_ROOTFS": str(provision.ensure_rootfs()), "PYTHONDONTWRITEBYTECODE": "1"}
     job = rig.Job(tuple(command), share, LIMIT, environment)
     outcome = rig.run_in_vm(machines.MACHINES["bench"], provision.ensure_kernel(), job, rig.write_output)

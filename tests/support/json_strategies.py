@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
+
+from oci_hooks import oci
 
 # What stands at the edges of the bounds in the schemas, and what looks like a number and is none.
 NUMBERS = st.sampled_from(
@@ -82,3 +87,24 @@ def nearly(draw: st.DrawFn, whole: Any) -> Any:
 
 STATES = nearly(WHOLE_STATE)
 CONFIGS = nearly(WHOLE_CONFIG)
+# Parts of a config.json that ask for VFIO.
+REQUESTS: list[dict[str, Any]] = [
+    {"annotations": {oci.DEVICES_ANNOTATION: "auto"}},
+    {"annotations": {"a": None, oci.MAP_ANNOTATION: "[]"}},
+    {"linux": {"devices": [{"path": "/dev/vfio/12", "type": "c"}]}},
+    {"linux": {"devices": [{"path": "/dev/null", "type": "c"}, {"type": "c", "path": "/dev/./vfio/devices/vfio0"}]}},
+]
+
+
+def write_json(document: object, choose: Callable[[tuple[str, ...]], str]) -> bytes:
+    """Return a document as JSON, the letters of "/vfio" in its strings spelled in any way that JSON has for them."""
+
+    def spell(match: re.Match[str]) -> str:
+        letter = match[0]
+        ways = (letter, f"\\u{ord(letter):04x}", f"\\u{ord(letter):04X}") if len(letter) == 1 else (letter,)
+        return choose((*ways, "\\/") if letter == "/" else ways)
+
+    def spell_string(match: re.Match[str]) -> str:
+        return re.sub(r"\\u....|\\.|[vfio/]", spell, match[0])
+
+    return re.sub(r'"(?:[^"\\]|\\.)*"', spell_string, json.dumps(document)).encode()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import documents, figures
+from tests.bench import documents, figures, lift
 from tests.bench.figures import Figure, compute
 from tests.bench.timing import BenchError, Case, list_imports, take_turns, time_command
 from tests.provision import REPOSITORY
@@ -97,3 +97,9 @@ def read_rows(place: documents.Place) -> dict[str, list[str]]:
     text = (REPOSITORY / place.path).read_text().partition(place.begin)[2].partition(place.end)[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     return {cells[0]: cells[1:] for cells in rows[2:]}
+
+
+def test_deadline_lines_exist() -> None:
+    """What lift.py replaces in its copy of the hooks."""
+    for name, line in lift.DEADLINES.items():
+        assert (REPOSITORY / "oci_hooks" / name).read_text().count(line) == 1

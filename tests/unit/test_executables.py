@@ -142,10 +142,11 @@ def test_executables_suppress_warnings(tmp_path: Path, hook: str) -> None:
     shutil.copy(REPOSITORY / "hooks" / hook, tmp_path / "hooks")
     (tmp_path / "oci_hooks").mkdir()
     (tmp_path / "oci_hooks/__init__.py").touch()
+    shutil.copy(REPOSITORY / "oci_hooks/idle.py", tmp_path / "oci_hooks")
     module = """\
 import _warnings, re, warnings
 'a' is 'b'
-def main(argv):
+def main(argv, begun):
     re.compile("[[a]")
     for kind in (Warning, UserWarning, DeprecationWarning, FutureWarning, ResourceWarning, BytesWarning):
         warnings.warn("w", kind)
@@ -157,7 +158,8 @@ def main(argv):
     for name in ("host", "guest"):
         (tmp_path / f"oci_hooks/{name}").mkdir()
         (tmp_path / f"oci_hooks/{name}/hook.py").write_text(module)
-    done = subprocess.run([tmp_path / "hooks" / hook], capture_output=True, text=True, check=True, env={})
+    command = [tmp_path / "hooks" / hook]
+    done = subprocess.run(command, input="no state", capture_output=True, text=True, check=True, env={})
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 

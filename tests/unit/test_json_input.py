@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oci_hooks.findings import EXIT_BAD_INPUT, InputError
-from oci_hooks.json_input import parse_json, scan_text
+from oci_hooks.idle import scan_text
+from oci_hooks.json_input import parse_json
 from tests.support.json_strategies import ANYTHING
 
 pytestmark = pytest.mark.unit

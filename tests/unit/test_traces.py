@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ from hypothesis import strategies as st
 
 from oci_hooks import json_input, oci, traces
 from oci_hooks.findings import InputError
+from oci_hooks.idle import lacks_vfio
 from oci_hooks.json_input import parse_json
-from oci_hooks.traces import file_lacks_vfio, lacks_vfio, read_traces
-from tests.support.json_strategies import CONFIGS
+from oci_hooks.traces import file_lacks_vfio, read_traces
+from tests.support.json_strategies import CONFIGS, REQUESTS, write_json
 
 pytestmark = pytest.mark.unit
 
@@ -34,30 +33,10 @@ def look_for_request(path: str) -> bool | None:
 
 
 STATE = oci.State("c1", "/b", 1, "", {})
-REQUESTS: list[dict[str, Any]] = [
-    {"annotations": {oci.DEVICES_ANNOTATION: "auto"}},
-    {"annotations": {"a": None, oci.MAP_ANNOTATION: "[]"}},
-    {"linux": {"devices": [{"path": "/dev/vfio/12", "type": "c"}]}},
-    {"linux": {"devices": [{"path": "/dev/null", "type": "c"}, {"type": "c", "path": "/dev/./vfio/devices/vfio0"}]}},
-]
 # With and without a request, right and wrong in other places.
 MIXED = st.one_of(
     CONFIGS, st.builds(lambda d, r: {**(d if isinstance(d, dict) else {}), **r}, CONFIGS, st.sampled_from(REQUESTS))
 )
-
-
-def write_json(document: object, choose: Callable[[tuple[str, ...]], str]) -> bytes:
-    """Return a document as JSON, the letters of "/vfio" in its strings spelled in any way that JSON has for them."""
-
-    def spell(match: re.Match[str]) -> str:
-        letter = match[0]
-        ways = (letter, f"\\u{ord(letter):04x}", f"\\u{ord(letter):04X}") if len(letter) == 1 else (letter,)
-        return choose((*ways, "\\/") if letter == "/" else ways)
-
-    def spell_string(match: re.Match[str]) -> str:
-        return re.sub(r"\\u....|\\.|[vfio/]", spell, match[0])
-
-    return re.sub(r'"(?:[^"\\]|\\.)*"', spell_string, json.dumps(document)).encode()
 
 
 def read_fully(data: bytes) -> bool | None:
@@ -91,7 +70,10 @@ def test_find_request_in_invalid_json(request: dict[str, Any], odd: list[str]) -
     assert find_request(text.encode("utf-8", "surrogateescape"))
 
 
-@given(st.binary(max_size=60), st.sampled_from([b"vfio", b"\\u0076fio", b"v\\u0066io", b"vf\\u0069o", b"vfi\\u006F"]))
+@given(
+    st.binary(max_size=60),
+    st.sampled_from([b"vfio", b"vfio-", b"vfio-x/vfio", b"\\u0076fio", b"v\\u0066io", b"vf\\u0069o", b"vfi\\u006F"]),
+)
 def test_file_lacks_vfio_in_pieces(tmp_path_factory: pytest.TempPathFactory, before: bytes, word: bytes) -> None:
     path = tmp_path_factory.mktemp("x") / "file"
     saved = traces.PIECE
@@ -113,6 +95,10 @@ def test_file_lacks_vfio_in_pieces(tmp_path_factory: pytest.TempPathFactory, bef
         (b"v f i o", True),
         (b"VFIO", True),
         (b"vfio", False),
+        (b"/hooks/vfio-guest-bind", True),
+        (b"/dev/vfio/vfio-guest-bind", False),
+        (b"io.katacontainers.x.vfio.devices.vfio-1", False),
+        (b"vfi\\u006f-", False),
         (b'"\\u0076"', False),
         (b'"\\u0066"', False),
         (b'"\\u0069"', False),

@@ -358,7 +358,9 @@ def test_hook_executable_under_20_lines() -> None:
         text = hook.read_text()
         assert text.startswith("#!/usr/bin/python3 -I")
         assert os.access(hook, os.X_OK)
-        assert len([line for line in text.splitlines() if line.strip()]) < 20
+        # The words before its first import are no code.
+        lines = [line.strip() for line in text[text.index("\nimport ") :].splitlines()]
+        assert len([line for line in lines if line and not line.startswith("#")]) < 20
 
 
 # on_failure ----------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class Bench:
     def run(self, state: Any, *argv: str) -> tuple[int, str, str]:
         """Run the hook with this state and return exit code, stdout and stderr."""
         data = state if isinstance(state, bytes) else json.dumps(state).encode()
-        self.monkeypatch.setattr(program, "read_input", lambda _deadline: data)
+        self.monkeypatch.setattr(program, "read_input", lambda *_: data)
         code = host_hook.main(list(argv))
         out, err = self.capfd.readouterr()
         return code, out, err
