@@ -5,6 +5,7 @@
     tests/run lint unit                                these kinds
     tests/run engines                                  podman, Docker, containerd; not in the above
     tests/run iommus                                   IOMMUs other than Intel's; not in the above
+    tests/run kata                                     Kata's genuine agent (KATA_AGENT=PATH); not in the above
     tests/run --list [KIND...]                         installs what they need, and names their tests
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
     tests/run --in MACHINE [--kernel NAME] COMMAND...  any command in a machine, on a kernel of tests/kernels.py
@@ -34,6 +35,7 @@ from xml.etree import ElementTree
 from tests import kernels, packages, provision
 from tests.chain import image
 from tests.engines import roots as engine_roots
+from tests.kata import genuine as kata_agent
 from tests.newcomer import bare
 from tests.provision import REPOSITORY, MissingError, say
 from tests.skips import Skip, find_unknown
@@ -41,7 +43,7 @@ from tests.vm import machines, rig
 
 KINDS = ("lint", "unit", "runtime", "packaging", "newcomer", "chain", "vm")
 # What is run when it is asked for, besides.
-ON_REQUEST = ("engines", "iommus")
+ON_REQUEST = ("engines", "iommus", "kata")
 # Where a kind's files are, if not in a directory of its name.
 DIRECTORIES = {"iommus": "vm/iommus"}
 # Run in the rig's machines, where nothing may be skipped.
@@ -456,6 +458,7 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
         **({KEEP_RECORDS: str(rig.SHARE)} if KEEP_RECORDS in os.environ else {}),
         **packages.make_environment(files),
         **engine_roots.make_environment(files),
+        **kata_agent.make_environment(files),
         **image.make_environment(files),
     }
 

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the genuine parts of Kata are that the tests run: none is in the repository, and none is built here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.provision import REPOSITORY, MissingError
+
+# Beside the repository, where its developers keep them.
+BESIDE = REPOSITORY.parent / "shared/kata"
+
+
+def make_environment(files: Sequence[Path]) -> dict[str, str]:
+    """Return what tests in the machine find in their environment if a file among them has KATA = True."""
+    if not any("\nKATA = True\n" in file.read_text() for file in files):
+        return {}
+    return {"OCI_VFIO_KATA_AGENT": str(find_agent())}
+
+
+def find_agent() -> Path:
+    """Return the path of Kata's agent: KATA_AGENT's, or that beside the repository. Raises MissingError."""
+    path = Path(os.environ.get("KATA_AGENT") or BESIDE / "kata-agent").resolve()
+    if not os.access(path, os.X_OK):
+        advice = "set KATA_AGENT to the agent of the Kata you run (usr/bin/kata-agent in its guest image)"
+        raise MissingError(f"{path}: no such program; {advice}")
+    return path

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest hook under Kata's genuine agent, which finds it in its guest_hook_path."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import Any
+
+import pytest
+
+from tests.kata.agent import Agent, AgentError
+from tests.support import guest_calls
+from tests.support.guest_calls import ask
+from tests.vm import bundles, devices, guest
+
+MACHINE = "standard"
+KERNELS = ("6.1",)
+# The runner says where the agent is.
+KATA = True
+
+
+def read_groups(done: bundles.Done) -> list[dict[str, Any]]:
+    """Return what the probe reported of the groups it found."""
+    groups: list[dict[str, Any]] = done.read_json()["groups"]
+    return groups
+
+
+def test_agent_binds_opens_restores(agent: Agent) -> None:
+    """The whole way: the annotation names the NIC, the container reads it through VFIO, poststop gives it back."""
+    nic = guest.find_devices(devices.NIC_E1000E)[0]
+    done = agent.run("one", *bundles.PROBE, annotations=ask(nic))
+    (group,) = read_groups(done)
+    assert (group["group"], group["viable"]) == (guest.group_of(nic), True)
+    (device,) = group["devices"]
+    assert (device["address"], device["read_id"]) == (nic, "ok")
+    assert guest.driver_of(nic) == "vfio-pci"
+    assert guest_calls.list_claims() == ["one"]
+    agent.remove("one")
+    assert guest.driver_of(nic) == "e1000e"
+    assert guest_calls.list_claims() == []
+    assert agent.list_hook_lines() == []
+
+
+def test_agent_claimed_group_refused(agent: Agent) -> None:
+    """The agent ignores how a hook ends: the second container runs, without the device, and the log has the line."""
+    nic = guest.find_devices(devices.NIC_E1000E)[0]
+    agent.create("holder", "/bin/sleep", "600", annotations=ask(nic))
+    assert guest_calls.list_claims() == ["holder"]
+    done = agent.run("second", *bundles.PROBE, annotations=ask(nic))
+    assert read_groups(done) == []
+    assert "[claimed]" in "".join(agent.list_hook_lines())
+    agent.remove("second")
+    agent.remove("holder")
+    assert guest.driver_of(nic) == "e1000e"
+
+
+def test_agent_on_failure_kill_stops_container(agent: Agent) -> None:
+    bundles.write_settings('on_failure = "kill"\n')
+    with pytest.raises(AgentError, match="Broken pipe"):
+        agent.create("refused", *bundles.PROBE, annotations=ask("0000:00:00.0"))
+    # The agent gives up on the container before it has read the hook's words: they are in the guest's kernel log.
+    kernel_log = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"vfio-guest-bind\S* .*\[in-use\] 0000:00:00.0", kernel_log)
+    assert guest_calls.list_claims() == []
+
+
+def test_agent_takes_counted_group(agent: Agent) -> None:
+    """Mode vfio of Kata's Go runtime: linux.devices has the host's numbers, and one group is free."""
+    first, second = guest.find_devices(devices.NIC_E1000E)
+    guest.bind(first, "vfio-pci")
+    bundles.write_settings(f'[auto]\nids = ["{devices.NIC_E1000E}"]\n')
+    agent.create("holder", "/bin/sleep", "600", annotations=ask(first))
+    done = agent.run("counted", *bundles.PROBE, devices=bundles.vfio_devices("77"))
+    assert [group["group"] for group in read_groups(done)] == [guest.group_of(second)]
+    agent.remove("counted")
+    assert guest.driver_of(second) == "e1000e"
+
+
+def test_agent_drops_hooks_where_spec_has_hooks(agent: Agent) -> None:
+    """What runtime-rs sends: a `hooks` object without hooks. The hooks of the image are then not run."""
+    nic = guest.find_devices(devices.NIC_E1000E)[0]
+    done = agent.run("plain", *bundles.PROBE, empty_hooks=True, annotations=ask(nic))
+    assert read_groups(done) == []
+    assert guest.driver_of(nic) == "e1000e"
+
+
+@pytest.mark.parametrize("empty_hooks", [True, False], ids=["runtime-rs", "go"])
+def test_agent_cdi_brings_hook(agent: Agent, cdi: str, empty_hooks: bool) -> None:
+    """A CDI specification in the guest declares the hook, and a container annotation asks for it."""
+    nic = guest.find_devices(devices.NIC_E1000E)[0]
+    annotations = {**ask(nic), "cdi.k8s.io/vfio": cdi}
+    done = agent.run("named", *bundles.PROBE, empty_hooks=empty_hooks, annotations=annotations)
+    assert [group["group"] for group in read_groups(done)] == [guest.group_of(nic)], agent.list_hook_lines()
+    agent.remove("named")
+    assert guest.driver_of(nic) == "e1000e"
+    assert guest_calls.list_claims() == []
