@@ -7,9 +7,9 @@ import gc
 import os
 import time
 
-from oci_hooks.findings import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
+from oci_hooks.findings import EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
 from oci_hooks.frozen import Frozen
-from oci_hooks.system import Deadline, RecordingRoot, read_pipe, tagged
+from oci_hooks.system import OWN_STAT, Deadline, RecordingRoot, read_pipe, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Run:
     findings to report in addition to an error; plan: printed by --dry-run --json; details: more members for --json;
     is_answered: an answer in another format was already printed; is_verbose: also report the steps; record: the
     setting ("failure", "always", "never"), "" until it is read; record_asked: the annotation: "full" redacts nothing,
-    any other word records the run whatever its result, "" requests nothing.
+    any other word records the run whatever its result, "" requests nothing; when_reported: called when the result is
+    reported, before the run is recorded.
     """
 
     def __init__(self, program: str, arguments: Arguments, deadline: Deadline, root: Root) -> None:
@@ -94,6 +95,7 @@ class Run:
         self.is_verbose = arguments.debug
         self.record = ""
         self.record_asked = ""
+        self.when_reported: Callable[[], object] | None = None
 
     def report(self, finding: Finding) -> None:
         """Keep a finding for the report at the end."""
@@ -151,7 +153,7 @@ def run_hook(hook: Hook, argv: list[str]) -> int:
         report(hook.name, "", error.findings, hook.kmsg)
         return error.exit_code
     root = RecordingRoot()
-    run = Run(hook.name, arguments, Deadline(hook.seconds), root)
+    run = Run(hook.name, arguments, Deadline(hook.seconds, root.host_path(OWN_STAT)), root)
     outcome = run_work(run, hook.work)
     if arguments.json and not run.is_answered:
         more = {**run.details, "plan": run.plan} if arguments.dry_run else run.details
@@ -165,6 +167,8 @@ def run_hook(hook: Hook, argv: list[str]) -> int:
         from oci_hooks.log import report
 
         report(hook.name, run.container, outcome.findings, hook.kmsg)
+    if run.when_reported:
+        run.when_reported()
     if run.is_recorded(outcome.code):
         record_run(hook, run, outcome, root.notes)
     if outcome.error and arguments.debug:
@@ -333,18 +337,3 @@ def print_json(program: str, code: int, findings: Iterable[Finding], more: dict[
     reported = [finding.as_dict() for finding in findings]
     answer = {"version": 1, "program": program, "exit": code, "findings": reported, **more}
     write_stdout(json.dumps(answer, indent=2) + "\n")
-
-
-__all__ = [
-    "EXIT_BAD_INPUT",
-    "EXIT_DONE",
-    "EXIT_REFUSED",
-    "Arguments",
-    "Hook",
-    "Run",
-    "parse_arguments",
-    "read_input",
-    "read_state",
-    "run_hook",
-    "run_work",
-]

@@ -6,8 +6,9 @@ It changes nothing. Modules that a container without VFIO devices does not need 
 
 from __future__ import annotations
 
+from oci_hooks.findings import EXIT_DONE
 from oci_hooks.oci import is_sandbox, read_spec
-from oci_hooks.program import EXIT_DONE, Hook, read_state, run_hook
+from oci_hooks.program import Hook, read_state, run_hook
 from oci_hooks.system import USUAL_SECONDS, Root
 
 TYPE_CHECKING = False
