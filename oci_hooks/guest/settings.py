@@ -71,8 +71,9 @@ def check_deadline(settings: GuestSettings, path: str, bundle: str) -> list[Find
     """
     if settings.deadline <= KATA_DEADLINE or not bundle.startswith(KATA_BUNDLES):
         return []
-    problem = f"{settings.deadline:g} s is too long: Kata's agent kills a hook after {KATA_SECONDS:g} s, before it can "
-    problem += "restore the devices and report"
+    problem = (
+        f"{settings.deadline:g} s is too long: Kata's agent kills a hook after {KATA_SECONDS:g} s, before its report"
+    )
     hint = f"set deadline = {KATA_DEADLINE:g} or less, unless a CDI specification gives the hook a longer timeout"
     return [Finding("warning", "deadline-too-long", f"{path or GUEST_SETTINGS}: deadline", problem, hint)]
 

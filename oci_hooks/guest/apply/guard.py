@@ -33,10 +33,6 @@ else:
 # Seconds for a guard to be in place, and for a killed one to end.
 START_SECONDS = 1.0
 KILL_SECONDS = 0.5
-HINT = (
-    "Kata's agent kills a hook after 10 s, the kernel for lack of memory: see dmesg; the next run of the hook in this "
-    "guest restores the devices"
-)
 
 
 class Guard:
@@ -94,7 +90,8 @@ class Guard:
         except ProcessLookupError:
             ending = "had ended already"
         problem = f'was killed before it had finished; the container\'s init {ending} (on_failure = "kill")'
-        finding = Finding("error", "hook-killed", "the hook", problem, HINT)
+        hint = "see dmesg for lack of memory; Kata's agent kills a hook after 10 s; the next run restores the devices"
+        finding = Finding("error", "hook-killed", "the hook", problem, hint)
         log_findings(self.program, self.state.id, (finding,), kmsg=True)
 
 
