@@ -9,7 +9,7 @@ import time
 
 from oci_hooks.findings import EXIT_DONE, EXIT_REFUSED, Finding, HookError, InputError
 from oci_hooks.frozen import Frozen
-from oci_hooks.system import Deadline, RecordingRoot, read_pipe, tagged
+from oci_hooks.system import OWN_STAT, Deadline, RecordingRoot, read_pipe, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Run:
     findings to report in addition to an error; plan: printed by --dry-run --json; details: more members for --json;
     is_answered: an answer in another format was already printed; is_verbose: also report the steps; record: the
     setting ("failure", "always", "never"), "" until it is read; record_asked: the annotation: "full" redacts nothing,
-    any other word records the run whatever its result, "" requests nothing; begun: what was read from stdin already.
+    any other word records the run whatever its result, "" requests nothing; begun: what was read from stdin already;
+    when_reported: called when the result is reported, before the run is recorded.
     """
 
     def __init__(self, program: str, arguments: Arguments, deadline: Deadline, root: Root, begun: bytes = b"") -> None:
@@ -95,6 +96,7 @@ class Run:
         self.record = ""
         self.record_asked = ""
         self.begun = begun
+        self.when_reported: Callable[[], object] | None = None
 
     def report(self, finding: Finding) -> None:
         """Keep a finding for the report at the end."""
@@ -155,7 +157,8 @@ def run_hook(hook: Hook, argv: list[str], begun: bytes = b"") -> int:
         report(hook.name, "", error.findings, hook.kmsg)
         return error.exit_code
     root = RecordingRoot()
-    run = Run(hook.name, arguments, Deadline(hook.seconds), root, begun)
+    deadline = Deadline(hook.seconds, root.host_path(OWN_STAT))
+    run = Run(hook.name, arguments, deadline, root, begun)
     outcome = run_work(run, hook.work)
     if arguments.json and not run.is_answered:
         more = {**run.details, "plan": run.plan} if arguments.dry_run else run.details
@@ -169,6 +172,8 @@ def run_hook(hook: Hook, argv: list[str], begun: bytes = b"") -> int:
         from oci_hooks.log import report
 
         report(hook.name, run.container, outcome.findings, hook.kmsg)
+    if run.when_reported:
+        run.when_reported()
     if run.is_recorded(outcome.code):
         record_run(hook, run, outcome, root.notes)
     if outcome.error and arguments.debug:

@@ -32,6 +32,10 @@ DOCKER_CONFIG = "/etc/docker/daemon.json"
 DEFAULT_LIMIT = 16 << 20
 # The deadline of a hook, in seconds. Kata's agent kills a guest hook after 10 s, and its knowledge is lost then.
 USUAL_SECONDS = 8.0
+# Seconds of a process's age that count. An older process was another program before (`exec` in a shell that is open for
+# hours), or the machine slept: CLOCK_BOOTTIME goes on then. Kata's agent lets no hook become older.
+MAX_AGE = 10.0
+OWN_STAT = "/proc/self/stat"
 
 
 def tagged(tag: str) -> Callable[[F], F]:
@@ -51,10 +55,16 @@ def name_tag(function: Callable[..., object]) -> str:
 
 
 class Deadline:
-    """The time by which the hook must end. seconds: from now."""
+    """The time by which the hook must end.
 
-    def __init__(self, seconds: float) -> None:
+    seconds: from now, and from `extend` on from the start of the process; stat: path of that process's stat, "" where
+    the process does more than one run of a hook. Its age is read when settings are: a container without VFIO devices
+    does not pay for it.
+    """
+
+    def __init__(self, seconds: float, stat: str = "") -> None:
         self.seconds = seconds
+        self.stat = stat
         self.start = time.monotonic()
 
     def remaining(self) -> float:
@@ -67,8 +77,30 @@ class Deadline:
         return self.seconds - self.remaining()
 
     def extend(self, seconds: float) -> None:
-        """Set the total seconds, from the same start: settings are read after the clock has started."""
+        """Set the total seconds: settings are read after the clock has started.
+
+        They count from the start of the process, as they do for a runtime that kills a hook: on a slow machine the
+        interpreter's start and the imports take seconds.
+        """
         self.seconds = seconds
+        age = read_age(self.stat) if self.stat else None
+        if age is not None:
+            self.start = time.monotonic() - age
+
+
+def read_age(path: str) -> float | None:
+    """Return for how many seconds this process has existed, None where that is unknown or more than MAX_AGE.
+
+    path: of its stat. Source: proc_pid_stat(5), starttime: the 22nd field, in clock ticks since boot; do_task_stat in
+    the kernel's fs/proc/array.c takes it from the clock that is CLOCK_BOOTTIME here, time namespaces included.
+    """
+    try:
+        # The name in parentheses, the second field, may hold anything.
+        ticks = int(read_file(path, 4096).rpartition(b")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, ArithmeticError):
+        return None
+    return age if 0 <= age <= MAX_AGE else None
 
 
 class Descriptor(int):

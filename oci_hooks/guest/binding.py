@@ -119,4 +119,4 @@ def extend_deadline(root: Root, deadline: Deadline, settings: str) -> None:
         deadline.extend(read_guest_settings(root, settings).deadline)
     except InputError:
         # Told to who starts a container. What has to be put back is the same without it.
-        return
+        deadline.extend(deadline.seconds)

@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
+    from oci_hooks.guest.apply.guard import Guard
     from oci_hooks.guest.request import Request
     from oci_hooks.oci import Spec, State
 
@@ -53,7 +54,7 @@ def work(run: Run) -> int:
         raise InputError("bad-arguments", "--bundle", "needs the process id of the container's init", "add --pid PID")
     state = read_state(run)
     run.container = state.id
-    if arguments.phase == "poststop" or state.status == "stopped":
+    if arguments.phase == "poststop" or state.status == "stopped" or has_ended(run.root, state):
         return release_groups(run, state)
     spec = read_spec(run.root, state)
     if not asks_for_vfio(state, spec):
@@ -66,25 +67,65 @@ def work(run: Run) -> int:
             run.apply_annotations(state, spec)
             run.root.note("request", request)
             bind_groups(run, state, spec, request)
-    except Exception:
+    except BaseException:
+        # KeyboardInterrupt too.
         kill_if_configured(run, state)
         raise
     return EXIT_DONE
+
+
+def has_ended(root: Root, state: State) -> bool:
+    """Return whether a container with a claim has ended although its status is `running`.
+
+    That is the state at poststop in Kata's agent, which passes the kind of hook only to hooks of guest_hook_path. By
+    then the pid of its init may be another process's.
+    """
+    if state.status != "running":
+        return False
+    from oci_hooks.guest.claims import ClaimDirectory
+    from oci_hooks.linux.processes import read_start_time
+
+    directory = ClaimDirectory(root=root)
+    claim = directory.read_claim(directory.undo_log_path(state.id))
+    if claim is None:
+        return False
+    start = read_start_time(root, state.pid) if state.pid > 0 else 0
+    return not start or (claim.pid == state.pid and claim.start != start)
 
 
 def bind_groups(run: Run, state: State, spec: Spec, request: Request) -> None:
     """Give the container what it asks for. Raises HookError with everything put back."""
     from oci_hooks.guest.binding import bind
     from oci_hooks.guest.dry_run import print_plan
-    from oci_hooks.guest.settings import read_guest_settings
+    from oci_hooks.guest.settings import check_deadline, read_guest_settings
 
     settings = read_guest_settings(run.root, run.arguments.settings)
     run.deadline.extend(settings.deadline)
     run.record = settings.record
+    run.findings.extend(check_deadline(settings, run.arguments.settings, state.bundle))
     if run.arguments.dry_run:
         print_plan(run, state, spec, request, settings)
         return
+    guard = start_guard(run, state) if settings.on_failure == "kill" else None
     bind(run, state, spec, request, settings)
+    if guard:
+        guard.end()
+
+
+def start_guard(run: Run, state: State) -> Guard:
+    """Return the guard of a container that must not run without its devices: a process that outlives the hook."""
+    from oci_hooks.guest.apply.guard import Guard, warn_unguarded
+    from oci_hooks.guest.signals import reset_signals
+
+    # A runtime may have its children ignored: then the guard would be no child to wait for.
+    reset_signals()
+    guard = Guard(run.root, run.program, state)
+    run.when_reported = guard.end
+    try:
+        guard.start()
+    except OSError as error:
+        run.report(warn_unguarded(error))
+    return guard
 
 
 def kill_if_configured(run: Run, state: State) -> None:

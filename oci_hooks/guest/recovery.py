@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 # Putting back has to be possible when all of the deadline was used up on the way there.
-# Kata's agent kills a hook after 10 s, and a deadline of 8 s and an interpreter's start come before.
+# Kata's agent kills a hook after 10 s, and a deadline of 8 s, which counts from the process's start, comes before.
 UNDO_SECONDS = 1.5
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from oci_hooks.findings import Finding
 from oci_hooks.frozen import Frozen
 from oci_hooks.linux.pci import is_class, is_id, normalize_address
 from oci_hooks.system import USUAL_SECONDS
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 GUEST_SETTINGS = "/etc/oci-vfio-hooks/guest.toml"
+# Kata's agent has every bundle below it (src/agent/src/rpc.rs, CONTAINER_BASE).
+KATA_BUNDLES = "/run/kata-containers/"
+# The agent's limit for a hook in seconds (kata-sys-util, hooks.rs), and the deadline that leaves time to restore.
+KATA_SECONDS = 10.0
+KATA_DEADLINE = 8.5
 # (uid_t)-1 means "leave as it is" to chown(2).
 MAX_ID = 0xFFFFFFFE
 # What a virtual machine itself is made of: virtio and QEMU's own devices, bridges, system management bus, base system
@@ -56,6 +62,20 @@ def read_guest_settings(root: Root, path: str) -> GuestSettings:
     from oci_hooks.settings import read_settings
 
     return read_settings(root, path or GUEST_SETTINGS, make_guest_settings, required=bool(path))
+
+
+def check_deadline(settings: GuestSettings, path: str, bundle: str) -> list[Finding]:
+    """Return a warning where Kata's agent kills the hook before its deadline. Arguments as above; bundle: of the state.
+
+    Not an error: a hook of a CDI specification can have a longer timeout.
+    """
+    if settings.deadline <= KATA_DEADLINE or not bundle.startswith(KATA_BUNDLES):
+        return []
+    problem = (
+        f"{settings.deadline:g} s is too long: Kata's agent kills a hook after {KATA_SECONDS:g} s, before its report"
+    )
+    hint = f"set deadline = {KATA_DEADLINE:g} or less, unless a CDI specification gives the hook a longer timeout"
+    return [Finding("warning", "deadline-too-long", f"{path or GUEST_SETTINGS}: deadline", problem, hint)]
 
 
 def make_guest_settings(table: Table) -> GuestSettings:

@@ -29,7 +29,14 @@ CONTAINER_TYPE = "io.katacontainers.pkg.oci.container_type"
 AGENT = """#!/bin/sh
 # What the agent does with one hook: the state through a pipe, nothing of the environment, no care for the result.
 cd {bundle} || exit 1
-sed 's/"status":"[a-z]*"/"status":"{status}"/' | env -i {hook} {kind} >{bundle}/{kind}.log 2>&1
+sed 's/"status":"[a-z]*"/"status":"{status}"/' | tee {bundle}/{kind}.state |
+    env -i {hook} {kind} >{bundle}/{kind}.log 2>&1
+exit 0
+"""
+# Its poststop hook as a CDI specification has it, without an argument, and the state that the agent gives to it.
+CDI_POSTSTOP = """#!/bin/sh
+cd /
+sed 's/"status":"[a-z]*"/"status":"running"/' {bundle}/prestart.state | env -i {hook} >{bundle}/poststop.log 2>&1
 exit 0
 """
 
@@ -49,38 +56,42 @@ def guest_image(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         shutil.rmtree(PACKAGE)
 
 
-def make_agent(container: Container, kind: str, status: str) -> dict[str, Any]:
-    """Return the entry of `hooks` that calls the guest hook of this kind as the agent does."""
+def make_agent(container: Container, kind: str, status: str, text: str = AGENT) -> dict[str, Any]:
+    """Return the entry of `hooks` that calls the guest hook of this kind as the agent does. text: of the script."""
     script = container.bundle / f"agent-{kind}"
     hook = HOOKS / kind / bundles.GUEST_HOOK
-    script.write_text(AGENT.format(bundle=container.bundle, status=status, hook=hook, kind=kind))
+    script.write_text(text.format(bundle=container.bundle, status=status, hook=hook, kind=kind))
     script.chmod(0o755)
     return bundles.make_hook(str(script))
 
 
-def make_container(containers: Containers, annotations: dict[str, str]) -> Container:
+def make_container(containers: Containers, annotations: dict[str, str], poststop: str = AGENT) -> Container:
     """Return a container that runs the probe, with the agent's calls under createRuntime and poststop."""
     container = containers.make(*bundles.PROBE, annotations=annotations, hooks={})
     hooks = {
         "createRuntime": [make_agent(container, "prestart", "created")],
-        "poststop": [make_agent(container, "poststop", "stopped")],
+        "poststop": [make_agent(container, "poststop", "stopped", poststop)],
     }
     container.write_config({**container.config, "hooks": hooks}, {})
     return container
 
 
 @pytest.mark.usefixtures("guest_image")
-def test_kata_agent_runs_hook(containers: Containers) -> None:
+@pytest.mark.parametrize("poststop", [AGENT, CDI_POSTSTOP], ids=["image", "cdi"])
+def test_kata_agent_runs_hook(containers: Containers, poststop: str) -> None:
     """The hook finds its package from where it lies in the image, and the container from what little it is told."""
     nic = guest.find_device(devices.NIC_E1000E)
     before = guest_calls.look_at_drivers()
-    container = make_container(containers, {**ask(nic), CONTAINER_TYPE: "pod_container"})
+    container = make_container(containers, {**ask(nic), CONTAINER_TYPE: "pod_container"}, poststop)
     assert container.bundle.parent == Path("/run/kata-containers")
     done = container.run()
-    assert (container.bundle / "prestart.log").read_text() == ""
+    # The tests' own deadline is more than the agent allows.
+    (warning,) = (container.bundle / "prestart.log").read_text().splitlines()
+    assert "warning: [deadline-too-long] /etc/oci-vfio-hooks/guest.toml: deadline: 60 s is too long: " in warning
     assert done.code == 0, done.stderr
     (group,) = done.read_json()["groups"]
     assert [device["id"] for device in group["devices"]] == [devices.NIC_E1000E]
+    assert (container.bundle / "poststop.log").read_text() == ""
     assert guest_calls.look_at_drivers() == before
     assert guest_calls.list_claims() == []
 

@@ -190,7 +190,9 @@ def test_guest_privilege_documented_set_suffices(containers: Containers, case: s
         drop()
         restrict()
 
-    done = guest_calls.call_hook(state, preexec_fn=prepare, close_fds=False)
+    # With a guard, which needs calls of its own.
+    with guest_calls.settings("deadline = 60", 'on_failure = "kill"'):
+        done = guest_calls.call_hook(state, preexec_fn=prepare, close_fds=False)
     assert (done.code, done.stderr) == (0, "")
     assert guest.driver_of(nic) == "vfio-pci"
     guest_calls.forget_success(str(state["id"]))

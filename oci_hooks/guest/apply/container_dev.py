@@ -214,7 +214,10 @@ def remove_directory(directory: int, name: str) -> None:
     try:
         os.rmdir(name, dir_fd=directory)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY):
+        if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY):
+            return
+        # On a read-only file system the kernel refuses before it looks for the name (do_rmdir, mnt_want_write).
+        if error.errno != errno.EROFS or inspect_node(directory, name) is not None:
             raise
 
 

@@ -378,6 +378,9 @@ def work_on(machine: Machine, monkeypatch: pytest.MonkeyPatch, annotation: str, 
     monkeypatch.setattr(guest_hook, "read_state", lambda _: oci.State("c1", "/b", pid, "created", {}))
     with pytest.raises(HookError) as caught:
         guest_hook.work(run)
+    if run.when_reported:
+        # As run_hook does.
+        run.when_reported()
     return caught.value
 
 

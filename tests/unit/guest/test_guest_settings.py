@@ -9,7 +9,17 @@ import pytest
 
 from oci_hooks import plain_toml
 from oci_hooks.findings import InputError
-from oci_hooks.guest.settings import GUEST_SETTINGS, NEVER, GuestSettings, NodeOwner, read_guest_settings
+from oci_hooks.guest.recovery import UNDO_SECONDS
+from oci_hooks.guest.settings import (
+    GUEST_SETTINGS,
+    KATA_DEADLINE,
+    KATA_SECONDS,
+    NEVER,
+    GuestSettings,
+    NodeOwner,
+    check_deadline,
+    read_guest_settings,
+)
 from oci_hooks.system import Root
 
 pytestmark = pytest.mark.unit
@@ -91,3 +101,26 @@ def test_guest_settings_from_command_line(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_guest_settings(root, "/no/such.toml")
     assert caught.value.findings[0].code == "settings-unreadable"
+
+
+@pytest.mark.parametrize(
+    ("deadline", "bundle", "warned"),
+    [
+        ("8.5", "/run/kata-containers/c1", False),
+        ("8.6", "/run/kata-containers/c1", True),
+        ("30", "/run/kata-containers/c1", True),
+        ("30", "/run/containerd/io.containerd.runtime.v2.task/k8s.io/c1", False),
+    ],
+)
+def test_guest_settings_deadline_above_agents(tmp_path: Path, deadline: str, bundle: str, warned: bool) -> None:
+    settings = read_guest_settings(write(tmp_path, f"deadline = {deadline}\n"), "")
+    findings = check_deadline(settings, "", bundle)
+    assert [(finding.level, finding.code) for finding in findings] == [("warning", "deadline-too-long")] * warned
+    if warned:
+        assert findings[0].subject == "/etc/oci-vfio-hooks/guest.toml: deadline"
+        assert findings[0].problem.startswith(f"{deadline} s is too long: Kata's agent kills a hook after 10 s")
+    assert check_deadline(GuestSettings(), "", "/run/kata-containers/c1") == []
+
+
+def test_guest_settings_deadline_leaves_time_to_restore() -> None:
+    assert KATA_DEADLINE + UNDO_SECONDS <= KATA_SECONDS
