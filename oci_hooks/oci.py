@@ -32,19 +32,6 @@ DEVICES_ANNOTATION = "io.katacontainers.x.vfio.devices"
 MAP_ANNOTATION = "io.katacontainers.x.vfio"
 LOG_ANNOTATION = "io.katacontainers.x.vfio.log"
 RECORD_ANNOTATION = "io.katacontainers.x.vfio.record"
-KATA_PREFIX = "io.katacontainers.pkg.oci."
-CONTAINER_TYPE_ANNOTATION = f"{KATA_PREFIX}container_type"
-CONFIG_PATH_ANNOTATION = "io.katacontainers.config_path"
-HYPERVISOR_PREFIX = "io.katacontainers.config.hypervisor."
-RUNTIME_PREFIX = "io.katacontainers.config.runtime."
-AGENT_PREFIX = "io.katacontainers.config.agent."
-CRI_PREFIXES = ("io.kubernetes.cri.", "io.kubernetes.cri-o.")
-HANDLER_ANNOTATIONS = ("io.containerd.cri.runtime-handler", "io.kubernetes.cri-o.RuntimeHandler")
-SANDBOX_ID_ANNOTATIONS = (
-    "io.kubernetes.cri.sandbox-id",
-    "io.kubernetes.cri-o.SandboxID",
-    "io.podman.annotations.sandbox-id",
-)
 CONTAINER_NAME_ANNOTATIONS = (
     "io.kubernetes.container.name",
     "io.kubernetes.cri.container-name",
@@ -52,7 +39,7 @@ CONTAINER_NAME_ANNOTATIONS = (
 )
 # A pod's pause container gets the pod's annotations too, and must not get its devices.
 SANDBOX_ANNOTATIONS = {
-    CONTAINER_TYPE_ANNOTATION: "pod_sandbox",
+    "io.katacontainers.pkg.oci.container_type": "pod_sandbox",
     "io.kubernetes.cri.container-type": "sandbox",
     "io.kubernetes.cri-o.ContainerType": "sandbox",
 }

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 
+from oci_hooks.annotations import HYPERVISOR_PREFIX
 from oci_hooks.findings import Finding
 from oci_hooks.host.hypervisor import find_kernel_refusal
 from oci_hooks.host.kata.hints import make_viommu_hint, write_fix
 from oci_hooks.host.kata.problems import check_refused, check_uncertain
 from oci_hooks.host.kata.sandbox import Sandbox
-from oci_hooks.oci import HYPERVISOR_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from oci_hooks.annotations import HYPERVISOR_PREFIX
 from oci_hooks.host.kata.admission import AnnotationFilter
-from oci_hooks.oci import HYPERVISOR_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

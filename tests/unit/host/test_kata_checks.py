@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from oci_hooks.annotations import HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.findings import Finding
 from oci_hooks.host.hypervisor import Hypervisor
 from oci_hooks.host.kata import checks as kata_checks
@@ -19,7 +20,7 @@ from oci_hooks.host.targets import Target
 from oci_hooks.linux.pci import PciDevice
 from oci_hooks.linux.processes import Process
 from oci_hooks.linux.vfio import Member, VfioGroup
-from oci_hooks.oci import HYPERVISOR_PREFIX, RUNTIME_PREFIX, Device
+from oci_hooks.oci import Device
 from oci_hooks.system import Root
 from tests.support.fake_host import HostTree, codes, make_spec
 
