@@ -42,7 +42,8 @@ class Request(Frozen):
     """What one container asks for.
 
     source: where it says so, for errors; selectors: from an annotation; entries: from linux.devices, when there is no
-    annotation; hints: BDFs that PCIDEVICE_* variables name; wants_cdev: device nodes of iommufd are asked for.
+    annotation; hints: BDFs that PCIDEVICE_* variables name; wants_cdev: device nodes of iommufd are asked for;
+    is_pods: the annotation is a pod's, so that each of its containers asks for the same.
     """
 
     tag = "request"
@@ -52,33 +53,36 @@ class Request(Frozen):
     entries: tuple[oci.Device, ...] = ()
     hints: tuple[str, ...] = ()
     wants_cdev: bool = False
+    is_pods: bool = False
 
 
 def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
     """Return what the container asks for, or None where it asks for nothing.
 
-    The annotation decides where there is one, then the predecessor's map, then linux.devices
-    (docs/reference/annotations.md).
+    The container's own annotation decides where there is one, or else the pod's, then the predecessor's map, then
+    linux.devices (docs/reference/annotations.md).
     Raises InputError [bad-annotation].
     """
     if oci.is_sandbox(state, spec):
         return None
     entries = spec.vfio_devices
-    text = oci.find_annotation(state, spec, oci.DEVICES_ANNOTATION)
-    old_map = oci.find_annotation(state, spec, oci.MAP_ANNOTATION)
-    for name, value in ((oci.DEVICES_ANNOTATION, text), (oci.MAP_ANNOTATION, old_map)):
+    annotations = {**spec.annotations, **state.annotations}
+    name = oci.name_devices_annotation(annotations)
+    text, old_map = annotations.get(name), annotations.get(oci.MAP_ANNOTATION)
+    for key, value in ((name, text), (oci.MAP_ANNOTATION, old_map)):
         if value is not None and len(value) > TEXT_LIMIT:
             problem = f"is longer than {TEXT_LIMIT} characters"
-            raise InputError("bad-annotation", f"annotation {name}", problem, "select devices by id:, class: or auto")
+            raise InputError("bad-annotation", f"annotation {key}", problem, "select devices by id:, class: or auto")
     if text is not None:
-        source = f"annotation {oci.DEVICES_ANNOTATION}"
+        source = f"annotation {name}"
         words = [word.strip() for word in text.split(",")]
         # Each once: what is looked for a thousand times costs a thousand times.
         selectors = tuple(dict.fromkeys(parse_selector(word, source) for word in words if word != "cdev"))
         if not selectors:
             raise InputError("bad-annotation", source, f"{text!r} names no device", SYNTAX)
         known = parse_map(old_map) if old_map is not None else ()
-        return Request(source, add_host_addresses(selectors, known), entries, wants_cdev="cdev" in words)
+        is_pods = name == oci.DEVICES_ANNOTATION and any(annotations.get(n) for n in oci.CONTAINER_NAME_ANNOTATIONS)
+        return Request(source, add_host_addresses(selectors, known), entries, (), "cdev" in words, is_pods)
     if old_map is not None:
         return Request(f"annotation {oci.MAP_ANNOTATION}", parse_map(old_map), entries)
     if entries:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from oci_hooks.oci import Device
 
 LIST_HINT = "list the devices of this guest with: lspci -Dnnk"
+POD_HINT = f"each container of a pod asks by the pod's annotation; for one container use {DEVICES_ANNOTATION}.NAME"
 VIOMMU_HINT = (
     "set enable_iommu = true in [hypervisor.qemu] of Kata's configuration.toml, or start QEMU with -device intel-iommu"
 )
@@ -79,7 +80,7 @@ def choose_groups(request: Request, candidates: Candidates) -> tuple[ChosenGroup
     """
     choices = choose_named(request, candidates) if request.selectors else choose_listed(request, candidates)
     for chosen in choices.values():
-        check_group_available(chosen.group, candidates)
+        check_group_available(chosen.group, request, candidates)
     return tuple(choices[name] for name in sorted(choices, key=make_sort_key))
 
 
@@ -101,7 +102,8 @@ def choose_named(request: Request, candidates: Candidates) -> dict[str, ChosenGr
             if not groups:
                 check_iommu(candidates)
                 problem = f"auto matches no free device{format_rejected(candidates)}{explain_no_iommu(candidates)}"
-                raise NotAvailableYet("nothing-to-take", request.source, problem, choose_hint(candidates, LIST_HINT))
+                hint = POD_HINT if request.is_pods and candidates.claims else LIST_HINT
+                raise NotAvailableYet("nothing-to-take", request.source, problem, choose_hint(candidates, hint))
             devices = [group.endpoints[0] for group in groups]
         else:
             devices = find_selected(selector, request, candidates)
@@ -154,7 +156,7 @@ def find_selected(selector: Selector, request: Request, candidates: Candidates) 
     free = [d for d in endpoints if d.group not in candidates.claims]
     if not free:
         owner = candidates.claims[endpoints[0].group]
-        hint = "select another device for each container"
+        hint = POD_HINT if request.is_pods else "select another device for each container"
         raise Refusal("claimed", describe_device(endpoints[0]), f"belongs to container {owner}", hint)
     return free
 
@@ -279,11 +281,12 @@ def is_on_never_list(device: PciDevice, candidates: Candidates) -> bool:
 # Guards --------------------------------------------------------------------------------------------------------------
 
 
-def check_group_available(group: IommuGroup, candidates: Candidates) -> None:
+def check_group_available(group: IommuGroup, request: Request, candidates: Candidates) -> None:
     """Raise Refusal where a group is another container's, or one of its devices must not be touched."""
     if group.name in candidates.claims:
         problem = f"belongs to container {candidates.claims[group.name]}"
-        raise Refusal("claimed", f"group {group.name}", problem, "it becomes free when that container ends")
+        hint = POD_HINT if request.is_pods else "it becomes free when that container ends"
+        raise Refusal("claimed", f"group {group.name}", problem, hint)
     if not group.endpoints:
         bridges = ", ".join(describe_device(device) for device in group.members)
         raise Refusal("bridge", f"group {group.name}", f"contains only bridges: {bridges}", "name a device behind them")

@@ -84,10 +84,11 @@ def open_numbers(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_state(pod: dict[str, Any], container: dict[str, Any]) -> State:
-    """Return the state that a hook of this container would get, with the pod's runtime handler and id."""
+    """Return the state that a hook of this container would get, with the pod's runtime handler and id, and its name."""
     known = {
         HANDLER_ANNOTATIONS[0]: pod["runtime_handler"],
         SANDBOX_ID_ANNOTATIONS[0]: pod["id"],
+        oci.CONTAINER_NAME_ANNOTATIONS[0]: container["name"],
     }
     # The pod's process is the sandbox's hypervisor, where there is one.
     return oci.State(container["id"], "", pod["pid"], "creating", {key: value for key, value in known.items() if value})
@@ -125,7 +126,7 @@ def make_annotations(root: Root, state: State, spec: Spec) -> dict[str, str]:
 
     The guest's addresses are not known yet, so devices are named by vendor and device.
     """
-    if any(oci.find_annotation(state, spec, name) for name in (oci.DEVICES_ANNOTATION, oci.MAP_ANNOTATION)):
+    if oci.is_annotated({**spec.annotations, **state.annotations}):
         return {}
     groups = [target.group for target in find_targets(root, scan(root), spec.vfio_devices) if target.group]
     devices = [member.pci for group in groups for member in group.passable if member.pci]

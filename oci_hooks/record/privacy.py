@@ -44,6 +44,7 @@ DECIDING = (
     *SANDBOX_ANNOTATIONS,
     *SANDBOX_ID_ANNOTATIONS,
     *CONTAINER_NAME_ANNOTATIONS,
+    "io.kubernetes.cri-o.ContainerName",
     *HANDLER_ANNOTATIONS,
 )
 # Only the presence of a name with one of these prefixes affects a decision.

@@ -487,4 +487,19 @@ ROWS = [
         "if number else",
         "replay/test_odd_recordings.py -k unknown_errno_described",
     ),
+    (
+        "a container's own annotation",
+        "oci",
+        "if own in annotations and annotations.get(name):",
+        "if False:",
+        "test_oci.py -k name_devices",
+    ),
+    ("a name is not empty", "oci", "in annotations and annotations.get(name):", "in annotations:", "test_oci.py -k one_name"),
+    (
+        "a sandbox costs nothing",
+        "guest/hook",
+        " or is_sandbox(state, spec):",
+        ":",
+        "guest/test_guest_hook.py -k fast_path",
+    ),
 ]

@@ -8,7 +8,7 @@ import os
 from oci_hooks.frozen import Frozen
 from oci_hooks.host.kata.config import RELEASE_MAJOR
 from oci_hooks.host.kata.lookup import read_major
-from oci_hooks.oci import DEVICES_ANNOTATION, MAP_ANNOTATION
+from oci_hooks.oci import MAP_ANNOTATION, name_devices_annotation
 from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
@@ -49,7 +49,7 @@ def inspect_sandbox(
     root: Root, runtime: Runtime, found: ConfigLookup, annotations: dict[str, str], attached: bool
 ) -> Sandbox:
     """Return the known facts about the sandbox. attached: whether its hypervisor holds all groups of the container."""
-    asked = any(annotations.get(name, "").strip() for name in (DEVICES_ANNOTATION, MAP_ANNOTATION))
+    asked = any(annotations.get(name, "").strip() for name in (name_devices_annotation(annotations), MAP_ANNOTATION))
     mode = found.config.runtime_setting("vfio_mode", "").value if found.config else ""
     major = read_major(root)
     if not mode and found.config and found.config.flavour == "go" and major >= RELEASE_MAJOR:

@@ -127,6 +127,27 @@ def test_read_request_none() -> None:
     assert ask({"process": {"env": ["PCIDEVICE_A=0000:02:00.0"]}}) is None
 
 
+def test_read_request_own_annotation_before_pods() -> None:
+    own, name = f"{oci.DEVICES_ANNOTATION}.web", oci.CONTAINER_NAME_ANNOTATIONS[0]
+    named = {own: "id:8086:10d3", name: "web"}
+    for more in ({}, {"devices": "auto"}, {"devices": "auto", "map": "no map"}):
+        if more.get("map"):
+            more["map"] = json.dumps([{"devices": [DEVICE]}])
+        request = ask({"linux": {"devices": [group_entry()]}}, **named, **more)
+        assert request is not None
+        assert (request.source, request.selectors) == (f"annotation {own}", (Selector("id", "8086:10d3"),))
+        assert not request.is_pods
+    other = ask({}, devices="auto", **{own: "id:8086:10d3", name: "sidecar"})
+    assert other is not None
+    assert (other.source, other.is_pods) == (f"annotation {oci.DEVICES_ANNOTATION}", True)
+    listed = ask({"linux": {"devices": [group_entry()]}}, **{own: "auto", name: "sidecar"})
+    assert listed is not None
+    assert listed.source == "linux.devices"
+    for text, problem in (("", "invalid device selector ''"), ("auto," * 20000, "is longer than")):
+        with pytest.raises(InputError, match=f"annotation {own}: {problem}"):
+            ask({}, devices="auto", **{own: text, name: "web"})
+
+
 @pytest.mark.parametrize(("name", "value"), oci.SANDBOX_ANNOTATIONS.items())
 def test_read_request_sandbox_none(name: str, value: str) -> None:
     assert ask({"linux": {"devices": [group_entry()]}}, devices="auto", **{name: value}) is None
