@@ -494,7 +494,13 @@ ROWS = [
         "if False:",
         "test_oci.py -k name_devices",
     ),
-    ("a name is not empty", "oci", "in annotations and annotations.get(name):", "in annotations:", "test_oci.py -k one_name"),
+    (
+        "a name is not empty",
+        "oci",
+        "in annotations and annotations.get(name):",
+        "in annotations:",
+        "test_oci.py -k one_name",
+    ),
     (
         "a sandbox costs nothing",
         "guest/hook",
