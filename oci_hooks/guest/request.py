@@ -42,8 +42,7 @@ class Request(Frozen):
     """What one container asks for.
 
     source: where it says so, for errors; selectors: from an annotation; entries: from linux.devices, when there is no
-    annotation; hints: BDFs that PCIDEVICE_* variables name; wants_cdev: device nodes of iommufd are asked for;
-    is_pods: the annotation is a pod's, so that each of its containers asks for the same.
+    annotation; hints: BDFs that PCIDEVICE_* variables name; wants_cdev: device nodes of iommufd are asked for.
     """
 
     tag = "request"
@@ -53,7 +52,6 @@ class Request(Frozen):
     entries: tuple[oci.Device, ...] = ()
     hints: tuple[str, ...] = ()
     wants_cdev: bool = False
-    is_pods: bool = False
 
 
 def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
@@ -81,13 +79,19 @@ def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
         if not selectors:
             raise InputError("bad-annotation", source, f"{text!r} names no device", SYNTAX)
         known = parse_map(old_map) if old_map is not None else ()
-        is_pods = name == oci.DEVICES_ANNOTATION and any(annotations.get(n) for n in oci.CONTAINER_NAME_ANNOTATIONS)
-        return Request(source, add_host_addresses(selectors, known), entries, (), "cdev" in words, is_pods)
+        return Request(source, add_host_addresses(selectors, known), entries, wants_cdev="cdev" in words)
     if old_map is not None:
         return Request(f"annotation {oci.MAP_ANNOTATION}", parse_map(old_map), entries)
     if entries:
         return Request("linux.devices", (), entries, read_hints(spec))
     return None
+
+
+def is_pods_request(state: oci.State, spec: oci.Spec) -> bool:
+    """Return whether the container asks by its pod's annotation, as each container of the pod does."""
+    annotations = {**spec.annotations, **state.annotations}
+    has_name = any(annotations.get(name) for name in oci.CONTAINER_NAME_ANNOTATIONS)
+    return has_name and oci.name_devices_annotation(annotations) == oci.DEVICES_ANNOTATION in annotations
 
 
 def parse_selector(word: str, source: str) -> Selector:

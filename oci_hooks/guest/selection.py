@@ -44,7 +44,7 @@ class Candidates(Frozen):
     when empty; never: selectors (`id` or `class` prefixes) that they leave out; claims: group -> container that has it;
     live: (major, minor) -> VFIO group that has a node with these numbers; uses: gives the reasons why a device must not
     be touched; forced: BDFs for which guest.toml overrules them; cdevs: (major, minor) -> BDF of the device whose own
-    node has these numbers.
+    node has these numbers; is_pods: the other containers of the pod ask for the same.
     """
 
     inventory: Inventory
@@ -56,6 +56,7 @@ class Candidates(Frozen):
     auto_classes: tuple[str, ...] = ()
     forced: tuple[str, ...] = ()
     cdevs: Mapping[tuple[int, int], str] = {}
+    is_pods: bool = False
 
 
 class ChosenGroup(Frozen):
@@ -80,7 +81,7 @@ def choose_groups(request: Request, candidates: Candidates) -> tuple[ChosenGroup
     """
     choices = choose_named(request, candidates) if request.selectors else choose_listed(request, candidates)
     for chosen in choices.values():
-        check_group_available(chosen.group, request, candidates)
+        check_group_available(chosen.group, candidates)
     return tuple(choices[name] for name in sorted(choices, key=make_sort_key))
 
 
@@ -102,7 +103,7 @@ def choose_named(request: Request, candidates: Candidates) -> dict[str, ChosenGr
             if not groups:
                 check_iommu(candidates)
                 problem = f"auto matches no free device{format_rejected(candidates)}{explain_no_iommu(candidates)}"
-                hint = POD_HINT if request.is_pods and candidates.claims else LIST_HINT
+                hint = POD_HINT if candidates.is_pods and candidates.claims else LIST_HINT
                 raise NotAvailableYet("nothing-to-take", request.source, problem, choose_hint(candidates, hint))
             devices = [group.endpoints[0] for group in groups]
         else:
@@ -156,7 +157,7 @@ def find_selected(selector: Selector, request: Request, candidates: Candidates) 
     free = [d for d in endpoints if d.group not in candidates.claims]
     if not free:
         owner = candidates.claims[endpoints[0].group]
-        hint = POD_HINT if request.is_pods else "select another device for each container"
+        hint = POD_HINT if candidates.is_pods else "select another device for each container"
         raise Refusal("claimed", describe_device(endpoints[0]), f"belongs to container {owner}", hint)
     return free
 
@@ -281,11 +282,11 @@ def is_on_never_list(device: PciDevice, candidates: Candidates) -> bool:
 # Guards --------------------------------------------------------------------------------------------------------------
 
 
-def check_group_available(group: IommuGroup, request: Request, candidates: Candidates) -> None:
+def check_group_available(group: IommuGroup, candidates: Candidates) -> None:
     """Raise Refusal where a group is another container's, or one of its devices must not be touched."""
     if group.name in candidates.claims:
         problem = f"belongs to container {candidates.claims[group.name]}"
-        hint = POD_HINT if request.is_pods else "it becomes free when that container ends"
+        hint = POD_HINT if candidates.is_pods else "it becomes free when that container ends"
         raise Refusal("claimed", f"group {group.name}", problem, hint)
     if not group.endpoints:
         bridges = ", ".join(describe_device(device) for device in group.members)

@@ -502,6 +502,20 @@ ROWS = [
         "test_oci.py -k one_name",
     ),
     (
+        "pid 1 of a container's own namespace",
+        "guest/binding",
+        "if state.pid > 1 else 0",
+        "if state.pid else 0",
+        "guest/test_session.py -k without_process",
+    ),
+    (
+        "another configuration is in force",
+        "host/kata/sandbox",
+        "is_sure = self.certain and not self.is_other_config",
+        "is_sure = self.certain",
+        "host/test_kata_checks.py -k other_configuration",
+    ),
+    (
         "a sandbox costs nothing",
         "guest/hook",
         " or is_sandbox(state, spec):",

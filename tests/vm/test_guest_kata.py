@@ -125,6 +125,24 @@ def test_kata_agent_mixed_pod(containers: Containers) -> None:
     assert guest_calls.list_claims() == []
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own-pids", "shared-pids"])
+def test_create_container_hook_refused(containers: Containers, shared: bool) -> None:
+    """This kind of hook runs in the container's namespaces: runc's state has pid 1 then, and crun's none."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    before = guest_calls.look_at_drivers()
+    container = containers.make("/bin/true", annotations=ask(nic), hooks=bundles.guest_hooks("createContainer"))
+    if shared:
+        kept = [entry for entry in container.config["linux"]["namespaces"] if entry["type"] != "pid"]
+        container.write_config({**container.config, "linux": {**container.config["linux"], "namespaces": kept}}, {})
+    done = container.run()
+    print(done)
+    assert done.code != 0
+    assert "[no-process] process" in done.stderr
+    assert "declare the hook under createRuntime" in done.stderr
+    assert guest_calls.look_at_drivers() == before
+    assert guest_calls.list_claims() == []
+
+
 def test_kata_agent_pause_container_skipped(tmp_path: Path) -> None:
     """It has the pod's annotations, and no process here: touching anything would be an error."""
     nic = guest.find_device(devices.NIC_E1000E)
