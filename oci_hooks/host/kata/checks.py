@@ -12,7 +12,7 @@ from oci_hooks.annotations import HYPERVISOR_PREFIX
 from oci_hooks.findings import Finding
 from oci_hooks.host.hypervisor import find_kernel_refusal
 from oci_hooks.host.kata.hints import make_viommu_hint, write_fix
-from oci_hooks.host.kata.problems import check_refused, check_uncertain
+from oci_hooks.host.kata.problems import check_other, check_refused, check_uncertain
 from oci_hooks.host.kata.sandbox import Sandbox
 
 TYPE_CHECKING = False
@@ -49,9 +49,9 @@ def check_kata(sandbox: Sandbox, spec: Spec, targets: tuple[Target, ...]) -> tup
 
 
 def check_config(sandbox: Sandbox) -> tuple[Finding, ...]:
-    """kata-config-missing, kata-config-refused, kata-config-uncertain."""
+    """kata-config-missing, kata-config-refused, kata-config-uncertain, kata-config-other."""
     if sandbox.config is not None:
-        return (*check_refused(sandbox, sandbox.config), *check_uncertain(sandbox.config))
+        return (*check_refused(sandbox, sandbox.config), *check_uncertain(sandbox.config), *check_other(sandbox))
     hint = 'set its path in /etc/oci-vfio-hooks/host.toml: [kata] config = "/path/configuration.toml"'
     problem = "none of Kata's default locations has a configuration.toml"
     return (Finding("warning", "kata-config-missing", "Kata", problem, hint),)
@@ -67,7 +67,7 @@ def check_viommu(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]:
         return ()
     vmm, config = sandbox.hypervisor, sandbox.config
     setting = config.hypervisor_setting("enable_iommu", False) if config else None
-    hint = make_viommu_hint(config, setting)
+    hint = make_viommu_hint(config, setting, sandbox.is_other_config)
     if vmm is not None and vmm.viommu:
         if vmm.viommu == "on":
             return ()

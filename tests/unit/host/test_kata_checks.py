@@ -202,9 +202,9 @@ def test_viommu_off_finding_text(tmp_path: Path) -> None:
     [
         (GOOD, QEMU_OFF, ["error viommu-off"]),
         (BAD, QEMU_OFF, ["error viommu-off"]),
-        (BAD, QEMU_ON, []),
+        (BAD, QEMU_ON, ["warning kata-config-other"]),
         (GOOD, QEMU_ON, []),
-        (BAD.replace('"q35"', '"virt"'), QEMU_ON, []),
+        (BAD.replace('"q35"', '"virt"'), QEMU_ON, ["warning kata-config-other"]),
         (BAD, CLH_DUMB, ["error viommu-off"]),
         (GOOD, CLH_DUMB, []),
     ],
@@ -219,6 +219,33 @@ def test_viommu_finding_names_process_and_file(tmp_path: Path) -> None:
         "qemu-system-x86_64 (pid 812) runs without a virtual IOMMU (no -device intel-iommu or virtio-iommu), although "
         "enable_iommu = true in /opt/kata/configuration.toml line 3, not overridden by config.d/ or annotations"
     )
+
+
+def test_other_configuration_in_force(tmp_path: Path) -> None:
+    """A file that the running QEMU contradicts is another one's: nobody is sent to it, and nothing in it refuses."""
+    no_port = GOOD.replace('"root-port"', '"no-port"')
+    viommu, port = check(HostTree(tmp_path / "1"), no_port, running=QEMU_OFF)
+    assert (viommu.level, viommu.code, port.level, port.code) == ("error", "viommu-off", "warning", "no-port")
+    for word in (
+        "another configuration was in force",
+        "ConfigPath",
+        "ctr --runtime-config-path",
+        "start a new sandbox",
+    ):
+        assert word in viommu.hint
+    assert "/opt/kata" not in viommu.hint
+    other, port = check(HostTree(tmp_path / "2"), BAD.replace('"root-port"', '"no-port"'), running=QEMU_ON)
+    assert (other.level, other.code, port.level, port.code) == ("warning", "kata-config-other", "warning", "no-port")
+    assert "enable_iommu = false in /opt/kata/configuration.toml line 3" in other.problem
+    assert "ConfigPath" in other.problem
+    # The file may well be the one in force: it agrees, or nothing can be concluded.
+    (agreed,) = check(HostTree(tmp_path / "3"), BAD, running=QEMU_OFF)
+    assert "/opt/kata/config.d" in agreed.hint
+    masked = QEMU_OFF.replace(evidence="kernel parameter iommu=off")
+    (off,) = check(HostTree(tmp_path / "4"), GOOD, running=masked)
+    assert "another configuration" not in off.hint
+    (unknown,) = check(HostTree(tmp_path / "5"), GOOD, running=QEMU_OFF, machine="aarch64")[1:]
+    assert unknown.code == "viommu-unsupported"
 
 
 def test_viommu_without_file_by_running_hypervisor() -> None:
