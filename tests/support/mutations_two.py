@@ -516,6 +516,13 @@ ROWS = [
         "host/test_kata_checks.py -k other_configuration",
     ),
     (
+        "a site where every device is for VFIO",
+        "host/suite",
+        'ENFORCEABLE = ("viommu-off",)',
+        "ENFORCEABLE = ()",
+        "host/test_host_hook.py -k guest_kernel_mode",
+    ),
+    (
         "a sandbox costs nothing",
         "guest/hook",
         " or is_sandbox(state, spec):",

@@ -60,7 +60,7 @@ def check_config(sandbox: Sandbox) -> tuple[Finding, ...]:
 def check_viommu(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]:
     """viommu-off: the guest gets no IOMMU, which vfio-pci in the guest needs.
 
-    An error, unless the configuration leaves the device to the guest's own driver.
+    Only information where the configuration leaves the device to the guest's own driver (see check_mode).
     channel: only AP or CCW devices, which need no IOMMU.
     """
     if channel or sandbox.machine in WITH_OWN_IOMMU:
@@ -96,7 +96,7 @@ def check_viommu(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]:
     # vfio_mode, this hook was declared for a container that lists VFIO devices and expects them as VFIO devices.
     kind = vmm.kind if vmm is not None else config.hypervisor if config else ""
     wanted = sandbox.wanted or (sandbox.mode == "" and kind == "qemu")
-    level = "error" if wanted and certain else "warning"
+    level = "error" if wanted and certain else "warning" if wanted else "info"
     if not wanted:
         problem += "; the device works with the guest's native driver only; VFIO in the container needs a virtual IOMMU"
     return (Finding(level, "viommu-off", "virtual IOMMU", problem, hint),)
@@ -319,7 +319,7 @@ def check_mode(sandbox: Sandbox) -> tuple[Finding, ...]:
     does = (
         "vfio-guest-bind binds the device to vfio-pci in the guest"
         if sandbox.wanted
-        else "the guest binds the device to its native driver"
+        else "no annotation asks for VFIO in this container, so the guest's own driver gets the device"
     )
     hint = (
         ""

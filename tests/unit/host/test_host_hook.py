@@ -240,8 +240,14 @@ def test_host_hook_guest_kernel_mode_not_refused(bench: Bench) -> None:
     bench.tree.write(CONFIG, KATA.replace('"vfio"', '"guest-kernel"'))
     code, _, err = bench.run(kata_go(pid=70))
     assert code == 0
-    assert "warning: [viommu-off]" in err
-    assert "info: [vfio-mode]" in err
+    assert "info: [viommu-off]" in err
+    assert "info: [vfio-mode] vfio_mode: " in err
+    assert "so the guest's own driver gets the device" in err
+    assert "warning" not in err
+    # A site where no container may start without VFIO.
+    bench.tree.write("/etc/oci-vfio-hooks/host.toml", '[checks]\nviommu-off = "enforce"\n')
+    code, _, err = bench.run(kata_go(pid=70))
+    assert (code, "error: [viommu-off]" in err) == (1, True)
 
 
 def test_host_hook_runtime_rs_warns_failure_ignored(bench: Bench) -> None:

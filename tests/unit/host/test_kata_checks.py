@@ -79,39 +79,39 @@ def check(
 # Every template ------------------------------------------------------------------------------------------------------
 # name, hypervisor; then what is concluded: as it is, when VFIO is wanted in the guest, and when it is wanted and a
 # drop-in sets enable_iommu. Columns are sets of words: V viommu-off, U viommu-unsupported, P no-port, C needs-iommufd;
-# a small letter is a warning.
+# a small letter is a warning, i viommu-off as information.
 
 TABLE = [
-    ("qemu", "qemu", "v P", "V P", "P"),
-    ("qemu-coco-dev", "qemu", "v P", "V P", "P"),
-    ("qemu-nvidia-cpu", "qemu", "v P", "V P", "P"),
-    ("qemu-nvidia-gpu", "qemu", "v", "V", ""),
-    ("qemu-nvidia-gpu-snp", "qemu", "v c", "V c", "c"),
-    ("qemu-nvidia-gpu-tdx", "qemu", "v c", "V c", "c"),
-    ("qemu-snp", "qemu", "v c", "V c", "c"),
-    ("qemu-tdx", "qemu", "v c", "V c", "c"),
+    ("qemu", "qemu", "i P", "V P", "P"),
+    ("qemu-coco-dev", "qemu", "i P", "V P", "P"),
+    ("qemu-nvidia-cpu", "qemu", "i P", "V P", "P"),
+    ("qemu-nvidia-gpu", "qemu", "i", "V", ""),
+    ("qemu-nvidia-gpu-snp", "qemu", "i c", "V c", "c"),
+    ("qemu-nvidia-gpu-tdx", "qemu", "i c", "V c", "c"),
+    ("qemu-snp", "qemu", "i c", "V c", "c"),
+    ("qemu-tdx", "qemu", "i c", "V c", "c"),
     # The Go runtime takes no enable_iommu from the table of Cloud Hypervisor, only from the annotation.
-    ("clh", "clh", "v P", "V P", "V P"),
-    ("clh-azure", "clh", "v P", "V P", "V P"),
-    ("fc", "firecracker", "v", "V U", "U"),
-    ("stratovirt", "stratovirt", "v", "V U", "U"),
-    ("remote", "remote", "v", "V U", "U"),
-    ("qemu-runtime-rs", "qemu", "v P", "V P", "P"),
-    ("qemu-coco-dev-runtime-rs", "qemu", "v P", "V P", "P"),
-    ("qemu-nvidia-cpu-runtime-rs", "qemu", "v P", "V P", "P"),
-    ("qemu-nvidia-gpu-runtime-rs", "qemu", "v", "V", ""),
-    ("qemu-nvidia-gpu-snp-runtime-rs", "qemu", "v c", "V c", "c"),
-    ("qemu-nvidia-gpu-tdx-runtime-rs", "qemu", "v c", "V c", "c"),
-    ("qemu-snp-runtime-rs", "qemu", "v P c", "V P c", "P c"),
-    ("qemu-tdx-runtime-rs", "qemu", "v P c", "V P c", "P c"),
-    ("rs-fc", "firecracker", "v", "V U", "U"),
-    ("clh-runtime-rs", "clh", "v", "V U", "U"),
-    ("clh-azure-runtime-rs", "clh", "v", "V U", "U"),
-    ("dragonball", "dragonball", "v", "V U", "U"),
-    ("openvmm-azure-runtime-rs", "openvmm", "v", "V U", "U"),
-    ("remote-runtime-rs", "remote", "v", "V U", "U"),
+    ("clh", "clh", "i P", "V P", "V P"),
+    ("clh-azure", "clh", "i P", "V P", "V P"),
+    ("fc", "firecracker", "i", "V U", "U"),
+    ("stratovirt", "stratovirt", "i", "V U", "U"),
+    ("remote", "remote", "i", "V U", "U"),
+    ("qemu-runtime-rs", "qemu", "i P", "V P", "P"),
+    ("qemu-coco-dev-runtime-rs", "qemu", "i P", "V P", "P"),
+    ("qemu-nvidia-cpu-runtime-rs", "qemu", "i P", "V P", "P"),
+    ("qemu-nvidia-gpu-runtime-rs", "qemu", "i", "V", ""),
+    ("qemu-nvidia-gpu-snp-runtime-rs", "qemu", "i c", "V c", "c"),
+    ("qemu-nvidia-gpu-tdx-runtime-rs", "qemu", "i c", "V c", "c"),
+    ("qemu-snp-runtime-rs", "qemu", "i P c", "V P c", "P c"),
+    ("qemu-tdx-runtime-rs", "qemu", "i P c", "V P c", "P c"),
+    ("rs-fc", "firecracker", "i", "V U", "U"),
+    ("clh-runtime-rs", "clh", "i", "V U", "U"),
+    ("clh-azure-runtime-rs", "clh", "i", "V U", "U"),
+    ("dragonball", "dragonball", "i", "V U", "U"),
+    ("openvmm-azure-runtime-rs", "openvmm", "i", "V U", "U"),
+    ("remote-runtime-rs", "remote", "i", "V U", "U"),
     ("kata-1-qemu", "qemu", "V", "V U", "U"),
-    ("kata-2-qemu", "qemu", "v", "V", ""),
+    ("kata-2-qemu", "qemu", "i", "V", ""),
 ]
 LETTERS = {"viommu-off": "v", "viommu-unsupported": "u", "no-port": "p", "needs-iommufd": "c"}
 
@@ -119,7 +119,7 @@ LETTERS = {"viommu-off": "v", "viommu-unsupported": "u", "no-port": "p", "needs-
 def abbreviate(findings: list[Finding]) -> set[str]:
     """Return findings as the letters of the table."""
     letters = [(LETTERS[finding.code], finding.level) for finding in findings]
-    return {letter.upper() if level == "error" else letter for letter, level in letters}
+    return {{"error": letter.upper(), "warning": letter, "info": "i"}[level] for letter, level in letters}
 
 
 @pytest.mark.parametrize(("name", "hypervisor", "plain", "wanted", "on"), TABLE, ids=[row[0] for row in TABLE])
@@ -267,7 +267,7 @@ def test_kata_checks_uncertain_file_only_warns(tmp_path: Path) -> None:
 def test_viommu_guest_kernel_mode_by_annotation(tmp_path: Path) -> None:
     """In guest-kernel mode the guest's driver has the device, and a missing IOMMU hurts nobody."""
     annotations = {RUNTIME_PREFIX + "vfio_mode": "guest-kernel"}
-    assert codes(check(HostTree(tmp_path), BAD, annotations=annotations)) == ["warning viommu-off"]
+    assert codes(check(HostTree(tmp_path), BAD, annotations=annotations)) == ["info viommu-off"]
 
 
 @pytest.mark.parametrize(
