@@ -32,27 +32,11 @@ DEVICES_ANNOTATION = "io.katacontainers.x.vfio.devices"
 MAP_ANNOTATION = "io.katacontainers.x.vfio"
 LOG_ANNOTATION = "io.katacontainers.x.vfio.log"
 RECORD_ANNOTATION = "io.katacontainers.x.vfio.record"
-KATA_PREFIX = "io.katacontainers.pkg.oci."
-CONTAINER_TYPE_ANNOTATION = f"{KATA_PREFIX}container_type"
-CONFIG_PATH_ANNOTATION = "io.katacontainers.config_path"
-HYPERVISOR_PREFIX = "io.katacontainers.config.hypervisor."
-RUNTIME_PREFIX = "io.katacontainers.config.runtime."
-AGENT_PREFIX = "io.katacontainers.config.agent."
-CRI_PREFIXES = ("io.kubernetes.cri.", "io.kubernetes.cri-o.")
-HANDLER_ANNOTATIONS = ("io.containerd.cri.runtime-handler", "io.kubernetes.cri-o.RuntimeHandler")
-SANDBOX_ID_ANNOTATIONS = (
-    "io.kubernetes.cri.sandbox-id",
-    "io.kubernetes.cri-o.SandboxID",
-    "io.podman.annotations.sandbox-id",
-)
-CONTAINER_NAME_ANNOTATIONS = (
-    "io.kubernetes.container.name",
-    "io.kubernetes.cri.container-name",
-    "io.kubernetes.cri-o.ContainerName",
-)
+# A container's name in its pod: containerd's (internal/cri/annotations), and CRI-O's, where it is the kubelet's label.
+CONTAINER_NAME_ANNOTATIONS = ("io.kubernetes.cri.container-name", "io.kubernetes.container.name")
 # A pod's pause container gets the pod's annotations too, and must not get its devices.
 SANDBOX_ANNOTATIONS = {
-    CONTAINER_TYPE_ANNOTATION: "pod_sandbox",
+    "io.katacontainers.pkg.oci.container_type": "pod_sandbox",
     "io.kubernetes.cri.container-type": "sandbox",
     "io.kubernetes.cri-o.ContainerType": "sandbox",
 }
@@ -234,10 +218,26 @@ def find_annotation(state: State, spec: Spec, name: str) -> str | None:
     return value if value is not None else spec.annotations.get(name)
 
 
+def name_devices_annotation(annotations: dict[str, str]) -> str:
+    """Return the name of the annotation that lists this container's devices: its own if it has one, else the pod's.
+
+    Kubernetes copies a pod's annotations to each of its containers, so the name of the container is in its own.
+    """
+    for name in CONTAINER_NAME_ANNOTATIONS:
+        own = f"{DEVICES_ANNOTATION}.{annotations.get(name, '')}"
+        if own in annotations and annotations.get(name):
+            return own
+    return DEVICES_ANNOTATION
+
+
+def is_annotated(annotations: dict[str, str]) -> bool:
+    """Return whether an annotation requests devices for the container with these annotations."""
+    return name_devices_annotation(annotations) in annotations or MAP_ANNOTATION in annotations
+
+
 def asks_for_vfio(state: State, spec: Spec) -> bool:
     """Return whether anything requests VFIO: an annotation, or an entry of linux.devices."""
-    names = (DEVICES_ANNOTATION, MAP_ANNOTATION)
-    return bool(spec.vfio_devices) or any(find_annotation(state, spec, name) is not None for name in names)
+    return bool(spec.vfio_devices) or is_annotated({**spec.annotations, **state.annotations})
 
 
 def is_traced(annotations: dict[str, str], paths: list[str]) -> bool:

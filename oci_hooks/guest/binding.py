@@ -36,10 +36,15 @@ def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSe
     """Give a container the groups that it asks for. Raises HookError with everything put back."""
     reset_signals()
     root = run.root
-    start = read_start_time(root, state.pid) if state.pid else 0
+    # Pid 1 is init's own number of itself: runc and Kata's agent give it to createContainer, which runs in the
+    # container's namespaces. /proc/1 is another process there, the machine's init.
+    start = read_start_time(root, state.pid) if state.pid > 1 else 0
     if not start:
+        problem = "the container's init is not running"
+        if state.pid == 1:
+            problem = "is the container's init inside its PID namespace, in which runtimes run createContainer hooks"
         hint = "declare the hook under createRuntime (or prestart), which run while the container is created"
-        raise Refusal("no-process", f"process {state.pid}", "the container's init is not running", hint)
+        raise Refusal("no-process", f"process {state.pid}", problem, hint)
     owner = Owner(state.id, state.pid, start, state.bundle)
     directory = ClaimDirectory(root=root)
     directory.prepare()

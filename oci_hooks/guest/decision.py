@@ -11,6 +11,7 @@ from oci_hooks.guest.claims import Claim
 from oci_hooks.guest.homes import find_home
 from oci_hooks.guest.locks import take_lock
 from oci_hooks.guest.recovery import repair_claims
+from oci_hooks.guest.request import is_pods_request
 from oci_hooks.guest.session import Session
 from oci_hooks.guest.undo_log import parse_instance
 from oci_hooks.linux import pci
@@ -115,6 +116,7 @@ def select_groups(session: Session, claims: list[Claim]) -> tuple[ChosenGroup, .
         settings.force,
         find_cdevs(session.root, session.request),
         selection.VIOMMU_HINT if inventory.groups else choose_viommu_hint(session.root),
+        is_pods_request(session.state, session.spec),
     )
     choices = selection.choose_groups(session.request, candidates)
     own = [entry for claim in claims if claim.path == session.claim_path for entry in claim.entries]

@@ -47,7 +47,7 @@ def read_record_mode(path: str) -> str:
 
 def work(run: Run) -> int:
     """Do what the state asks for: bind, release, or nothing. Returns the exit code."""
-    from oci_hooks.oci import asks_for_vfio, read_spec
+    from oci_hooks.oci import asks_for_vfio, is_sandbox, read_spec
 
     arguments = run.arguments
     if arguments.bundle and not arguments.pid and not arguments.dry_run and arguments.phase != "poststop":
@@ -57,7 +57,7 @@ def work(run: Run) -> int:
     if arguments.phase == "poststop" or state.status == "stopped" or has_ended(run.root, state):
         return release_groups(run, state)
     spec = read_spec(run.root, state)
-    if not asks_for_vfio(state, spec):
+    if not asks_for_vfio(state, spec) or is_sandbox(state, spec):
         return EXIT_DONE
     from oci_hooks.guest.request import read_request
 

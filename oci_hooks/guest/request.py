@@ -57,21 +57,22 @@ class Request(Frozen):
 def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
     """Return what the container asks for, or None where it asks for nothing.
 
-    The annotation decides where there is one, then the predecessor's map, then linux.devices
-    (docs/reference/annotations.md).
+    The container's own annotation decides where there is one, or else the pod's, then the predecessor's map, then
+    linux.devices (docs/reference/annotations.md).
     Raises InputError [bad-annotation].
     """
     if oci.is_sandbox(state, spec):
         return None
     entries = spec.vfio_devices
-    text = oci.find_annotation(state, spec, oci.DEVICES_ANNOTATION)
-    old_map = oci.find_annotation(state, spec, oci.MAP_ANNOTATION)
-    for name, value in ((oci.DEVICES_ANNOTATION, text), (oci.MAP_ANNOTATION, old_map)):
+    annotations = {**spec.annotations, **state.annotations}
+    name = oci.name_devices_annotation(annotations)
+    text, old_map = annotations.get(name), annotations.get(oci.MAP_ANNOTATION)
+    for key, value in ((name, text), (oci.MAP_ANNOTATION, old_map)):
         if value is not None and len(value) > TEXT_LIMIT:
             problem = f"is longer than {TEXT_LIMIT} characters"
-            raise InputError("bad-annotation", f"annotation {name}", problem, "select devices by id:, class: or auto")
+            raise InputError("bad-annotation", f"annotation {key}", problem, "select devices by id:, class: or auto")
     if text is not None:
-        source = f"annotation {oci.DEVICES_ANNOTATION}"
+        source = f"annotation {name}"
         words = [word.strip() for word in text.split(",")]
         # Each once: what is looked for a thousand times costs a thousand times.
         selectors = tuple(dict.fromkeys(parse_selector(word, source) for word in words if word != "cdev"))
@@ -84,6 +85,13 @@ def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
     if entries:
         return Request("linux.devices", (), entries, read_hints(spec))
     return None
+
+
+def is_pods_request(state: oci.State, spec: oci.Spec) -> bool:
+    """Return whether the container asks by its pod's annotation, as each container of the pod does."""
+    annotations = {**spec.annotations, **state.annotations}
+    has_name = any(annotations.get(name) for name in oci.CONTAINER_NAME_ANNOTATIONS)
+    return has_name and oci.name_devices_annotation(annotations) == oci.DEVICES_ANNOTATION in annotations
 
 
 def parse_selector(word: str, source: str) -> Selector:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from oci_hooks.oci import Device
 
 LIST_HINT = "list the devices of this guest with: lspci -Dnnk"
+POD_HINT = f"each container of a pod asks by the pod's annotation; for one container use {DEVICES_ANNOTATION}.NAME"
 VIOMMU_HINT = (
     "set enable_iommu = true in [hypervisor.qemu] of Kata's configuration.toml, or start QEMU with -device intel-iommu "
     "(arm64: -machine virt,iommu=smmuv3)"
@@ -44,7 +45,8 @@ class Candidates(Frozen):
     when empty; never: selectors (`id` or `class` prefixes) that they leave out; claims: group -> container that has it;
     live: (major, minor) -> VFIO group that has a node with these numbers; uses: gives the reasons why a device must not
     be touched; forced: BDFs for which guest.toml overrules them; cdevs: (major, minor) -> BDF of the device whose own
-    node has these numbers; viommu_hint: what gives this guest IOMMU groups.
+    node has these numbers; viommu_hint: what gives this guest IOMMU groups; is_pods: the other containers of the pod ask
+    for the same.
     """
 
     inventory: Inventory
@@ -57,6 +59,7 @@ class Candidates(Frozen):
     forced: tuple[str, ...] = ()
     cdevs: Mapping[tuple[int, int], str] = {}
     viommu_hint: str = VIOMMU_HINT
+    is_pods: bool = False
 
 
 class ChosenGroup(Frozen):
@@ -103,7 +106,8 @@ def choose_named(request: Request, candidates: Candidates) -> dict[str, ChosenGr
             if not groups:
                 check_iommu(candidates)
                 problem = f"auto matches no free device{format_rejected(candidates)}{explain_no_iommu(candidates)}"
-                raise NotAvailableYet("nothing-to-take", request.source, problem, choose_hint(candidates, LIST_HINT))
+                hint = POD_HINT if candidates.is_pods and candidates.claims else LIST_HINT
+                raise NotAvailableYet("nothing-to-take", request.source, problem, choose_hint(candidates, hint))
             devices = [group.endpoints[0] for group in groups]
         else:
             devices = find_selected(selector, request, candidates)
@@ -155,7 +159,7 @@ def find_selected(selector: Selector, request: Request, candidates: Candidates) 
     free = [d for d in endpoints if d.group not in candidates.claims]
     if not free:
         owner = candidates.claims[endpoints[0].group]
-        hint = "select another device for each container"
+        hint = POD_HINT if candidates.is_pods else "select another device for each container"
         raise Refusal("claimed", describe_device(endpoints[0]), f"belongs to container {owner}", hint)
     return free
 
@@ -284,7 +288,8 @@ def check_group_available(group: IommuGroup, candidates: Candidates) -> None:
     """Raise Refusal where a group is another container's, or one of its devices must not be touched."""
     if group.name in candidates.claims:
         problem = f"belongs to container {candidates.claims[group.name]}"
-        raise Refusal("claimed", f"group {group.name}", problem, "it becomes free when that container ends")
+        hint = POD_HINT if candidates.is_pods else "it becomes free when that container ends"
+        raise Refusal("claimed", f"group {group.name}", problem, hint)
     if not group.endpoints:
         bridges = ", ".join(describe_device(device) for device in group.members)
         raise Refusal("bridge", f"group {group.name}", f"contains only bridges: {bridges}", "name a device behind them")

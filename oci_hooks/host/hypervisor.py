@@ -20,6 +20,9 @@ OTHER_NAMES = ("firecracker", "stratovirt", "openvmm")
 # QEMU's virtual IOMMUs by device; on arm a machine option creates one.
 QEMU_IOMMUS = ("intel-iommu", "virtio-iommu", "virtio-iommu-pci", "virtio-iommu-device", "amd-iommu", "arm-smmuv3")
 
+# The evidence of a virtual IOMMU that the guest's kernel may not use begins with this.
+KERNEL_EVIDENCE = "kernel parameter"
+
 
 class Hypervisor(Frozen):
     """A running virtual machine monitor.
@@ -67,7 +70,7 @@ def read_qemu(process: Process) -> Hypervisor:
     if not iommu and any(",iommu=smmuv3" in value for value in machines):
         iommu = "iommu=smmuv3"
     if iommu and switched_off:
-        return Hypervisor(process, "qemu", "off", f"kernel parameter {switched_off}")
+        return Hypervisor(process, "qemu", "off", f"{KERNEL_EVIDENCE} {switched_off}")
     if iommu:
         return Hypervisor(process, "qemu", "on", f"-device {iommu}")
     # A -readconfig file may define devices; Kata writes none.

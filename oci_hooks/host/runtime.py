@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 
+from oci_hooks.annotations import CRI_PREFIXES, HANDLER_ANNOTATIONS, KATA_PREFIX, SANDBOX_ID_ANNOTATIONS
 from oci_hooks.frozen import Frozen
 from oci_hooks.host import hypervisor as vmm
 from oci_hooks.linux.processes import Process, list_family, list_process_ancestors, read_process
-from oci_hooks.oci import CRI_PREFIXES, HANDLER_ANNOTATIONS, KATA_PREFIX, SANDBOX_ID_ANNOTATIONS, find_annotation
+from oci_hooks.oci import find_annotation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 ORDER = ("error", "warning", "info")
+# Codes that can be enforced although they are only information in some cases.
+ENFORCEABLE = ("viommu-off",)
 
 
 def run_check(subject: str, check: Callable[..., tuple[Finding, ...]], *values: Any) -> tuple[Finding, ...]:
@@ -59,7 +61,7 @@ def override_level(finding: Finding, general: str, own: str) -> str:
     if own == "ignore":
         return ""
     if own == "enforce":
-        return finding.level if finding.level == "info" else "error"
+        return "error" if finding.level != "info" or finding.code in ENFORCEABLE else "info"
     if own == "warn" or general == "warn":
         return "warning" if finding.level == "error" else finding.level
     return finding.level

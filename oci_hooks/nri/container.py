@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from oci_hooks import oci
+from oci_hooks.annotations import HANDLER_ANNOTATIONS, SANDBOX_ID_ANNOTATIONS
 from oci_hooks.findings import EXIT_DONE, InputError
 from oci_hooks.host import suite
 from oci_hooks.host.runtime import detect_runtime, find_shim
@@ -83,8 +84,12 @@ def open_numbers(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_state(pod: dict[str, Any], container: dict[str, Any]) -> State:
-    """Return the state that a hook of this container would get, with the pod's runtime handler and id."""
-    known = {oci.HANDLER_ANNOTATIONS[0]: pod["runtime_handler"], oci.SANDBOX_ID_ANNOTATIONS[0]: pod["id"]}
+    """Return the state that a hook of this container would get, with the pod's runtime handler and id, and its name."""
+    known = {
+        HANDLER_ANNOTATIONS[0]: pod["runtime_handler"],
+        SANDBOX_ID_ANNOTATIONS[0]: pod["id"],
+        oci.CONTAINER_NAME_ANNOTATIONS[0]: container["name"],
+    }
     # The pod's process is the sandbox's hypervisor, where there is one.
     return oci.State(container["id"], "", pod["pid"], "creating", {key: value for key, value in known.items() if value})
 
@@ -103,7 +108,7 @@ def find_runtime(root: Root, state: State, spec: Spec, mode: str) -> Runtime:
 
     The parent of this process is no shim, and nothing was created yet: as for a check by hand.
     """
-    if mode == "auto" and is_kata_handler(root, state.annotations.get(oci.HANDLER_ANNOTATIONS[0], "")):
+    if mode == "auto" and is_kata_handler(root, state.annotations.get(HANDLER_ANNOTATIONS[0], "")):
         mode = "always"
     runtime = detect_runtime(root, state, spec, mode, by_hand=True)
     return runtime.replace(shim=find_shim(root, state.pid)) if runtime.is_kata and state.pid > 0 else runtime
@@ -121,7 +126,7 @@ def make_annotations(root: Root, state: State, spec: Spec) -> dict[str, str]:
 
     The guest's addresses are not known yet, so devices are named by vendor and device.
     """
-    if any(oci.find_annotation(state, spec, name) for name in (oci.DEVICES_ANNOTATION, oci.MAP_ANNOTATION)):
+    if oci.is_annotated({**spec.annotations, **state.annotations}):
         return {}
     groups = [target.group for target in find_targets(root, scan(root), spec.vfio_devices) if target.group]
     devices = [member.pci for group in groups for member in group.passable if member.pci]

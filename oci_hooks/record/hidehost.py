@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import re
 
-from oci_hooks.oci import GROUP_PREFIX, IOMMUFD_NODE, SANDBOX_ID_ANNOTATIONS
+from oci_hooks.annotations import SANDBOX_ID_ANNOTATIONS
+from oci_hooks.oci import GROUP_PREFIX, IOMMUFD_NODE
 from oci_hooks.record.hideforms import (
     DEVICE_PROPERTIES,
     NOWHERE,

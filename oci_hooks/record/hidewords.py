@@ -10,7 +10,7 @@ import errno
 import os
 import re
 
-from oci_hooks.oci import AGENT_PREFIX, HYPERVISOR_PREFIX, RUNTIME_PREFIX
+from oci_hooks.annotations import AGENT_PREFIX, HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.record.hidetext import HYPERVISOR_KEYS, LEFT_OUT, RUNTIME_KEYS, keep_setting
 
 TYPE_CHECKING = False

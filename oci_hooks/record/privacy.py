@@ -12,23 +12,18 @@ import json
 import os.path
 import re
 
-from oci_hooks.json_input import is_valid_path
-from oci_hooks.linux.pci import normalize_address
-from oci_hooks.oci import (
+from oci_hooks.annotations import (
     CONFIG_PATH_ANNOTATION,
-    CONTAINER_NAME_ANNOTATIONS,
-    CONTAINER_TYPE_ANNOTATION,
-    CONTROL_NODE,
     CRI_PREFIXES,
     HANDLER_ANNOTATIONS,
-    HOST_ONLY_NODES,
     HYPERVISOR_PREFIX,
     KATA_PREFIX,
-    MAP_ANNOTATION,
     RUNTIME_PREFIX,
-    SANDBOX_ANNOTATIONS,
     SANDBOX_ID_ANNOTATIONS,
 )
+from oci_hooks.json_input import is_valid_path
+from oci_hooks.linux.pci import normalize_address
+from oci_hooks.oci import CONTAINER_NAME_ANNOTATIONS, CONTROL_NODE, HOST_ONLY_NODES, MAP_ANNOTATION, SANDBOX_ANNOTATIONS
 from oci_hooks.record import hidewords
 from oci_hooks.record.hidetext import HYPERVISOR_KEYS, LEFT_OUT, hide_kernel, hide_text
 
@@ -46,10 +41,10 @@ DECIDING = (
     CONFIG_PATH_ANNOTATION,
     RUNTIME_PREFIX + "vfio_mode",
     *(HYPERVISOR_PREFIX + key for key in HYPERVISOR_KEYS),
-    CONTAINER_TYPE_ANNOTATION,
     *SANDBOX_ANNOTATIONS,
     *SANDBOX_ID_ANNOTATIONS,
     *CONTAINER_NAME_ANNOTATIONS,
+    "io.kubernetes.cri-o.ContainerName",
     *HANDLER_ANNOTATIONS,
 )
 # Only the presence of a name with one of these prefixes affects a decision.

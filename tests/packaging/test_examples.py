@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,20 @@ def test_examples_json_matches_reader_schema(pattern: str, schema: dict[str, Any
         jsonschema.Draft7Validator(schema).validate(load(path))
 
 
+def test_examples_containerd_passes_annotation_of_one_container() -> None:
+    """containerd matches as path.Match does (GetPassthroughAnnotations): `*` is anything but a slash."""
+    for name in ("vfio", "kata"):
+        lists = tomllib.loads((EXAMPLES / f"containerd/{name}.toml").read_text())
+        for key in ("pod_annotations", "container_annotations"):
+            (pattern,) = lists[key]
+            assert fnmatchcase("io.katacontainers.x.vfio.devices.my-container", pattern)
+
+
 @pytest.mark.parametrize("name", ["vfio-host-check", "vfio-guest-bind"])
 def test_examples_hooks_d_matches_only_own_annotations(name: str) -> None:
     ((pattern, value),) = load(EXAMPLES / f"hooks.d/{name}.json")["when"]["annotations"].items()
-    for key in ("io.katacontainers.x.vfio", "io.katacontainers.x.vfio.devices", "io.katacontainers.x.vfio.record"):
+    own = "io.katacontainers.x.vfio"
+    for key in (own, f"{own}.devices", f"{own}.record", f"{own}.devices.my-container"):
         assert re.search(pattern, key)
     assert not re.search(pattern, "io.katacontainers.x.vfiox")
     assert not re.search(pattern, "xio.katacontainers.x.vfio")

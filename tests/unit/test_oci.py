@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from oci_hooks import json_input, oci
 from oci_hooks.findings import EXIT_BAD_INPUT, InputError
@@ -238,6 +239,61 @@ def test_is_sandbox(name: str, value: str) -> None:
     spec = oci.make_spec({"annotations": {name: value}}, "config.json")
     assert oci.is_sandbox(oci.make_state(STATE), spec)
     assert not oci.is_sandbox(oci.make_state({**STATE, "annotations": {name: "container"}}), spec)
+
+
+OWN = oci.DEVICES_ANNOTATION + "."
+CONTAINERD_NAME, CRIO_NAME = oci.CONTAINER_NAME_ANNOTATIONS
+
+
+@pytest.mark.parametrize(
+    ("annotations", "decides"),
+    [
+        ({OWN + "web": "auto", CONTAINERD_NAME: "web"}, "web"),
+        ({OWN + "web": "auto", CRIO_NAME: "web"}, "web"),
+        ({OWN + "web": "auto", oci.DEVICES_ANNOTATION: "id:8086:10d3", CONTAINERD_NAME: "web"}, "web"),
+        # An annotation that is there, and empty, is an error that the container's user must see.
+        ({OWN + "web": "", oci.DEVICES_ANNOTATION: "auto", CONTAINERD_NAME: "web"}, "web"),
+        # A pod's author can write the other engine's name: the one that names an annotation counts.
+        ({OWN + "web": "auto", CONTAINERD_NAME: "other", CRIO_NAME: "web"}, "web"),
+        ({OWN + "a.b": "auto", CONTAINERD_NAME: "a.b"}, "a.b"),
+        ({OWN + "log": "auto", CONTAINERD_NAME: "log"}, "log"),
+        ({OWN + "web": "auto", oci.DEVICES_ANNOTATION: "auto", CONTAINERD_NAME: "sidecar"}, "pod"),
+        ({oci.DEVICES_ANNOTATION: "auto", CONTAINERD_NAME: "web"}, "pod"),
+        ({oci.DEVICES_ANNOTATION: "auto", OWN: "auto", CONTAINERD_NAME: ""}, "pod"),
+        ({oci.DEVICES_ANNOTATION: "auto"}, "pod"),
+        ({OWN + "web": "auto", CONTAINERD_NAME: "sidecar"}, ""),
+        ({OWN + "web": "auto", CONTAINERD_NAME: "we"}, ""),
+        ({OWN + "web": "auto", CONTAINERD_NAME: "Web"}, ""),
+        ({OWN + "web": "auto", "io.kubernetes.cri-o.ContainerName": "web"}, ""),
+        ({OWN: "auto", CONTAINERD_NAME: ""}, ""),
+        ({OWN + "None": "auto"}, ""),
+        ({OWN + "web": "auto"}, ""),
+        ({oci.LOG_ANNOTATION: "debug", oci.RECORD_ANNOTATION: "on", CONTAINERD_NAME: "log"}, ""),
+    ],
+    ids=repr,
+)
+def test_name_devices_annotation(annotations: dict[str, str], decides: str) -> None:
+    name = oci.name_devices_annotation(annotations)
+    assert name == (OWN + decides if decides not in ("", "pod") else oci.DEVICES_ANNOTATION)
+    assert oci.is_annotated(annotations) == (name in annotations) == bool(decides)
+    # The container's name may come with the state, and the annotation with config.json.
+    for key, value in annotations.items():
+        state = oci.make_state({**STATE, "annotations": {key: value}})
+        rest = {other: text for other, text in annotations.items() if other != key}
+        assert oci.asks_for_vfio(state, oci.make_spec({"annotations": rest}, "config.json")) == bool(decides)
+
+
+NAMES = st.sampled_from(["", "a", "b", "c"])
+
+
+@given(st.dictionaries(NAMES, NAMES), st.booleans(), NAMES)
+def test_one_name_is_one_containers(named: dict[str, str], pods: bool, name: str) -> None:
+    """Whatever annotations a pod has, those for other containers change nothing for this one."""
+    copied = {OWN + key: value for key, value in named.items()} | ({oci.DEVICES_ANNOTATION: "x"} if pods else {})
+    own = {CONTAINERD_NAME: name}
+    mine = {key: value for key, value in copied.items() if key in (OWN + name, oci.DEVICES_ANNOTATION)}
+    assert oci.name_devices_annotation({**copied, **own}) == oci.name_devices_annotation({**mine, **own})
+    assert oci.is_annotated({**copied, **own}) == (pods or (bool(name) and name in named))
 
 
 def test_find_annotation_state_before_config() -> None:

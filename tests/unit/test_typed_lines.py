@@ -172,7 +172,6 @@ NOT_TYPED = {
     ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
     ("docs/reference/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
     ("docs/howto/containerd.md", "enable_cdi = true"): "config.toml",
-    ("docs/howto/crio.md", "[crio.runtime.runtimes.runc]"): "crio.conf",
     ("docs/howto/nri.md", '[plugins."io.containerd.nri.v1.nri"]'): "config.toml",
     (
         "docs/howto/nri.md",

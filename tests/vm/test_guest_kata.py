@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from oci_hooks import oci
 from tests.support import guest_calls
-from tests.support.guest_calls import ask
+from tests.support.guest_calls import DEVICES, ask
 from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Container, Containers
 
@@ -114,6 +115,43 @@ def test_kata_agent_ignores_failure_on_failure_kill(containers: Containers) -> N
     assert done.code != 0
     assert done.stdout == ""
     assert f"container {container.name}: error: [bridge]" in guest.read_kernel_log()
+
+
+@pytest.mark.usefixtures("guest_image")
+def test_kata_agent_mixed_pod(containers: Containers) -> None:
+    """Each container of a pod has all annotations of the pod; only the one that is named gets devices.
+
+    A hook that waited for a device here would do so for the settings' 60 s, and report that it has none.
+    """
+    nic = guest.find_device(devices.NIC_E1000E)
+    for name in oci.CONTAINER_NAME_ANNOTATIONS:
+        pod = {f"{DEVICES}.web": nic, CONTAINER_TYPE: "pod_container"}
+        sandbox = make_container(containers, {**pod, CONTAINER_TYPE: "pod_sandbox", name: "web"})
+        sidecar, web = (make_container(containers, {**pod, name: value}) for value in ("sidecar", "web"))
+        for container, groups in ((sandbox, 0), (sidecar, 0), (web, 1)):
+            done = container.run()
+            assert (container.bundle / "prestart.log").read_text() == ""
+            assert done.code == 0, done.stderr
+            assert len(done.read_json()["groups"]) == groups
+    assert guest_calls.list_claims() == []
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own-pids", "shared-pids"])
+def test_create_container_hook_refused(containers: Containers, shared: bool) -> None:
+    """This kind of hook runs in the container's namespaces: runc's state has pid 1 then, and crun's none."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    before = guest_calls.look_at_drivers()
+    container = containers.make("/bin/true", annotations=ask(nic), hooks=bundles.guest_hooks("createContainer"))
+    if shared:
+        kept = [entry for entry in container.config["linux"]["namespaces"] if entry["type"] != "pid"]
+        container.write_config({**container.config, "linux": {**container.config["linux"], "namespaces": kept}}, {})
+    done = container.run()
+    print(done)
+    assert done.code != 0
+    assert "[no-process] process" in done.stderr
+    assert "declare the hook under createRuntime" in done.stderr
+    assert guest_calls.look_at_drivers() == before
+    assert guest_calls.list_claims() == []
 
 
 def test_kata_agent_pause_container_skipped(tmp_path: Path) -> None:

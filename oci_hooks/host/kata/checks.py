@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 
+from oci_hooks.annotations import HYPERVISOR_PREFIX
 from oci_hooks.findings import Finding
 from oci_hooks.host.hypervisor import find_kernel_refusal
 from oci_hooks.host.kata.hints import make_viommu_hint, write_fix
-from oci_hooks.host.kata.problems import check_refused, check_uncertain
+from oci_hooks.host.kata.problems import check_other, check_refused, check_uncertain
 from oci_hooks.host.kata.sandbox import Sandbox
-from oci_hooks.oci import HYPERVISOR_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def check_kata(sandbox: Sandbox, spec: Spec, targets: tuple[Target, ...]) -> tup
 
 
 def check_config(sandbox: Sandbox) -> tuple[Finding, ...]:
-    """kata-config-missing, kata-config-refused, kata-config-uncertain."""
+    """kata-config-missing, kata-config-refused, kata-config-uncertain, kata-config-other."""
     if sandbox.config is not None:
-        return (*check_refused(sandbox, sandbox.config), *check_uncertain(sandbox.config))
+        return (*check_refused(sandbox, sandbox.config), *check_uncertain(sandbox.config), *check_other(sandbox))
     hint = 'set its path in /etc/oci-vfio-hooks/host.toml: [kata] config = "/path/configuration.toml"'
     problem = "none of Kata's default locations has a configuration.toml"
     return (Finding("warning", "kata-config-missing", "Kata", problem, hint),)
@@ -60,14 +60,14 @@ def check_config(sandbox: Sandbox) -> tuple[Finding, ...]:
 def check_viommu(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]:
     """viommu-off: the guest gets no IOMMU, which vfio-pci in the guest needs.
 
-    An error, unless the configuration leaves the device to the guest's own driver.
+    Only information where the configuration leaves the device to the guest's own driver (see check_mode).
     channel: only AP or CCW devices, which need no IOMMU.
     """
     if channel or sandbox.machine in WITH_OWN_IOMMU:
         return ()
     vmm, config = sandbox.hypervisor, sandbox.config
     setting = config.hypervisor_setting("enable_iommu", False) if config else None
-    hint = make_viommu_hint(config, setting)
+    hint = make_viommu_hint(config, setting, sandbox.is_other_config)
     if vmm is not None and vmm.viommu:
         if vmm.viommu == "on":
             return ()
@@ -96,7 +96,7 @@ def check_viommu(sandbox: Sandbox, channel: bool) -> tuple[Finding, ...]:
     # vfio_mode, this hook was declared for a container that lists VFIO devices and expects them as VFIO devices.
     kind = vmm.kind if vmm is not None else config.hypervisor if config else ""
     wanted = sandbox.wanted or (sandbox.mode == "" and kind == "qemu")
-    level = "error" if wanted and certain else "warning"
+    level = "error" if wanted and certain else "warning" if wanted else "info"
     if not wanted:
         problem += "; the device works with the guest's native driver only; VFIO in the container needs a virtual IOMMU"
     return (Finding(level, "viommu-off", "virtual IOMMU", problem, hint),)
@@ -319,7 +319,7 @@ def check_mode(sandbox: Sandbox) -> tuple[Finding, ...]:
     does = (
         "vfio-guest-bind binds the device to vfio-pci in the guest"
         if sandbox.wanted
-        else "the guest binds the device to its native driver"
+        else "no annotation asks for VFIO in this container, so the guest's own driver gets the device"
     )
     hint = (
         ""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import re
 
+from oci_hooks.annotations import AGENT_PREFIX, HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.host.kata.admission import AnnotationFilter
 from oci_hooks.host.kata.go_checks import BLOCK_AIO, BLOCK_DRIVERS, NETWORK_MODELS, NO_PORT, PORTS, VFIO_MODES
 from oci_hooks.host.kata.model import has_wrong_verity, read_parameters, write_parameters
-from oci_hooks.oci import AGENT_PREFIX, HYPERVISOR_PREFIX, RUNTIME_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from oci_hooks.annotations import HYPERVISOR_PREFIX
 from oci_hooks.host.kata.admission import AnnotationFilter
-from oci_hooks.oci import HYPERVISOR_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
 # Characters that printf(1) or a quoted shell word would change.
 UNSAFE = ("\\", "'", "%")
+# What decides which file it is (containerd-shim-v2/create.go, loadRuntimeConfig); the shim does not publish it.
+OTHER_CONFIG = (
+    "another configuration was in force when it started: the runtime's option ConfigPath (containerd, Docker), "
+    "runtime_config_path (CRI-O) or ctr --runtime-config-path may name it"
+)
 
 
 def write_fix(config: KataConfig, setting: Setting, value: str) -> str:
@@ -31,8 +36,10 @@ def write_fix(config: KataConfig, setting: Setting, value: str) -> str:
     return f"mkdir -p {config.directory} && printf '{table}\\n{line}\\n' > {path}; then start a new sandbox"
 
 
-def make_viommu_hint(config: KataConfig | None, setting: Setting | None) -> str:
-    """Return how to enable the virtual IOMMU."""
+def make_viommu_hint(config: KataConfig | None, setting: Setting | None, is_other: bool) -> str:
+    """Return how to enable the virtual IOMMU. is_other: the hypervisor was started with another configuration."""
+    if is_other:
+        return f"{OTHER_CONFIG}; set enable_iommu = true there, and start a new sandbox"
     annotation = f'annotation {HYPERVISOR_PREFIX}enable_iommu: "true"'
     if config is None or setting is None:
         return f"set enable_iommu = true in Kata's configuration.toml, or the sandbox's {annotation}"

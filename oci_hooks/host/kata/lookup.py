@@ -8,11 +8,11 @@ then the default paths. ConfigPath, which only the shim knows, is read from the 
 
 from __future__ import annotations
 
+from oci_hooks.annotations import CONFIG_PATH_ANNOTATION
 from oci_hooks.frozen import Frozen
 from oci_hooks.host.kata.config import ConfigFile, KataConfig, find_default_files, load_config, make_config_file
 from oci_hooks.json_input import is_valid_path
 from oci_hooks.linux.processes import read_environment
-from oci_hooks.oci import CONFIG_PATH_ANNOTATION
 from oci_hooks.system import VERSION_FILES
 
 TYPE_CHECKING = False

@@ -6,6 +6,7 @@ from __future__ import annotations
 from oci_hooks.findings import Finding
 from oci_hooks.host.kata.config import RELEASE, RELEASE_MAJOR
 from oci_hooks.host.kata.go_checks import BOTH_PORTS
+from oci_hooks.host.kata.hints import OTHER_CONFIG
 from oci_hooks.host.kata.rust_checks import BOTH_KINDS
 
 TYPE_CHECKING = False
@@ -52,6 +53,20 @@ def name_release(major: int) -> str:
         return f"Kata {major}"
     known = f"this host has {major}" if major else "the release on this host is unknown"
     return f"Kata {RELEASE} ({known})"
+
+
+def check_other(sandbox: Sandbox) -> tuple[Finding, ...]:
+    """kata-config-other: the running hypervisor has a virtual IOMMU, and the configuration that was found has none.
+
+    In the opposite case viommu-off reports it.
+    """
+    config, vmm = sandbox.config, sandbox.hypervisor
+    if config is None or vmm is None or vmm.viommu != "on" or not sandbox.is_other_config:
+        return ()
+    setting = config.describe(config.hypervisor_setting("enable_iommu", False))
+    problem = f"{vmm.process} has a virtual IOMMU ({vmm.evidence}), although {setting}; {OTHER_CONFIG}"
+    hint = "name the file for this check: [kata] config in /etc/oci-vfio-hooks/host.toml"
+    return (Finding("warning", "kata-config-other", config.place.real, problem, hint),)
 
 
 def check_uncertain(config: KataConfig) -> tuple[Finding, ...]:

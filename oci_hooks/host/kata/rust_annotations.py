@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 
+from oci_hooks.annotations import AGENT_PREFIX, HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.host.kata.admission import AnnotationFilter
 from oci_hooks.host.kata.model import SIZES, has_wrong_verity, is_there, read_parameters, write_parameters
 from oci_hooks.host.kata.rust_checks import LIMITS, adjust
-from oci_hooks.oci import AGENT_PREFIX, HYPERVISOR_PREFIX, RUNTIME_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

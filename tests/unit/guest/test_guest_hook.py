@@ -108,17 +108,25 @@ def test_hook_without_vfio_silent(tmp_path: Path, config: object, arguments: tup
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def test_hook_without_vfio_imports_only_fast_path(tmp_path: Path) -> None:
-    bundle = make_bundle(
-        tmp_path, {"linux": {"devices": [{"path": "/dev/fuse", "type": "c"}]}, "annotations": {"a": "b"}}
-    )
+@pytest.mark.parametrize(
+    "annotations",
+    [
+        {"a": "b"},
+        {f"{oci.DEVICES_ANNOTATION}.web": "auto", oci.CONTAINER_NAME_ANNOTATIONS[0]: "sidecar"},
+        {oci.DEVICES_ANNOTATION: "auto", "io.kubernetes.cri.container-type": "sandbox"},
+    ],
+    ids=["none", "another container's", "sandbox"],
+)
+def test_hook_without_vfio_imports_only_fast_path(tmp_path: Path, annotations: dict[str, str]) -> None:
+    document = {"linux": {"devices": [{"path": "/dev/fuse", "type": "c"}]}, "annotations": annotations}
+    bundle = make_bundle(tmp_path, document)
     command = ["/usr/bin/python3", "-ISX", "importtime", str(HOOK)]
     done = subprocess.run(command, input=make_state(bundle), capture_output=True, check=True, env={})
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.decode().splitlines()}
     # The measure works: the hook's own modules are in the list.
     assert {"oci_hooks.guest.hook", "oci_hooks.oci"} <= modules
     assert [name for name in HEAVY if name in modules] == []
-    needless = ("binding", "log", "record", "request", "schema", "settings")
+    needless = ("guest.binding", "log", "record", "guest.request", "schema", "settings")
     assert not {f"oci_hooks.{name}" for name in needless} & modules
 
 

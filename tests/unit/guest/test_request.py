@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from oci_hooks import oci
 from oci_hooks.findings import EXIT_BAD_INPUT, InputError
-from oci_hooks.guest.request import Request, Selector, parse_map, parse_selector, read_request
+from oci_hooks.guest.request import Request, Selector, is_pods_request, parse_map, parse_selector, read_request
 from oci_hooks.linux.pci import normalize_address
 
 pytestmark = pytest.mark.unit
@@ -125,6 +125,42 @@ def test_read_request_none() -> None:
         is None
     )
     assert ask({"process": {"env": ["PCIDEVICE_A=0000:02:00.0"]}}) is None
+
+
+def test_read_request_own_annotation_before_pods() -> None:
+    own, name = f"{oci.DEVICES_ANNOTATION}.web", oci.CONTAINER_NAME_ANNOTATIONS[0]
+    named = {own: "id:8086:10d3", name: "web"}
+    for more in ({}, {"devices": "auto"}, {"devices": "auto", "map": "no map"}):
+        if more.get("map"):
+            more["map"] = json.dumps([{"devices": [DEVICE]}])
+        request = ask({"linux": {"devices": [group_entry()]}}, **named, **more)
+        assert request is not None
+        assert (request.source, request.selectors) == (f"annotation {own}", (Selector("id", "8086:10d3"),))
+    other = ask({}, devices="auto", **{own: "id:8086:10d3", name: "sidecar"})
+    assert other is not None
+    assert other.source == f"annotation {oci.DEVICES_ANNOTATION}"
+    listed = ask({"linux": {"devices": [group_entry()]}}, **{own: "auto", name: "sidecar"})
+    assert listed is not None
+    assert listed.source == "linux.devices"
+    for text, problem in (("", "invalid device selector ''"), ("auto," * 20000, "is longer than")):
+        with pytest.raises(InputError, match=f"annotation {own}: {problem}"):
+            ask({}, devices="auto", **{own: text, name: "web"})
+
+
+@pytest.mark.parametrize(
+    ("annotations", "pods"),
+    [
+        ({oci.DEVICES_ANNOTATION: "auto", oci.CONTAINER_NAME_ANNOTATIONS[1]: "web"}, True),
+        ({oci.DEVICES_ANNOTATION: "auto", oci.CONTAINER_NAME_ANNOTATIONS[1]: ""}, False),
+        ({oci.DEVICES_ANNOTATION: "auto"}, False),
+        ({f"{oci.DEVICES_ANNOTATION}.web": "auto", oci.CONTAINER_NAME_ANNOTATIONS[0]: "web"}, False),
+        ({oci.CONTAINER_NAME_ANNOTATIONS[0]: "web"}, False),
+    ],
+    ids=repr,
+)
+def test_is_pods_request(annotations: dict[str, str], pods: bool) -> None:
+    state = oci.State("c1", "/b", 7, "", {})
+    assert is_pods_request(state, oci.make_spec({"annotations": annotations}, "config.json")) == pods
 
 
 @pytest.mark.parametrize(("name", "value"), oci.SANDBOX_ANNOTATIONS.items())

@@ -189,6 +189,19 @@ def test_choose_groups_claimed_refused(machine: Machine) -> None:
     refuse(ask("class:02"), everything, "claimed", "container other")
 
 
+def test_choose_groups_claimed_in_pod_names_annotation(machine: Machine) -> None:
+    """What a container without devices reports where the pod's annotation was meant for another one."""
+    claims = {"2": "web", "4": "web", "10": "web"}
+    for word, code in ((NIC, "claimed"), ("class:02", "claimed"), ("auto", "nothing-to-take")):
+        with pytest.raises((Refusal, NotAvailableYet)) as alone:
+            choose_groups(ask(word), make_pool(machine, claims=claims))
+        with pytest.raises((Refusal, NotAvailableYet)) as in_pod:
+            choose_groups(ask(word), make_pool(machine, claims=claims, is_pods=True))
+        hints = [caught.value.findings[0].hint for caught in (alone, in_pod)]
+        assert ["io.katacontainers.x.vfio.devices.NAME" in hint for hint in hints] == [False, True]
+        assert in_pod.value.findings[0].code == code
+
+
 def test_choose_groups_in_use_refused(machine: Machine) -> None:
     candidates = make_pool(machine, used={NIC: ["is network interface eth0, up with address 10.0.0.1"]})
     refuse(ask(NIC), candidates, "in-use", NIC, "eth0, up with address 10.0.0.1")

@@ -128,10 +128,13 @@ def test_bind_internal_error_rolls_back_and_reports(machine: Machine, monkeypatc
 
 
 def test_bind_without_process_refused(machine: Machine) -> None:
-    for pid in (0, 8):
+    # /proc/1 is the machine's init, where createContainer's state means the container's.
+    start_process(machine, 1, 10)
+    for pid, problem in ((0, "not running"), (8, "not running"), (1, "createContainer")):
         _, error = bind(machine, make_state(pid=pid))
         assert error.findings[0].code == "no-process"
-        assert error.findings[0].hint
+        assert problem in error.findings[0].problem
+        assert "createRuntime" in error.findings[0].hint
     assert not machine.place(STATE_DIRECTORY).exists()
 
 

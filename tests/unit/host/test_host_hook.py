@@ -221,7 +221,11 @@ def test_host_hook_viommu_off_by_running_qemu(bench: Bench) -> None:
 def test_host_hook_viommu_on_in_running_qemu(bench: Bench) -> None:
     bench.tree.write(CONFIG, KATA)
     bench.tree.process(812, QEMU, "-machine", "q35", "-device", "intel-iommu")
-    assert bench.run(kata_go()) == (0, "", "")
+    code, _, stderr = bench.run(kata_go())
+    assert code == 0
+    # The file has no virtual IOMMU, so it is not the one that QEMU was started with.
+    (line,) = stderr.splitlines()
+    assert line.startswith(f"vfio-host-check: warning: [kata-config-other] {CONFIG}: ")
 
 
 def test_host_hook_kata_1_reads_config_json_annotations(bench: Bench) -> None:
@@ -236,8 +240,14 @@ def test_host_hook_guest_kernel_mode_not_refused(bench: Bench) -> None:
     bench.tree.write(CONFIG, KATA.replace('"vfio"', '"guest-kernel"'))
     code, _, err = bench.run(kata_go(pid=70))
     assert code == 0
-    assert "warning: [viommu-off]" in err
-    assert "info: [vfio-mode]" in err
+    assert "info: [viommu-off]" in err
+    assert "info: [vfio-mode] vfio_mode: " in err
+    assert "so the guest's own driver gets the device" in err
+    assert "warning" not in err
+    # A site where no container may start without VFIO.
+    bench.tree.write("/etc/oci-vfio-hooks/host.toml", '[checks]\nviommu-off = "enforce"\n')
+    code, _, err = bench.run(kata_go(pid=70))
+    assert (code, "error: [viommu-off]" in err) == (1, True)
 
 
 def test_host_hook_runtime_rs_warns_failure_ignored(bench: Bench) -> None:

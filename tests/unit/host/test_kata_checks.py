@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from oci_hooks.annotations import HYPERVISOR_PREFIX, RUNTIME_PREFIX
 from oci_hooks.findings import Finding
 from oci_hooks.host.hypervisor import Hypervisor
 from oci_hooks.host.kata import checks as kata_checks
@@ -19,7 +20,7 @@ from oci_hooks.host.targets import Target
 from oci_hooks.linux.pci import PciDevice
 from oci_hooks.linux.processes import Process
 from oci_hooks.linux.vfio import Member, VfioGroup
-from oci_hooks.oci import HYPERVISOR_PREFIX, RUNTIME_PREFIX, Device
+from oci_hooks.oci import Device
 from oci_hooks.system import Root
 from tests.support.fake_host import HostTree, codes, make_spec
 
@@ -78,39 +79,39 @@ def check(
 # Every template ------------------------------------------------------------------------------------------------------
 # name, hypervisor; then what is concluded: as it is, when VFIO is wanted in the guest, and when it is wanted and a
 # drop-in sets enable_iommu. Columns are sets of words: V viommu-off, U viommu-unsupported, P no-port, C needs-iommufd;
-# a small letter is a warning.
+# a small letter is a warning, i viommu-off as information.
 
 TABLE = [
-    ("qemu", "qemu", "v P", "V P", "P"),
-    ("qemu-coco-dev", "qemu", "v P", "V P", "P"),
-    ("qemu-nvidia-cpu", "qemu", "v P", "V P", "P"),
-    ("qemu-nvidia-gpu", "qemu", "v", "V", ""),
-    ("qemu-nvidia-gpu-snp", "qemu", "v c", "V c", "c"),
-    ("qemu-nvidia-gpu-tdx", "qemu", "v c", "V c", "c"),
-    ("qemu-snp", "qemu", "v c", "V c", "c"),
-    ("qemu-tdx", "qemu", "v c", "V c", "c"),
+    ("qemu", "qemu", "i P", "V P", "P"),
+    ("qemu-coco-dev", "qemu", "i P", "V P", "P"),
+    ("qemu-nvidia-cpu", "qemu", "i P", "V P", "P"),
+    ("qemu-nvidia-gpu", "qemu", "i", "V", ""),
+    ("qemu-nvidia-gpu-snp", "qemu", "i c", "V c", "c"),
+    ("qemu-nvidia-gpu-tdx", "qemu", "i c", "V c", "c"),
+    ("qemu-snp", "qemu", "i c", "V c", "c"),
+    ("qemu-tdx", "qemu", "i c", "V c", "c"),
     # The Go runtime takes no enable_iommu from the table of Cloud Hypervisor, only from the annotation.
-    ("clh", "clh", "v P", "V P", "V P"),
-    ("clh-azure", "clh", "v P", "V P", "V P"),
-    ("fc", "firecracker", "v", "V U", "U"),
-    ("stratovirt", "stratovirt", "v", "V U", "U"),
-    ("remote", "remote", "v", "V U", "U"),
-    ("qemu-runtime-rs", "qemu", "v P", "V P", "P"),
-    ("qemu-coco-dev-runtime-rs", "qemu", "v P", "V P", "P"),
-    ("qemu-nvidia-cpu-runtime-rs", "qemu", "v P", "V P", "P"),
-    ("qemu-nvidia-gpu-runtime-rs", "qemu", "v", "V", ""),
-    ("qemu-nvidia-gpu-snp-runtime-rs", "qemu", "v c", "V c", "c"),
-    ("qemu-nvidia-gpu-tdx-runtime-rs", "qemu", "v c", "V c", "c"),
-    ("qemu-snp-runtime-rs", "qemu", "v P c", "V P c", "P c"),
-    ("qemu-tdx-runtime-rs", "qemu", "v P c", "V P c", "P c"),
-    ("rs-fc", "firecracker", "v", "V U", "U"),
-    ("clh-runtime-rs", "clh", "v", "V U", "U"),
-    ("clh-azure-runtime-rs", "clh", "v", "V U", "U"),
-    ("dragonball", "dragonball", "v", "V U", "U"),
-    ("openvmm-azure-runtime-rs", "openvmm", "v", "V U", "U"),
-    ("remote-runtime-rs", "remote", "v", "V U", "U"),
+    ("clh", "clh", "i P", "V P", "V P"),
+    ("clh-azure", "clh", "i P", "V P", "V P"),
+    ("fc", "firecracker", "i", "V U", "U"),
+    ("stratovirt", "stratovirt", "i", "V U", "U"),
+    ("remote", "remote", "i", "V U", "U"),
+    ("qemu-runtime-rs", "qemu", "i P", "V P", "P"),
+    ("qemu-coco-dev-runtime-rs", "qemu", "i P", "V P", "P"),
+    ("qemu-nvidia-cpu-runtime-rs", "qemu", "i P", "V P", "P"),
+    ("qemu-nvidia-gpu-runtime-rs", "qemu", "i", "V", ""),
+    ("qemu-nvidia-gpu-snp-runtime-rs", "qemu", "i c", "V c", "c"),
+    ("qemu-nvidia-gpu-tdx-runtime-rs", "qemu", "i c", "V c", "c"),
+    ("qemu-snp-runtime-rs", "qemu", "i P c", "V P c", "P c"),
+    ("qemu-tdx-runtime-rs", "qemu", "i P c", "V P c", "P c"),
+    ("rs-fc", "firecracker", "i", "V U", "U"),
+    ("clh-runtime-rs", "clh", "i", "V U", "U"),
+    ("clh-azure-runtime-rs", "clh", "i", "V U", "U"),
+    ("dragonball", "dragonball", "i", "V U", "U"),
+    ("openvmm-azure-runtime-rs", "openvmm", "i", "V U", "U"),
+    ("remote-runtime-rs", "remote", "i", "V U", "U"),
     ("kata-1-qemu", "qemu", "V", "V U", "U"),
-    ("kata-2-qemu", "qemu", "v", "V", ""),
+    ("kata-2-qemu", "qemu", "i", "V", ""),
 ]
 LETTERS = {"viommu-off": "v", "viommu-unsupported": "u", "no-port": "p", "needs-iommufd": "c"}
 
@@ -118,7 +119,7 @@ LETTERS = {"viommu-off": "v", "viommu-unsupported": "u", "no-port": "p", "needs-
 def abbreviate(findings: list[Finding]) -> set[str]:
     """Return findings as the letters of the table."""
     letters = [(LETTERS[finding.code], finding.level) for finding in findings]
-    return {letter.upper() if level == "error" else letter for letter, level in letters}
+    return {{"error": letter.upper(), "warning": letter, "info": "i"}[level] for letter, level in letters}
 
 
 @pytest.mark.parametrize(("name", "hypervisor", "plain", "wanted", "on"), TABLE, ids=[row[0] for row in TABLE])
@@ -201,9 +202,9 @@ def test_viommu_off_finding_text(tmp_path: Path) -> None:
     [
         (GOOD, QEMU_OFF, ["error viommu-off"]),
         (BAD, QEMU_OFF, ["error viommu-off"]),
-        (BAD, QEMU_ON, []),
+        (BAD, QEMU_ON, ["warning kata-config-other"]),
         (GOOD, QEMU_ON, []),
-        (BAD.replace('"q35"', '"virt"'), QEMU_ON, []),
+        (BAD.replace('"q35"', '"virt"'), QEMU_ON, ["warning kata-config-other"]),
         (BAD, CLH_DUMB, ["error viommu-off"]),
         (GOOD, CLH_DUMB, []),
     ],
@@ -218,6 +219,33 @@ def test_viommu_finding_names_process_and_file(tmp_path: Path) -> None:
         "qemu-system-x86_64 (pid 812) runs without a virtual IOMMU (no -device intel-iommu or virtio-iommu), although "
         "enable_iommu = true in /opt/kata/configuration.toml line 3, not overridden by config.d/ or annotations"
     )
+
+
+def test_other_configuration_in_force(tmp_path: Path) -> None:
+    """A file that the running QEMU contradicts is another one's: nobody is sent to it, and nothing in it refuses."""
+    no_port = GOOD.replace('"root-port"', '"no-port"')
+    viommu, port = check(HostTree(tmp_path / "1"), no_port, running=QEMU_OFF)
+    assert (viommu.level, viommu.code, port.level, port.code) == ("error", "viommu-off", "warning", "no-port")
+    for word in (
+        "another configuration was in force",
+        "ConfigPath",
+        "ctr --runtime-config-path",
+        "start a new sandbox",
+    ):
+        assert word in viommu.hint
+    assert "/opt/kata" not in viommu.hint
+    other, port = check(HostTree(tmp_path / "2"), BAD.replace('"root-port"', '"no-port"'), running=QEMU_ON)
+    assert (other.level, other.code, port.level, port.code) == ("warning", "kata-config-other", "warning", "no-port")
+    assert "enable_iommu = false in /opt/kata/configuration.toml line 3" in other.problem
+    assert "ConfigPath" in other.problem
+    # The file may well be the one in force: it agrees, or nothing can be concluded.
+    (agreed,) = check(HostTree(tmp_path / "3"), BAD, running=QEMU_OFF)
+    assert "/opt/kata/config.d" in agreed.hint
+    masked = QEMU_OFF.replace(evidence="kernel parameter iommu=off")
+    (off,) = check(HostTree(tmp_path / "4"), GOOD, running=masked)
+    assert "another configuration" not in off.hint
+    (unknown,) = check(HostTree(tmp_path / "5"), GOOD, running=QEMU_OFF, machine="aarch64")[1:]
+    assert unknown.code == "viommu-unsupported"
 
 
 def test_viommu_without_file_by_running_hypervisor() -> None:
@@ -239,7 +267,7 @@ def test_kata_checks_uncertain_file_only_warns(tmp_path: Path) -> None:
 def test_viommu_guest_kernel_mode_by_annotation(tmp_path: Path) -> None:
     """In guest-kernel mode the guest's driver has the device, and a missing IOMMU hurts nobody."""
     annotations = {RUNTIME_PREFIX + "vfio_mode": "guest-kernel"}
-    assert codes(check(HostTree(tmp_path), BAD, annotations=annotations)) == ["warning viommu-off"]
+    assert codes(check(HostTree(tmp_path), BAD, annotations=annotations)) == ["info viommu-off"]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from oci_hooks.annotations import HYPERVISOR_PREFIX
 from oci_hooks.host.kata.config import ConfigFile, KataConfig, load_config
-from oci_hooks.oci import HYPERVISOR_PREFIX
 from oci_hooks.toml_lines import find_line
 from tests.support.fake_host import HostTree
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from oci_hooks.annotations import HYPERVISOR_PREFIX
 from oci_hooks.findings import Finding
 from oci_hooks.host.kata import checks as kata_checks
 from oci_hooks.host.kata import sandbox
 from oci_hooks.host.kata.config import ConfigFile, load_config
 from oci_hooks.host.kata.lookup import ConfigLookup
 from oci_hooks.host.runtime import Runtime
-from oci_hooks.oci import HYPERVISOR_PREFIX
 from tests.support.fake_host import HostTree, codes, make_spec
 from tests.unit.host.test_kata_checks import BAD, GOOD, RS_NAMES, WANTED, target
 

@@ -123,6 +123,10 @@ def test_an_annotation_names_the_devices_only_where_it_is_asked_for(tree: HostTr
     assert create(tree, CONTROL, GROUP, pod=KATA) == ("", {DEVICES_ANNOTATION: "id:8086:10d3"})
     assert create(tree, CONTROL, GROUP) == ("", {})
     assert create(tree, GROUP, pod=KATA, annotations={DEVICES_ANNOTATION: "auto"}) == ("", {})
+    own = {f"{DEVICES_ANNOTATION}.web": "auto"}
+    assert create(tree, CONTROL, GROUP, pod=KATA, name="web", annotations=own) == ("", {})
+    named = {DEVICES_ANNOTATION: "id:8086:10d3"}
+    assert create(tree, CONTROL, GROUP, pod=KATA, name="sidecar", annotations=own) == ("", named)
 
 
 def test_many_errors_are_counted() -> None:
