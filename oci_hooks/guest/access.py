@@ -8,6 +8,7 @@ import os
 
 from oci_hooks.findings import StepError
 from oci_hooks.frozen import Frozen
+from oci_hooks.oci import CDEV_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -107,7 +108,9 @@ def check_proofs(root: Root, target_cgroup: cgroup.Cgroup, checks: tuple[cgroup.
     for check in checks:
         path = f"/dev/{check.node.name}"
         if check.error == errno.EBUSY:
-            raise StepError("group-busy", path, "another process has it open", f"find it with: fuser -v {path}")
+            # A device that is used by its own node keeps its group from being opened (kernel: drivers/vfio/group.c).
+            nodes = f"{path} {CDEV_PREFIX}*" if root.exists(CDEV_PREFIX) else path
+            raise StepError("group-busy", path, "another process has it open", f"find it with: fuser -v {nodes}")
         if check.error:
             hint = "check that the file system of the container's /dev is not mounted with the option nodev"
             raise StepError("not-openable", path, f"cannot be opened: {os.strerror(check.error)}", hint)
