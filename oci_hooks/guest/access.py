@@ -8,9 +8,12 @@ import os
 
 from oci_hooks.findings import StepError
 from oci_hooks.frozen import Frozen
+from oci_hooks.oci import CDEV_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from oci_hooks.credentials import Credentials
+    from oci_hooks.findings import Finding
     from oci_hooks.guest.apply import cgroup
     from oci_hooks.guest.apply.nodes import Container
     from oci_hooks.guest.claims import ClaimDirectory
@@ -23,14 +26,16 @@ def preload_later_steps() -> None:
     import ctypes  # noqa: F401
 
     from oci_hooks.guest import permits  # noqa: F401
-    from oci_hooks.guest.apply import bpf, cgroup, container_dev, device_filter, nodes, proof  # noqa: F401
+    from oci_hooks.guest.apply import bpf, cgroup, container_dev, container_user, device_filter, nodes, proof  # noqa: F401
 
 
 class GrantOptions(Frozen):
-    """How to permit. widens_parents: see `plan_grant`; expects_user: the container may have its groups open."""
+    """How to permit. widens_parents: see `plan_grant`; expects_user: the container may have its groups open;
+    credentials: with which its nodes have to open, None where nobody knows."""
 
     widens_parents: bool
     expects_user: bool
+    credentials: Credentials | None = None
 
 
 def grant_nodes(
@@ -41,29 +46,57 @@ def grant_nodes(
     claims: ClaimDirectory,
     undo_log: UndoLog,
     deadline: Deadline,
-) -> None:
-    """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
+) -> list[Finding]:
+    """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError.
+
+    Returns warnings: what the container's first process can open only by a program file with privileges of its own.
+    """
     from oci_hooks.guest import permits
     from oci_hooks.guest.apply import cgroup, container_dev, permission, proof
 
     reused = permits.claim_numbers(claims, made, undo_log, deadline)
     target_cgroup = cgroup.find_cgroup(root, target.pid)
     directory = root.do(container_dev.open_dev, target.pid, target.rootfs)
+    user = options.credentials
     try:
-        checks = proof.verify_nodes(root, target_cgroup, directory, made, deadline)
+        checks = proof.verify_nodes(root, target_cgroup, directory, made, deadline, os.O_RDWR, user)
         denied = [check.node for check in checks if check.is_denied]
         if denied:
             opened = None
             if permission.is_open_list(root, target_cgroup):
                 opened = proof.find_access(root, target_cgroup.replace(unified=""), directory, denied, deadline)
             permits.allow_nodes(claims, target_cgroup, denied, options.widens_parents, opened, undo_log, deadline)
-            checks = proof.verify_nodes(root, target_cgroup, directory, made, deadline)
+            checks = proof.verify_nodes(root, target_cgroup, directory, made, deadline, os.O_RDWR, user)
     finally:
         os.close(directory)
     # A group opens once at a time, and the device cgroup is asked before.
     expects_user = options.expects_user and not reused
     checked = [check for check in checks if check.error != errno.EBUSY or not expects_user]
     check_proofs(root, target_cgroup, tuple(checked))
+    return [finding for check in checked if user and check.user_error for finding in check_user(user, check)]
+
+
+def check_user(user: Credentials, check: cgroup.NodeCheck) -> tuple[Finding, ...]:
+    """Return a warning for a node that only the hook can open, where the container's process may yet gain the right to.
+
+    Raises StepError [not-openable] where it cannot.
+    """
+    # What is no matter of permission, another process that has the group open for example, was different before.
+    if check.user_error not in (errno.EACCES, errno.EPERM):
+        return ()
+    path = f"/dev/{check.node.name}"
+    problem = f"cannot be opened by user {user.uid} of the container: {os.strerror(check.user_error)}"
+    hint = (
+        f"set uid {user.uid} and gid {user.gid} in its entry of linux.devices, where there is one, else in [node] of "
+        "guest.toml"
+    )
+    if check.user_error == errno.EPERM:
+        hint = f"check process.capabilities of config.json{', which needs CAP_SYS_RAWIO' * check.node.is_noiommu}"
+    error = StepError("not-openable", path, problem, hint)
+    if not user.gains:
+        raise error
+    (finding,) = error.findings
+    return (finding.replace(level="warning"),)
 
 
 def check_proofs(root: Root, target_cgroup: cgroup.Cgroup, checks: tuple[cgroup.NodeCheck, ...]) -> None:
@@ -75,7 +108,9 @@ def check_proofs(root: Root, target_cgroup: cgroup.Cgroup, checks: tuple[cgroup.
     for check in checks:
         path = f"/dev/{check.node.name}"
         if check.error == errno.EBUSY:
-            raise StepError("group-busy", path, "another process has it open", f"find it with: fuser -v {path}")
+            # A device that is used by its own node keeps its group from being opened (kernel: drivers/vfio/group.c).
+            nodes = f"{path} {CDEV_PREFIX}*" if root.exists(CDEV_PREFIX) else path
+            raise StepError("group-busy", path, "another process has it open", f"find it with: fuser -v {nodes}")
         if check.error:
             hint = "check that the file system of the container's /dev is not mounted with the option nodev"
             raise StepError("not-openable", path, f"cannot be opened: {os.strerror(check.error)}", hint)

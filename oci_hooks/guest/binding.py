@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from oci_hooks.credentials import read_credentials
 from oci_hooks.findings import Finding, HookError, InputError, Refusal
 from oci_hooks.guest import access, ownership, plan
 from oci_hooks.guest.apply import drivers
@@ -75,8 +76,11 @@ def apply_plan(session: Session, wanted: plan.Plan, undo_log: UndoLog) -> None:
 
     target = nodes.Container(session.state.pid, rootfs)
     made = nodes.expose_nodes(root, wanted, target, undo_log)
-    permission = access.GrantOptions(session.settings.widen_parent_cgroups, expects_user=undo_log.kept > 0)
-    access.grant_nodes(root, made, target, permission, session.directory, undo_log, deadline)
+    permission = access.GrantOptions(
+        session.settings.widen_parent_cgroups, undo_log.kept > 0, read_credentials(session.spec)
+    )
+    warnings = access.grant_nodes(root, made, target, permission, session.directory, undo_log, deadline)
+    session.run.findings.extend(warnings)
     undo_log.add("done")
 
 

@@ -10,6 +10,7 @@ from oci_hooks.guest import access, ownership, plan, selection
 from oci_hooks.guest.claims import Claim
 from oci_hooks.guest.homes import find_home
 from oci_hooks.guest.locks import take_lock
+from oci_hooks.guest.noiommu import check_noiommu
 from oci_hooks.guest.recovery import repair_claims
 from oci_hooks.guest.request import is_pods_request
 from oci_hooks.guest.session import Session
@@ -119,6 +120,10 @@ def select_groups(session: Session, claims: list[Claim]) -> tuple[ChosenGroup, .
         is_pods_request(session.state, session.spec),
     )
     choices = selection.choose_groups(session.request, candidates)
+    for finding in check_noiommu((c.group.name for c in choices), session.spec, session.request.wants_cdev):
+        # It is decided once more where another run of the hook had to be waited for.
+        if finding not in session.run.findings:
+            session.run.findings.append(finding)
     own = [entry for claim in claims if claim.path == session.claim_path for entry in claim.entries]
     noted = [entry for entry in reversed(own) if entry.kind == "device" and is_same_device(inventory, entry)]
     before = {entry.words[0]: entry.words[1] for entry in noted}

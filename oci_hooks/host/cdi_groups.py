@@ -8,8 +8,8 @@ from oci_hooks.frozen import Frozen
 from oci_hooks.host import checks
 from oci_hooks.host.survey import list_group_holders, make_entry, make_line, make_no_runtime
 from oci_hooks.host.targets import Target
-from oci_hooks.linux.pci import is_class, is_id
-from oci_hooks.linux.vfio import list_groups
+from oci_hooks.linux.pci import is_class, is_id, read_numbers
+from oci_hooks.linux.vfio import CDEV_CLASS, list_groups
 from oci_hooks.oci import CDEV_PREFIX
 
 TYPE_CHECKING = False
@@ -124,9 +124,16 @@ def make_offer(root: Root, line: GroupLine, cdev: bool) -> Offer:
 
 
 def find_cdevs(root: Root, group: VfioGroup) -> dict[str, str]:
-    """Return the members' own device nodes, where they exist: {"0000:3b:00.0": "/dev/vfio/devices/vfio0"}."""
-    nodes = {member.name: checks.list_device_nodes(root, group, member) for member in group.passable}
-    return {member: found[0] for member, found in nodes.items() if found}
+    """Return the members' own device nodes, where they exist: {"0000:3b:00.0": "/dev/vfio/devices/vfio0"}.
+
+    Linux 6.1 to 6.5, and any kernel without VFIO_DEVICE_CDEV, have the name in sysfs, but no device number for a node.
+    """
+    nodes: dict[str, str] = {}
+    for member in group.passable:
+        for node in checks.list_device_nodes(root, group, member):
+            if read_numbers(root, f"{CDEV_CLASS}/{node[len(CDEV_PREFIX) :]}"):
+                nodes.setdefault(member.name, node)
+    return nodes
 
 
 def find_obstacles(root: Root, group: VfioGroup, nodes: dict[str, str], cdev: bool) -> tuple[Finding, ...]:

@@ -198,6 +198,7 @@ def keep_destination(path: str) -> str:
 
 VERSION = like(r"(\d{1,3}\.){1,3}\d{1,3}([+-][a-z0-9.]{1,8})?|")
 NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts")
+RAW = items(one_of("CAP_SYS_RAWIO"))
 MAPPINGS = items(members(containerID=number, hostID=number, size=number))
 STATE = members(
     ociVersion=VERSION,
@@ -214,7 +215,9 @@ CONFIG = members(
     process=members(
         user=members(uid=number, gid=number),
         env=items(text(keep_variable)),
-        capabilities=members(effective=items(one_of("CAP_IPC_LOCK"))),
+        capabilities=members(
+            effective=items(one_of("CAP_IPC_LOCK")), bounding=RAW, inheritable=RAW, permitted=RAW, ambient=RAW
+        ),
         rlimits=items(members(type=one_of("RLIMIT_MEMLOCK"), soft=number, hard=number)),
     ),
     mounts=items(

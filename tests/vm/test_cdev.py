@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support import guest_calls
-from tests.support.guest_calls import ask
+from tests.support.guest_calls import ask, one_runtime
 from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers
 
@@ -69,3 +74,74 @@ def test_cdev_listed_with_guest_numbers(containers: Containers, nic: str) -> Non
     assert done.stdout.split() == [name, *list_nodes(guest.group_of(nic))]
     assert guest.driver_of(nic) == "vfio-pci"
     assert guest_calls.list_claims() == []
+
+
+BIND = """
+import fcntl, os, struct, sys
+iommu, device = os.open("/dev/iommu", os.O_RDWR), os.open(sys.argv[1], os.O_RDWR)
+fcntl.ioctl(device, 0x3B76, bytearray(struct.pack("=IIiI", 16, 0, iommu, 0)))
+print("bound", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def hold_device(name: str) -> Iterator[None]:
+    """Have another process use a device by its own node, meanwhile."""
+    line = [sys.executable, "-c", BIND, f"/dev/vfio/devices/{name}"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdin
+        assert process.stdout.readline() == "bound\n"
+        yield
+        process.stdin.close()
+        assert process.wait() == 0
+
+
+@one_runtime
+def test_cdev_other_interface_open_refused(containers: Containers, nic: str) -> None:
+    """The kernel gives a device to whoever has its group open, or its own node bound, and not to the other."""
+    guest.bind(nic, "vfio-pci")
+    if not has_groups():
+        return
+    (name,) = os.listdir(guest.PCI / nic / "vfio-dev")
+    path = f"/dev/vfio/{guest.group_of(nic)}"
+    with hold_device(name):
+        done = containers.run(*USE_COMMAND, annotations=ask(f"{nic},cdev"), hooks=HOOKS)
+    assert done.code != 0
+    assert f"[group-busy] {path}: another process has it open; find it with: fuser -v {path} /dev/vfio/devices/*" in (
+        done.stderr
+    )
+    with Path(path).open("r+b", buffering=0):
+        done = containers.run(*USE_COMMAND, annotations=ask(f"{nic},cdev"), hooks=HOOKS)
+    assert f"[group-busy] {path}" in done.stderr
+    assert containers.run(*USE_COMMAND, annotations=ask(f"{nic},cdev"), hooks=HOOKS).code == 0
+
+
+@one_runtime
+@pytest.mark.parametrize(("uid", "code"), [(1000, 0), (0, 1)])
+def test_cdev_owner_is_the_containers_user(containers: Containers, nic: str, uid: int, code: int) -> None:
+    """Its entry gives the node to somebody: the program opens it as process.user, and so does the hook."""
+    guest.bind(nic, "vfio-pci")
+    (name,) = os.listdir(guest.PCI / nic / "vfio-dev")
+    major, minor = map(int, guest.read_attribute(CLASS / name / "dev").split(":"))
+    node = {"path": f"/dev/vfio/devices/{name}", "type": "c", "major": major, "minor": minor, "uid": uid, "gid": uid}
+    done = containers.run(*USE_COMMAND, devices=[{**node, "fileMode": 0o600}], hooks=HOOKS, user=1000)
+    assert (done.code != 0) == bool(code), done.stderr
+    refused = f"[not-openable] /dev/vfio/devices/{name}: cannot be opened by user 1000 of the container"
+    assert (refused in done.stderr) == bool(code)
+
+
+@one_runtime
+def test_cdev_probed_and_named(containers: Containers, nic: str) -> None:
+    """devices.json names both nodes, and the example program opens one after the other."""
+    script = "/bin/cat /dev/vfio/devices.json; exec " + " ".join(bundles.PROBE)
+    done = containers.run("/bin/sh", "-c", script, annotations=ask(f"{nic},cdev"), hooks=HOOKS)
+    assert done.code == 0, done.stderr
+    *listed, report = done.stdout.strip().splitlines()
+    (named,) = json.loads("\n".join(listed))["devices"]
+    (found,) = json.loads(report)["device_nodes"]
+    assert named["device_node"] == f"/dev/vfio/devices/{found['device_node']}"
+    assert named["node"] == (f"/dev/vfio/{guest.group_of(nic)}" if has_groups() else "")
+    assert (found["attach"], found["id"]) == ("ok", devices.NIC_E1000E)
+    assert [group["devices"][0]["id"] for group in json.loads(report)["groups"]] == [devices.NIC_E1000E] * has_groups()

@@ -14,6 +14,7 @@ import os
 from oci_hooks.findings import StepError
 from oci_hooks.frozen import Frozen
 from oci_hooks.linux.mounts import read_mounts
+from oci_hooks.linux.pci import NOIOMMU_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class MadeNode(Frozen):
     minor: int
     is_group: bool = False
 
+    @property
+    def is_noiommu(self) -> bool:
+        """Whether it is the node of a group without an IOMMU, which the kernel opens for CAP_SYS_RAWIO only."""
+        return self.is_group and self.name.rpartition("/")[2].startswith(NOIOMMU_PREFIX)
+
 
 class Cgroup(Frozen):
     """Where a process's permission for devices is decided.
@@ -65,7 +71,8 @@ class Cgroup(Frozen):
 class NodeCheck(Frozen):
     """What opening a node from inside the cgroup came to.
 
-    error: errno, 0 when it opened; is_viable: what VFIO_GROUP_GET_STATUS said, True for nodes that are no groups.
+    error: errno, 0 when it opened; is_viable: what VFIO_GROUP_GET_STATUS said, True for nodes that are no groups;
+    user_error: errno where it opened for the hook but not with the container's own user and capabilities, else 0.
     """
 
     tag = "node-proof"
@@ -73,6 +80,7 @@ class NodeCheck(Frozen):
     node: MadeNode
     error: int
     is_viable: bool = True
+    user_error: int = 0
 
     @property
     def is_denied(self) -> bool:

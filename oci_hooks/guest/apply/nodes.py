@@ -73,7 +73,7 @@ def create_nodes(
                 hint = "mount a tmpfs on /dev: nodes in the guest's directory would outlive the container"
                 raise StepError("hostile-tree", "/dev", problem, hint)
             if plan.user_namespace:
-                mount_nodes(dev, node_paths, plan.map, container, undo_log)
+                mount_nodes(dev, node_paths, plan, container, undo_log)
             else:
                 ensure_nodes(dev, node_paths, plan, container, undo_log)
         finally:
@@ -86,7 +86,7 @@ def ensure_nodes(
     dev: int, node_paths: list[tuple[Node, NodePath]], plan: Plan, container: Container, undo_log: UndoLog
 ) -> None:
     """Make every node that is not there as it should be. dev: descriptor of /dev. Raises StepError, OSError."""
-    prepare_directory(dev, plan, container, undo_log)
+    prepare_directory(dev, node_paths, plan, container, undo_log)
     for node, node_path in node_paths:
         directory = open_or_create(dev, node_path.directory, container, undo_log)
         try:
@@ -96,7 +96,9 @@ def ensure_nodes(
             os.close(directory)
 
 
-def prepare_directory(dev: int, plan: Plan, container: Container, undo_log: UndoLog) -> None:
+def prepare_directory(
+    dev: int, node_paths: list[tuple[Node, NodePath]], plan: Plan, container: Container, undo_log: UndoLog
+) -> None:
     """Make /dev/vfio, without stale nodes and with the map. Raises StepError, OSError."""
     directory = open_or_create(dev, "vfio", container, undo_log)
     try:
@@ -105,7 +107,7 @@ def prepare_directory(dev: int, plan: Plan, container: Container, undo_log: Undo
             for entry in plan.stale:
                 remove_stale(dev, entry, container, undo_log)
             if plan.map:
-                write_map(directory, plan.map, container, undo_log)
+                write_map(directory, format_map(plan.map, node_paths), container, undo_log)
     finally:
         os.close(directory)
 
@@ -200,7 +202,7 @@ def log_stale(undo_log: UndoLog, container: Container, path: str, found: Existin
 def mount_nodes(
     dev: int,
     node_paths: list[tuple[Node, NodePath]],
-    entries: tuple[MapEntry, ...],
+    plan: Plan,
     container: Container,
     undo_log: UndoLog,
 ) -> None:
@@ -225,8 +227,8 @@ def mount_nodes(
                 container_dev.create_node(
                     tree, node_path.name, node_path.numbers, node.mode, max(node.uid, 0), max(node.gid, 0)
                 )
-            if entries:
-                container_dev.write_file(tree, MAP_PATH.rpartition("/")[2], format_map(entries))
+            if plan.map:
+                container_dev.write_file(tree, MAP_PATH.rpartition("/")[2], format_map(plan.map, node_paths))
             undo_log.add("mount", container.rootfs, "vfio")
             mount_ns.mount_tree(container.pid, tree, directory)
         finally:
@@ -244,13 +246,12 @@ def has_node(directory: int, node_path: NodePath) -> bool:
 # The map -------------------------------------------------------------------------------------------------------------
 
 
-def write_map(directory: int, entries: tuple[MapEntry, ...], container: Container, undo_log: UndoLog) -> None:
+def write_map(directory: int, data: bytes, container: Container, undo_log: UndoLog) -> None:
     """Write the map of the container's devices. Raises StepError where another file lies there, OSError.
 
     PCIDEVICE_* variables hold the host's addresses, and a hook can't change a container's environment.
     """
     name = MAP_PATH.rpartition("/")[2]
-    data = format_map(entries)
     found = container_dev.inspect_node(directory, name)
     if found:
         known = container_dev.read_head(directory, name, len(data) + 1)
@@ -267,11 +268,20 @@ def write_map(directory: int, entries: tuple[MapEntry, ...], container: Containe
     container_dev.write_file(directory, name, data)
 
 
-def format_map(entries: tuple[MapEntry, ...]) -> bytes:
-    """Return the map as JSON. Its words are the kernel's, or checked before: none needs escaping."""
+def format_map(entries: tuple[MapEntry, ...], node_paths: list[tuple[Node, NodePath]]) -> bytes:
+    """Return the map as JSON. Its words are the kernel's, or checked before: none needs escaping.
+
+    node_paths: where the nodes are, whose paths the entries name: "" for one that the container does not get.
+    """
+    paths = {(node.kind, node.subject): f"/dev/{node_path.path}" for node, node_path in node_paths}
     lines = []
     for entry in entries:
-        pairs = ", ".join(f'"{key}": "{value}"' for key, value in entry.as_dict().items())
+        values = {**entry.as_dict(), "node": paths.get(("group", entry.group), "")}
+        values["device_node"] = paths.get(("cdev", entry.address), "")
+        if entry.group.startswith(pci.NOIOMMU_GROUP):
+            # The kernel gives the group its name when the device is bound.
+            values["group"] = values["node"].rpartition("/")[2]
+        pairs = ", ".join(f'"{key}": "{value}"' for key, value in values.items())
         lines.append(f"    {{{pairs}}}")
     return MAP_HEAD + (",\n".join(lines) + "\n  ]\n}\n").encode()
 

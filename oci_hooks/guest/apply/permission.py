@@ -280,7 +280,8 @@ def describe_check(check: NodeCheck) -> str:
     if not check.error:
         return f"can open {path}" if check.is_viable else f"can open {path}, but its group is not viable"
     words = {
-        errno.EPERM: "denied by the cgroup's device rules",
+        errno.EPERM: "denied by the cgroup's device rules"
+        + (" or for want of CAP_SYS_RAWIO" if check.node.is_noiommu else ""),
         errno.EACCES: "denied by its mode, a nodev mount or a security module",
         errno.EBUSY: "another process has it open",
         errno.ENOENT: "it does not exist",

@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from oci_hooks.credentials import Credentials
     from oci_hooks.system import Deadline, Root
 
 # _IO(';', 103) of include/uapi/linux/vfio.h; struct vfio_group_status { __u32 argsz; __u32 flags; }
@@ -27,16 +28,23 @@ KILL_SECONDS = 0.5
 
 @step("verify-nodes")
 def verify_nodes(
-    root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[MadeNode], deadline: Deadline, flags: int = os.O_RDWR
+    root: Root,
+    cgroup: Cgroup,
+    directory: int,
+    nodes: Iterable[MadeNode],
+    deadline: Deadline,
+    flags: int = os.O_RDWR,
+    credentials: Credentials | None = None,
 ) -> tuple[NodeCheck, ...]:
     """Open each node from inside the cgroup and return what each came to. Changes nothing.
 
-    directory: descriptor of the container's directory that holds the nodes; flags: how they are opened. A forked child
-    does it, because a process that enters a cgroup stays there. Raises StepError where the child can't enter, dies or
-    is not done in time.
+    directory: descriptor of the container's directory that holds the nodes; flags: how they are opened; credentials: of
+    the container's first process: with these each node that opened is opened once more. A forked child does it, because
+    a process that enters a cgroup stays there. Raises StepError where the child can't enter, dies or is not done in
+    time.
     """
     wanted = tuple(nodes)
-    answer = read_child_answer(lambda: verify_in_child(root, cgroup, directory, wanted, flags), deadline)
+    answer = read_child_answer(lambda: verify_in_child(root, cgroup, directory, wanted, flags, credentials), deadline)
     lines = [line.split(" ") for line in answer.splitlines()]
     if lines and lines[0][0] == "enter":
         reason = os.strerror(int(lines[0][1]))
@@ -47,18 +55,33 @@ def verify_nodes(
         raise permit_failed(
             f"process {cgroup.pid}", "the helper process that tests the device nodes in its cgroup died"
         )
-    return tuple(NodeCheck(node, int(line[0]), line[1] == "1") for node, line in zip(wanted, lines))
+    return tuple(NodeCheck(node, int(line[0]), line[1] == "1", int(line[2])) for node, line in zip(wanted, lines))
 
 
-def verify_in_child(root: Root, cgroup: Cgroup, directory: int, nodes: tuple[MadeNode, ...], flags: int) -> str:
-    """Return the child's answer: a line `errno viable` a node, or one line `enter errno path`."""
+def verify_in_child(
+    root: Root,
+    cgroup: Cgroup,
+    directory: int,
+    nodes: tuple[MadeNode, ...],
+    flags: int,
+    credentials: Credentials | None,
+) -> str:
+    """Return the child's answer: a line `errno viable errno` a node, or one line `enter errno path`."""
     for path in (cgroup.devices, cgroup.unified):
         if path:
             try:
                 write_kernel_file(root.host_path(f"{path}/cgroup.procs"), "0")
             except OSError as error:
                 return f"enter {error.errno} {path}"
-    return "\n".join(f"{code} {viable:d}" for code, viable in (verify_node(directory, node, flags) for node in nodes))
+    # As the hook first: what it is denied, the cgroup denies; what only the user is denied, something else does.
+    found = [verify_node(directory, node, flags) for node in nodes]
+    denied = [0] * len(nodes)
+    if credentials:
+        from oci_hooks.guest.apply.container_user import become_user
+
+        if become_user(credentials, cgroup.pid):
+            denied = [0 if code else verify_node(directory, node, flags)[0] for node, (code, _) in zip(nodes, found)]
+    return "\n".join(f"{code} {viable:d} {user}" for (code, viable), user in zip(found, denied))
 
 
 def verify_node(directory: int, node: MadeNode, flags: int = os.O_RDWR) -> tuple[int, bool]:

@@ -135,8 +135,10 @@ def test_expose_nodes_is_idempotent(tree: Tree) -> None:
 
 def test_map_json_content(tree: Tree) -> None:
     tree.expose()
-    reported = json.loads(tree.read_map())
-    assert reported == {"version": 1, "devices": [MAP.as_dict()]}
+    assert json.loads(tree.read_map()) == {
+        "version": 1,
+        "devices": [{**MAP.as_dict(), "node": "/dev/vfio/12", "device_node": ""}],
+    }
 
 
 def test_map_of_earlier_run_kept(tree: Tree) -> None:
@@ -155,7 +157,7 @@ def test_map_of_earlier_run_kept(tree: Tree) -> None:
 @pytest.mark.parametrize("entries", [(MAP,), (MAP, MAP)])
 def test_map_left_in_image_replaced(tree: Tree, entries: tuple[MapEntry, ...]) -> None:
     (tree.dev / "vfio").mkdir()
-    (tree.dev / "vfio/devices.json").write_bytes(nodes.format_map(entries))
+    (tree.dev / "vfio/devices.json").write_bytes(nodes.format_map(entries, []))
     tree.expose()
     assert len(json.loads(tree.read_map())["devices"]) == 1
     tree.undo()
@@ -234,6 +236,7 @@ def test_cdev_nodes_without_groups(tree: Tree) -> None:
     tree.expose(nodes=tuple(Node(kind, subject, 0o600, 0, 0) for kind, subject in wanted), stale=stale)
     found = [path for path, at in tree.list_all().items() if not stat.S_ISDIR(at[0])]
     assert sorted(found) == ["dev/iommu", "dev/vfio/devices.json", "dev/vfio/devices/vfio3"]
+    assert b'"node": "", "device_node": "/dev/vfio/devices/vfio3"' in tree.read_map()
     with pytest.raises(StepError) as caught:
         tree.expose(nodes=(Node("group", "5", 0o600, 0, 0),))
     assert caught.value.findings[0].code == "no-group-node"
@@ -317,7 +320,7 @@ def link_map(tree: Tree, outside: Path) -> None:
 def link_own_map(tree: Tree, _: Path) -> None:
     """Have the map be a link to one of the hook's own."""
     (tree.dev / "vfio").mkdir()
-    (tree.rootfs / "map").write_bytes(nodes.format_map((MAP,)))
+    (tree.rootfs / "map").write_bytes(nodes.format_map((MAP,), []))
     (tree.dev / "vfio/devices.json").symlink_to(tree.rootfs / "map")
 
 

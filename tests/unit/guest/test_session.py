@@ -391,11 +391,11 @@ def make_bare_machine(tmp_path: Path) -> Machine:
 
 
 def choose(
-    machine: Machine, selector: str = "", entry: str = "", *, owner: str = "", allowed: bool = True
+    machine: Machine, selector: str = "", entry: str = "", *, owner: str = "", allowed: bool = True, **more: Any
 ) -> list[str]:
     """Return the groups of a container that asks so, while another one may have the bound device."""
     listed = {"path": entry, "type": "c", "major": 511, "minor": 5}
-    spec = oci.make_spec({"linux": {"devices": [listed] if entry else []}}, "config.json")
+    spec = oci.make_spec({"linux": {"devices": [listed] if entry else []}, **more}, "config.json")
     state = make_state(selector=selector) if selector else oci.State("c1", "/nowhere", INIT, "created", {})
     request = read_request(state, spec)
     assert request is not None
@@ -456,3 +456,12 @@ def test_unused_iommu_explained(tmp_path: Path, table: str, parameters: str, adv
         (finding,) = caught.value.findings
         assert finding.code == "viommu-off"
         assert advice in finding.hint
+
+
+@pytest.mark.parametrize("asked", [(BOUND,), ("auto",), ("", "/dev/vfio/noiommu-5")])
+def test_noiommu_device_needs_rawio(bare: Machine, asked: tuple[str, ...]) -> None:
+    """Refused before anything is bound: the kernel would not open it for this container."""
+    sets = {name: ["CAP_SYS_RAWIO"] for name in ("bounding", "permitted")}
+    assert f"noiommu:{BOUND}" in choose(bare, *asked, process={"capabilities": sets, "noNewPrivileges": True})
+    with pytest.raises(Refusal, match=r"\[capability-missing\] " + BOUND):
+        choose(bare, *asked, process={"capabilities": {}})

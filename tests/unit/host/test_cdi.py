@@ -114,6 +114,18 @@ def test_with_cdev_a_device_brings_its_own_node_only(bench: Bench) -> None:
     assert document["containerEdits"] == {"deviceNodes": [{"path": "/dev/iommu", "permissions": "rw"}]}
 
 
+def test_with_cdev_a_device_without_number_has_no_node(bench: Bench) -> None:
+    """Linux 6.1 to 6.5 have the directory vfio-dev/vfioN in sysfs, without a node that it could belong to."""
+    for address, name in ((NIC, "vfio0"), (TWIN, "vfio1")):
+        (bench.tree.top / f"sys/devices/pci0000:00/{address}/vfio-dev/{name}/dev").unlink()
+    bench.tree.write("/dev/iommu")
+    code, document, err = bench.read("--cdev")
+    assert (code, document) == (1, {})
+    codes = [line.split(": ")[2] for line in err.splitlines()]
+    assert codes == ["[cdi-empty] host", "[cdev-missing] group 7", "[cdev-missing] group 13"]
+    assert "or boot Linux 6.6 or later with CONFIG_VFIO_DEVICE_CDEV" in err
+
+
 def test_the_annotation_for_the_guest_raises_the_version(bench: Bench) -> None:
     _, document, _ = bench.read("--annotate")
     assert document["cdiVersion"] == "0.6.0"
