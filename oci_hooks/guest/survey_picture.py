@@ -19,7 +19,7 @@ from oci_hooks.guest.settings import GUEST_SETTINGS
 from oci_hooks.guest.survey_kernel import check_facts, read_facts
 from oci_hooks.linux import pci
 from oci_hooks.linux.usage import UsageFinder
-from oci_hooks.linux.vfio import Member, VfioGroup, classify_pci, read_member, read_members
+from oci_hooks.linux.vfio import Member, VfioGroup, classify_pci, read_member
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -113,8 +113,7 @@ def look_around(run: Run, settings: GuestSettings) -> Picture:
     auto, refusal = choose_auto(candidates)
     findings += refusal
     findings += find_bare(candidates)
-    lines: tuple[GroupLine, ...] = ()
-    lines = try_reading(findings, "IOMMU groups", lines, list_lines, root, candidates, auto)
+    lines = list_lines(root, candidates, auto, list_members(root, findings))
     facts = read_facts(root)
     findings += check_facts(facts)
     path = run.arguments.settings or (GUEST_SETTINGS if root.exists(GUEST_SETTINGS) else "")
@@ -196,29 +195,61 @@ def find_bare(candidates: Candidates) -> list[Finding]:
 # Groups --------------------------------------------------------------------------------------------------------------
 
 
-def list_lines(root: Root, candidates: Candidates, auto: tuple[str, ...]) -> tuple[GroupLine, ...]:
-    """Return the groups in the order of their numbers, then the devices without one. Raises OSError."""
-    known = candidates.inventory.groups
-    lines = [make_line(root, group, candidates, auto) for group in known.values()]
-    lines += [make_foreign_line(root, name, candidates) for name in list_foreign_groups(root, candidates)]
+def list_members(root: Root, findings: list[Finding]) -> dict[str, list[str]]:
+    """Return the names of all devices in each IOMMU group, on whatever bus. What is unreadable becomes a finding."""
+    groups: list[str] = []
+    groups = try_reading(findings, "IOMMU groups", groups, root.list_names, pci.IOMMU_GROUPS)
+    nobody: list[str] = []
+    return {
+        name: try_reading(findings, f"group {name}", nobody, root.list_names, f"{pci.IOMMU_GROUPS}/{name}/devices")
+        for name in groups
+    }
+
+
+def list_lines(
+    root: Root, candidates: Candidates, auto: tuple[str, ...], members: dict[str, list[str]]
+) -> tuple[GroupLine, ...]:
+    """Return the groups in the order of their numbers, then the devices without one.
+
+    auto: the groups that it takes; members: names of the devices in each IOMMU group.
+    """
+    inventory = candidates.inventory
+    lines = [
+        make_line(root, group, candidates, auto, members.get(name, [])) for name, group in inventory.groups.items()
+    ]
+    for name, names in members.items():
+        # vfio's no-IOMMU mode makes a group for a device that is bound; the device is in the picture already.
+        if name not in inventory.groups and read_group_label(root, name) != pci.NOIOMMU_NAME:
+            lines.append(make_foreign_line(root, name, candidates, names))
     lines.sort(key=lambda line: selection.make_sort_key(line.group.name))
-    bare = (device for device in candidates.inventory.devices.values() if not device.group)
+    bare = (device for device in inventory.devices.values() if not device.group)
     return (*lines, *(make_bare_line(root, device, candidates) for device in bare))
 
 
-def make_line(root: Root, group: IommuGroup, candidates: Candidates, auto: tuple[str, ...]) -> GroupLine:
-    """Return the line of a group with PCI devices."""
+def read_group_label(root: Root, name: str) -> str:
+    """Return the name that the kernel gave an IOMMU group, "" if it gave none."""
+    return root.read_text_or(f"{pci.IOMMU_GROUPS}/{name}/name", "")
+
+
+def make_line(
+    root: Root, group: IommuGroup, candidates: Candidates, auto: tuple[str, ...], names: list[str]
+) -> GroupLine:
+    """Return the line of a group with PCI functions. names: of all devices in it."""
     numbers = {name: number for number, name in candidates.live.items()}
     noiommu = group.name.startswith(pci.NOIOMMU_GROUP)
-    members = tuple(make_member(root, device) for device in group.members)
-    if not noiommu:
-        directory, names = f"{pci.IOMMU_GROUPS}/{group.name}/devices", {member.name for member in members}
-        others = (name for name in root.list_names(directory) if name not in names)
-        members += tuple(read_member(root, candidates.inventory, f"{directory}/{name}", name) for name in others)
-    entry = VfioGroup(group.name, "" if noiommu else group.name, numbers.get(group.name), members, noiommu)
+    known = {device.address for device in group.members}
+    members = [make_member(root, device) for device in group.members]
+    members += read_others(root, candidates, group.name, [name for name in names if name not in known])
+    entry = VfioGroup(group.name, "" if noiommu else group.name, numbers.get(group.name), tuple(members), noiommu)
     reasons = tuple(selection.list_obstacles(group, candidates))
     state = "free" if group.name in auto else describe_refusal(group, candidates)
     return GroupLine(entry, state, candidates.claims.get(group.name, ""), reasons)
+
+
+def read_others(root: Root, candidates: Candidates, group: str, names: list[str]) -> list[Member]:
+    """Return the devices of a group that are no PCI functions, or have gone meanwhile."""
+    directory = f"{pci.IOMMU_GROUPS}/{group}/devices"
+    return [read_member(root, candidates.inventory, f"{directory}/{name}", name) for name in names]
 
 
 def describe_refusal(group: IommuGroup, candidates: Candidates) -> str:
@@ -236,15 +267,9 @@ def make_member(root: Root, device: PciDevice) -> Member:
     return Member(device.address, "pci", device.driver, classify_pci(root, device), device)
 
 
-def list_foreign_groups(root: Root, candidates: Candidates) -> list[str]:
-    """Return the IOMMU groups in which no PCI function is, but those that vfio made for its no-IOMMU mode."""
-    names = (name for name in root.list_names(pci.IOMMU_GROUPS) if name not in candidates.inventory.groups)
-    return [name for name in names if root.read_text_or(f"{pci.IOMMU_GROUPS}/{name}/name", "") != pci.NOIOMMU_NAME]
-
-
-def make_foreign_line(root: Root, name: str, candidates: Candidates) -> GroupLine:
-    """Return the line of a group without a PCI function."""
-    members = read_members(root, candidates.inventory, name)
+def make_foreign_line(root: Root, name: str, candidates: Candidates, names: list[str]) -> GroupLine:
+    """Return the line of a group without a PCI function. names: of the devices in it."""
+    members = tuple(read_others(root, candidates, name, names))
     group = VfioGroup(name, name, pci.read_group_number(root, name), members)
     return GroupLine(group, "no PCI device", candidates.claims.get(name, ""), (("", "contains no PCI device"),))
 

@@ -72,11 +72,14 @@ def decompress(data: bytes) -> bytes:
         import zlib
     except ImportError:
         return b""
+    # 16: with the header of gzip (zlib.h, inflateInit2).
+    stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
-        # 16: with the header of gzip (zlib.h, inflateInit2).
-        return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(data, CONFIG_LIMIT)
+        text = stream.decompress(data, CONFIG_LIMIT)
     except zlib.error:
         return b""
+    # Of a part nobody knows what the rest has.
+    return text if stream.eof else b""
 
 
 def parse_config(text: str) -> dict[str, str]:
