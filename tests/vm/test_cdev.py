@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -69,3 +70,15 @@ def test_cdev_listed_with_guest_numbers(containers: Containers, nic: str) -> Non
     assert done.stdout.split() == [name, *list_nodes(guest.group_of(nic))]
     assert guest.driver_of(nic) == "vfio-pci"
     assert guest_calls.list_claims() == []
+
+
+def test_cdev_survey_shows_nodes(nic: str) -> None:
+    """--all shows which nodes this kernel makes, and how to ask for those that there are."""
+    done = guest_calls.call_hook(None, "--all", "--json")
+    answer = json.loads(done.stdout)
+    assert done.code == 0
+    assert answer["guest"]["auto"] == [guest.group_of(nic)]
+    assert (answer["guest"]["group_nodes"], answer["guest"]["device_nodes"]) == (has_groups(), True)
+    assert answer["guest"]["missing_options"] == []
+    hints = [finding["hint"] for finding in answer["findings"]]
+    assert ["auto,cdev" in hint for hint in hints] == [True] * (not has_groups())
