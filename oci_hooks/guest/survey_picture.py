@@ -171,12 +171,13 @@ def check_claims(lines: tuple[ClaimLine, ...]) -> list[Finding]:
 def choose_auto(candidates: Candidates) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
     """Return the groups that a container with the annotation `auto` would get now, or why it would get none.
 
-    That is no error where other containers have groups: this guest has done its work.
+    That no group is free is no error where other containers have groups: this guest has done its work.
     """
     try:
         choices = selection.choose_groups(Request("this guest", (Selector("auto", "auto"),)), candidates)
     except Refusal as refusal:
-        level = "info" if candidates.claims else "error"
+        is_used_up = bool(candidates.claims) and isinstance(refusal, selection.NotAvailableYet)
+        level = "info" if is_used_up else "error"
         return (), tuple(finding.replace(level=level) for finding in refusal.findings)
     return tuple(chosen.group.name for chosen in choices), ()
 
