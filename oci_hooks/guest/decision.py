@@ -22,8 +22,11 @@ from oci_hooks.system import Deadline, tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from oci_hooks.guest.request import Request
     from oci_hooks.guest.selection import ChosenGroup
+    from oci_hooks.guest.settings import GuestSettings
     from oci_hooks.guest.undo_log import Entry, UndoLog
     from oci_hooks.linux.uevents import Listener
     from oci_hooks.system import Root
@@ -101,24 +104,12 @@ def make_plan_options(session: Session) -> plan.PlanOptions:
 
 def select_groups(session: Session, claims: list[Claim]) -> tuple[ChosenGroup, ...]:
     """Return the groups for the container, from what the machine has now. Raises NotAvailableYet, Refusal."""
-    settings = session.settings
-    # Both have to say so: guest.toml for this hook, the kernel's switch for the whole guest.
-    noiommu = settings.allow_noiommu and session.root.read_text_or(pci.NOIOMMU_SWITCH, "N") == "Y"
-    inventory, live = pci.scan(session.root, noiommu, instances=True), pci.list_live_groups(session.root)
-    inventory, live = pci.resolve_noiommu_groups(inventory, live, noiommu)
-    candidates = selection.Candidates(
-        inventory,
-        ownership.find_owners(claims, inventory, session.claim_path),
-        live,
-        UsageFinder(session.root, session.run.deadline).find,
-        settings.never,
-        settings.auto_ids,
-        settings.auto_classes,
-        settings.force,
-        find_cdevs(session.root, session.request),
-        selection.VIOMMU_HINT if inventory.groups else choose_viommu_hint(session.root),
-        is_pods_request(session.state, session.spec),
+    root, finder = session.root, UsageFinder(session.root, session.run.deadline)
+    candidates = make_candidates(root, session.settings, claims, session.claim_path, finder.find)
+    candidates = candidates.replace(
+        cdevs=find_cdevs(root, session.request), is_pods=is_pods_request(session.state, session.spec)
     )
+    inventory = candidates.inventory
     choices = selection.choose_groups(session.request, candidates)
     for finding in check_noiommu((c.group.name for c in choices), session.spec, session.request.wants_cdev):
         # It is decided once more where another run of the hook had to be waited for.
@@ -142,6 +133,30 @@ def choose_viommu_hint(root: Root) -> str:
     if iommu:
         return f"use a guest kernel built with {iommu.option}: it has a virtual IOMMU (ACPI table {iommu.table})"
     return selection.VIOMMU_HINT
+
+
+def make_candidates(
+    root: Root, settings: GuestSettings, claims: list[Claim], own: str, uses: Callable[[pci.PciDevice], list[str]]
+) -> selection.Candidates:
+    """Return what may be chosen from, as the machine is now. own: path of the claim that does not count, "" for none.
+
+    claims: those that hold; uses: gives the reasons why a device must not be touched. Raises OSError.
+    """
+    # Both have to say so: guest.toml for this hook, the kernel's switch for the whole guest.
+    noiommu = settings.allow_noiommu and root.read_text_or(pci.NOIOMMU_SWITCH, "N") == "Y"
+    inventory, live = pci.scan(root, noiommu, instances=True), pci.list_live_groups(root)
+    inventory, live = pci.resolve_noiommu_groups(inventory, live, noiommu)
+    return selection.Candidates(
+        inventory,
+        ownership.find_owners(claims, inventory, own),
+        live,
+        uses,
+        settings.never,
+        settings.auto_ids,
+        settings.auto_classes,
+        settings.force,
+        viommu_hint=selection.VIOMMU_HINT if inventory.groups else choose_viommu_hint(root),
+    )
 
 
 def find_cdevs(root: Root, request: Request) -> dict[tuple[int, int], str]:

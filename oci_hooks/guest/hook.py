@@ -28,13 +28,16 @@ def main(argv: list[str], begun: bytes = b"") -> int:
 
     argv: the arguments without the program's name; begun: what was read from stdin already.
     """
-    return run_hook(Hook(PROGRAM, SECONDS, work, add_options, read_record_mode, kmsg=True), argv, begun)
+    # What a person asks for by hand does not belong into the kernel's log.
+    kmsg = "--all" not in argv
+    return run_hook(Hook(PROGRAM, SECONDS, work, add_options, read_record_mode, kmsg), argv, begun)
 
 
 def add_options(parser: ArgumentParser) -> None:
     """Give the parser the options that only this hook has."""
     parser.description = "Bind a container's PCI devices to vfio-pci and create their device nodes in it."
     parser.add_argument("--dry-run", action="store_true", help="print the plan, change nothing")
+    parser.add_argument("--all", action="store_true", help="no container: list what this guest has, change nothing")
     parser.add_argument("--pid", type=int, default=0, metavar="PID", help="with --bundle: the container's init process")
 
 
@@ -47,9 +50,13 @@ def read_record_mode(path: str) -> str:
 
 def work(run: Run) -> int:
     """Do what the state asks for: bind, release, or nothing. Returns the exit code."""
+    arguments = run.arguments
+    if arguments.all:
+        from oci_hooks.guest.survey import survey
+
+        return survey(run)
     from oci_hooks.oci import asks_for_vfio, is_sandbox, read_spec
 
-    arguments = run.arguments
     if arguments.bundle and not arguments.pid and not arguments.dry_run and arguments.phase != "poststop":
         raise InputError("bad-arguments", "--bundle", "needs the process id of the container's init", "add --pid PID")
     state = read_state(run)

@@ -15,12 +15,13 @@ from oci_hooks.oci import DEVICES_ANNOTATION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from oci_hooks.guest.request import Request, Selector
     from oci_hooks.linux.pci import Inventory, IommuGroup, PciDevice
     from oci_hooks.oci import Device
 
+NO_GROUP = "has no IOMMU group: no virtual IOMMU covers it"
 LIST_HINT = "list the devices of this guest with: lspci -Dnnk"
 POD_HINT = f"each container of a pod asks by the pod's annotation; for one container use {DEVICES_ANNOTATION}.NAME"
 VIOMMU_HINT = (
@@ -113,8 +114,7 @@ def choose_named(request: Request, candidates: Candidates) -> dict[str, ChosenGr
             devices = find_selected(selector, request, candidates)
         for device in devices:
             if not device.group:
-                problem = "has no IOMMU group: no virtual IOMMU covers it"
-                raise Refusal("viommu-off", device.address, problem, candidates.viommu_hint)
+                raise Refusal("viommu-off", device.address, NO_GROUP, candidates.viommu_hint)
             known = choices.get(device.group)
             entry = known.entry if known else next(entries, None)
             hosts = dict(known.host_addresses) if known else {}
@@ -151,7 +151,7 @@ def find_selected(selector: Selector, request: Request, candidates: Candidates) 
     # A kind of device is asked for, so its bridges and what other containers have are passed over.
     endpoints = [d for d in found if not d.is_bridge]
     if selector.kind == "class":
-        endpoints = [d for d in endpoints if not is_on_never_list(d, candidates)]
+        endpoints = [d for d in endpoints if not find_never_rule(d, candidates)]
     if not endpoints:
         devices = ", ".join(describe_device(device) for device in found)
         problem = f"{selector} matches only bridges and devices reserved for the guest itself: {devices}"
@@ -233,7 +233,7 @@ def choose_by_count(
 
 def check_iommu(candidates: Candidates) -> None:
     """Raise Refusal [viommu-off] where there are endpoints that could be meant, but no IOMMU group at all."""
-    bare = [d for d in candidates.inventory.devices.values() if not d.is_bridge and not is_on_never_list(d, candidates)]
+    bare = [d for d in candidates.inventory.devices.values() if not d.is_bridge and not find_never_rule(d, candidates)]
     if bare and not candidates.inventory.groups:
         subject = ", ".join(describe_device(device) for device in bare)
         raise Refusal("viommu-off", subject, "this guest has no IOMMU groups", candidates.viommu_hint)
@@ -241,20 +241,32 @@ def check_iommu(candidates: Candidates) -> None:
 
 def find_candidates(candidates: Candidates) -> list[IommuGroup]:
     """Return the unclaimed groups that may be taken without being named, in the order of their numbers."""
-    groups = [
-        g
-        for g in candidates.inventory.groups.values()
-        if g.name not in candidates.claims and is_candidate(g, candidates)
-    ]
+    groups = [g for g in candidates.inventory.groups.values() if not any(True for _ in list_obstacles(g, candidates))]
     return sorted(groups, key=lambda group: make_sort_key(group.name))
 
 
-def is_candidate(group: IommuGroup, candidates: Candidates) -> bool:
-    """Return whether a group has an endpoint, and none that is on the never-list or in use."""
-    return bool(group.endpoints) and not any(
-        is_on_never_list(device, candidates) or not is_auto_allowed(device, candidates) or candidates.uses(device)
-        for device in group.endpoints
-    )
+def list_obstacles(group: IommuGroup, candidates: Candidates) -> Iterator[tuple[str, str]]:
+    """Yield why a group is not taken without being named: (BDF, "" for the whole group; words that follow it).
+
+    Uses cost most and come last of each device: whether there is any reason is known by the first.
+    """
+    owner = candidates.claims.get(group.name)
+    if owner is not None:
+        yield "", f"belongs to container {owner}"
+    if not group.endpoints:
+        yield "", "contains only bridges"
+    for device in group.endpoints:
+        yield from ((device.address, reason) for reason in list_device_obstacles(device, candidates))
+
+
+def list_device_obstacles(device: PciDevice, candidates: Candidates) -> Iterator[str]:
+    """Yield why a device is not taken without being named: never-list, settings, uses."""
+    rule = find_never_rule(device, candidates)
+    if rule:
+        yield f"is never taken by auto ({rule} in auto.never of guest.toml)"
+    if not is_auto_allowed(device, candidates):
+        yield "is not in auto.ids or auto.classes of guest.toml"
+    yield from candidates.uses(device)
 
 
 def is_auto_allowed(device: PciDevice, candidates: Candidates) -> bool:
@@ -266,19 +278,19 @@ def is_auto_allowed(device: PciDevice, candidates: Candidates) -> bool:
     )
 
 
-def is_on_never_list(device: PciDevice, candidates: Candidates) -> bool:
-    """Return whether a device is on the never-list: `id:vvvv[:dddd]`, `class:cc[cccc]`, `root:cccc` for a root bus."""
+def find_never_rule(device: PciDevice, candidates: Candidates) -> str:
+    """Return the rule that has a device on the never-list, "" without one.
+
+    A rule is `id:vvvv[:dddd]`, `class:cc[cccc]`, or `root:cccc` for a class on a root bus.
+    """
     for rule in candidates.never:
         kind, _, prefix = rule.partition(":")
         if kind == "id" and device.id.startswith(prefix):
-            return True
-        if (
-            kind in ("class", "root")
-            and device.class_code.startswith(prefix)
-            and (kind == "class" or device.on_root_bus)
-        ):
-            return True
-    return False
+            return rule
+        applies = kind == "class" or (kind == "root" and device.on_root_bus)
+        if applies and device.class_code.startswith(prefix):
+            return rule
+    return ""
 
 
 # Guards --------------------------------------------------------------------------------------------------------------
@@ -325,7 +337,7 @@ def format_rejected(candidates: Candidates) -> str:
     for group in sorted(candidates.inventory.groups.values(), key=lambda group: make_sort_key(group.name)):
         claim = [f"belongs to container {candidates.claims[group.name]}"] if group.name in candidates.claims else []
         for device in group.endpoints:
-            if not is_on_never_list(device, candidates):
+            if not find_never_rule(device, candidates):
                 reasons += [f"{describe_device(device)} {reason}" for reason in (claim or candidates.uses(device))]
     return f" ({'; '.join(reasons)})" if reasons else ""
 

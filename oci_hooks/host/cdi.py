@@ -13,7 +13,8 @@ from oci_hooks.host.cdi_groups import find_unmatched, list_offers, parse_choices
 from oci_hooks.host.files import put_file
 from oci_hooks.host.settings import load_settings
 from oci_hooks.host.suite import choose_exit_code, report_findings
-from oci_hooks.host.survey import describe_line, format_columns
+from oci_hooks.host.survey import describe_line
+from oci_hooks.linux.listing import format_columns
 from oci_hooks.linux.pci import scan
 from oci_hooks.log import write_stdout
 from oci_hooks.oci import CONTROL_NODE, IOMMUFD_NODE

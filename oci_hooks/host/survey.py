@@ -12,6 +12,7 @@ from oci_hooks.findings import Finding, InputError
 from oci_hooks.frozen import Frozen
 from oci_hooks.host import checks
 from oci_hooks.host.targets import Target
+from oci_hooks.linux.listing import describe_group, format_columns, format_member
 from oci_hooks.linux.pci import NOIOMMU_PREFIX, scan
 from oci_hooks.linux.processes import SCAN_SPARE, list_open_paths, list_pids, read_process
 from oci_hooks.linux.vfio import list_groups, read_group
@@ -26,27 +27,10 @@ if TYPE_CHECKING:
     from oci_hooks.host.settings import HostSettings
     from oci_hooks.linux.pci import Inventory
     from oci_hooks.linux.processes import Process
-    from oci_hooks.linux.vfio import Member, VfioGroup
+    from oci_hooks.linux.vfio import VfioGroup
     from oci_hooks.program import Run
     from oci_hooks.system import Deadline, Root
 
-# Base classes of PCI functions (pci.ids) of likely interest.
-CLASS_NAMES = {
-    "01": "storage",
-    "02": "network",
-    "03": "display",
-    "04": "multimedia",
-    "05": "memory",
-    "06": "bridge",
-    "07": "communication",
-    "08": "system",
-    "0b": "processor",
-    "0c": "serial bus",
-    "0d": "wireless",
-    "10": "encryption",
-    "11": "signal",
-    "12": "accelerator",
-}
 # Node Problem Detector cuts a message after this many characters by default.
 NPD_LENGTH = 80
 
@@ -234,7 +218,7 @@ def format_table(lines: tuple[GroupLine, ...], sandboxes: tuple[Sandbox, ...]) -
         held_by = ", ".join(str(process) for process in line.holders) or "-"
         first = (line.group.name, line.state)
         for member in line.group.members:
-            rows.append((*first, *describe_member(member), held_by))
+            rows.append((*first, *format_member(member), held_by))
             first, held_by = ("", ""), ""
         if not line.group.members:
             rows.append((*first, "-", "-", "-", "-", held_by))
@@ -244,12 +228,6 @@ def format_table(lines: tuple[GroupLine, ...], sandboxes: tuple[Sandbox, ...]) -
             [("KATA", "HYPERVISOR", "VFIO_MODE", "ENABLE_IOMMU", "PORT"), *map(format_config_row, sandboxes)]
         )
     return text
-
-
-def describe_member(member: Member) -> tuple[str, str, str, str]:
-    """Return the columns of a member: name, id, class, driver."""
-    kind = CLASS_NAMES.get(member.pci.class_code[:2], member.pci.class_code) if member.pci else member.bus
-    return member.name, member.pci.id if member.pci else "-", kind, member.driver or "-"
 
 
 def format_config_row(sandbox: Sandbox) -> tuple[str, ...]:
@@ -262,12 +240,6 @@ def format_config_row(sandbox: Sandbox) -> tuple[str, ...]:
         str(values["enable_iommu"]).lower(),
         values["port"],
     )
-
-
-def format_columns(rows: list[tuple[str, ...]]) -> str:
-    """Return rows with their columns aligned."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    return "".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() + "\n" for row in rows)
 
 
 def format_labels(lines: tuple[GroupLine, ...], sandboxes: tuple[Sandbox, ...]) -> str:
@@ -306,25 +278,8 @@ def has_iommu(lines: tuple[GroupLine, ...]) -> bool:
 
 def describe_line(line: GroupLine) -> dict[str, Any]:
     """Return a group as an object for --json."""
-    group = line.group
-    return {
-        "group": group.name,
-        "state": line.state,
-        "number": f"{group.number[0]}:{group.number[1]}" if group.number else None,
-        "noiommu": group.noiommu,
-        "members": [
-            {
-                "name": member.name,
-                "bus": member.bus,
-                "driver": member.driver or None,
-                "standing": member.viability,
-                "id": member.pci.id if member.pci else None,
-                "class": member.pci.class_code if member.pci else None,
-            }
-            for member in group.members
-        ],
-        "holders": [{"pid": process.pid, "name": process.name} for process in line.holders],
-    }
+    holders = [{"pid": process.pid, "name": process.name} for process in line.holders]
+    return {**describe_group(line.group, line.state), "holders": holders}
 
 
 def describe_config(sandbox: Sandbox) -> dict[str, Any]:

@@ -22,12 +22,16 @@ from oci_hooks.findings import Finding, HookError, InputError
 from oci_hooks.guest import claims, request, undo_log
 from oci_hooks.guest.apply import bpf_program, cgroup, device_list
 from oci_hooks.guest.apply.permission import parse_grant
+from oci_hooks.guest.settings import GuestSettings
+from oci_hooks.guest.survey_picture import look_around
+from oci_hooks.guest.survey_text import describe_picture, format_picture
 from oci_hooks.guest.undo_log import parse_instance
 from oci_hooks.host.hypervisor import read_clh, read_qemu
 from oci_hooks.host.kata import config as kata_config
 from oci_hooks.json_input import parse_json
 from oci_hooks.linux import mounts, netlink, openers, pci, processes, usage
 from oci_hooks.linux.processes import Process
+from oci_hooks.program import Arguments, Run
 from oci_hooks.record import encoding, hidehost, privacy
 from oci_hooks.record import reader as record_reader
 from oci_hooks.record.bounds import RecordError
@@ -261,6 +265,29 @@ def fuzz_sysfs(data: bytes) -> None:
         uses.find(device)
 
 
+def fuzz_survey(data: bytes) -> None:
+    """What `vfio-guest-bind --all` reads: devices, a group, the kernel; its table has no control character."""
+    uevent, group, driver, config, modules, release = part(data, 6)
+    name = group.decode("utf-8", "surrogateescape").replace("/", "") or "4"
+    files = {
+        f"{DEVICE}/uevent": uevent,
+        f"{pci.IOMMU_GROUPS}/{name}/devices/{driver.decode('utf-8', 'surrogateescape').replace('/', '')}/x": b"",
+        "/proc/config.gz": config,
+        "/boot/config-6.1": config,
+        "/lib/modules/6.1/modules.dep": modules,
+        "/proc/sys/kernel/osrelease": release,
+        "/proc/self/mountinfo": b"",
+    }
+    links = {f"{DEVICE}/iommu_group": f"../../../kernel/iommu_groups/{name}"}
+    root = MemoryRoot(files, links)
+    # Claims are read by path: there are none.
+    root.top = "/nonexistent"
+    run = Run("vfio-guest-bind", Arguments(all=True), Deadline(1), root)
+    picture = look_around(run, GuestSettings())
+    json.dumps(describe_picture(picture))
+    assert all(line.isprintable() for line in format_picture(picture).split("\n"))
+
+
 def fuzz_proc(data: bytes) -> None:
     """mountinfo, cgroup, swaps, consoles, stat, maps: of this process, of the container's, of any."""
     mountinfo, groups, swaps, consoles, maps, active, stat = part(data, 7)
@@ -472,6 +499,10 @@ SEEDS: dict[str, list[bytes]] = {
         b"\0qemu\0-device\0vfio-pci,host=0000:01:00.0\0-append\0iommu=off x",
         b"\x07\x00" + b"22 1 0:21 /a /b rw shared:1 - cgroup2 cgroup rw,x",
         b"\x11\0[a]\nb = 1\n",
+    ],
+    "survey": [
+        b"DRIVER=e1000e\nPCI_CLASS=20000\nPCI_ID=8086:10D3\n\x004\x000000:01:00.0\0"
+        b"CONFIG_VFIO=y\n# CONFIG_VFIO_GROUP is not set\n\0kernel/drivers/vfio/pci/vfio-pci.ko.xz: a.ko\n\x006.1"
     ],
     "sysfs": [b"DRIVER=e1000e\nPCI_CLASS=20000\nPCI_ID=8086:10D3\n\0(null)\n\x00511:7\n\x000\n\x001\n"],
 }

@@ -98,6 +98,7 @@ def test_debs_install_and_run(installed: Installed) -> None:
 BUNDLE = "/root/d"
 DOCUMENTED = {
     "vfio-guest-bind --dry-run --bundle /path/to/bundle": 1,
+    "vfio-guest-bind --all": 1,
     "vfio-host-check --bundle /path/to/bundle": 1,
     "vfio-host-check --bundle DIR": 1,
     "vfio-host-check --all": 1,

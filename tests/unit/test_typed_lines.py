@@ -52,6 +52,7 @@ RUN = {
     "vfio-guest-bind --dry-run --bundle /path/to/bundle": TYPED,
     "vfio-host-check --bundle /path/to/bundle": TYPED,
     "vfio-host-check --all": TYPED,
+    "vfio-guest-bind --all": TYPED,
     "vfio-hook-replay list": TYPED,
     "vfio-hook-replay explain": TYPED,
     "vfio-hook-replay show": TYPED,
@@ -164,6 +165,10 @@ NOT_TYPED = {
         "vfio-guest-bind: error: [in-use] 0000:00:0e.0 (1b36:0010, nvme): holds /dev/nvme0n1, mounted on /mnt;"
         " stop using it first",
     ): "what a hook prints",
+    (
+        "docs/howto/debug.md",
+        "GROUP  STATE         DEVICE        ID         CLASS    DRIVER      NOT TAKEN BY AUTO BECAUSE",
+    ): "what the survey prints",
     ("docs/reference/exit-codes.md", "vfio-guest-bind: LEVEL: [CODE] OBJECT: PROBLEM; WHAT TO DO"): "a hook's output",
     ("docs/architecture.md", "state → spec → request → inventory → plan → apply → verify"): "the way of the data",
     ("docs/reference/codes-host.md", 'mode = "enforce"        # or "warn"'): "host.toml",

@@ -145,3 +145,15 @@ def test_cdev_probed_and_named(containers: Containers, nic: str) -> None:
     assert named["node"] == (f"/dev/vfio/{guest.group_of(nic)}" if has_groups() else "")
     assert (found["attach"], found["id"]) == ("ok", devices.NIC_E1000E)
     assert [group["devices"][0]["id"] for group in json.loads(report)["groups"]] == [devices.NIC_E1000E] * has_groups()
+
+
+def test_cdev_survey_shows_nodes(nic: str) -> None:
+    """--all shows which nodes this kernel makes, and how to ask for those that there are."""
+    done = guest_calls.call_hook(None, "--all", "--json")
+    answer = json.loads(done.stdout)
+    assert done.code == 0
+    assert answer["guest"]["auto"] == [guest.group_of(nic)]
+    assert (answer["guest"]["group_nodes"], answer["guest"]["device_nodes"]) == (has_groups(), True)
+    assert answer["guest"]["missing_options"] == []
+    hints = [finding["hint"] for finding in answer["findings"]]
+    assert ["auto,cdev" in hint for hint in hints] == [True] * (not has_groups())

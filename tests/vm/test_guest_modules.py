@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def test_guest_modules_loaded_or_reported(containers: Containers) -> None:
     before = guest_calls.look_at_drivers()
     container, state = guest_calls.make_created(containers, annotations=ask(nic))
     subprocess.run(["modprobe", "-r", "vfio-pci", "vfio_iommu_type1"], check=True)
+    answer = json.loads(guest_calls.call_hook(None, "--all", "--json").stdout)
+    assert answer["guest"]["drivers"] == {"vfio-pci": "loadable", "vfio_iommu_type1": "loadable"}
+    # The survey loads nothing.
     assert not VFIO_PCI.exists()
     HIDDEN.write_text("install vfio-pci /bin/false\n")
     try:

@@ -38,3 +38,15 @@ def test_guest_without_iommu_container_not_started(containers: Containers) -> No
     assert done.code != 0
     assert done.stdout == ""
     assert "[viommu-off]" in done.stderr
+
+
+def test_guest_without_iommu_survey_shows_devices() -> None:
+    """--all names the line to change, and lists the devices all the same."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    done = guest_calls.call_hook(None, "--all")
+    assert done.code == 1
+    assert "error: [viommu-off]" in done.stderr
+    assert "set enable_iommu = true in [hypervisor.qemu] of Kata's configuration.toml" in done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if nic in line)
+    assert line.startswith("-      no IOMMU")
+    assert "has no IOMMU group" in line

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # No PATH: it is the runtime's, or nobody's.
 MODPROBE = ("/sbin/modprobe", "/usr/sbin/modprobe", "/bin/modprobe", "/usr/bin/modprobe")
+NO_MODPROBE = "modprobe is not installed"
 OPTIONS = (
     "CONFIG_VFIO, CONFIG_VFIO_PCI, CONFIG_VFIO_IOMMU_TYPE1 (before Linux 6.2 CONFIG_VFIO_VIRQFD too) and the driver of "
     "the virtual IOMMU (CONFIG_INTEL_IOMMU or CONFIG_VIRTIO_IOMMU)"
@@ -27,12 +28,22 @@ def load_drivers(root: Root, deadline: Deadline) -> None:
     if not missing:
         return
     output = ""
-    path = next((path for path in MODPROBE if root.exists(path)), "")
+    path = find_modprobe(root)
     if path:
         output = root.do(run_modprobe, root.host_path(path), missing, deadline)
     if "vfio-pci" in list_missing_modules(root):
-        problem = f"is not part of this kernel and cannot be loaded: {output or 'modprobe is not installed'}"
-        raise StepError("no-vfio-driver", "vfio-pci", problem, f"build the kernel with {OPTIONS}")
+        raise explain_missing("vfio-pci", output or NO_MODPROBE, OPTIONS)
+
+
+def find_modprobe(root: Root) -> str:
+    """Return the path of modprobe, "" if it is not installed."""
+    return next((path for path in MODPROBE if root.exists(path)), "")
+
+
+def explain_missing(module: str, reason: str, options: str) -> StepError:
+    """Return the error for a module that is not there. reason: why it cannot be loaded; options: that are missing."""
+    problem = f"is not part of this kernel and cannot be loaded: {reason}"
+    return StepError("no-vfio-driver", module, problem, f"build the kernel with {options}")
 
 
 def list_missing_modules(root: Root) -> list[str]:
