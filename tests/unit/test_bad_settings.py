@@ -99,8 +99,8 @@ TEXTS = {
     "xml": (b"<xml/>\n", "is not TOML: Invalid statement (at line 1,"),
     "json": (b'{"deadline": 3}\n', "is not TOML: Invalid statement (at line 1,"),
     "yaml": (b"deadline: 3\n", "is not TOML: Expected '=' after a key"),
-    "nan": (b"deadline = nan\n", "is not TOML: nan is no number here"),
-    "infinite": (b"deadline = 1e999\n", "is not TOML: 1e999 is no number here"),
+    "nan": (b"deadline = nan\n", "is not TOML: nan is not a finite number"),
+    "infinite": (b"deadline = 1e999\n", "is not TOML: 1e999 is not a finite number"),
     "deep": (b"a = " + b"[" * 5000 + b"\n", "is not TOML: "),
 }
 
