@@ -21,7 +21,7 @@ def has_ended(root: Root, claim: Claim, own: str, pid: int) -> bool:
     """Return whether a claim must be undone. own, pid: the path of this container's claim, and its init.
 
     The claim of an earlier container with the same id has ended, too, if this container is in the same cgroup:
-    remaining processes of the earlier one cannot be told apart, and they have this container's permissions anyway.
+    remaining processes of the earlier one cannot be identified, and they have this container's permissions anyway.
     """
     if claim.is_stale(root):
         return True
