@@ -27,7 +27,10 @@ def preload_later_steps() -> None:
 
 
 class GrantOptions(Frozen):
-    """How to permit. widens_parents: see `plan_grant`; expects_user: the container may have its groups open."""
+    """Options for granting access.
+
+    widens_parents: see `plan_grant`; expects_user: the container may have its groups open.
+    """
 
     widens_parents: bool
     expects_user: bool
@@ -42,7 +45,7 @@ def grant_nodes(
     undo_log: UndoLog,
     deadline: Deadline,
 ) -> None:
-    """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError."""
+    """Verify that the nodes open inside the container's cgroup, and allow those that it denies. Raises StepError."""
     from oci_hooks.guest import permits
     from oci_hooks.guest.apply import cgroup, container_dev, permission, proof
 
@@ -60,14 +63,14 @@ def grant_nodes(
             checks = proof.verify_nodes(root, target_cgroup, directory, made, deadline)
     finally:
         os.close(directory)
-    # A group opens once at a time, and the device cgroup is asked before.
+    # A group opens only once at a time, and the device cgroup is checked before that.
     expects_user = options.expects_user and not reused
     checked = [check for check in checks if check.error != errno.EBUSY or not expects_user]
     check_proofs(root, target_cgroup, tuple(checked))
 
 
 def check_proofs(root: Root, target_cgroup: cgroup.Cgroup, checks: tuple[cgroup.NodeCheck, ...]) -> None:
-    """Raise StepError where a node did not open, or its group is not viable."""
+    """Raise StepError if a node did not open, or its group is not viable."""
     from oci_hooks.guest.apply import permission
 
     if any(check.is_denied for check in checks):
