@@ -82,7 +82,7 @@ def parse_arguments(argv: list[str]) -> Namespace:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     arguments = parser.parse_args(argv)
     if len(arguments.index) != 2 or not (arguments.index.isascii() and arguments.index.isdigit()):
-        raise InputError("bad-arguments", "arguments", f"{arguments.index!r} is no index", "use two digits, as in 90")
+        raise InputError("bad-arguments", "arguments", f"{arguments.index!r} is not an index", "use two digits: 90")
     return arguments
 
 
@@ -120,7 +120,7 @@ def serve(path: str, plugin: Plugin) -> None:
         except OSError as error:
             raise make_refusal("nri-no-answer", path, error.strerror or str(error)) from None
         except (ProtocolError, Malformed) as error:
-            problem = f"does not speak NRI as this plugin knows it: {error}"
+            problem = f"violates the NRI protocol: {error}"
             raise Refusal("nri-protocol", path, problem, "report it with the runtime's version") from None
     if not plugin.is_configured:
         raise make_refusal("nri-refused", path, "was closed before the plugin was registered")
@@ -136,7 +136,7 @@ def connect(path: str) -> socket.socket:
         sock.connect(path)
     except (OSError, ValueError) as error:
         sock.close()
-        problem = f"can't be connected to: {getattr(error, 'strerror', None) or error}"
+        problem = f"cannot connect to it: {getattr(error, 'strerror', None) or error}"
         raise make_refusal("nri-unreachable", path, problem) from None
     return sock
 

@@ -100,7 +100,7 @@ def parse_grant(entry: Entry) -> Grant:
         given, _, path = line.partition(" ")
         letters = tuple(given.split(","))
         if len(letters) != len(nodes) or not path or any(set(each) - set(ACCESS) for each in letters):
-            raise ValueError(f"{line} is no list of what a cgroup allows")
+            raise ValueError(f"{line} is not a list of accesses to a cgroup")
         devices.append(Widening(path, letters))
     return Grant(nodes, entry.words[1], tuple(devices))
 

@@ -44,7 +44,7 @@ def test_run_live_reads_only_regular_files(kind: str, tmp_path: Path) -> None:
     path = {"pipe": tmp_path / "pipe", "device": Path("/dev/zero"), "directory": tmp_path}[kind]
     if kind == "pipe":
         os.mkfifo(path)
-    with pytest.raises(OSError, match="is no regular file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         LiveRoot(b"").ask(read_file, str(path), 100)
     (tmp_path / "file").write_text("x")
     assert LiveRoot(b"").read_text(str(tmp_path / "file")) == "x"

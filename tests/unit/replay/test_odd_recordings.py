@@ -220,7 +220,7 @@ def test_recording_no_hook_writes_refused(
     path = put("odd", pack_changed(REAL, ODD[name]))
     assert replay_cli.main(make_command(command, path)) == 2
     err = capfd.readouterr().err
-    assert any(word in err for word in ("(NUMBER)", "(DEPTH)", "errno", "is no number")), err
+    assert any(word in err for word in ("(NUMBER)", "(DEPTH)", "errno", "is not a finite number")), err
 
 
 # Bounds ---------------------------------------------------------------------------------------------------------------
