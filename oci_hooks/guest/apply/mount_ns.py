@@ -120,9 +120,9 @@ def run_in_mount_namespace(pid: int, work: Callable[[], None]) -> int:
     finally:
         os.close(namespace)
     try:
-        said = read_pipe(child.pipe, Deadline(MOUNT_SECONDS), 1)
+        answer = read_pipe(child.pipe, Deadline(MOUNT_SECONDS), 1)
     finally:
         end_child(child, END_SECONDS)
-    if said is None:
+    if answer is None:
         return errno.ETIMEDOUT
-    return said[0] if said else errno.EIO
+    return answer[0] if answer else errno.EIO
