@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user sees while something takes long: a line when a step begins, one with its seconds when it has ended.
+"""Show progress: a line when a step begins, and one with its seconds when it has ended.
 
 On a terminal the seconds run meanwhile, in a line that the next one overwrites, so that there is never silence. What
 commands printed goes to the log, if there is one. Standard library only, like provision.py.

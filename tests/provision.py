@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests and the demo need on this machine, and how it gets there.
+"""Install what the tests and the demo need on this machine.
 
 Everything that is not a Debian package lies in one cache directory outside the repository. Each piece is made under
 another name and renamed when it is whole, so that a run that was broken off leaves nothing that looks finished.

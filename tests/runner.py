@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests/run does: sets up, runs the kinds of tests asked for, counts.
+"""Implementation of tests/run: set up, run the requested kinds of tests, count.
 
     tests/run                                          lint, unit, runtime, packaging, newcomer, chain, vm
     tests/run lint unit                                these kinds
@@ -73,7 +73,7 @@ HERE_LIMIT = 3000
 
 @dataclass(frozen=True)
 class Failure:
-    """What failed. tests: what to give to pytest to try it again, if anything; words: what to tell, some lines."""
+    """A failure. tests: arguments for pytest to retry it, if any; words: the report, some lines."""
 
     tests: tuple[str, ...]
     words: str
@@ -81,7 +81,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Count:
-    """How many tests passed, failed and were skipped.
+    """Numbers of tests that passed, failed and were skipped.
 
     failures: what failed; again: what passed the second time; skips: what was skipped, and why.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tests may be skipped, and why that is no loss. Every other skip fails where CI=true.
+"""List the tests that may be skipped, with the reason why that is no loss. Every other skip fails if CI=true.
 
 tests/run prints at its end what was skipped, known or not.
 """

@@ -72,7 +72,7 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Result:
-    """A figure that was measured. low, high: between which the middle half of the single turns lies; runs: of each."""
+    """A measured figure. low, high: the middle half of the single turns is between these; runs: of each."""
 
     figure: Figure
     ratio: float
@@ -82,7 +82,7 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """What it says beside its target: "met" or by how much not; "" without a target."""
+        """Return the result for its target: "met" or by how much not; "" without a target."""
         target = self.figure.target
         if not target:
             return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the inner virtual machine boots: Debian's kernel, unpacked, and an initramfs with the guest hook installed.
+"""Build the inner virtual machine's files: Debian's kernel, unpacked, and an initramfs with the guest hook.
 
 The initramfs is a selection of files out of a Debian root in which apt has installed the DEBs, runc and crun; beside
 them busybox, the kernel's modules for the few devices there are, and the containers' root with DPDK's testpmd. Run on
@@ -66,7 +66,7 @@ MEGABYTE = 1 << 20
 
 @dataclass(frozen=True)
 class Image:
-    """What QEMU is given, below one directory of the cache."""
+    """The files for QEMU, below one directory of the cache."""
 
     place: Path
 

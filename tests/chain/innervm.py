@@ -48,7 +48,7 @@ class VmError(Exception):
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a script in the inner machine. output: standard output and standard error, as they came."""
+    """The result of a script in the inner machine. output: standard output and standard error, in order."""
 
     code: int
     output: str

@@ -29,7 +29,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Inside:
-    """What the guest's sysfs says."""
+    """The contents of the guest's sysfs."""
 
     vm: InnerVm
 

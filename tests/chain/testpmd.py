@@ -32,7 +32,7 @@ COUNTERS = re.compile(
 
 @dataclass(frozen=True)
 class Counters:
-    """What one port has received and sent, in packets."""
+    """Packets that one port has received and sent."""
 
     received: int
     sent: int

@@ -48,7 +48,7 @@ class HookError(Exception):
 
 @dataclass(frozen=True)
 class Manner:
-    """What makes one way of running a container in the guest.
+    """One way of running a container in the guest.
 
     runtime: runc or crun. agent: as Kata's agent: no VFIO devices in config.json (vfio_mode "guest-kernel"), none of
     its hooks, but those of the guest image.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engines' tests run: a root of each Debian release with its engines, containerd 2.1 over one, and crictl.
+"""Roots for the engines' tests: one of each Debian release with its engines, containerd 2.1 over one, and crictl.
 
 Made on the plain machine, before anything boots; the machine finds the paths in its environment.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is fuzzed: each reader of something that others write, as a function of bytes that fails only for a defect.
+"""The fuzz targets: each reader of foreign data, as a function of bytes that fails only for a defect.
 
 A defect is an exception that is no refusal in words, a reader and a schema of different opinion, or a text that does
 not come back as it was. A target with several files gets them parted by NUL.
@@ -366,7 +366,7 @@ def read_like_the_hooks(data: bytes, name: str) -> object:
 
 
 def fuzz_kept(data: bytes) -> None:
-    """What a recording keeps of config.json and state: the hooks make the same of it, also of one that is wrong."""
+    """The kept part of config.json and state in a recording: the hooks read the same from it, even if it is invalid."""
     for name in ("config.json", "state.json"):
         hidden = privacy.hide_document(data, name)
         assert read_like_the_hooks(hidden, name) == read_like_the_hooks(data, name), hidden
@@ -374,7 +374,7 @@ def fuzz_kept(data: bytes) -> None:
 
 
 def fuzz_teller(data: bytes) -> None:
-    """What a recording keeps of the files of a machine: whatever is in them."""
+    """The kept part of a machine's files in a recording, with any content."""
     number, _, text = data.partition(b"\0")
     own = "/etc/oci-vfio-hooks/guest.toml"
     teller = hidehost.Redactor("x", ("c",), {own: schema.load_schema("guest-settings")})

@@ -40,7 +40,7 @@ LINES_QUOTED = 60
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a command. seconds: how long it took."""
+    """The result of a command. seconds: its duration."""
 
     code: int
     stdout: str

@@ -143,7 +143,7 @@ def test_documented_example_commands_run(installed: Installed) -> None:
 
 
 def test_purge_leaves_nothing(installed: Installed) -> None:
-    """What the lines above have put in place is the user's, and goes first."""
+    """Files that the lines above created belong to the user, who removes them first."""
     machine = installed.machine
     made = (
         "/etc/containers /etc/containerd /etc/cdi /etc/systemd/system/vfio-* /usr/local/sbin/vfio-* /etc/oci-vfio-hooks"

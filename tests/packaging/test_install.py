@@ -263,7 +263,7 @@ def test_examples_kata_guest_image(dist: Path, bare: MakeRoot, capsys: pytest.Ca
 
 
 def test_daemonset_installs_the_check(bare: MakeRoot, dist: Path, tmp_path: Path) -> None:
-    """What the DaemonSet's image has is copied onto a node with Python, and the check runs there; twice is as once."""
+    """The content of the DaemonSet's image is copied onto a node with Python, and the check runs there. Idempotent."""
     payload = tmp_path / "payload"
     for name in ("python3-oci-vfio-hooks_*.deb", "oci-vfio-hooks_*.deb"):
         (package,) = dist.glob(name)

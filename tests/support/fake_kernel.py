@@ -46,7 +46,7 @@ STEPS = {**CHANGING, "os": (*CHANGES["os"], *CALLS)}
 
 
 class Kernel:
-    """What drivers do when sysfs is written to."""
+    """The reaction of drivers to writes to sysfs."""
 
     def __init__(self, top: Path) -> None:
         self.top = top

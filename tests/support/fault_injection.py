@@ -81,7 +81,7 @@ class Steps:
 
     @property
     def has_fired(self) -> bool:
-        """Whether the hook came as far as the nth step."""
+        """Return whether the hook reached the nth step."""
         return bool(self.read(FIRED))
 
     def wait_for_children(self) -> None:

@@ -161,7 +161,7 @@ def test_read_plain_lines(line: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_example_settings_are_plain(name: str) -> None:
-    """Who takes the comment signs away from the installed example has settings that cost nothing."""
+    """The installed example without its comment signs is plain TOML, which costs no import."""
     text = (EXAMPLES / f"{name}.toml").read_text()
     whole = "".join(
         f"{line[1:] if line.startswith('#') and line[1:2] not in (' ', '#', chr(10)) else line}"

@@ -76,7 +76,7 @@ def find_hook(name: str) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """What a test may want to be different. Every field goes into config.json; None or empty: left as it is by default.
+    """Variable parts of a bundle. Every field goes into config.json; None or empty: the default.
 
     devices: entries of linux.devices; device_rules: entries of linux.resources.devices after the one that denies all;
     hooks: phase → hooks, as in config.json; user_namespace: the first host id of a mapping of 65536; edit: merged into
@@ -97,7 +97,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a command. stderr: the runtime's, the container's and, where the runtime hides it, the hook's."""
+    """The result of a command. stderr: the runtime's, the container's and, if the runtime hides it, the hook's."""
 
     code: int
     stdout: str

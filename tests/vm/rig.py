@@ -55,7 +55,7 @@ class BootError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What to run, and how.
+    """A command to run in the machine, and its options.
 
     command: an argument vector; share: a directory that is SHARE inside, and writable; limit: seconds for the command;
     repeatable: whether to run it once more where the machine died under it, or fell silent.
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it. boot_seconds: until the command started; seconds: until power-off."""
+    """The result of a run. boot_seconds: until the command started; seconds: until power-off."""
 
     exit_code: int
     boot_seconds: float

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fixtures promise, with a shell script as the hook: containers run, and a hook's words are seen."""
+"""The fixtures' promises, with a shell script as the hook: containers run, and a hook's output is visible."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def test_guest_bind_failure_rolls_back(containers: Containers) -> None:
 
 @pytest.mark.usefixtures("hardened_bpf")
 def test_guest_bind_allowed_by_config_keeps_program(containers: Containers) -> None:
-    """What config.json allows already is not allowed once more: here the program can't even be read."""
+    """An access that config.json allows is not allowed once more: here the program cannot even be read."""
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
     group = guest.group_of(nic)

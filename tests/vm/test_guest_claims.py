@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who has which group: two containers, dead containers, two hooks at once, the way back."""
+"""Owners of groups: two containers, ended containers, two hooks at once, the release."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a container can open after the hook, and with how little the hooks themselves get along.
+"""Nodes that a container can open after the hook, and the privileges that the hooks need.
 
 The lists are read from docs/reference/privileges.md, so that it can't say anything else than what was run.
 """

@@ -118,7 +118,7 @@ def test_host_check_half_bound_group(nic: str, tmp_path: Path) -> None:
 
 
 def test_host_check_bind_hint_works(nic: str, tmp_path: Path) -> None:
-    """What the line tells to type is typed, and then the check has nothing to say."""
+    """The command in the hint is run, and then the check reports nothing."""
     first, second = guest.find_devices(devices.NIC_E1000)
     guest.bind(first, "vfio-pci")
     bundle = write_bundle(tmp_path, first)

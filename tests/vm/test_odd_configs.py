@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may stop a container: whatever runc or crun runs without the hooks, it runs with both, if it asks for no VFIO.
+"""Any configuration without a VFIO request that runc or crun runs without the hooks, it runs with both, too.
 
 The kinds are those of tests/support/odd_configs.py, which break the specification in one place each.
 """

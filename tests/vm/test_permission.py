@@ -386,7 +386,7 @@ def test_permission_program_with_map_refused(container: Container) -> None:
 
 
 def test_permission_program_with_call_refused(container: Container) -> None:
-    """Where the dump can't be loaded again, the verifier's last word is passed on."""
+    """If the dump cannot be loaded again, the verifier's last line is reported."""
     container.make(VFIO)
     attach(load((0x85, 0, 0, 5), *RETURN_0), container.path)
     assert "the kernel rejects the changed program" in refused(container)

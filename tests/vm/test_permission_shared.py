@@ -306,7 +306,7 @@ def list_rules(*paths: Path) -> list[set[str]]:
 
 @one_runtime
 def test_shared_v1_device_list_restored(containers: Containers, party: Party, pod: Path) -> None:
-    """What it had is neither lost nor found among what was given: an entry of its own, a wildcard, nothing."""
+    """Its own entries are neither lost nor counted as allowed by the hook: an entry of its own, a wildcard, nothing."""
     nic = guest.find_device(devices.NIC_E1000E)
     subprocess.run(["modprobe", "vfio-pci"], check=True)
     for rule in ("c 10:* r", "c 10:196 r", "c 511:* rwm", "c 1:7 r"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a use is, by a real kernel: open and mapped nodes, loop devices, CAN, labels, tables. Free before and after."""
+"""Uses of a device on a real kernel: open and mapped nodes, loop devices, CAN, labels, tables. Free otherwise."""
 
 from __future__ import annotations
 

@@ -332,7 +332,7 @@ def test_bind_refused_by_vfio(machine: ActingMachine, container: Container) -> N
 
 
 def test_bind_native_driver_probes_meanwhile(machine: ActingMachine, container: Container) -> None:
-    """Hot plug: the kernel tells of a device some milliseconds before it gives it to its driver."""
+    """Hot plug: the kernel announces a device some milliseconds before it binds it to its driver."""
     for address in GROUP:
         machine.kernel.unbind(address)
     before = machine.take_stock()
@@ -431,7 +431,7 @@ def test_bind_run_read_only(
 
 
 def test_bind_run_full_within_undo_log(machine: ActingMachine, record_property: Note) -> None:
-    """A page is left, and the container's id takes most of it: each line of the journal in turn is torn by its end."""
+    """A page is left, and the container's id takes most of it: each line of the log in turn is torn by the limit."""
     before = machine.take_stock()
     torn = 0
     for length in range(3500, 4100, 10):
@@ -465,7 +465,7 @@ def test_bind_without_run_directory(machine: ActingMachine, container: Container
 
 
 def test_release_truncated_undo_log(machine: ActingMachine, container: Container, record_property: Note) -> None:
-    """What a cut journal still knows is put back, the rest is left; nothing is made up. Without an owner nothing is."""
+    """The readable part of a truncated undo log is undone, and nothing else. Without an owner nothing is."""
     before = machine.take_stock()
     assert machine.call(container.state) == (0, "")
     undo_log = machine.place("/run/oci-vfio-hooks/claims/c1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a container asks for: the annotation's selectors, the predecessor's map, linux.devices and hints."""
+"""A container's request: the annotation's selectors, the predecessor's map, linux.devices and hints."""
 
 from __future__ import annotations
 

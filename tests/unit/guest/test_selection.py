@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which groups a container gets, and the words in which it does not."""
+"""Selection of a container's groups, and the messages of refusals."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the check must conclude from each configuration that Kata ships, and from the hypervisor that runs."""
+"""Results of the checks for each configuration that Kata ships, and for a running hypervisor."""
 
 from __future__ import annotations
 

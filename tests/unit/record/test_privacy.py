@@ -275,7 +275,7 @@ def test_hide_hook_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_kept_keys_cover_kata_settings() -> None:
-    """Who reads one more adds it to HYPERVISOR_KEYS or RUNTIME_KEYS, or a replay would come to something else."""
+    """A new key that the hook reads must be added to HYPERVISOR_KEYS or RUNTIME_KEYS, or a replay would differ."""
     text = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if not path.name.startswith("hide"))
     read_keys = set(re.findall(r'hypervisor_setting\(\s*"(\w+)"', text))
     for group in re.findall(r"hypervisor_setting\(key\) for key in \((.*?)\)", text):
