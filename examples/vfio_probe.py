@@ -4,7 +4,7 @@
 
     vfio_probe.py [PATH...]
 
-Runs inside a container: opens /dev/vfio/vfio and every group node beside it, asks whether the group is viable, sets the
+Runs inside a container: opens /dev/vfio/vfio and every group node next to it, checks that the group is viable, sets the
 IOMMU type, gets each device and reads its vendor and device id through VFIO. PATHs are opened too, to see that they
 can't be. Prints one line of JSON; a step that failed has the error's name instead of "ok", and nothing follows it.
 Python's minimal package is enough for it: no json, no ctypes.

@@ -84,7 +84,7 @@ def read(name: str, values: dict[str, Any]) -> set[tuple[Any, ...]]:
 def judge(name: str, values: dict[str, Any]) -> set[tuple[Any, ...]]:
     """Return where jsonschema finds mistakes; of an unknown key it names the table."""
     found = {tuple(error.absolute_path) for error in jsonschema.Draft7Validator(SCHEMAS[name]).iter_errors(values)}
-    # The value of what is no code has nothing to say.
+    # The value of a key that is no code is not checked.
     return {steps for steps in found if steps[:1] != ("checks",) or len(steps) == 1 or is_code(steps[1])}
 
 

@@ -70,7 +70,7 @@ def make(code: int, dst: int = 0, src: int = 0, off: int = 0, imm: int = 0) -> b
 
 DENY = make(0xB7) + make(0x95)
 ALLOW = make(0xB7, imm=1) + make(0x95)
-# As runc writes it: type and access taken apart, then rule by rule. Permits c 5:* rw and b 5:1 rwm.
+# As runc writes it: type and access are separated, then rule by rule. Allows c 5:* rw and b 5:1 rwm.
 LIKE_RUNC = b"".join(
     [
         make(0x61, dst=2, src=1, off=0),

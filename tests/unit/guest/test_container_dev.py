@@ -142,7 +142,7 @@ def test_container_dev_race_with_symlink(
                 tree.expose()
             except StepError:
                 refused += 1
-            # What can't be put back is told; it must not be put back elsewhere.
+            # A change that cannot be undone is reported; it must not be undone elsewhere.
             drivers.undo(tree.machine.root, tree.entries(), 0, Deadline(60))
             os.ftruncate(tree.journal.fd, 0)
     assert take_stock(outside) == before
@@ -150,7 +150,7 @@ def test_container_dev_race_with_symlink(
     record_property("tries", TRIES)
 
 
-# What lies there -----------------------------------------------------------------------------------------------------
+# Existing entries -----------------------------------------------------------------------------------------------------
 
 
 def put_socket(path: Path) -> None:

@@ -224,7 +224,7 @@ def test_choose_groups_force_by_settings(machine: Machine) -> None:
         ({"never": ("id:8086",)}, ["1"]),
         ({"never": ("class:02", "class:06")}, ["2", "8"]),
         ({"never": (*NEVER, "root:0108")}, ["4", "10"]),
-        # Off the root bus, root: says nothing.
+        # Off the root bus, `root:` has no effect.
         ({"never": (*NEVER, "root:02")}, ["2", "4", "10"]),
     ],
     ids=repr,

@@ -359,7 +359,7 @@ def test_repair_killed_hook_by_next_run(machine: Machine, hook: subprocess.Popen
     hook.kill()
     hook.wait(timeout=20)
     assert list_claims(machine) == ["c1"]
-    # Its child still hangs, and has the journal's lock.
+    # Its child still hangs, and has the undo log's lock.
     _, error = bind(machine, make_state("c2"), make_run(machine, 0.5))
     assert error.findings[0].code == "claimed"
     os.close(os.open(machine.place("/sys/bus/pci/drivers/e1000e/unbind"), os.O_RDONLY | os.O_NONBLOCK))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes that may block for ever: they end at the deadline, and nothing waits for a child that hangs.
 
-A FIFO without a reader stands for a sysfs attribute whose driver hangs: opening it for writing blocks in the kernel.
+A FIFO without a reader replaces a sysfs attribute whose driver hangs: opening it for writing blocks in the kernel.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_read_record_regular_file_only(kind: str, tmp_path: Path) -> None:
 
 
 def test_find_record_skips_unreadable(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A container's id finds its record, whatever lies beside it."""
+    """A container's id finds its recording, among any other files."""
     (tmp_path / "1.tar.gz").write_bytes(REAL.read_bytes())
     (tmp_path / "2.tar.gz").write_bytes(b"nothing")
     container = read_record(REAL).about["container"]

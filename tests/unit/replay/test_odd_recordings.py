@@ -564,7 +564,7 @@ def test_report_fence_not_escapable(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    # The escape in its name is none in the account, so there is no such file: refused, not followed.
+    # The output does not interpret the escape in its name, so there is no such file: refused, not followed.
     assert "\x1b" not in done.stdout + done.stderr
     assert "uid=" not in done.stdout + done.stderr
     (tmp_path / name).rename(tmp_path / "-x \\033[31m`id`.tar.gz")
