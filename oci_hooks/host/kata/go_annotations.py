@@ -193,7 +193,7 @@ def find_wrong_path(ledger: Ledger, patterns: list[str], text: str, key: str) ->
         wanted = pattern.split("/")
         if len(wanted) == len(parts) and all(map(fnmatchcase, parts, wanted)):
             if "\0" in text or not ledger.root.exists(text):
-                ledger.mark_uncertain("", f"{text} does not exist on this machine")
+                ledger.mark_uncertain("", f"{text} is missing on this machine")
             return ""
     return f"{key} does not allow {text}"
 

@@ -167,10 +167,10 @@ def set_value(ledger: Ledger, name: str, table: dict[str, Any], key: str, text: 
             return wrong
     elif key in FILES:
         if text and not is_there(ledger.root, text):
-            return f"{text} does not exist on the host, where runtime-rs looks for it"
+            return f"{text} is missing on the host, where runtime-rs looks for it"
     elif key == "prefetch_files.list":
         if text and not is_there(ledger.root, text):
-            return f"{text} does not exist on the host"
+            return f"{text} is missing on the host"
     elif key in ("default_vcpus", "default_memory", "hugepage_type", "kernel_verity_params", "cc_init_data"):
         return find_wrong_special(ledger, name, key, text)
     elif key not in TEXTS:
