@@ -22,7 +22,7 @@ ERASE = "\r\033[K"
 
 
 class Progress:
-    """Prints lines and running seconds. Several threads may have something to say."""
+    """Prints lines and running seconds. Several threads may print."""
 
     def __init__(self, stream: TextIO | None = None, interval: float = 1.0) -> None:
         """stream: where to print; None: wherever standard output goes. interval: seconds between two looks."""

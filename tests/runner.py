@@ -39,13 +39,13 @@ from tests.skips import Skip, find_unknown
 from tests.vm import machines, rig
 
 KINDS = ("lint", "unit", "runtime", "packaging", "newcomer", "chain", "vm")
-# What is run when it is asked for, besides.
+# Kinds that are run only on request.
 ON_REQUEST = ("engines",)
 # Run in the rig's machines, where nothing may be skipped.
 IN_MACHINES = ("chain", "vm", *ON_REQUEST)
 # The long ones: side by side, as many jobs at a time as there are processors.
 TOGETHER = ("unit", "packaging", "newcomer", *IN_MACHINES)
-# What apt has to have installed for a kind, beside provision.TEST_PACKAGES.
+# Packages that apt must have installed for a kind, in addition to provision.TEST_PACKAGES.
 PACKAGES = {"packaging": packages.PACKAGES, "newcomer": bare.PACKAGES, "chain": image.PACKAGES}
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 2400.0
@@ -57,7 +57,7 @@ HANDED_ON = ("OCI_VFIO_HOOKS_DIR", "OCI_VFIO_FULL")
 FILES_PER_BOOT = 6
 # Files that take as long as so many others: what is longest begins first.
 LONG_FILES = {"test_odd_configs.py": 8, "test_guest_kill.py": 4}
-# What is told of each failure at the end; all of it stands where it happened.
+# Lines printed for each failure at the end; the whole output is where it happened.
 LINES_TOLD = 20
 # Tests that failed are tried once more alone, unless they are more than this.
 TRIED_AGAIN = 5
@@ -445,7 +445,7 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
     """Return what these files of tests find in their environment inside the machine; it is made where it is missing."""
     return {
         "OCI_VFIO_ROOTFS": str(provision.ensure_rootfs()),
-        # Each import is dear in there, and nothing can be written beside the sources.
+        # Each import is expensive in there, and no file can be written next to the sources.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",

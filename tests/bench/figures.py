@@ -103,7 +103,7 @@ def compute(figure: Figure, samples: Samples) -> Result | None:
 
 
 def find_middle_half(values: Sequence[float]) -> tuple[float, float]:
-    """Return between which the middle half of the values lies."""
+    """Return the bounds of the middle half of the values."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = quantiles(values, n=4, method="inclusive")

@@ -78,7 +78,7 @@ def wait(fd: int, what: str) -> None:
 
 
 def watch(directory: Path) -> int:
-    """Return an inotify descriptor that tells of what is made in a directory."""
+    """Return an inotify descriptor for entries created in a directory."""
     library = ctypes.CDLL(None, use_errno=True)
     fd: int = library.inotify_init1(os.O_CLOEXEC)
     if fd < 0 or library.inotify_add_watch(fd, os.fsencode(directory), IN_CREATE) < 0:

@@ -92,7 +92,7 @@ def make_host(top: Path) -> list[tuple[str, int, int]]:
 
 
 def put_in_place(top: Path) -> None:
-    """Lay a made host over this machine, for this mount namespace alone."""
+    """Mount a made host over this machine, for this mount namespace alone."""
     for directory in ("sys", "dev"):
         subprocess.run(["mount", "--bind", str(top / directory), f"/{directory}"], check=True)
 

@@ -214,7 +214,7 @@ class InnerVm:
             raise self.explain(error) from error
 
     def explain(self, error: OSError, lines: list[str] | None = None) -> VmError:
-        """Return an error that says all that is known."""
+        """Return an error with all that is known."""
         output = [f"the inner machine: {error}", *(lines or [])]
         for file in (self.stderr, self.console):
             if file.exists():
@@ -231,7 +231,7 @@ class InnerVm:
 
 
 def list_devices(slot: Slot, group: list[str]) -> list[dict[str, str]]:
-    """Return what QEMU is told for each device of a group: one function each, function 0 last, as QEMU wants it."""
+    """Return QEMU's options for each device of a group: one function each, function 0 last, as QEMU requires."""
     many = {"multifunction": "on"} if len(group) > 1 else {}
     return [
         {"driver": "vfio-pci", "host": address, "bus": slot.bus, "addr": f"{slot.number:x}.{function}", **many}

@@ -24,7 +24,7 @@ function read_number(file,  number) {{ getline number <file; close(file); return
 """
 # Two ports have each received and sent.
 BOTH_BUSY = "count_busy() == 2"
-# The account it gives when it ends.
+# Its summary at the end.
 COUNTERS = re.compile(
     r"Forward statistics for port (\d+) .*\n\s*RX-packets: (\d+).*\n\s*TX-packets: (\d+)", re.MULTILINE
 )

@@ -106,7 +106,7 @@ def part(data: bytes, count: int) -> list[bytes]:
 
 
 def is_deep(value: Any, depth: int = 0) -> bool:
-    """Tell whether a JSON value is nested deeper than is compared."""
+    """Return whether a JSON value is nested deeper than is compared."""
     if depth > DEEPEST:
         return True
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -287,7 +287,7 @@ def fuzz_proc(data: bytes) -> None:
 
 
 def fuzz_netlink(data: bytes) -> None:
-    """Dumps of rtnetlink: whatever is not one ends in EBADMSG, or in the error that it says."""
+    """Dumps of rtnetlink: an invalid one ends in EBADMSG, or in the error that it contains."""
     try:
         netlink.read_dump(iter([data[:2048], data[2048:]]), netlink.NetworkUse())
     except OSError:
@@ -301,7 +301,7 @@ def fuzz_devices_list(data: bytes) -> None:
 
 
 def fuzz_journal(data: bytes) -> None:
-    """A claim: whatever lies there is read as some entries, and a hook makes of them what it can."""
+    """A claim: any content is read as some entries, and a hook undoes what it can."""
     entries = undo_log.parse_undo_log(data)
     claim = claims.make_claim("/run/claims/c%20", entries, False)
     claims.ClaimDirectory("/run").find_problem(claim, data)

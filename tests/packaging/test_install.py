@@ -82,7 +82,7 @@ def test_debs_install_on_fresh_debian(installed: MakeRoot, name: str) -> None:
 
 @pytest.mark.parametrize("name", DEBIANS)
 def test_debs_without_recommended_packages(bare: MakeRoot, name: str) -> None:
-    """Python and its own library: the hooks with settings, and the replay tool, which says what it lacks."""
+    """Python and its own library: the hooks with settings, and the replay tool, which reports the missing library."""
     root = bare(name)
     packages.install_debs(root)
     for library in ("jsonschema", "pyudev", "tenacity"):
@@ -208,7 +208,7 @@ def test_unit_tests_on_debian_11(dist: Path, tmp_path: Path) -> None:
     report = "import sys, jsonschema, pyudev; print(sys.version_info[:2], jsonschema.__version__, pyudev.__version__)"
     assert root.run("/opt/tests/bin/python3", "-c", report).stdout == "(3, 9) 3.2.0 0.22.0\n"
     pytest_command = ["/opt/tests/bin/python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", *limit_tests()]
-    # What says something of the tests, not of the hooks, is as true there.
+    # Tests of the tests themselves give the same result there.
     pytest_command += [
         "--junitxml=/root/junit.xml",
         "--ignore=tests/unit/test_mutations.py",

@@ -195,7 +195,7 @@ class Container:
         self.pid_file = self.bundle / "pid"
         self.root = mount_rootfs(self.bundle)
         if runtime == "crun":
-            # crun sends what a hook says to /dev/null unless this is set; runc shows it when the hook fails.
+            # crun sends a hook's output to /dev/null unless this is set; runc shows it when the hook fails.
             annotations = {"run.oci.hooks.stderr": str(self.hook_log)}
             self.write_config(make_config(command, str(self.root), options, f"/{name}"), annotations)
         else:

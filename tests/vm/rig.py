@@ -28,7 +28,7 @@ from tests.support.rig_starvation import measure_starvation
 from tests.vm.devices import Board
 from tests.vm.machines import Machine
 
-# A boot takes 25 s on two idle processors, and several times that where others are at work beside it.
+# A boot takes 25 s on two idle processors, and several times that on a busy machine.
 BOOT_LIMIT = 200.0
 # A machine that gets hardly any processor is given up all the same, after this many times its limit.
 PATIENCE = 4
@@ -104,7 +104,7 @@ class MachineError(BootError):
 
 
 def check_requirements() -> None:
-    """Say plainly what is missing on this machine."""
+    """Report what is missing on this machine."""
     for command, package in (("qemu-system-x86_64", "qemu-system-x86"), ("file", "file"), ("depmod", "kmod")):
         if shutil.which(command, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
             raise MissingError(f"{command} is not there: apt-get install --no-install-recommends {package}")
@@ -113,7 +113,7 @@ def check_requirements() -> None:
 
 
 def boot(machine: Machine, kernel: provision.Kernel, job: Job, write: Callable[[bytes], None]) -> Outcome:
-    """Boot once. Raises MachineError where another try may tell, BootError for all else that is not an exit."""
+    """Boot once. Raises MachineError if a retry may help, BootError for all other failures but an exit."""
     scratch = Path(tempfile.mkdtemp(prefix="rig-"))
     control, qmp = Wire(scratch / "control"), Wire(scratch / "qmp")
     try:
@@ -266,7 +266,7 @@ class Run:
         self.write(data)
 
     def read_console(self, stream: IO[bytes]) -> None:
-        """Keep the end of what the kernel, QEMU and virtme-ng said: it explains a machine that never came up."""
+        """Keep the end of the output of the kernel, QEMU and virtme-ng: it explains a machine that never came up."""
         data = os.read(stream.fileno(), 65536)
         if not data:
             self.selector.unregister(stream)

@@ -50,7 +50,7 @@ def list_numbers() -> set[Number]:
 
 
 def make_nodes(numbers: set[Number]) -> Path:
-    """Make a node of each number and return the directory that they lie in."""
+    """Create a node of each number and return their directory."""
     top = Path("/run/every-node")
     shutil.rmtree(top, ignore_errors=True)
     top.mkdir()
@@ -92,7 +92,8 @@ def test_guest_privilege_only_own_nodes_open(containers: Containers) -> None:
     assert len(numbers) > 15_000
     top = make_nodes(numbers)
     before = find_permitted(container, top)
-    # The sweep sees what is permitted: what every runtime gives every container (config-linux.md, default devices).
+    # The sweep finds allowed devices: those that every runtime gives every container (config-linux.md, default
+    # devices).
     assert ("c", 1, 3) in before
     assert len(before) < 1000
     assert guest_calls.fork_hook(state) == Done(0, "", "")

@@ -93,7 +93,7 @@ def test_guest_select_predecessor_map(bundle: Bundle) -> None:
 
 
 def test_guest_select_counting(bundle: Bundle) -> None:
-    """Host's numbers stand for the free groups when there are as many; else the candidates are listed.
+    """Entries with the host's numbers mean the free groups if there are as many; else the candidates are listed.
 
     The host's /dev/vfio/N is not the guest's group N, and a PCIDEVICE_* variable with a guest address decides.
     """
