@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Install what the tests and the demo need on this machine.
 
-Everything that is not a Debian package lies in one cache directory outside the repository. Each piece is made under
+Everything that is not a Debian package is in one cache directory outside the repository. Each piece is made under
 another name and renamed when it is whole, so that a run that was broken off leaves nothing that looks finished.
 Standard library only: this runs before anything else is installed.
 """

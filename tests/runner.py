@@ -247,7 +247,7 @@ def try_again(job: Job, first: Count) -> Count:
     """Return what a job comes to when what failed of it is run once more, alone.
 
     A test that other work (of this machine, or of the one it is a guest of) starved into some time limit passes then,
-    and is told with its words; a defect fails twice. Many failures are no accident.
+    and is reported with its output; a defect fails twice. Many failures are no accident.
     """
     if not all(failure.tests for failure in first.failures) or not 0 < len(first.failures) <= TRIED_AGAIN:
         return first

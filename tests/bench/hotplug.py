@@ -2,7 +2,7 @@
 """Hot plug: how long after the kernel's uevent the group's node is in the container.
 
 QEMU plugs a NIC in while the hook waits for it. The clock starts when this process hears the kernel's event, which the
-hook hears too, and stops when inotify tells of the node.
+hook receives too, and stops when inotify reports the node.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measurements on the plain machine: containers without VFIO, and the host check on a made host.
 
-The made host lies over /sys and /dev, so that the executable is the one that is measured. Hence `unshare`: this module
+The made host is mounted over /sys and /dev, so that the executable itself is measured. Hence `unshare`: this module
 runs as a program in a mount namespace of its own.
 """
 

@@ -17,7 +17,7 @@ from typing import Any
 from tests.chain.image import Image
 from tests.support.rig_control import Wire
 
-# The names of the two ports in the guest: scripts and their output; what a script has to say meanwhile.
+# The names of the two ports in the guest: scripts and their output; progress that a script reports meanwhile.
 AGENT_PORT = "chain.agent"
 EVENT_PORT = "chain.events"
 MEMORY = "320M"

@@ -22,7 +22,7 @@ MACHINE = "chain"
 KERNELS = ("6.1",)
 # A container's own output on its devices: the hook's map of them, and the nodes.
 TELL = "cat /dev/vfio/devices.json; echo; ls /dev/vfio"
-# Says when a program opens a socket for the kernel's uevents (netlink's protocol 15), as the hook does before it looks
+# Reports when a program opens a socket for kernel uevents (netlink's protocol 15), as the hook does before it looks
 # and waits; there is no udevd. The kernel's trace of system calls has that as an event.
 WHEN_LISTENING = """
 mount -t tracefs none /sys/kernel/tracing

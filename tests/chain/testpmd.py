@@ -11,7 +11,7 @@ from tests.chain.innervm import Done
 from tests.chain.vmruntime import GuestContainer
 
 # testpmd shows its counters each second until it is interrupted: when what it was started for has happened, or when it
-# says that it has no ports. Everything it prints goes through.
+# reports that it has no ports. Everything it prints goes through.
 READER = """\
 /NIC statistics for port/ {{ port = $6 }}
 /RX-packets:/ && port != "" {{ rx[port] = $2 }}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """OCI bundles, and the two runtimes that run them. For tests inside the machine, and for the demo.
 
-A bundle lies on /run (the only place that is writable and not an overlay), its root file system is an overlay over the
+A bundle is on /run (the only place that is writable and not an overlay), its root file system is an overlay over the
 cached one. What a container prints goes to files: a container outlives `create`, and a pipe would stay open with it.
 """
 

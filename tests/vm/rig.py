@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Boot a machine, run one command in it, come back with its exit code.
 
-Debian's kernel in QEMU by virtme-ng: the machine's root is this machine's root, read-only, so what lies in the
+Debian's kernel in QEMU by virtme-ng: the machine's root is this machine's root, read-only, so what is in the
 repository and in the cache is there under the same path. Emulated unless RIG_ACCEL=kvm: /dev/kvm may be there and
 still hang a guest for ever.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nodes that a container can open after the hook, and the privileges that the hooks need.
 
-The lists are read from docs/reference/privileges.md, so that it can't say anything else than what was run.
+The lists are read from docs/reference/privileges.md, so that it has exactly what was run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Number = tuple[str, int, int]
 
 # What opens ----------------------------------------------------------------------------------------------------------
 
-# Of each of 512 majors these minors are tried, beside every device that the machine has.
+# Of each of 512 majors these minors are tried, in addition to every device that the machine has.
 MAJORS, MINORS = range(512), (0, 1, 2, 3, 5, 7, 8, 9, 11, 63, 64, 128, 196, 200, 255)
 KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK}
 

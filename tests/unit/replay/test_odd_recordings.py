@@ -250,7 +250,7 @@ def make_tar(entries: list[tuple[str, bytes]], **fields: Any) -> bytes:
 
 
 def claim_size(size: bytes) -> bytes:
-    """Return a tar whose first member claims to be as long as this field says, the sum of its header right."""
+    """Return a tar whose first member's header has this length field, and the right checksum."""
     data = bytearray(gzip.decompress(make_tar([("record.json", b"{}")])))
     data[124:136] = size
     data[148:156] = b" " * 8
