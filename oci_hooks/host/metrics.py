@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from oci_hooks.findings import Finding
 
 PREFIX = "oci_vfio_"
-# A group that is nowhere is none to count.
+# A group that does not exist is not counted.
 STATES = {
     "ready": "ready",
     "in use": "in_use",

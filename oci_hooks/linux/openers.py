@@ -125,7 +125,7 @@ class Openers:
                 if users:
                     verb = "has" if len(users) == 1 else "have"
                     reasons.append(f"{words}, which {', '.join(str(user) for user in users)} {verb} {how}")
-                    # A process that has it mapped has it open, too: report that once.
+                    # A process that has it open may have it mapped, too: report it once.
                     break
         return reasons
 

@@ -2,7 +2,7 @@
 """Read Kata's configuration as runtime-rs does: merging of files, tables, types, refusals.
 
 Sources, in kata-containers 4.1 (src/libs/kata-types/src/config): drop_in.rs, mod.rs, runtime.rs, agent.rs,
-hypervisor/mod.rs (the structures; `deny_unknown_fields` where it is).
+hypervisor/mod.rs (the structures; `deny_unknown_fields` where present).
 """
 
 from __future__ import annotations
