@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mkdocs needs besides docs/: the manual pages as HTML, and links that lead out of docs/. See mkdocs.yml."""
+"""mkdocs hooks: render the manual pages as HTML, and rewrite links that lead out of docs/. See mkdocs.yml."""
 
 from __future__ import annotations
 

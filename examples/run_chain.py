@@ -89,7 +89,7 @@ def print_rows(name: str, cells: list[str]) -> None:
 
 
 def print_arrow(*marks: str) -> None:
-    """Print the way from one level to the next; one mark stands for both NICs."""
+    """Print the path from one level to the next; one mark represents both NICs."""
     print_rows("", [f"    {mark}" for mark in (marks * 2)[:2]])
 
 

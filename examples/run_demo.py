@@ -108,7 +108,7 @@ def check_machine() -> None:
 
 
 def make_ready() -> provision.Kernel:
-    """Say what is missing and how much that is, and get it."""
+    """Print what is missing and how large it is, and install it."""
     if not provision.is_rig_made():
         say("a first run gets, besides what apt installs, 600 MB: a kernel, a root file system, virtme-ng from PyPI")
         say(f"they go to {provision.find_cache()}, where a later run finds them")
@@ -269,20 +269,20 @@ def run_host_check(containers: Containers, group: str) -> Done:
 
 
 def read_groups(done: Done) -> list[dict[str, Any]]:
-    """Return what the probe says of each group; none when the container did not start."""
+    """Return the probe's result for each group; none if the container did not start."""
     return list(done.read_json()["groups"]) if done.stdout.strip() else []
 
 
 def tell(case: str, done: Done) -> None:
-    """Print what a container printed, and what the hook said."""
+    """Print the container's output, and the hook's."""
     print(f"  {case}: exit code {done.code}")
-    # runc quotes what a hook said; crun does not.
+    # runc quotes a hook's output; crun does not.
     for line in (done.stdout + done.stderr).replace("\\n", "\n").replace('\\"', '"').strip().splitlines():
         print(f"    {line}")
 
 
 def shorten(text: str) -> str:
-    """Return what the hook said last, without what the runtime says around it."""
+    """Return the hook's last line, without the text that the runtime adds."""
     lines = text.replace("\\n", "\n").strip().strip('"').splitlines()
     output = [line[line.find("vfio-") :] for line in lines if "vfio-" in line]
     return output[-1] if output else (lines or [""])[-1]

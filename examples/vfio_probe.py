@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: Apache-2.0
-"""What a program that drives a device through VFIO does first, step by step, each with its result.
+"""Take the first steps of a program that drives a device through VFIO, and print the result of each.
 
     vfio_probe.py [PATH...]
 

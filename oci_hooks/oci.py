@@ -47,7 +47,7 @@ IOMMUFD_NODE = "/dev/iommu"
 STATE_HINT = "see runtime.md of the OCI runtime-spec for the format of the state"
 BUNDLE_HINT = "check that the state's bundle directory contains a config.json"
 CONFIG_HINT = "fix the tool that generated this file (format: config.md and config-linux.md of the OCI runtime-spec)"
-REPLACEMENT_CHARACTER = "\ufffd"  # what Go's encoder writes for a byte that is not UTF-8
+REPLACEMENT_CHARACTER = "\ufffd"  # Go's encoder writes this for a byte that is not UTF-8
 # Characters of a container's id, which is part of file names; runc accepts 1024.
 MAX_NAME_LENGTH = 8192
 MAX_ID = 0xFFFFFFFF
@@ -84,18 +84,18 @@ class Device(Frozen):
 
     @property
     def is_group(self) -> bool:
-        """Whether the path names a VFIO group's node, e.g. /dev/vfio/12 or /dev/vfio/noiommu-0."""
+        """Return whether the path names a VFIO group's node, e.g. /dev/vfio/12 or /dev/vfio/noiommu-0."""
         rest = self.path[len(GROUP_PREFIX) :]
         return self.is_vfio and "/" not in rest and self.path != CONTROL_NODE
 
     @property
     def is_cdev(self) -> bool:
-        """Whether the path names a VFIO device's own node (iommufd), e.g. /dev/vfio/devices/vfio0."""
+        """Return whether the path names a VFIO device's own node (iommufd), e.g. /dev/vfio/devices/vfio0."""
         return self.is_vfio and self.path.startswith(CDEV_PREFIX)
 
     @property
     def is_vfio(self) -> bool:
-        """Whether the entry is a VFIO character device of any kind."""
+        """Return whether the entry is a VFIO character device of any kind."""
         return self.path.startswith(GROUP_PREFIX) and self.type in ("c", "u")
 
 

@@ -156,5 +156,5 @@ def read_float(text: str) -> float:
     """Return a number. Raises ValueError for nan and inf: no bound of a schema excludes nan."""
     value = float(text)
     if value - value != 0:
-        raise ValueError(f"{text} is no number here")
+        raise ValueError(f"{text} is not a finite number")
     return value

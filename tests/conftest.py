@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for all tests: each carries the marker of the directory it lies in."""
+"""Give each test the marker of its directory."""
 
 from __future__ import annotations
 

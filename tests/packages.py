@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packages, and Debian roots to install them in: what tests/packaging and tests/vm/test_installed.py stand on.
+"""The packages, and Debian roots to install them in: for tests/packaging and tests/vm/test_installed.py.
 
 A root is made once with debootstrap and never changed; what a test does in it goes to a directory of its own, laid
 over it with overlayfs in a mount namespace that ends with the command. Standard library only, like provision.py.
@@ -199,7 +199,7 @@ def ensure_root(name: str) -> Path:
 def make_root(
     place: Path, suite: str, installed: Sequence[str], downloaded: Sequence[str], requirements: Sequence[str]
 ) -> None:
-    """Make a root with debootstrap: Debian's smallest, and what ROOTS says."""
+    """Make a root with debootstrap: Debian's smallest, with the packages in ROOTS."""
     say(f"making a root of Debian {suite} with debootstrap: minbase{''.join(f', {name}' for name in installed)}")
     started = time.monotonic()
     partial = make_partial(place)
@@ -298,17 +298,17 @@ def install_layer(
 
 
 def are_wanted_by(files: Sequence[Path]) -> bool:
-    """Return whether a file of tests for the machine says PACKAGES = True."""
+    """Return whether a file of tests for the machine has PACKAGES = True."""
     return any("\nPACKAGES = True\n" in file.read_text() for file in files)
 
 
 def make_environment(files: Sequence[Path]) -> dict[str, str]:
-    """Return what tests in the machine find in their environment if a file among them says PACKAGES = True."""
+    """Return the environment variables for tests in the machine if one of the files has PACKAGES = True."""
     return {"OCI_VFIO_INSTALLED": ":".join(map(str, ensure_installed()))} if are_wanted_by(files) else {}
 
 
 def install_debs(root: Root, *more: str) -> None:
-    """Install the DEBs that are mounted on /mnt/dist as a user does, and these packages of Debian beside them."""
+    """Install the DEBs that are mounted on /mnt/dist as a user does, and these packages of Debian too."""
     command = shlex.join(["apt-get", "install", "-y", "-q", "--no-install-recommends", *more])
     root.run("sh", "-c", f"{command} ./dist/*.deb", cwd="/mnt")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user sees while something takes long: a line when a step begins, one with its seconds when it has ended.
+"""Show progress: a line when a step begins, and one with its seconds when it has ended.
 
 On a terminal the seconds run meanwhile, in a line that the next one overwrites, so that there is never silence. What
 commands printed goes to the log, if there is one. Standard library only, like provision.py.
@@ -22,7 +22,7 @@ ERASE = "\r\033[K"
 
 
 class Progress:
-    """Prints lines and running seconds. Several threads may have something to say."""
+    """Prints lines and running seconds. Several threads may print."""
 
     def __init__(self, stream: TextIO | None = None, interval: float = 1.0) -> None:
         """stream: where to print; None: wherever standard output goes. interval: seconds between two looks."""

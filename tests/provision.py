@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests and the demo need on this machine, and how it gets there.
+"""Install what the tests and the demo need on this machine.
 
-Everything that is not a Debian package lies in one cache directory outside the repository. Each piece is made under
+Everything that is not a Debian package is in one cache directory outside the repository. Each piece is made under
 another name and renamed when it is whole, so that a run that was broken off leaves nothing that looks finished.
 Standard library only: this runs before anything else is installed.
 """
@@ -36,7 +36,7 @@ DEBIAN_MIRROR = "http://deb.debian.org/debian"
 DEBIAN_SECURITY_MIRROR = "http://deb.debian.org/debian-security"
 DEBIAN_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-# Each package beside what it is for, because that is what a user asks when it is missing.
+# Each package with its purpose, which a user needs to know if it is missing.
 RIG_PACKAGES = {
     "qemu-system-x86": "the virtual machine",
     "busybox-static": "virtme-ng's initramfs",
@@ -103,11 +103,11 @@ COMMAND_LIMIT = 1800.0
 
 
 class MissingError(Exception):
-    """Something that is needed is not there and could not be had. The text says what a user can do."""
+    """A requirement is missing and cannot be installed. The text names the remedy."""
 
 
 def say(text: str) -> None:
-    """Tell the user what is going on, at once."""
+    """Print the current step, without buffering."""
     PROGRESS.say(text)
 
 
@@ -147,7 +147,7 @@ def find_cache() -> Path:
 def run(
     command: Sequence[str], cwd: Path | None = None, env: dict[str, str] | None = None, limit: float | None = None
 ) -> str:
-    """Run a command to its end and return its standard output. Raises MissingError with what it said when it fails.
+    """Run a command to its end and return its standard output. Raises MissingError with its output if it fails.
 
     limit: seconds that it has, if not COMMAND_LIMIT.
     """
@@ -251,7 +251,7 @@ def locked(place: Path) -> Iterator[None]:
 
 
 def find_venv(name: str, requirements: Sequence[str]) -> Path:
-    """Return where the virtual environment of that name lies when it is made."""
+    """Return the path of the virtual environment of that name."""
     version = run([PYTHON, "-c", "import sys; print(sys.version)"])
     return find_cache() / f"venv-{name}-{make_stamp(version, *requirements)}"
 
@@ -275,7 +275,7 @@ def ensure_venv(name: str, requirements: Sequence[str]) -> Path:
 
 
 def find_rootfs(name: str = "probe") -> Path:
-    """Return where the root file system of that name lies when it is made."""
+    """Return the path of the root file system of that name."""
     return find_cache() / f"rootfs-{name}-{make_stamp(*ROOTFS_PACKAGES[name])}"
 
 
@@ -319,7 +319,7 @@ def run_debootstrap(place: Path, suite: str, packages: Sequence[str]) -> None:
 
 
 def make_partial(place: Path) -> Path:
-    """Return an empty directory beside a place, to be renamed to it. What a broken-off run left there goes."""
+    """Return an empty directory next to a path, to be renamed to it. Remains of an aborted run are removed."""
     partial = place.with_name(f"{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -340,7 +340,7 @@ def find_mirror() -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel to boot. version: as in KERNEL_SUITES; release: what uname -r says; image: its bzImage."""
+    """A kernel to boot. version: as in KERNEL_SUITES; release: as `uname -r` prints it; image: its bzImage."""
 
     version: str
     release: str
@@ -387,7 +387,7 @@ def unpack_package(partial: Path, suite: str) -> None:
 
 
 def find_kernel_package(apt_options: Sequence[str]) -> str:
-    """Return the name of the package that linux-image-amd64 stands for today."""
+    """Return the name of the package that linux-image-amd64 depends on today."""
     for line in run(["apt-cache", *apt_options, "depends", "linux-image-amd64"]).splitlines():
         name = line.rpartition(" ")[2]
         if "Depends:" in line and name.startswith("linux-image-"):
@@ -470,7 +470,7 @@ def is_rig_made() -> bool:
 
 
 def ensure_rig() -> tuple[Kernel, Path]:
-    """Return the usual kernel and root file system, with all the rig needs beside them, made side by side."""
+    """Return the usual kernel and root file system, with all other requirements of the rig, made in parallel."""
     with ThreadPoolExecutor() as candidates:
         venv = candidates.submit(ensure_venv, "rig", RIG_REQUIREMENTS)
         kernel = candidates.submit(ensure_kernel)

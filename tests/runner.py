@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests/run does: sets up, runs the kinds of tests asked for, counts.
+"""Implementation of tests/run: set up, run the requested kinds of tests, count.
 
     tests/run                                          lint, unit, runtime, packaging, newcomer, chain, vm
     tests/run lint unit                                these kinds
@@ -42,7 +42,7 @@ from tests.skips import Skip, find_unknown
 from tests.vm import machines, rig
 
 KINDS = ("lint", "unit", "runtime", "packaging", "newcomer", "chain", "vm")
-# What is run when it is asked for, besides.
+# Kinds that are run only on request.
 ON_REQUEST = ("engines", "iommus", "kata")
 # Where a kind's files are, if not in a directory of its name.
 DIRECTORIES = {"iommus": "vm/iommus"}
@@ -50,7 +50,7 @@ DIRECTORIES = {"iommus": "vm/iommus"}
 IN_MACHINES = ("chain", "vm", *ON_REQUEST)
 # The long ones: side by side, as many jobs at a time as there are processors.
 TOGETHER = ("unit", "packaging", "newcomer", *IN_MACHINES)
-# What apt has to have installed for a kind, beside provision.TEST_PACKAGES.
+# Packages that apt must have installed for a kind, in addition to provision.TEST_PACKAGES.
 PACKAGES = {"packaging": packages.PACKAGES, "newcomer": bare.PACKAGES, "chain": image.PACKAGES}
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 2400.0
@@ -62,7 +62,7 @@ HANDED_ON = ("OCI_VFIO_HOOKS_DIR", "OCI_VFIO_FULL")
 FILES_PER_BOOT = 6
 # Files that take as long as so many others: what is longest begins first.
 LONG_FILES = {"test_odd_configs.py": 8, "test_guest_kill.py": 4}
-# What is told of each failure at the end; all of it stands where it happened.
+# Lines printed for each failure at the end; the whole output is where it happened.
 LINES_TOLD = 20
 # Tests that failed are tried once more alone, unless they are more than this.
 TRIED_AGAIN = 5
@@ -78,7 +78,7 @@ HERE_LIMIT = 3000
 
 @dataclass(frozen=True)
 class Failure:
-    """What failed. tests: what to give to pytest to try it again, if anything; words: what to tell, some lines."""
+    """A failure. tests: arguments for pytest to retry it, if any; words: the report, some lines."""
 
     tests: tuple[str, ...]
     words: str
@@ -86,7 +86,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Count:
-    """How many tests passed, failed and were skipped.
+    """Numbers of tests that passed, failed and were skipped.
 
     failures: what failed; again: what passed the second time; skips: what was skipped, and why.
     """
@@ -252,7 +252,7 @@ def try_again(job: Job, first: Count) -> Count:
     """Return what a job comes to when what failed of it is run once more, alone.
 
     A test that other work (of this machine, or of the one it is a guest of) starved into some time limit passes then,
-    and is told with its words; a defect fails twice. Many failures are no accident.
+    and is reported with its output; a defect fails twice. Many failures are no accident.
     """
     if not all(failure.tests for failure in first.failures) or not 0 < len(first.failures) <= TRIED_AGAIN:
         return first
@@ -450,7 +450,7 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
     """Return what these files of tests find in their environment inside the machine; it is made where it is missing."""
     return {
         "OCI_VFIO_ROOTFS": str(provision.ensure_rootfs()),
-        # Each import is dear in there, and nothing can be written beside the sources.
+        # Each import is expensive in there, and no file can be written next to the sources.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",

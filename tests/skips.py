@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tests may be skipped, and why that is no loss. Every other skip fails where CI=true.
+"""List the tests that may be skipped, with the reason why that is no loss. Every other skip fails if CI=true.
 
 tests/run prints at its end what was skipped, known or not.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Skip:
-    """A test that was skipped. test: its node id; reason: what pytest says."""
+    """A test that was skipped. test: its node id; reason: as pytest reports it."""
 
     test: str
     reason: str
@@ -29,7 +29,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Known:
-    """A skip that is no loss. test: how the node id begins; reason: part of what pytest says; why: in our words."""
+    """A skip that is no loss. test: beginning of the node id; reason: part of pytest's reason; why: our explanation."""
 
     test: str
     reason: str

@@ -69,7 +69,7 @@ def grant_nodes(
             checks = proof.verify_nodes(root, target_cgroup, directory, made, deadline, os.O_RDWR, user)
     finally:
         os.close(directory)
-    # A group opens once at a time, and the device cgroup is asked before.
+    # A group opens only once at a time, and the device cgroup is checked before that.
     expects_user = options.expects_user and not reused
     checked = [check for check in checks if check.error != errno.EBUSY or not expects_user]
     check_proofs(root, target_cgroup, tuple(checked))
@@ -100,7 +100,7 @@ def check_user(user: Credentials, check: cgroup.NodeCheck) -> tuple[Finding, ...
 
 
 def check_proofs(root: Root, target_cgroup: cgroup.Cgroup, checks: tuple[cgroup.NodeCheck, ...]) -> None:
-    """Raise StepError where a node did not open, or its group is not viable."""
+    """Raise StepError if a node did not open, or its group is not viable."""
     from oci_hooks.guest.apply import permission
 
     if any(check.is_denied for check in checks):

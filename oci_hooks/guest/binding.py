@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bind and release devices for a container: the steps that need the claims, in order.
 
-The machine-wide lock is held while it is decided who gets what, and while stale claims are put back; not while devices
-are bound. From then on the container's own journal is locked, until the hook ends in whatever way.
+The hook holds the machine-wide lock while it assigns groups and undoes stale claims, but not while it binds devices.
+From then on the container's own undo log is locked until the hook ends, however it ends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
-    """Give a container the groups that it asks for. Raises HookError with everything put back."""
+    """Give a container the groups that it requests. Raises HookError after everything was undone."""
     reset_signals()
     root = run.root
     # Pid 1 is init's own number of itself: runc and Kata's agent give it to createContainer, which runs in the
@@ -57,7 +57,7 @@ def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSe
     except BaseException as error:
         findings = take_back(session, undo_log)
         if isinstance(error, HookError):
-            # What could not be done often can't be undone either, for the same reason: said once.
+            # An undo step often fails for the same reason as the step itself: report that once.
             error.findings += tuple(finding for finding in findings if finding not in error.findings)
         else:
             session.run.findings.extend(findings)
@@ -67,7 +67,7 @@ def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSe
 
 
 def apply_plan(session: Session, wanted: plan.Plan, undo_log: UndoLog) -> None:
-    """Do what the plan says, each step noted in the journal before it is done. Raises HookError."""
+    """Carry out the plan; each step is recorded in the undo log before it is done. Raises HookError."""
     root, deadline = session.root, session.run.deadline
     rootfs = root.do(find_rootfs, session.state, session.spec)
     load_drivers(root, deadline)
@@ -88,14 +88,14 @@ def apply_plan(session: Session, wanted: plan.Plan, undo_log: UndoLog) -> None:
 def find_rootfs(state: State, spec: Spec) -> str:
     """Return the real path of the container's root file system, as the runtime sees it.
 
-    The path to it is the runtime's, so its links are followed here, once; none may be left when it is descended.
+    The runtime chose the path, so its links are resolved here, once; later descents below it follow no link.
     """
     path = spec.root_path or state.root or "rootfs"
     return os.path.realpath(os.path.join(state.bundle, path))
 
 
 def release(root: Root, state: State, deadline: Deadline, settings: str = "") -> list[Finding]:
-    """Put back what a container's claim notes and return what went wrong; nothing to do without a claim.
+    """Undo a container's claim, if it has one, and return what went wrong.
 
     settings: path of the file, if named on the command line.
     """
@@ -121,11 +121,11 @@ def release(root: Root, state: State, deadline: Deadline, settings: str = "") ->
 
 
 def extend_deadline(root: Root, deadline: Deadline, settings: str) -> None:
-    """Give a release the time that the settings give to the hook."""
+    """Extend a release's deadline to the one in the settings."""
     from oci_hooks.guest.settings import read_guest_settings
 
     try:
         deadline.extend(read_guest_settings(root, settings).deadline)
     except InputError:
-        # Told to who starts a container. What has to be put back is the same without it.
+        # The runtime's call that creates the container reports this error; the undo needs no settings.
         deadline.extend(deadline.seconds)

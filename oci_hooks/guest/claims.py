@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: which container has which group, in one undo log each below /run/oci-vfio-hooks, locked across processes.
 
-A claim names its owner: the container by id and bundle, its init by pid and start time, and its cgroups. So it is known
-when the container has ended, which not every runtime reports by poststop, and whose poststop it is that comes: ids are
-unique for one runtime's state directory, not for a machine. The lock on a journal says that a hook is at work on it; a
-journal that is neither locked nor done is what a killed hook left behind.
+A claim names its owner: the container by id and bundle, its init by pid and start time, and its cgroups. This shows
+when the container has ended, which not every runtime reports by poststop, and which container a poststop is for: an id
+is unique only within one runtime's state directory. A locked undo log means that a hook is at work on it; an undo log
+that is neither locked nor done was left by a killed hook.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ if TYPE_CHECKING:
     from oci_hooks.system import Deadline
 
 STATE_DIRECTORY = "/run/oci-vfio-hooks"
-# What the file of an id that is too long for a file name begins with; of no other id does it.
+# Prefix of the file name for an id that is too long to be one; no other id gets it.
 HASH_PREFIX = "sha256-"
-# The hook's own lack of something, which is no defect of a claim.
+# Errors of the hook's own process, which are no defect of a claim.
 RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Owner(Frozen):
-    """Whose a claim is. container: its id; pid, start: its init process (start in clock ticks since boot); bundle: the
-    path of its bundle; home: its cgroups."""
+    """The owner of a claim.
+
+    container: its id; pid, start: its init process (start in clock ticks since boot); bundle: path of its bundle; home:
+    its cgroups.
+    """
 
     tag = "owner"
 
@@ -49,9 +52,12 @@ class Owner(Frozen):
 
 
 class Claim(Frozen):
-    """A container's journal as it stands. container: its id; pid, start, bundle, home: as of an Owner; groups: what it
-    has; entries: all of the journal; done: its hook succeeded; at_work: its hook still runs; problem: why it can't be
-    put back, "" where it can: of such a claim the rest is what could be read."""
+    """A container's claim, as its undo log has it now.
+
+    container: its id; pid, start, bundle, home: as in Owner; groups: those it has; entries: all of the undo log; done:
+    its hook succeeded; at_work: its hook still runs; problem: why it cannot be undone, "" if it can; with a problem the
+    other fields hold only what could be read.
+    """
 
     tag = "claim"
 
@@ -68,18 +74,18 @@ class Claim(Frozen):
     problem: str = ""
 
     def is_stale(self, root: Root) -> bool:
-        """Check whether it has to be undone: its hook was killed, or its container has ended with all its processes."""
+        """Return whether it must be undone: its hook was killed, or all processes of its container have ended."""
         if self.at_work or self.problem:
             return False
         return not (self.done and (self.is_alive(root) or is_occupied(root, self.home)))
 
     def is_alive(self, root: Root) -> bool:
-        """Check whether the container's init still is the process that it was."""
+        """Return whether the container's init is still the same process."""
         return self.start > 0 and read_start_time(root, self.pid) == self.start
 
 
 class ClaimDirectory:
-    """The claims of a machine. path: where they lie on this one; root: the door that all goes through."""
+    """The claims of a machine. path: their directory on this machine; root: access to the system."""
 
     def __init__(self, path: str = "", root: Root | None = None) -> None:
         self.root = root or Root()
@@ -87,7 +93,7 @@ class ClaimDirectory:
 
     @step("prepare-claims")
     def prepare(self) -> None:
-        """Make the directory, for root only. Raises Refusal [state-directory] where it is not what it must be."""
+        """Create the directory, for root only. Raises Refusal [state-directory] if others can change it."""
         for path in (self.path, f"{self.path}/claims"):
             try:
                 os.mkdir(path, 0o700)
@@ -114,7 +120,7 @@ class ClaimDirectory:
         return fd
 
     def undo_log_path(self, container: str) -> str:
-        """Return where a container's journal lies, whatever its id is made of."""
+        """Return the path of a container's undo log, for any id."""
         name = quote(container)
         if name.startswith((".", HASH_PREFIX)):
             name = f"%{ord(name[0]):02x}{name[1:]}"
@@ -126,20 +132,20 @@ class ClaimDirectory:
 
     @step("read-claims")
     def read_claims(self) -> list[Claim]:
-        """Return every claim. Without the lock held they may change while they are read."""
+        """Return every claim. Without the lock they may change while they are read."""
         paths = (f"{self.path}/claims/{name}" for name in self.list_files() if not name.startswith("."))
         return [claim for claim in map(self.read_claim, paths) if claim is not None]
 
     @step("remove-drafts")
     def remove_drafts(self) -> None:
-        """Remove the drafts of killed hooks. Call it with the lock held: with it they are made, and get their names."""
+        """Remove the drafts of killed hooks. Call it with the lock held, as hooks create and rename drafts under it."""
         for name in self.list_files():
             path = f"{self.path}/claims/{name}"
             if name.startswith(".") and not os.path.isdir(path):
                 os.unlink(path)
 
     def list_files(self) -> list[str]:
-        """Return the names of journals and drafts."""
+        """Return the file names of undo logs and drafts."""
         try:
             return sorted(os.listdir(f"{self.path}/claims"))
         except FileNotFoundError:
@@ -147,14 +153,15 @@ class ClaimDirectory:
 
     @step("read-claim")
     def read_claim(self, path: str) -> Claim | None:
-        """Return one claim, or None where there is none at this path: nothing, or something that is no file.
+        """Return one claim; None if the path does not exist or is not a regular file.
 
-        A claim that can't be read is one with a problem. Raises OSError where this process lacks something.
+        A claim that cannot be read is returned with a problem. Raises OSError if this process lacks descriptors or
+        memory.
         """
         try:
             if not stat.S_ISREG(os.lstat(path).st_mode):
                 return None
-            # A pipe that came meanwhile would have it wait for its other end.
+            # O_NONBLOCK: if a pipe has replaced the file since, open() must not wait for its other end.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 at_work = not try_lock(fd)
@@ -171,7 +178,7 @@ class ClaimDirectory:
         return claim.replace(problem=self.find_problem(claim, data))
 
     def find_problem(self, claim: Claim, data: bytes) -> str:
-        """Return why a claim can't be put back, "" where it can. data: of its file."""
+        """Return why a claim cannot be undone, "" if it can. data: the content of its file."""
         if len(data) > UNDO_LOG_LIMIT:
             return f"is longer than {UNDO_LOG_LIMIT} bytes"
         if not data.startswith(FORMAT.encode() + b"\n"):
@@ -184,19 +191,19 @@ class ClaimDirectory:
 
     @step("read-undo-log")
     def read_entries(self, undo_log: UndoLog) -> tuple[Entry, ...]:
-        """Return the entries that this run has added to a journal, also to one that somebody has removed."""
+        """Return the entries that this run has added to an undo log, even if the file was removed meanwhile."""
         return tuple(parse_undo_log(os.pread(undo_log.fd, UNDO_LOG_LIMIT, undo_log.kept)))
 
     @step("read-whole-undo-log")
     def read_all_entries(self, undo_log: UndoLog) -> tuple[Entry, ...]:
-        """Return all entries of a journal, also those of earlier runs of this container's hook."""
+        """Return all entries of an undo log, including those of earlier runs of this container's hook."""
         return tuple(parse_undo_log(os.pread(undo_log.fd, UNDO_LOG_LIMIT, 0)))
 
     @step("open-undo-log")
     def open_undo_log(self, owner: Owner, groups: tuple[str, ...]) -> UndoLog:
-        """Write a new claim and return its journal, locked. Call it with the machine-wide lock held.
+        """Write a new claim and return its undo log, locked. Call it with the machine-wide lock held.
 
-        An older journal of the same container is replaced: it must have been undone, or taken over, before.
+        This replaces an older undo log of the same container, which must have been undone or taken over before.
         """
         path = self.undo_log_path(owner.container)
         draft = f"{self.path}/claims/.{os.getpid()}"
@@ -211,7 +218,7 @@ class ClaimDirectory:
             undo_log.add("cgroup", *owner.home.as_dict().values())
             for name in groups:
                 undo_log.add("group", name)
-            # Nobody ever sees a claim that is not whole, or not locked.
+            # Other hooks never see a claim that is incomplete or not locked.
             os.rename(draft, path)
         except BaseException:
             os.close(fd)
@@ -220,7 +227,7 @@ class ClaimDirectory:
         return undo_log
 
     def add_revoked(self, claim: Claim, numbers: str) -> None:
-        """Note in a claim that its container has some device numbers no more. Raises OSError.
+        """Record in a claim that its container no longer has some device numbers. Raises OSError.
 
         Call it with the machine-wide lock held, also while a hook is at work on the claim: an entry is one write.
         """
@@ -232,7 +239,7 @@ class ClaimDirectory:
         try:
             UndoLog(fd, claim.path, torn=ends_mid_line(fd), size=size).add("revoked", numbers)
         except OSError:
-            # A part of a line would spoil the next one, which the hook at work would write right behind it.
+            # Remove a partial line: the hook at work would append its next line directly to it.
             os.ftruncate(fd, size)
             raise
         finally:
@@ -240,9 +247,9 @@ class ClaimDirectory:
 
     @step("reopen-undo-log")
     def reopen_undo_log(self, claim: Claim) -> UndoLog | None:
-        """Return the journal of an existing claim, locked; None where a hook, or a blocked step of one, has it.
+        """Return the undo log of an existing claim, locked; None if a hook, or a blocked step of one, has the lock.
 
-        None too where it has just gone: a hook that fails removes its claim without the machine-wide lock.
+        Also None if the file has just gone: a hook that fails removes its claim without the machine-wide lock.
         """
         try:
             fd = os.open(claim.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -256,7 +263,7 @@ class ClaimDirectory:
 
 
 def make_claim(path: str, entries: list[Entry], at_work: bool) -> Claim:
-    """Return what a journal's entries say."""
+    """Return the claim that an undo log's entries describe."""
     first: dict[str, Entry] = {}
     for entry in entries:
         first.setdefault(entry.kind, entry)
@@ -269,12 +276,12 @@ def make_claim(path: str, entries: list[Entry], at_work: bool) -> Claim:
 
 
 def make_home(entry: Entry) -> Home:
-    """Return the cgroups that an entry notes."""
+    """Return the cgroups in an entry of the kind `cgroup`."""
     return Home(entry.words[0], entry.number(1), entry.words[2], entry.number(3))
 
 
 def name_container(path: str) -> str:
-    """Return the id of a container by the name of its claim, as far as that has it."""
+    """Return the container's id from the name of its claim; the name itself if the id cannot be derived from it."""
     name = path.rpartition("/")[2]
     try:
         return unquote(name)
@@ -294,7 +301,7 @@ def read_head(fd: int, maximum: int) -> bytes:
 
 
 def ends_mid_line(fd: int) -> bool:
-    """Check whether a journal's last line has no end."""
+    """Return whether the last line of an undo log is incomplete."""
     return os.pread(fd, 1, max(os.fstat(fd).st_size - 1, 0)) != b"\n"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decide what a container gets, waiting for devices that are not there yet, and write its claim."""
+"""Decide which groups a container gets, wait for devices that are not there yet, and write the claim."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from oci_hooks.linux.uevents import Listener
     from oci_hooks.system import Root
 
-# What binding takes once the device is there; waiting for it must leave so much.
+# Time that must remain for binding when a device appears.
 BIND_SECONDS = 1.0
 
 
 def wait_for_claim(session: Session) -> tuple[UndoLog, plan.Plan]:
-    """Decide what the container gets, waiting for devices that are not there yet. Raises Refusal."""
+    """Return the container's undo log and plan, waiting for devices that are not there yet. Raises Refusal."""
     listener = None
     root, deadline = session.root, session.run.deadline
     while True:
@@ -47,12 +47,12 @@ def wait_for_claim(session: Session) -> tuple[UndoLog, plan.Plan]:
                 from oci_hooks.linux.uevents import Listener
 
                 try:
-                    # Nothing is missed: it listens now, and the next look comes after.
+                    # Listen before looking again, so that no event is missed.
                     listener = root.do(Listener)
-                    # Nobody waits for it now; when the device is there, its driver keeps it for a while anyway.
+                    # Import now, while waiting anyway: a new device's own driver takes a while to probe it.
                     access.preload_later_steps()
                 except HookError as error:
-                    # What is missing is the news; that it can't be waited for comes after.
+                    # Report the missing device first, then why the hook cannot wait for it.
                     error.findings = missing.findings + error.findings
                     raise
             elif not root.do(wait_for_event, listener, deadline):
@@ -64,14 +64,14 @@ def wait_for_claim(session: Session) -> tuple[UndoLog, plan.Plan]:
 
 @tagged("wait-for-event")
 def wait_for_event(listener: Listener, deadline: Deadline) -> str:
-    """Return what happened to a device or a group; "" when too little time is left to bind one."""
+    """Return the next event of a device or group; "" when too little time is left to bind one."""
     seconds = deadline.remaining() - BIND_SECONDS
-    # Where events come faster than they are looked after there always is one: only the clock ends that.
+    # With a steady stream of events, only the clock ends the wait.
     return listener.wait(seconds) if seconds > 0 else ""
 
 
 def claim_groups(session: Session) -> tuple[UndoLog, plan.Plan] | None:
-    """Decide once, and write the claim; None where another hook of the same container had to be waited for."""
+    """Decide once, and write the claim; None if another hook of the same container had to be waited for."""
     deadline = session.run.deadline
     lock = session.directory.lock(deadline)
     try:
@@ -98,12 +98,12 @@ def claim_groups(session: Session) -> tuple[UndoLog, plan.Plan] | None:
 
 
 def make_plan_options(session: Session) -> plan.PlanOptions:
-    """Return what settings and request say about nodes."""
+    """Return the options for nodes, from settings and request."""
     return plan.PlanOptions(session.settings.owner, session.request.wants_cdev, session.settings.map)
 
 
 def select_groups(session: Session, claims: list[Claim]) -> tuple[ChosenGroup, ...]:
-    """Return the groups for the container, from what the machine has now. Raises NotAvailableYet, Refusal."""
+    """Return the groups for the container, from the machine's present devices. Raises NotAvailableYet, Refusal."""
     root, finder = session.root, UsageFinder(session.root, session.run.deadline)
     candidates = make_candidates(root, session.settings, claims, session.claim_path, finder.find)
     candidates = candidates.replace(
@@ -142,7 +142,7 @@ def make_candidates(
 
     claims: those that hold; uses: gives the reasons why a device must not be touched. Raises OSError.
     """
-    # Both have to say so: guest.toml for this hook, the kernel's switch for the whole guest.
+    # Both must allow it: guest.toml for this hook, the kernel's switch for the whole guest.
     noiommu = settings.allow_noiommu and root.read_text_or(pci.NOIOMMU_SWITCH, "N") == "Y"
     inventory, live = pci.scan(root, noiommu, instances=True), pci.list_live_groups(root)
     inventory, live = pci.resolve_noiommu_groups(inventory, live, noiommu)
@@ -160,7 +160,7 @@ def make_candidates(
 
 
 def find_cdevs(root: Root, request: Request) -> dict[tuple[int, int], str]:
-    """Return the devices that have a node of their own by its numbers, where linux.devices may list one: BDF."""
+    """Return the BDFs of devices with their own node by its numbers, if linux.devices may list such a node."""
     if not any(entry.is_cdev for entry in request.entries):
         return {}
     from oci_hooks.linux.vfio import CDEV_CLASS, list_cdevs
@@ -169,15 +169,15 @@ def find_cdevs(root: Root, request: Request) -> dict[tuple[int, int], str]:
 
 
 def is_same_device(inventory: pci.Inventory, entry: Entry) -> bool:
-    """Check whether the device that an entry notes is at its address, not another one."""
+    """Return whether the device at an entry's address is still the one that the entry records."""
     device = inventory.devices.get(entry.words[0])
     return device is not None and make_instance(device) == parse_instance(entry)
 
 
 def open_claim(session: Session, own: Claim | None, groups: tuple[str, ...]) -> UndoLog | None:
-    """Return the container's journal with its groups noted: a new one, or that of an earlier run of the hook.
+    """Return the container's undo log with its groups recorded: a new one, or that of an earlier run of the hook.
 
-    None where somebody has that one meanwhile: it is not replaced, it knows which drivers the devices had.
+    None if another process has that one locked. It must not be replaced: it records the devices' original drivers.
     """
     if own is None:
         home = find_home(session.root, session.owner.pid)

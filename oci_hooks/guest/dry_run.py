@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print what a dry run would do: the plan of the hook, or what a release would restore."""
+"""Print the result of a dry run: the hook's plan, or what a release would undo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def print_plan(run: Run, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
-    """Print what would be done, and do nothing. Raises HookError as the real run would, without waiting."""
+    """Print what the hook would do, and change nothing. Raises HookError as the real run would, without waiting."""
     root = run.root
     directory = ClaimDirectory(root=root)
     owner = Owner(state.id, state.pid, 0, state.bundle)
@@ -35,7 +35,7 @@ def print_plan(run: Run, state: State, spec: Spec, request: Request, settings: G
 
 
 def print_release(run: Run, state: State) -> None:
-    """Print what a release would put back, and do nothing."""
+    """Print what a release would undo, and change nothing."""
     directory = ClaimDirectory(root=run.root)
     claim = directory.read_claim(directory.undo_log_path(state.id))
     if claim:
@@ -45,11 +45,11 @@ def print_release(run: Run, state: State) -> None:
 
 
 def print_actions(run: Run, actions: list[tuple[str, str, str]]) -> None:
-    """Print a plan, or keep it for --json. actions: (what, on what, how), in order."""
+    """Print a plan, or keep it for --json. actions: (action, object, details), in order."""
     from oci_hooks.log import write_stdout
 
     if run.arguments.json:
         run.plan.extend({"action": what, "subject": subject, "detail": how} for what, subject, how in actions)
         return
-    # Some of the words are a tenant's, and a person's terminal reads them.
+    # Some of the words come from a tenant and are printed on a terminal.
     write_stdout("".join(f"{make_one_line(f'{what} {subject}: {how}')}\n" for what, subject, how in actions))

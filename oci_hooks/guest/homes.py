@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
     from oci_hooks.system import Root
 
-# Directories that are looked into below a cgroup. A container may have made any number of them.
+# Maximum number of directories examined below a cgroup. A container may have created any number of them.
 MAX_DIRECTORIES = 1000
 
 
 class Home(Frozen):
-    """The cgroups that are one container's alone.
+    """The cgroups that belong to one container alone.
 
-    unified, devices: directories of the version 2 hierarchy and of the version 1 devices hierarchy, each "" where there
-    is none, or where others share it; unified_inode, devices_inode: which directory of that path, 0 where not known.
+    unified, devices: directories of the version 2 hierarchy and of the version 1 devices hierarchy, each "" if there is
+    none or if others share it; unified_inode, devices_inode: the inode numbers of these directories, 0 if unknown.
     """
 
     tag = "home"
@@ -36,7 +36,7 @@ class Home(Frozen):
 
 
 def find_home(root: Root, pid: int) -> Home:
-    """Return the cgroups of a container. pid: its init. Raises StepError where they can't be found."""
+    """Return the cgroups of a container. pid: its init. Raises StepError if they cannot be found."""
     from oci_hooks.guest.apply import cgroup
 
     location = cgroup.find_cgroup(root, pid)
@@ -46,19 +46,19 @@ def find_home(root: Root, pid: int) -> Home:
 
 
 def is_occupied(root: Root, home: Home) -> bool:
-    """Check whether a process is left in a container's cgroups, or below them."""
+    """Return whether any process is left in a container's cgroups, or below them."""
     locations = ((home.unified, home.unified_inode), (home.devices, home.devices_inode))
     return any(path and has_process(root, path, inode) for path, inode in locations)
 
 
 def has_process(root: Root, path: str, inode: int) -> bool:
-    """Check whether a process is in a cgroup or below it. inode: of its directory; another one is a later cgroup."""
+    """Return whether any process is in a cgroup or below it. inode: its own; another inode is a later cgroup."""
     try:
         found = root.stat(path).st_ino
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
-        # It is there. What can't be read is not free.
+        # It exists. If it cannot be read, assume that it is occupied.
         return True
     if inode not in (0, found):
         return False
@@ -70,9 +70,9 @@ def has_process(root: Root, path: str, inode: int) -> bool:
 
 
 def list_processes(root: Root, path: str) -> Iterator[int]:
-    """Yield the processes in a cgroup and below it; at last 0 where it is not known that these are all.
+    """Yield the processes in a cgroup and below it; at last 0 if there may be more.
 
-    A container may make more cgroups below its own than are looked into.
+    A container may create more cgroups below its own than this examines.
     """
     waiting, looked = [path], 0
     while waiting:

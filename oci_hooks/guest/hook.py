@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest hook: open the VFIO groups that an OCI state asks for to one container, and release them.
+"""The guest hook: open the VFIO groups that an OCI state requests to one container, and release them.
 
-The way of the data: state, spec, request, picture, plan, apply, proof. Reading and planning
-change nothing; binding.py has the plan carried out, and what is over put back.
+The data flow: state, spec, request, inventory, plan, apply, verify. Reading and planning change nothing; binding.py
+carries the plan out and undoes it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: list[str], begun: bytes = b"") -> int:
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Give the parser the options that only this hook has."""
+    """Add this hook's own options to the parser."""
     parser.description = "Bind a container's PCI devices to vfio-pci and create their device nodes in it."
     parser.add_argument("--dry-run", action="store_true", help="print the plan, change nothing")
     parser.add_argument("--all", action="store_true", help="no container: list what this guest has, change nothing")
@@ -49,7 +49,7 @@ def read_record_mode(path: str) -> str:
 
 
 def work(run: Run) -> int:
-    """Do what the state asks for: bind, release, or nothing. Returns the exit code."""
+    """Do what the state requires: bind, release, or nothing. Returns the exit code."""
     arguments = run.arguments
     if arguments.all:
         from oci_hooks.guest.survey import survey
@@ -101,7 +101,7 @@ def has_ended(root: Root, state: State) -> bool:
 
 
 def bind_groups(run: Run, state: State, spec: Spec, request: Request) -> None:
-    """Give the container what it asks for. Raises HookError with everything put back."""
+    """Give the container the groups that it requests. Raises HookError after everything was undone."""
     from oci_hooks.guest.binding import bind
     from oci_hooks.guest.dry_run import print_plan
     from oci_hooks.guest.settings import check_deadline, read_guest_settings
@@ -136,7 +136,7 @@ def start_guard(run: Run, state: State) -> Guard:
 
 
 def kill_if_configured(run: Run, state: State) -> None:
-    """End the container where guest.toml has `on_failure = "kill"`: it asked for VFIO and does not get it.
+    """Kill the container if guest.toml has `on_failure = "kill"`: it requested VFIO and does not get it.
 
     Kata's agent ignores a hook's exit code, and would start it without its devices.
     """
@@ -146,19 +146,19 @@ def kill_if_configured(run: Run, state: State) -> None:
     try:
         settings = read_guest_settings(run.root, run.arguments.settings)
     except InputError:
-        # What it says can't be read, which is told already or not what failed.
+        # Without readable settings the default applies; this error is already reported, or not the one that matters.
         return
     if settings.on_failure == "kill" and not run.arguments.dry_run:
         kill_container(run.root, state)
 
 
 def release_groups(run: Run, state: State) -> int:
-    """Put back what this container's claim notes, if it has one. Returns the exit code."""
+    """Undo this container's claim, if it has one. Returns the exit code."""
     import os
 
     from oci_hooks.guest.claims import ClaimDirectory
 
-    # Most containers have none, and do not pay for what puts it back.
+    # Most containers have none, and need no import of the modules that undo it.
     if not run.root.do(os.path.exists, ClaimDirectory(root=run.root).undo_log_path(state.id)):
         return EXIT_DONE
     from oci_hooks.guest.binding import release

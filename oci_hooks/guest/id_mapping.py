@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from oci_hooks.oci import Spec, State
     from oci_hooks.system import Root
 
-# chown(2) takes this one for "leave it as it is".
+# chown(2) interprets this id as "leave it as it is".
 NO_ID = 0xFFFFFFFF
 
 
 def resolve_id_mappings(root: Root, state: State, spec: Spec) -> Spec:
     """Return the spec with the id mappings of the user namespace that the container's init is in (user_namespaces(7)).
 
-    config.json holds none, or a made-up one, where the namespace is joined by its path, as a pod's containers do.
+    config.json has no mappings, or made-up ones, if the container joins a namespace by path, as in a pod.
     """
     if "user" not in spec.namespaces:
         return spec
@@ -26,13 +26,13 @@ def resolve_id_mappings(root: Root, state: State, spec: Spec) -> Spec:
 
 
 def read_mappings(root: Root, path: str) -> tuple[IdMapping, ...]:
-    """Return the mappings in a process's uid_map or gid_map; none where it can't be read."""
+    """Return the mappings in a process's uid_map or gid_map; none if it cannot be read."""
     rows = (line.split() for line in root.read_text_or(path, "").split("\n"))
     return tuple(IdMapping(*map(int, row)) for row in rows if len(row) == 3 and "".join(row).isdecimal())
 
 
 def map_id(container_id: int, mappings: tuple[IdMapping, ...]) -> int:
-    """Return the id outside the user namespace for one inside; -1 where there is none. No mappings: the same id."""
+    """Return the id outside the user namespace for one inside; -1 if it is unmapped. Without mappings: the same id."""
     if not mappings:
         return container_id if container_id < NO_ID else -1
     for mapping in mappings:

@@ -12,12 +12,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.system import Deadline
 
-# How long after an alarm that went unheard the next one comes.
+# Seconds after which the alarm is repeated if it had no effect.
 ALARM_SECONDS = 0.1
 
 
 def try_lock(fd: int) -> bool:
-    """Take a file's lock if it is free, and tell whether it was."""
+    """Take a file's lock if it is free, and return whether it was."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -42,7 +42,7 @@ def take_lock(fd: int, deadline: Deadline, path: str) -> None:
 class alarm:  # noqa: N801 - reads as a statement
     """Raise TimeoutError out of a blocking system call at the deadline.
 
-    It rings until it is heard: a signal between Python's last look and the system call itself does not end that.
+    The alarm repeats: a signal between Python's last check and the system call itself does not interrupt the call.
     """
 
     def __init__(self, deadline: Deadline) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decide who owns a claim: which claims are over, who has a group, and which container a poststop belongs to."""
+"""Decide who owns a claim: which claims have ended, who has a group, and which container a poststop is for."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ UNREADABLE_HINT = "end its container, restore its devices by hand (driverctl uns
 
 
 def has_ended(root: Root, claim: Claim, own: str, pid: int) -> bool:
-    """Check whether a claim has to be undone. own, pid: the path of this container's claim, and its init.
+    """Return whether a claim must be undone. own, pid: the path of this container's claim, and its init.
 
-    The claim of an earlier container of the same id is over, too, when this one is in the very same cgroup: which of
-    the processes there are left of the earlier one is not known, and each has this container's permission anyway.
+    The claim of an earlier container with the same id has ended, too, if this container is in the same cgroup:
+    remaining processes of the earlier one cannot be identified, and they have this container's permissions anyway.
     """
     if claim.is_stale(root):
         return True
@@ -31,7 +31,7 @@ def has_ended(root: Root, claim: Claim, own: str, pid: int) -> bool:
 
 
 def check_own_claim(claim: Claim | None, owner: Owner) -> None:
-    """Raise Refusal where the claim under a container's id can't be read, or is another, living container's."""
+    """Raise Refusal if the claim under a container's id is unreadable, or belongs to another, running container."""
     if claim is None:
         return
     check_readable(claim)
@@ -43,23 +43,23 @@ def check_own_claim(claim: Claim | None, owner: Owner) -> None:
 
 
 def check_readable(claim: Claim) -> None:
-    """Raise Refusal where it can't be read what a container has."""
+    """Raise Refusal if a container's claim cannot be read."""
     if claim.problem:
         raise Refusal("claim-unreadable", claim.path, claim.problem, UNREADABLE_HINT)
 
 
 def warn_unreadable(claim: Claim) -> Finding:
-    """Return the warning for another container's claim that can't be read."""
+    """Return the warning for another container's claim that cannot be read."""
     problem = f"{claim.problem}; devices that may belong to its container are not given to others"
     return Finding("warning", "claim-unreadable", claim.path, problem, UNREADABLE_HINT)
 
 
 def check_release(root: Root, state: State, claim: Claim) -> None:
-    """Raise Refusal where the claim under a container's id is not that of the container that ends.
+    """Raise Refusal if the claim under a container's id is not that of the container that ends.
 
-    An id is unique for one runtime's state directory (runc --root), not for a machine; and the status at poststop is
-    `running` with Kata's agent. So it is decided by whether the claim's own container has ended. The claim of a hook
-    that was killed is put back by the next hook anyway, whichever that is.
+    An id is unique only within one runtime's state directory (runc --root), and Kata's agent passes the status
+    `running` at poststop. So the hook checks whether the claim's own container has ended. If a hook was killed, the
+    next hook on this machine undoes its claim.
     """
     check_readable(claim)
     other = "" if claim.bundle == state.bundle else f"another container with this id, in {claim.bundle}, "
@@ -72,9 +72,9 @@ def check_release(root: Root, state: State, claim: Claim) -> None:
 
 
 def find_owners(claims: list[Claim], inventory: Inventory, own: str) -> dict[str, str]:
-    """Return which container has which group, by all claims but one. own: the path of that one.
+    """Return the owner of each group, from all claims but one. own: the path of that one.
 
-    What can't be read of a claim may be any device that is bound to a VFIO driver and that no other claim has.
+    A claim that cannot be read may own any device that is bound to a VFIO driver and belongs to no other claim.
     """
     owners = dict(list_owners(claims, excluding=own))
     known = {group for claim in claims for group in claim.groups}

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Manage the permissions of all claims: revoke only a container's own, and let no two share a device number.
+"""Manage the device permissions of all claims: revoke only a container's own, and let no two share a device number.
 
-Permission is a matter of device numbers, and of cgroups that containers have in common:
+Permissions are for device numbers, and for cgroups that containers may have in common:
 
 * The kernel reuses the number of a device that is gone. A container that was allowed this number, and still has a node
-  with it, could open the next device. So what is dead is revoked before devices are bound (`revoke_stale_numbers`),
-  and what the kernel gave out for this container all the same, from whoever had it, right after (`claim_numbers`).
-* A parent that was widened, with version 1, stays so until no claim needs it.
+with it, could open the next device. So numbers without a device are revoked before devices are bound
+(`revoke_stale_numbers`), and the numbers that this container's devices get are revoked from all others right after that
+(`claim_numbers`).
+* A parent cgroup of version 1 that was widened stays so until no claim needs it.
 
 The hook holds the machine-wide lock for all of this: it reads, changes and writes back the cgroups' rules, and no other
-hook may do so meanwhile. A permission is in the claim before it is given; a revocation is, after it was made.
+hook may do so meanwhile. An undo log records a permission before it is given, and a revocation after it was made.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def list_others(claims: Iterable[Claim], excluding: str) -> list[Claim]:
     return [claim for claim in claims if claim.path != excluding]
 
 
-# Giving --------------------------------------------------------------------------------------------------------------
+# Allowing ------------------------------------------------------------------------------------------------------------
 
 
 @step("allow-nodes")
@@ -59,9 +60,9 @@ def allow_nodes(
     undo_log: UndoLog,
     deadline: Deadline,
 ) -> None:
-    """Permit nodes to a container's cgroup, noted in its journal first. Raises StepError, Refusal [lock-timeout].
+    """Allow nodes in a container's cgroup, recorded in its undo log first. Raises StepError, Refusal [lock-timeout].
 
-    claims: of the machine; the rest as of `permission.plan_grant`.
+    claims: of the machine; the rest as in `permission.plan_grant`.
     """
     lock = claims.lock(deadline)
     try:
@@ -76,8 +77,8 @@ def allow_nodes(
 
 
 def check_alone(root: Root, target_cgroup: Cgroup, others: Iterable[Claim]) -> None:
-    """Raise StepError where a container is in the cgroup of another one: what one is permitted the other is."""
-    # With both hierarchies the kernel asks both, so that one in which the container is alone is enough.
+    """Raise StepError if a container shares its cgroup with another one, which would get the same permissions."""
+    # With both hierarchies the kernel checks both, so it is enough that the container is alone in one of them.
     own = [path for path in (target_cgroup.devices, target_cgroup.unified) if path and path not in target_cgroup.shared]
     for claim in others:
         home = claim.home
@@ -89,7 +90,7 @@ def check_alone(root: Root, target_cgroup: Cgroup, others: Iterable[Claim]) -> N
 
 
 def check_not_revoked(claims: ClaimDirectory, undo_log: UndoLog, wanted: Iterable[MadeNode]) -> None:
-    """Raise StepError where a number was revoked since it was taken: its device is gone, and perhaps another has it."""
+    """Raise StepError if a number was revoked since it was recorded: its device is gone, and another may have it."""
     kept = permission.list_numbers(claims.read_all_entries(undo_log))
     for node in wanted:
         if node.major != permission.MISC_MAJOR and (node.major, node.minor) not in kept:
@@ -97,7 +98,7 @@ def check_not_revoked(claims: ClaimDirectory, undo_log: UndoLog, wanted: Iterabl
 
 
 def explain_gone(subject: str) -> StepError:
-    """Return the error for a device that went while its container was given it."""
+    """Return the error for a device that was unplugged while its container was given it."""
     return StepError("device-gone", subject, "was unplugged while it was being bound", "start the container again")
 
 
@@ -105,10 +106,11 @@ def explain_gone(subject: str) -> StepError:
 
 
 def revoke_stale_numbers(claims: ClaimDirectory, held: list[Claim], excluding: str) -> None:
-    """Revoke the device numbers that no device has any more, before the kernel gives them out for another one.
+    """Revoke the device numbers that no device has any more, before the kernel reuses them for another one.
 
-    held: all claims; excluding: path of the one whose container is about to get devices. Call it with the machine-wide
-    lock held. What can't be revoked is no error yet: who gets the number is refused (`claim_numbers`).
+    held: all claims; excluding: path of the claim whose container is about to get devices. Call it with the
+    machine-wide lock held. A number that cannot be revoked is no error yet: `claim_numbers` refuses it to the next
+    container.
     """
     root = claims.root
     for claim in list_others(held, excluding):
@@ -125,16 +127,16 @@ def revoke_stale_numbers(claims: ClaimDirectory, held: list[Claim], excluding: s
 
 @step("claim-numbers")
 def claim_numbers(claims: ClaimDirectory, made: tuple[MadeNode, ...], undo_log: UndoLog, deadline: Deadline) -> bool:
-    """Make device numbers one container's alone: they are revoked from all others. Return whether any had to be.
+    """Reserve device numbers for one container by revoking them from all others. Return whether any others had them.
 
-    made: the container's nodes, whose devices are bound. It is noted in the journal that it has these numbers. Raises
-    StepError where a number can't be revoked, or may have been used, Refusal [lock-timeout].
+    made: the container's nodes, whose devices are bound. The undo log records that it has these numbers. Raises
+    StepError if a number cannot be revoked or may have been used, Refusal [lock-timeout].
     """
     taken = {(node.major, node.minor): node for node in made if node.major != permission.MISC_MAJOR}
     lock = claims.lock(deadline)
     try:
         others = list_others(claims.read_claims(), undo_log.path)
-        # Noted first, checked then: if its device goes after that, whoever gets the number finds it noted.
+        # Record first, check afterwards: if its device goes after that, the number's next owner finds the record.
         missing = taken.keys() - permission.list_numbers(claims.read_all_entries(undo_log))
         if missing:
             undo_log.add("numbers", format_numbers(missing))
@@ -149,7 +151,8 @@ def claim_numbers(claims: ClaimDirectory, made: tuple[MadeNode, ...], undo_log: 
     finally:
         os.close(lock)
     for pair, claim in found.items():
-        # A group opens once, so that the proof finds out whether somebody has it open. A device's own node does not.
+        # A group can be opened only once, so the check of the nodes finds another user. A device's own node can be
+        # shared.
         if taken[pair].name.startswith(CDEV_DIRECTORY):
             problem = (
                 f"has device number {format_numbers([pair])}, which was allowed to container {claim.container} too"
@@ -160,7 +163,7 @@ def claim_numbers(claims: ClaimDirectory, made: tuple[MadeNode, ...], undo_log: 
 
 
 def check_own_devices(root: Root, entries: Iterable[Entry], made: Iterable[MadeNode]) -> None:
-    """Raise StepError where a container's devices are gone, so that its numbers may be another's."""
+    """Raise StepError if a container's devices are gone, so that their numbers may be another device's."""
     for entry in entries:
         if entry.kind == "device" and read_instance(root, entry.words[0]) != parse_instance(entry):
             raise explain_gone(entry.words[0])
@@ -174,7 +177,7 @@ def check_own_devices(root: Root, entries: Iterable[Entry], made: Iterable[MadeN
 
 
 def revoke_from(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all_claims: Iterable[Claim]) -> None:
-    """Revoke numbers that another container needs. Raises StepError, in words for that one."""
+    """Revoke numbers that another container needs. Raises StepError, worded for that container."""
     try:
         revoke_numbers(claims, claim, numbers, all_claims)
     except StepError as error:
@@ -185,9 +188,9 @@ def revoke_from(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all
 
 
 def revoke_numbers(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], all_claims: Iterable[Claim]) -> None:
-    """Revoke numbers from one container: its permission, then its nodes where they can be reached. Raises StepError.
+    """Revoke numbers from one container: its permission, then its nodes if they can be reached. Raises StepError.
 
-    all_claims: those that a directory of cgroups may be shared with.
+    all_claims: those that may share a cgroup directory with it.
     """
     root = claims.root
     others = read_grants(list_others(all_claims, claim.path))
@@ -198,24 +201,24 @@ def revoke_numbers(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers], 
         try:
             remove_nodes(claim.entries, claim.pid, numbers)
         except OSError:
-            # Without permission a node opens nothing; it is its container's to spoil.
+            # A node that cannot be opened is harmless, and the container may have moved it.
             return
 
 
 def record_revoked(claims: ClaimDirectory, claim: Claim, numbers: set[Numbers]) -> None:
-    """Note that numbers were revoked, where there is room for it: else it is done once more the next time."""
+    """Record that numbers were revoked. If there is no space for that, the next hook revokes them once more."""
     try:
         claims.add_revoked(claim, format_numbers(numbers))
     except (OSError, StepError):
-        # A hook that is at work on that claim relies on the note (`check_not_revoked`).
+        # The hook at work on that claim relies on the record (`check_not_revoked`).
         if claim.at_work:
             raise
 
 
 def remove_nodes(entries: Iterable[Entry], pid: int, numbers: set[Numbers]) -> None:
-    """Remove a container's nodes of some device numbers. Raises OSError.
+    """Remove a container's nodes with some device numbers. Raises OSError.
 
-    entries: of its claim, for the nodes that were made for it; pid: its init, which lives.
+    entries: of its claim, for the nodes that were created for it; pid: its init, which is running.
     """
     for entry in entries:
         if entry.kind == "node" and (entry.number(2), entry.number(3)) in numbers:
@@ -241,19 +244,19 @@ def remove_from_mount(entry: Entry, pid: int, numbers: set[Numbers]) -> None:
 
 
 def format_numbers(numbers: Iterable[Numbers]) -> str:
-    """Return device numbers as a journal and findings have them."""
+    """Return device numbers as text for undo logs and findings."""
     return ",".join(f"{major}:{minor}" for major, minor in sorted(numbers))
 
 
-# Taking back ---------------------------------------------------------------------------------------------------------
+# Revoking ------------------------------------------------------------------------------------------------------------
 
 
 def undo_grants(
     claims: ClaimDirectory, undo_log: UndoLog, entries: tuple[Entry, ...], deadline: Deadline
 ) -> list[Finding]:
-    """Revoke what a run of the hook permitted, and return what could not be. entries: those of this run.
+    """Revoke the permissions that this run gave, and return findings on those that remain. entries: those of this run.
 
-    What an earlier run permitted, which succeeded, the container keeps.
+    The container keeps what an earlier run, which succeeded, allowed.
     """
     if not has_grant(entries):
         return []
@@ -273,25 +276,25 @@ def undo_grants(
 
 
 def revoke_claim(claims: ClaimDirectory, claim: Claim) -> list[Finding]:
-    """Revoke all that a claim's container was permitted, and return what could not be, as of `revoke`."""
+    """Revoke all permissions of a claim's container, and return the findings of `revoke`."""
     if not has_grant(claim.entries):
         return []
-    # As they are now: one that was put back a moment ago needs nothing any more.
+    # Read the claims again: one that was undone a moment ago needs no permissions any more.
     others = list_others(claims.read_claims(), claim.path)
     return revoke(claims.root, claim.entries, claim.home, read_grants(others))
 
 
 def has_grant(entries: Iterable[Entry]) -> bool:
-    """Check whether entries note a permission."""
+    """Return whether entries record a permission."""
     return any(entry.kind == "permit" for entry in entries)
 
 
 @step("revoke")
 def revoke(root: Root, entries: Iterable[Entry], home: Home | None, others: tuple[Grant, ...]) -> list[Finding]:
-    """Take back all that entries permit, whether the container's init lives or not, and return what could not be.
+    """Revoke all permissions in the entries, whether or not the container's init runs, and return what went wrong.
 
-    home: the container's cgroups; others: what other containers were given. A finding of the code permission-left means
-    that processes are left which keep the permission. Call it with the machine-wide lock held.
+    home: the container's cgroups; others: other containers' grants. A finding with the code permission-left means that
+    remaining processes keep the permission. Call it with the machine-wide lock held.
     """
     spoilt: list[Entry] = []
     findings: list[Finding] = []
@@ -308,9 +311,9 @@ def revoke(root: Root, entries: Iterable[Entry], home: Home | None, others: tupl
 
 
 def drop_replaced(root: Root, grant: Grant, home: Home | None) -> Grant:
-    """Return a grant without a directory of version 1 that is another cgroup by now: what was given ended with the old.
+    """Return a grant without a version 1 directory that was replaced: its permissions ended with the old cgroup.
 
-    With version 2 nothing has to be known: what the hook added to a device filter bears its mark.
+    This is not needed for version 2, where a mark identifies what the hook added to a device filter.
     """
     if home is None or not home.devices_inode:
         return grant
@@ -320,7 +323,7 @@ def drop_replaced(root: Root, grant: Grant, home: Home | None) -> Grant:
 
 
 def explain_unrevoked(root: Root, grant: Grant, error: StepError) -> tuple[Finding, ...]:
-    """Return what it means that a grant can't be taken back: with no process left in its cgroup, nobody has it."""
+    """Return the findings on a grant that cannot be revoked. Without a process in its cgroup, no one has it."""
     own = (grant.unified, *(widening.path for widening in grant.devices[-1:]))
     processes = sorted({pid for path in own if path for pid in list_processes(root, path)})
     subject = next(filter(None, own))
@@ -328,7 +331,7 @@ def explain_unrevoked(root: Root, grant: Grant, error: StepError) -> tuple[Findi
         problem = f"device numbers {format_numbers(grant.nodes)} cannot be revoked; no process is left to use them: "
         hint = "remove this cgroup if the runtime does not: the permission ends with it"
         return (Finding("error", "undo-failed", subject, problem + describe_reason(error), hint),)
-    # 0 stands for what was not looked through.
+    # 0 stands for processes that were not examined.
     pids = " ".join(map(str, filter(None, processes))) or "PID (see cgroup.procs in it and below it)"
     problem = f"device numbers {format_numbers(grant.nodes)} cannot be revoked from its processes {pids}: "
     hint = f"end them with: kill -9 {pids}; the next run of the hook in this guest tries again"
@@ -341,5 +344,5 @@ def describe_reason(error: HookError) -> str:
 
 
 def read_grants(claims: Iterable[Claim]) -> tuple[Grant, ...]:
-    """Return what some claims permit."""
+    """Return the grants of some claims."""
     return tuple(grant for claim in claims for grant in permission.list_grants(claim.entries))

@@ -26,8 +26,10 @@ MAP_PATH = "/dev/vfio/devices.json"
 
 
 class Rebind(Frozen):
-    """A PCI function to bind to another driver. driver: the one before, "" without; override: the one before;
-    instance: which device it is, that is at its address now."""
+    """A PCI function to bind to another driver.
+
+    driver: the present one, "" without; override: the present one; instance: the device now at its address.
+    """
 
     tag = "rebind"
 
@@ -38,7 +40,7 @@ class Rebind(Frozen):
 
 
 class Node(Frozen):
-    """A device node to make in the container's /dev.
+    """A device node to create in the container's /dev.
 
     kind: "control", "group", "iommu" or "cdev"; subject: the VFIO group of a group's node, the BDF of a cdev's, else
     ""; mode: permission bits; uid, gid: outside the container's user namespace.
@@ -54,7 +56,7 @@ class Node(Frozen):
 
     @property
     def path(self) -> str:
-        """Its path in the container, as far as it is known before the device is bound."""
+        """Return its path in the container, as far as it is known before the device is bound."""
         if self.kind == "group" and self.subject.startswith(NOIOMMU_GROUP):
             return f"{GROUP_PREFIX}noiommu-? of {self.subject[len(NOIOMMU_GROUP) :]}"
         names = {"control": CONTROL_NODE, "iommu": IOMMUFD_NODE, "group": GROUP_PREFIX + self.subject}
@@ -62,7 +64,7 @@ class Node(Frozen):
 
 
 class MapEntry(Frozen):
-    """What /dev/vfio/devices.json says of a device: the driver that it had, its BDF on the host ("" if not known)."""
+    """A device's entry in /dev/vfio/devices.json: its original driver, its BDF on the host ("" if unknown)."""
 
     tag = "map-entry"
 
@@ -75,11 +77,11 @@ class MapEntry(Frozen):
 
 
 class Plan(Frozen):
-    """What has to be done for one container.
+    """The plan for one container.
 
-    groups: names, in order; rebinds, nodes: in order; stale: nodes with the host's numbers that the runtime made from
-    linux.devices; user_namespace: the container has one, so that nodes must be mounted, not made; map: for
-    /dev/vfio/devices.json, empty where that is switched off.
+    groups: names, in order; rebinds, nodes: in order; stale: nodes with the host's numbers that the runtime created
+    from linux.devices; user_namespace: the container has one, so nodes must be mounted, not created; map: for
+    /dev/vfio/devices.json, empty if that is disabled.
     """
 
     tag = "plan"
@@ -93,7 +95,7 @@ class Plan(Frozen):
 
 
 class PlanOptions(Frozen):
-    """What settings and annotation say about nodes."""
+    """Options for nodes, from settings and annotation."""
 
     owner: NodeOwner = NodeOwner()
     wants_cdev: bool = False
@@ -101,7 +103,7 @@ class PlanOptions(Frozen):
 
 
 def make_plan(root: Root, choices: tuple[ChosenGroup, ...], spec: Spec, options: PlanOptions) -> Plan:
-    """Return the plan for the groups that a container gets. Raises Refusal where a device goes away meanwhile."""
+    """Return the plan for the groups that a container gets. Raises Refusal if a device goes away meanwhile."""
     devices = [device for chosen in choices for device in chosen.group.endpoints]
     rebinds = [make_rebind(root, device) for device in devices if not device.owned_by_vfio]
     entries = {entry.path: entry for entry in spec.devices}
@@ -122,7 +124,7 @@ def make_plan(root: Root, choices: tuple[ChosenGroup, ...], spec: Spec, options:
 
 
 def make_rebind(root: Root, device: PciDevice) -> Rebind:
-    """Return what has to be bound, with what is there before. Raises Refusal [device-gone]."""
+    """Return a function's binding step, with its present driver and override. Raises Refusal [device-gone]."""
     try:
         override = read_override(root, device.address)
     except OSError as error:
@@ -132,7 +134,7 @@ def make_rebind(root: Root, device: PciDevice) -> Rebind:
 
 
 def make_map_entries(choices: tuple[ChosenGroup, ...]) -> Iterator[MapEntry]:
-    """Yield what the map says of each device."""
+    """Yield each device's entry in the map."""
     for chosen in choices:
         for device in chosen.group.endpoints:
             driver = chosen.drivers_before.get(device.address, device.driver)
@@ -150,12 +152,12 @@ def plan_node(kind: str, subject: str, entry: Device | None, spec: Spec, options
 
 
 def first_given(*values: int) -> int:
-    """Return the first value that is given, which -1 is not."""
+    """Return the first value other than -1, which means "not given"."""
     return next(value for value in values if value != -1)
 
 
 def list_actions(plan: Plan) -> list[tuple[str, str, str]]:
-    """Return the plan as (what, on what, how), in the order in which it is carried out."""
+    """Return the plan as (action, object, details), in the order in which it is carried out."""
     actions = [("load", DRIVER, "unless it is loaded")]
     for rebind in plan.rebinds:
         actions.append(("override", rebind.address, f"{DRIVER} (was {rebind.override or 'unset'})"))

@@ -21,20 +21,20 @@ UNDO_SECONDS = 1.5
 
 
 def repair_claims(session: Session, claims: list[Claim], lock: int) -> list[Claim]:
-    """Put back what killed hooks and ended containers left, and return the claims that hold.
+    """Undo the claims of killed hooks and ended containers, and return the claims that remain.
 
-    A claim that could not be undone holds too: nobody else gets its devices.
+    A claim that could not be undone remains, too: no other container gets its devices.
     """
     held = []
     for claim in claims:
         if claim.problem and claim.path != session.claim_path:
             warning = ownership.warn_unreadable(claim)
-            # Once, however often it is looked again.
+            # Only once, even if this function runs again.
             session.run.findings.extend([warning] if warning not in session.run.findings else [])
         if not ownership.has_ended(session.root, claim, session.claim_path, session.owner.pid):
             held.append(claim)
             continue
-        # It is not this container's fault, and may not be in its way: nor may it take all of the time.
+        # Repairing another container's leftovers must not fail this one, nor use up its deadline.
         findings = undo_claim(session.root, claim, session.run.deadline.remaining() / 2, lock)
         for finding in findings or ():
             session.run.report(finding.replace(level="warning"))
@@ -46,7 +46,7 @@ def repair_claims(session: Session, claims: list[Claim], lock: int) -> list[Clai
 def undo_claim(root: Root, claim: Claim, seconds: float, lock: int) -> list[Finding] | None:
     """Undo a claim that no hook is at work on, and remove it. Call it with the machine-wide lock held.
 
-    seconds: how long that may take. None where somebody has the journal, or it is gone.
+    seconds: time limit. Returns None if another process has the undo log's lock, or the file is gone.
     """
     from oci_hooks.guest import permits
 
@@ -55,10 +55,10 @@ def undo_claim(root: Root, claim: Claim, seconds: float, lock: int) -> list[Find
     if undo_log is None:
         return None
     try:
-        # A child that hangs must keep the journal's lock, and let go of the machine's.
+        # A child that hangs must keep the undo log's lock, but release the machine-wide one.
         pid = claim.pid if claim.is_alive(root) else 0
         findings = permits.revoke_claim(directory, claim)
-        # What keeps its permission keeps its device, whose numbers nobody else gets then.
+        # A container that keeps its permission keeps its device, so that no other gets the device's number.
         if not is_unfinished(findings):
             findings += drivers.undo(root, claim.entries, pid, Deadline(seconds), (lock,))
         if not is_unfinished(findings):
@@ -69,7 +69,7 @@ def undo_claim(root: Root, claim: Claim, seconds: float, lock: int) -> list[Find
 
 
 def take_back(session: Session, undo_log: UndoLog) -> list[Finding]:
-    """Undo what this run of the hook has done, and remove the claim."""
+    """Undo this run of the hook, and remove the claim unless an earlier run succeeded."""
     from oci_hooks.guest import permits
 
     entries = session.directory.read_entries(undo_log)
@@ -82,11 +82,11 @@ def take_back(session: Session, undo_log: UndoLog) -> list[Finding]:
     if not undo_log.kept:
         session.root.do(remove_claim, undo_log.path)
     else:
-        # The container has what an earlier run gave it, and may be using it.
+        # The container may be using what an earlier run gave it.
         session.root.do(undo_log.forget_run)
     return findings
 
 
 def is_unfinished(findings: list[Finding]) -> bool:
-    """Return whether something is left to put back that can be put back later."""
+    """Return whether something remains to be undone that can be undone later."""
     return any(finding.code in drivers.UNFINISHED for finding in findings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read which VFIO devices a container asks for: annotation, predecessor's map, linux.devices. Pure."""
+"""Read which VFIO devices a container requests: annotation, predecessor's map, linux.devices. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SYNTAX = "expected a comma-separated list of 0000:02:00.0, id:8086:10d3, class:0200, path:02/00, auto, cdev"
 MAP_SYNTAX = 'write [{"host-group": 12, "devices": [{"host-address": "0000:3b:00.0", "guest-path": "02/00"}]}]'
-# Characters of an annotation: five thousand addresses. What a tenant writes must not cost more than the deadline.
+# Characters of an annotation: five thousand addresses. A tenant's text must not use up the deadline.
 TEXT_LIMIT = 64 << 10
 
 
@@ -39,10 +39,10 @@ class Selector(Frozen):
 
 
 class Request(Frozen):
-    """What one container asks for.
+    """One container's request.
 
-    source: where it says so, for errors; selectors: from an annotation; entries: from linux.devices, when there is no
-    annotation; hints: BDFs that PCIDEVICE_* variables name; wants_cdev: device nodes of iommufd are asked for.
+    source: its origin, for errors; selectors: from an annotation; entries: from linux.devices, if there is no
+    annotation; hints: BDFs in PCIDEVICE_* variables; wants_cdev: iommufd device nodes are requested.
     """
 
     tag = "request"
@@ -55,7 +55,7 @@ class Request(Frozen):
 
 
 def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
-    """Return what the container asks for, or None where it asks for nothing.
+    """Return the container's request, or None if it requests nothing.
 
     The container's own annotation decides where there is one, or else the pod's, then the predecessor's map, then
     linux.devices (docs/reference/annotations.md).
@@ -74,7 +74,7 @@ def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
     if text is not None:
         source = f"annotation {name}"
         words = [word.strip() for word in text.split(",")]
-        # Each once: what is looked for a thousand times costs a thousand times.
+        # Without duplicates: a thousand of them would be searched a thousand times.
         selectors = tuple(dict.fromkeys(parse_selector(word, source) for word in words if word != "cdev"))
         if not selectors:
             raise InputError("bad-annotation", source, f"{text!r} names no device", SYNTAX)
@@ -95,14 +95,14 @@ def is_pods_request(state: oci.State, spec: oci.Spec) -> bool:
 
 
 def parse_selector(word: str, source: str) -> Selector:
-    """Return the selector that one word of the annotation writes. Raises InputError [bad-annotation]."""
+    """Return the selector in one word of the annotation. Raises InputError [bad-annotation]."""
     kind, separator, value = word.partition(":")
     value = value.strip().lower()
     if word == "auto":
         return Selector("auto", "auto")
     if separator and kind == "id" and is_hex_list(value.split(":"), (4, 4)):
         return Selector("id", value)
-    # Class, class and subclass, or with the interface too.
+    # Class; class and subclass; or both and the interface.
     if separator and kind == "class" and is_class(value):
         return Selector("class", value)
     if separator and kind == "path":
@@ -116,10 +116,10 @@ def parse_selector(word: str, source: str) -> Selector:
 
 
 def normalize_path(text: str) -> str:
-    """Return a guest PCI path as `[dddd:[bb:]]ss.f/ss.f`, or "" where the text is none.
+    """Return a guest PCI path as `[dddd:[bb:]]ss.f/ss.f`, or "" if the text is invalid.
 
-    Kata writes slots with two digits (src/agent/src/pci.rs); a function behind a dot and a root complex before a colon
-    (`0001:02/00`, `0001:80:02/00`) are taken too.
+    Kata writes slots with two digits (src/agent/src/pci.rs); a function after a dot and a root complex before a colon
+    (`0001:02/00`, `0001:80:02/00`) are accepted, too.
     """
     root, colon, steps = text.rpartition(":")
     roots = root.split(":") if colon else []
@@ -139,9 +139,8 @@ def normalize_path(text: str) -> str:
 def parse_map(text: str) -> tuple[Selector, ...]:
     """Return the selectors in the map that dgibson/kata-vfio-tools put into io.katacontainers.x.vfio.
 
-    A list of host groups, each `{"host-group": ..., "devices": [{"host-address": BDF, "guest-path": {"Path":
-    ["02.0", "00.0"]}}]}`; a bare list or a string `02/00` is taken for the path too.
-    Raises InputError [bad-annotation].
+    A list of host groups, each `{"host-group": ..., "devices": [{"host-address": BDF, "guest-path": {"Path": ["02.0",
+    "00.0"]}}]}`; a bare list or a string `02/00` is accepted for the path, too. Raises InputError [bad-annotation].
     """
     from oci_hooks.json_input import parse_json
 
@@ -163,7 +162,7 @@ def parse_map(text: str) -> tuple[Selector, ...]:
 def read_map_path(value: Any, source: str, where: str) -> str:
     """Return the guest path of one entry of the map. Raises InputError [bad-annotation]."""
     if isinstance(value, dict):
-        # Go reads a field by its name in any case.
+        # Go matches a field's name in any case.
         value = next((steps for key, steps in value.items() if key.lower() == "path"), None)
     text = "/".join(map(str, value)) if isinstance(value, list) else value
     path = normalize_path(text.lower()) if isinstance(text, str) else ""
@@ -182,16 +181,16 @@ def expect(value: Any, kind: Any, source: str, where: str) -> Any:
 
 
 def add_host_addresses(selectors: tuple[Selector, ...], known: tuple[Selector, ...]) -> tuple[Selector, ...]:
-    """Return the selectors with the host addresses that the map knows for the same guest paths."""
+    """Return the selectors with the map's host addresses for the same guest paths."""
     hosts = {(selector.kind, selector.value): selector.host_address for selector in known}
     return tuple(s.replace(host_address=hosts.get((s.kind, s.value), "")) for s in selectors)
 
 
 def read_hints(spec: oci.Spec) -> tuple[str, ...]:
-    """Return the addresses that PCIDEVICE_* variables name (SR-IOV device plugin).
+    """Return the addresses in PCIDEVICE_* variables (SR-IOV device plugin).
 
-    Kata 2.4 to 3.7 translates them to guest addresses, other versions leave the host's (facts: kata.md, 0.8). So they
-    are hints: an address that is no candidate here says nothing.
+    Kata 2.4 to 3.7 translates them to guest addresses, other versions leave the host's. So they are only hints: an
+    address that matches no candidate is ignored.
     """
     hints = []
     for text in spec.environment:
@@ -202,7 +201,7 @@ def read_hints(spec: oci.Spec) -> tuple[str, ...]:
 
 
 def matches(selector: Selector, device: PciDevice) -> bool:
-    """Return whether a selector means this device."""
+    """Return whether a selector matches a device."""
     if selector.kind == "address":
         return device.address == selector.value
     if selector.kind == "id":
@@ -215,8 +214,8 @@ def matches(selector: Selector, device: PciDevice) -> bool:
 def matches_path(wanted: str, path: str) -> bool:
     """Return whether a device's path in sysfs is the guest PCI path: the slots from the root bus to it.
 
-    wanted: `[dddd:[bb:]]ss.f/ss.f`. Without a root complex any will do, as Kata's paths of one root complex leave it
-    out; path: e.g. /sys/devices/pci0000:00/0000:00:02.0/0000:01:00.0.
+    wanted: `[dddd:[bb:]]ss.f/ss.f`. Without a root complex any matches, as Kata omits it in a VM with a single one;
+    path: e.g. /sys/devices/pci0000:00/0000:00:02.0/0000:01:00.0.
     """
     root, _, steps = wanted.rpartition(":")
     top, slots = split_path(path)
@@ -226,7 +225,7 @@ def matches_path(wanted: str, path: str) -> bool:
 def split_path(path: str) -> tuple[str, str]:
     """Return root complex and slots of a device's path in sysfs: "0000:00" and "02.0/00.0".
 
-    The last directory of that name is the root complex: one may hang below a device of another (VMD), or a platform's.
+    The last directory of that name is the root complex: it may be below a device of another one (VMD) or of a platform.
     """
     top, _, below = path.rpartition("/pci")[2].partition("/")
     return top, "/".join(step.rpartition(":")[2] for step in below.split("/"))

@@ -31,16 +31,16 @@ VIOMMU_HINT = (
 
 
 class NotAvailableYet(Refusal):
-    """Nothing is there to choose, or too little: a hot-plugged device may still arrive."""
+    """No device matches, or too few: a hot-plugged device may still arrive."""
 
     def after(self, seconds: float) -> Refusal:
-        """Return the refusal that this becomes when nothing arrived. seconds: how long it was waited for."""
+        """Return the refusal for when nothing arrived. seconds: the time waited."""
         finding = self.findings[0]
         return Refusal(finding.code, finding.subject, f"{finding.problem}; waited {seconds:.1f} s for it", finding.hint)
 
 
 class Candidates(Frozen):
-    """What this container may choose from.
+    """The devices and groups that this container may choose from.
 
     auto_ids, auto_classes: prefixes of `vvvv:dddd` and of the class code that `auto` and counting are confined to, all
     when empty; never: selectors (`id` or `class` prefixes) that they leave out; claims: group -> container that has it;
@@ -66,9 +66,9 @@ class Candidates(Frozen):
 class ChosenGroup(Frozen):
     """A group for the container.
 
-    entry: the linux.devices entry it stands for, where one is known; host_addresses: guest BDF -> BDF on the host;
-    drivers_before: guest BDF -> driver it had before an earlier run of the hook bound it; cdev_entries: guest BDF ->
-    the linux.devices entry that has the numbers of the device's own node.
+    entry: the matching linux.devices entry, if known; host_addresses: guest BDF -> BDF on the host; drivers_before:
+    guest BDF -> driver before an earlier run of the hook bound it; cdev_entries: guest BDF -> the linux.devices entry
+    that has the numbers of the device's own node.
     """
 
     group: IommuGroup
@@ -81,7 +81,7 @@ class ChosenGroup(Frozen):
 def choose_groups(request: Request, candidates: Candidates) -> tuple[ChosenGroup, ...]:
     """Return the groups that the container gets, in the order of their names.
 
-    Raises NotAvailableYet where something is missing that may still come, Refusal where it is there and can't be had.
+    Raises NotAvailableYet if something is missing that may still arrive, Refusal if it is there but unavailable.
     """
     choices = choose_named(request, candidates) if request.selectors else choose_listed(request, candidates)
     for chosen in choices.values():
@@ -98,7 +98,7 @@ def make_sort_key(name: str) -> tuple[int, str]:
 
 
 def choose_named(request: Request, candidates: Candidates) -> dict[str, ChosenGroup]:
-    """Return the groups of the devices that the annotation names, by name of the group."""
+    """Return the groups of the devices that the annotation names, by the group's name."""
     choices: dict[str, ChosenGroup] = {}
     entries = iter(request.entries)
     for selector in request.selectors:
@@ -125,7 +125,7 @@ def choose_named(request: Request, candidates: Candidates) -> dict[str, ChosenGr
 
 
 def find_selected(selector: Selector, request: Request, candidates: Candidates) -> list[PciDevice]:
-    """Return the devices that one selector of the annotation means. Raises NotAvailableYet or Refusal."""
+    """Return the devices that one selector of the annotation matches. Raises NotAvailableYet or Refusal."""
     found = [device for device in candidates.inventory.devices.values() if matches(selector, device)]
     if not found:
         raise NotAvailableYet(
@@ -143,12 +143,12 @@ def find_selected(selector: Selector, request: Request, candidates: Candidates) 
                 "name the device behind it",
             )
         if len(found) > 1:
-            # One path without its root complex means one device; which of them, only the user knows.
+            # A path without a root complex should name one device; only the user knows which one.
             problem = f"{selector} matches several devices: {', '.join(describe_device(device) for device in found)}"
             root = ":".join([split_path(found[0].path)[0], selector.value])
             raise Refusal("ambiguous", request.source, problem, f"add the PCI root complex: path:{root}")
         return found
-    # A kind of device is asked for, so its bridges and what other containers have are passed over.
+    # A selector by kind skips bridges and the devices of other containers.
     endpoints = [d for d in found if not d.is_bridge]
     if selector.kind == "class":
         endpoints = [d for d in endpoints if not find_never_rule(d, candidates)]
@@ -168,13 +168,14 @@ def find_selected(selector: Selector, request: Request, candidates: Candidates) 
 
 
 def choose_listed(request: Request, candidates: Candidates) -> dict[str, ChosenGroup]:
-    """Return the groups that linux.devices stands for, by name of the group."""
+    """Return the groups that linux.devices requests, by the group's name."""
     choices: dict[str, ChosenGroup] = {}
     rest: list[Device] = []
     for entry in request.entries:
         device = find_cdev(entry, candidates)
         name = device.group if device else candidates.live.get((entry.major, entry.minor), "")
-        # Numbers of another container's group are the host's by accident, unless the path says that group too.
+        # Numbers of another container's group match by accident (they are the host's), unless the path names the group
+        # too.
         if name in candidates.inventory.groups and (name not in candidates.claims or names_group(entry, name)):
             chosen = choices.setdefault(name, ChosenGroup(candidates.inventory.groups[name], entry))
             if device:
@@ -187,13 +188,13 @@ def choose_listed(request: Request, candidates: Candidates) -> dict[str, ChosenG
 
 
 def find_cdev(entry: Device, candidates: Candidates) -> PciDevice | None:
-    """Return the device whose own node an entry has path and numbers of, None where they are the host's."""
+    """Return the device whose own node has an entry's path and numbers; None if the numbers are the host's."""
     address = candidates.cdevs.get((entry.major, entry.minor), "") if entry.is_cdev else ""
     return candidates.inventory.devices.get(address)
 
 
 def names_group(entry: Device, name: str) -> bool:
-    """Return whether an entry has the path of a group's node, which has a number of its own without an IOMMU."""
+    """Return whether an entry's path names a group's node; no-IOMMU groups and their nodes are numbered differently."""
     node = entry.path.rpartition("/")[2]
     return node == name or (node.startswith(NOIOMMU_PREFIX) and name.startswith(NOIOMMU_GROUP))
 
@@ -201,11 +202,11 @@ def names_group(entry: Device, name: str) -> bool:
 def choose_by_count(
     request: Request, entries: list[Device], taken: set[str], candidates: Candidates
 ) -> dict[str, ChosenGroup]:
-    """Return as many candidate groups as there are entries with the host's numbers, if that is all there are."""
+    """Return the candidate groups if there are as many as entries with the host's numbers. Raises Refusal otherwise."""
     free_groups = [group for group in find_candidates(candidates) if group.name not in taken]
     hinted = [g for g in free_groups if any(device.address in request.hints for device in g.members)]
     known = {device.address for group in hinted for device in group.members}
-    # One address that is no candidate here shows that the variables still hold the host's addresses.
+    # An address that matches no candidate shows that the variables still hold the host's addresses.
     if len(free_groups) > len(entries) == len(hinted) and known.issuperset(request.hints):
         free_groups = hinted
     if len(free_groups) == len(entries):
@@ -232,7 +233,7 @@ def choose_by_count(
 
 
 def check_iommu(candidates: Candidates) -> None:
-    """Raise Refusal [viommu-off] where there are endpoints that could be meant, but no IOMMU group at all."""
+    """Raise Refusal [viommu-off] if there are possible endpoints, but no IOMMU group at all."""
     bare = [d for d in candidates.inventory.devices.values() if not d.is_bridge and not find_never_rule(d, candidates)]
     if bare and not candidates.inventory.groups:
         subject = ", ".join(describe_device(device) for device in bare)
@@ -240,7 +241,7 @@ def check_iommu(candidates: Candidates) -> None:
 
 
 def find_candidates(candidates: Candidates) -> list[IommuGroup]:
-    """Return the unclaimed groups that may be taken without being named, in the order of their numbers."""
+    """Return the unclaimed groups that may be used without being named, in the order of their numbers."""
     groups = [g for g in candidates.inventory.groups.values() if not any(True for _ in list_obstacles(g, candidates))]
     return sorted(groups, key=lambda group: make_sort_key(group.name))
 
@@ -270,7 +271,7 @@ def list_device_obstacles(device: PciDevice, candidates: Candidates) -> Iterator
 
 
 def is_auto_allowed(device: PciDevice, candidates: Candidates) -> bool:
-    """Return whether guest.toml lets `auto` and counting take this kind of device."""
+    """Return whether guest.toml allows `auto` and counting to use this kind of device."""
     if not candidates.auto_ids and not candidates.auto_classes:
         return True
     return device.id.startswith(candidates.auto_ids or ("-",)) or device.class_code.startswith(
@@ -297,7 +298,7 @@ def find_never_rule(device: PciDevice, candidates: Candidates) -> str:
 
 
 def check_group_available(group: IommuGroup, candidates: Candidates) -> None:
-    """Raise Refusal where a group is another container's, or one of its devices must not be touched."""
+    """Raise Refusal if a group belongs to another container, or one of its devices must not be touched."""
     if group.name in candidates.claims:
         problem = f"belongs to container {candidates.claims[group.name]}"
         hint = POD_HINT if candidates.is_pods else "it becomes free when that container ends"
@@ -312,27 +313,27 @@ def check_group_available(group: IommuGroup, candidates: Candidates) -> None:
             raise Refusal("in-use", describe_device(device), "; ".join(uses) + rest, "stop using it first")
 
 
-# Words ---------------------------------------------------------------------------------------------------------------
+# Texts ---------------------------------------------------------------------------------------------------------------
 
 
 def describe_device(device: PciDevice) -> str:
-    """Return a device in a few words: address, ids, driver."""
+    """Return a short description of a device: address, ids, driver."""
     return f"{device.address} ({device.id}, {device.driver or 'no driver'})"
 
 
 def describe_group(group: IommuGroup) -> str:
-    """Return a group in a few words."""
+    """Return a short description of a group."""
     return f"group {group.name}: {' + '.join(describe_device(device) for device in group.endpoints)}"
 
 
 def format_candidates(candidates: Candidates) -> str:
-    """Return the candidates as an addition to a message."""
+    """Return the list of candidates, to be appended to a message."""
     free = "; ".join(describe_group(group) for group in find_candidates(candidates))
     return f"; free devices: {free}" if free else "; no device is free"
 
 
 def format_rejected(candidates: Candidates) -> str:
-    """Return why endpoints that are not on the never-list can't be had, as an addition to a message."""
+    """Return the reasons against endpoints that are not on the never-list, to be appended to a message."""
     reasons = []
     for group in sorted(candidates.inventory.groups.values(), key=lambda group: make_sort_key(group.name)):
         claim = [f"belongs to container {candidates.claims[group.name]}"] if group.name in candidates.claims else []
@@ -343,12 +344,12 @@ def format_rejected(candidates: Candidates) -> str:
 
 
 def explain_no_iommu(candidates: Candidates) -> str:
-    """Return that there is no IOMMU group, as an addition to a message: a device that arrives now will have none."""
+    """Return that there is no IOMMU group, to be appended to a message: a device that arrives now will have none."""
     return "" if candidates.inventory.groups else "; this guest has no IOMMU groups"
 
 
 def choose_hint(candidates: Candidates, hint: str) -> str:
-    """Return the hint, or what to do first where there is no IOMMU group."""
+    """Return the hint, or the remedy for missing IOMMU groups."""
     return hint if candidates.inventory.groups else candidates.viommu_hint
 
 

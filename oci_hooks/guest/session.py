@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Session(Frozen):
-    """What one run of the hook works with. owner: the container, as its claim notes it, but for its cgroups."""
+    """The context of one run of the hook. owner: the container, as its claim names it, without its cgroups."""
 
     run: Run
     state: State
@@ -28,10 +28,10 @@ class Session(Frozen):
 
     @property
     def root(self) -> Root:
-        """The door to the system."""
+        """Return the run's access to the system."""
         return self.run.root
 
     @property
     def claim_path(self) -> str:
-        """Where this container's claim is, or would be."""
+        """Return the path of this container's claim, whether or not it exists."""
         return self.directory.undo_log_path(self.owner.container)

@@ -21,13 +21,13 @@ KATA_SECONDS = 10.0
 KATA_DEADLINE = 8.5
 # (uid_t)-1 means "leave as it is" to chown(2).
 MAX_ID = 0xFFFFFFFE
-# What a virtual machine itself is made of: virtio and QEMU's own devices, bridges, system management bus, base system
+# Devices of the virtual machine itself: virtio and QEMU's own devices, bridges, system management bus, base system
 # peripherals, and on the root bus the chipset's SATA and ISA functions.
 NEVER = ("id:1af4", "id:1b36", "class:06", "class:0c05", "class:08", "root:0106", "root:0601")
 
 
 class NodeOwner(Frozen):
-    """Owner and mode that guest.toml sets for nodes; -1 where it does not."""
+    """Owner and mode that guest.toml sets for nodes; -1 if it does not."""
 
     mode: int = -1
     uid: int = -1
@@ -37,8 +37,8 @@ class NodeOwner(Frozen):
 class GuestSettings(Frozen):
     """Settings of the guest hook; schemas/guest-settings.json describes the file.
 
-    deadline: seconds; on_failure: "report" or "kill"; record: "failure", "always" or "never"; force: BDFs that are
-    taken although they are in use; auto_ids, auto_classes, never: see selection.Candidates; owner: of nodes.
+    deadline: seconds; on_failure: "report" or "kill"; record: "failure", "always" or "never"; force: BDFs of devices to
+    bind although they are in use; auto_ids, auto_classes, never: see selection.Candidates; owner: of nodes.
     """
 
     deadline: float = USUAL_SECONDS
@@ -55,7 +55,7 @@ class GuestSettings(Frozen):
 
 
 def read_guest_settings(root: Root, path: str) -> GuestSettings:
-    """Return the guest's settings. path: named on the command line, "" for the usual file, which need not be there.
+    """Return the guest's settings. path: named on the command line, "" for the usual file, which is optional.
 
     Raises InputError [bad-settings] or [settings-unreadable].
     """
@@ -79,7 +79,7 @@ def check_deadline(settings: GuestSettings, path: str, bundle: str) -> list[Find
 
 
 def make_guest_settings(table: Table) -> GuestSettings:
-    """Return the settings in guest.toml, of which each key is taken here; schemas/guest-settings.json says the same."""
+    """Return the settings in guest.toml; reads every key that schemas/guest-settings.json defines."""
     usual = GuestSettings()
     auto, node = table.table("auto"), table.table("node")
     maximum = "a number above 0, at most 3600"
@@ -109,6 +109,6 @@ def is_address(text: str) -> bool:
 
 
 def is_kind(text: str) -> bool:
-    """Return whether a text names devices of a kind, for `auto.never`."""
+    """Return whether a text is a rule for `auto.never`."""
     kind, _, value = text.partition(":")
     return is_id(value) if kind == "id" else kind in ("class", "root") and is_class(value)

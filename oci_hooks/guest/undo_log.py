@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The undo log: how to restore each thing, written before that thing is changed.
 
-One file a container, one line an entry, words parted by tabs and percent-escaped: it can be read with cat, costs no
-import, and a line torn by a kill is a step that was never begun. `done` ends the journal of a hook that succeeded.
+One file per container, one line per entry, words separated by tabs and percent-escaped: it is readable with cat, costs
+no import, and a line torn by a kill is a step that was never begun. `done` ends the log of a hook that succeeded.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from oci_hooks.linux.instances import Instance
 from oci_hooks.system import tagged
 
 FORMAT = "oci-vfio-hooks 2"
-# Bytes that a journal may have: written and read alike. It has a line a device and a node; this is a thousand devices.
+# Maximum size in bytes, for writing and reading. A device and a node take one line each; this is a thousand devices.
 UNDO_LOG_LIMIT = 1 << 20
 
-# Kinds of entry with the words that follow.
+# Kinds of entry with the names of their words.
 KINDS = {
     "container": ("id",),
     "bundle": ("path",),
@@ -37,11 +37,11 @@ KINDS = {
     "revoked": ("nodes",),
     "done": (),
 }
-# Kinds that say whose a journal is, and nothing that was changed.
+# Kinds that identify the log's owner and devices, and record no change.
 HEADS = frozenset({"container", "bundle", "init", "cgroup", "group", "numbers", "revoked", "done"})
-# What every journal begins with, in this order, before anybody but its hook sees it.
+# The first entries of every log, in this order, written before other hooks can see it.
 OWNER = ("container", "bundle", "init", "cgroup")
-# Kinds of changes in the container's /dev, with what undoes one.
+# Kinds of changes in the container's /dev, with the action that undoes one.
 UNDOING = {
     "directory": ("remove", "from"),
     "node": ("remove", "from"),
@@ -49,13 +49,13 @@ UNDOING = {
     "file": ("remove", "from"),
     "mount": ("unmount", "from"),
 }
-# Words that are numbers, and the digits that one of the kernel's has at most.
+# Words that are numbers, and the maximum number of digits of a number from the kernel.
 NUMBERS = frozenset({"pid", "start", "inode", "unified_inode", "devices_inode", "major", "minor", "mode", "uid", "gid"})
 DIGITS = 20
 
 
 class Entry(Frozen):
-    """One line of a journal. kind: a key of KINDS; words: as many as it says there."""
+    """One line of an undo log. kind: a key of KINDS; words: as many as KINDS lists for it."""
 
     tag = "entry"
 
@@ -63,16 +63,15 @@ class Entry(Frozen):
     words: tuple[str, ...]
 
     def number(self, index: int) -> int:
-        """Return a word that is a number."""
+        """Return a word as a number."""
         return int(self.words[index])
 
 
 class UndoLog:
-    """A journal open for appending.
+    """An undo log open for appending.
 
-    fd: its descriptor, whose lock says that the hook is still at work; kept: how many bytes of it an earlier run of the
-    hook has written, which succeeded and is not this run's to put back; torn: its last line has no end; size: bytes
-    that it has.
+    fd: its descriptor, whose lock shows that the hook is at work; kept: bytes written by an earlier run of the hook,
+    which succeeded and must not be undone by this one; torn: its last line is incomplete; size: in bytes.
     """
 
     tag = "undo-log"
@@ -89,7 +88,7 @@ class UndoLog:
         self.write(format_entry(kind, *words))
 
     def write(self, line: bytes) -> None:
-        """Append one line. Raises OSError; StepError where nobody would read it."""
+        """Append one line. Raises OSError; StepError if the log would become too long to be read."""
         line = b"\n" * self.torn + line
         if self.size + len(line) > UNDO_LOG_LIMIT:
             problem = f"the container's undo log would exceed {UNDO_LOG_LIMIT} bytes"
@@ -99,21 +98,21 @@ class UndoLog:
         self.size += written
         self.torn = written != len(line)
         if self.torn:
-            # What the kernel does where there is room for a part of it.
+            # The kernel writes a part if there is space for no more.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
 
     @tagged("forget-run")
     def forget_run(self) -> None:
-        """Cut off what this run noted, which is undone; what an earlier run gave stays. Raises OSError."""
+        """Cut off the entries of this run, which is undone; those of an earlier run stay. Raises OSError."""
         os.ftruncate(self.fd, self.kept)
 
     def close(self) -> None:
-        """Close the file, which lets go of its lock."""
+        """Close the file, which releases its lock."""
         os.close(self.fd)
 
 
 def describe_undo(entry: Entry) -> tuple[str, str, str]:
-    """Return what undoes an entry in words: what is done, to what, and where or how."""
+    """Return the action that undoes an entry, as text: action, object, place or details."""
     if entry.kind == "device":
         address, driver, override = entry.words[:3]
         return "restore", address, f"driver {driver or 'none'}, driver_override {override or 'unset'}"
@@ -131,9 +130,9 @@ def format_entry(kind: str, *words: object) -> bytes:
 
 
 def parse_undo_log(data: bytes) -> list[Entry]:
-    """Return a journal's entries, without a line that is torn or spoilt and without kinds of a later version."""
+    """Return an undo log's entries, except torn or damaged lines and kinds of a later version."""
     entries = []
-    # What stands behind the last newline is torn, or empty.
+    # The text after the last newline is torn, or empty.
     for line in data.decode("utf-8", "surrogateescape").split("\n")[:-1]:
         kind, *words = line.split("\t")
         if kind in KINDS and len(words) == len(KINDS[kind]):
@@ -147,15 +146,15 @@ def parse_undo_log(data: bytes) -> list[Entry]:
 
 
 def has_numbers(entry: Entry) -> bool:
-    """Return whether those words of an entry are numbers that have to be."""
+    """Return whether the words of an entry that must be numbers are numbers."""
     numbers = [word for name, word in zip(KINDS[entry.kind], entry.words) if name in NUMBERS]
     return all(word.isascii() and word.isdigit() and len(word) <= DIGITS for word in numbers)
 
 
 def quote(text: str) -> str:
-    """Return the text without the characters that a journal or a file name gives a meaning to.
+    """Return the text with the characters escaped that have a meaning in an undo log or a file name.
 
-    ASCII only, so that a name is as long as its bytes, and the same whatever the locale.
+    The result is ASCII, so that a name has as many bytes as characters, independent of the locale.
     """
     if text.isascii() and text.isprintable() and not ("%" in text or "/" in text):
         return text
@@ -166,17 +165,17 @@ def quote(text: str) -> str:
 
 
 def unquote(text: str) -> str:
-    """Return what quote() was given. Raises ValueError on anything else."""
+    """Return the text passed to quote(). Raises ValueError on anything else."""
     first, *rest = text.split("%")
     data = encode(first) + b"".join(bytes([int(part[:2], 16)]) + encode(part[2:]) for part in rest)
     return data.decode("utf-8", "surrogateescape")
 
 
 def encode(text: str) -> bytes:
-    """Return the bytes of a file name or of text from outside."""
+    """Return the bytes of a file name or of text from another program."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def parse_instance(entry: Entry) -> Instance:
-    """Return which device an entry of a journal notes."""
+    """Return the device that an entry records."""
     return Instance(entry.number(3), *entry.words[4:7])

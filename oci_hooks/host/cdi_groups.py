@@ -66,7 +66,7 @@ class Offer(Frozen):
 
     @property
     def is_prepared(self) -> bool:
-        """Whether a member is bound to a VFIO driver."""
+        """Return whether a member is bound to a VFIO driver."""
         return any(member.viability == "vfio" for member in self.group.members)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from oci_hooks.findings import Finding
 
 PREFIX = "oci_vfio_"
-# A group that is nowhere is none to count.
+# A group that does not exist is not counted.
 STATES = {
     "ready": "ready",
     "in use": "in_use",
@@ -28,16 +28,16 @@ STATES = {
 LEVELS = ("error", "warning", "info")
 
 
-def format_metrics(has_iommu: bool, states: tuple[str, ...], told: tuple[Finding, ...]) -> str:
+def format_metrics(has_iommu: bool, states: tuple[str, ...], findings: tuple[Finding, ...]) -> str:
     """Return groups by state and findings by level and code. Series with nothing to count have the value 0.
 
-    has_iommu: whether an IOMMU is in use; states: of each group, in the words of the survey; told: the findings.
+    has_iommu: whether an IOMMU is in use; states, findings: those of the survey.
     Only `check_failing` has a variable set of series: one for each check that fails now.
     """
     groups = [({"state": label}, states.count(state)) for state, label in STATES.items()]
-    levels = [({"level": level}, sum(finding.level == level for finding in told)) for level in LEVELS]
+    levels = [({"level": level}, sum(finding.level == level for finding in findings)) for level in LEVELS]
     failing: dict[tuple[str, str], int] = {}
-    for finding in told:
+    for finding in findings:
         if finding.level != "info":
             key = (finding.code, finding.level)
             failing[key] = failing.get(key, 0) + 1

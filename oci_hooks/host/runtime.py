@@ -43,12 +43,12 @@ class Runtime(Frozen):
 
     @property
     def is_kata(self) -> bool:
-        """Whether it is a Kata runtime."""
+        """Return whether it is a Kata runtime."""
         return self.kind != "plain"
 
     @property
     def flavour(self) -> str:
-        """Which configuration it reads: "go", "rs", or "" if unknown."""
+        """Return the language of the configuration's reader: "go", "rs", or "" if unknown."""
         return {"kata-go": "go", "kata-1": "go", "kata-rs": "rs"}.get(self.kind, "")
 
 

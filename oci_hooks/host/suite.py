@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the checks in order and derive the verdict from their findings and the modes of host.toml."""
+"""Run the checks in order, and derive the exit code from their findings and the modes of host.toml."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the block devices that are built on others: volumes, arrays, loop devices. Reads only.
+"""Find the block devices that are built on others: volumes, arrays, loop devices. Changes nothing.
 
 Sources: Documentation/ABI (sysfs-block, sysfs-block-dm, sysfs-block-loop), loop(4).
 """
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 BLOCK_CLASS = "/sys/class/block"
-# The beginning of a device-mapper volume's uuid says who made it (sysfs-block-dm; lvm2, cryptsetup, multipath-tools).
+# The prefix of a device-mapper volume's uuid names its creator (sysfs-block-dm; lvm2, cryptsetup, multipath-tools).
 MAPPER_KINDS = {"LVM": "LVM volume", "CRYPT": "dm-crypt volume", "mpath": "multipath device", "part": "partition"}
-# include/uapi/linux/loop.h; struct loop_info64 begins with device, inode and, where it is a block device, number.
+# include/uapi/linux/loop.h; struct loop_info64 begins with device, inode and, for a block device, its number.
 LOOP_GET_STATUS64, LOOP_INFO_SIZE, LOOP_INFO_HEAD = 0x4C05, 232, "=QQQ"
 
 
 def name_block(root: Root, path: str, blocks: dict[str, str]) -> str:
-    """Return the kernel's name for a path in /dev, or "major:minor" of a node that bears another name."""
+    """Return the kernel's name for a path in /dev, or "major:minor" of a node that has another name."""
     name = root.real_path(path)[len("/dev/") :].replace("/", "!")
     if name in blocks:
         return name
@@ -34,9 +34,10 @@ def name_block(root: Root, path: str, blocks: dict[str, str]) -> str:
 
 
 def read_loops(root: Root, blocks: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """Return "major:minor" of a block device -> the loop devices that are made of it.
+    """Return "major:minor" of a block device -> the loop devices that are backed by it.
 
-    A loop device does not hold what is below it as a volume does. One made of a file has its file's disk mounted.
+    A loop device is not in its backing device's `holders`, as a volume is. If it is backed by a file, the file's disk
+    is mounted.
     """
     loops: dict[str, tuple[str, ...]] = {}
     for name in blocks:
@@ -48,11 +49,11 @@ def read_loops(root: Root, blocks: dict[str, str]) -> dict[str, tuple[str, ...]]
 
 
 def find_backing(root: Root, loop: str, path: str, blocks: dict[str, str]) -> str:
-    """Return "major:minor" of the block device below a loop device, "0:0" of a file. path: as sysfs names it."""
+    """Return "major:minor" of a loop device's backing device, "0:0" for a file. path: as sysfs names it."""
     try:
         number = root.ask(read_backing_device, f"/dev/{loop}")
     except OSError:
-        # Without a node to ask: what has that name now.
+        # Without a node for the ioctl: the device that has this name now.
         name = name_block(root, path.replace(" (deleted)", ""), blocks)
         return root.read_text_or(f"{BLOCK_CLASS}/{name}/dev", name)
     return f"{os.major(number)}:{os.minor(number)}"
@@ -60,7 +61,7 @@ def find_backing(root: Root, loop: str, path: str, blocks: dict[str, str]) -> st
 
 @tagged("loop-backing")
 def read_backing_device(path: str) -> int:
-    """Return the number of the block device below a loop device, 0 for a file (loop(4)). Raises OSError.
+    """Return the number of a loop device's backing device, 0 for a file (loop(4)). Raises OSError.
 
     path: the loop device's node.
     """
@@ -76,7 +77,7 @@ def read_backing_device(path: str) -> int:
 
 
 def describe_holder(root: Root, name: str) -> str:
-    """Return what a block device is that is made of others."""
+    """Return a description of a block device that is built on others."""
     volume = root.read_text_or(f"{BLOCK_CLASS}/{name}/dm/name", "")
     if volume:
         maker = root.read_text_or(f"{BLOCK_CLASS}/{name}/dm/uuid", "").partition("-")[0].rstrip("0123456789")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Identify a device across hot plug: an address is a place, and another device may be there now.
+"""Identify a device across hot plug: another device may have its address now.
 
-A device is known by the inode number of its directory in sysfs. The kernel makes a new directory for a device that is
-plugged in, and gives no number twice (fs/kernfs/dir.c, __kernfs_new_node: in turn, with a generation). Vendor, device
-and class are compared too, because numbers of 32 bits come round.
+A device is identified by the inode number of its directory in sysfs. The kernel creates a new directory for a device
+that is plugged in, and does not reuse a number soon (fs/kernfs/dir.c, __kernfs_new_node: cyclic, with a generation).
+Vendor, device and class are compared too, because 32-bit numbers wrap around.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from oci_hooks.linux.pci import PciDevice
     from oci_hooks.system import Root
 
-# A device that was unplugged: before its directory is opened, and after.
+# Errors of a device that was unplugged: before its directory is opened, and after.
 GONE = (errno.ENOENT, errno.ENODEV)
 
 
 class Instance(Frozen):
-    """One PCI function, while it is plugged in. inode: of its directory; the rest as of a PciDevice."""
+    """One PCI function, while it is plugged in. inode: of its directory; the rest as in PciDevice."""
 
     tag = "instance"
 
@@ -34,12 +34,12 @@ class Instance(Frozen):
 
 
 def make_instance(device: PciDevice) -> Instance:
-    """Return which device a PCI function is."""
+    """Return the identity of a PCI function."""
     return Instance(device.inode, device.vendor, device.device, device.class_code)
 
 
 def read_instance(root: Root, address: str) -> Instance | None:
-    """Return which device is at an address now, None where there is none. Raises OSError where it can't be read."""
+    """Return the identity of the device now at an address, None without one. Raises OSError if it cannot be read."""
     path = f"{PCI_DEVICES}/{address}"
     try:
         return Instance(root.stat(path).st_ino, *parse_ids(parse_uevent(root.read_text(f"{path}/uevent"))))

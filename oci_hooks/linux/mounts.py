@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 class Mount(Frozen):
     """One line of mountinfo.
 
-    number: "major:minor" of the file system, an anonymous one for btrfs, overlay and the like; top: the directory of
-    the file system that is mounted; point: where; kind: of file system; source: as its mounter named it; options: of
-    the file system itself.
+    number: "major:minor" of the file system, an anonymous one for btrfs, overlay and the like; top: the mounted
+    directory of the file system; point: mount point; kind: type of file system; source: as the mounting program named
+    it; options: of the file system itself.
     """
 
     number: str
@@ -29,7 +29,7 @@ class Mount(Frozen):
 def read_mounts(root: Root, having: str = "") -> list[Mount]:
     """Return the mounts in this process's namespace, in the order in which they were made. Raises OSError.
 
-    having: what a line must hold to be looked at; to parse a hundred takes as long as many a step.
+    having: text that a line must contain to be parsed: parsing a hundred lines takes as long as a step of the hook.
     """
     return parse_mounts(root.read_text("/proc/self/mountinfo"), having)
 
@@ -37,11 +37,11 @@ def read_mounts(root: Root, having: str = "") -> list[Mount]:
 def parse_mounts(text: str, having: str = "") -> list[Mount]:
     """Return the mounts of a mountinfo file (proc(5))."""
     mounts = []
-    # The kernel escapes a line feed in a path, but no other character that splitlines() would end a line at.
+    # The kernel escapes a line feed in a path, but none of the other characters at which splitlines() splits.
     for line in text.split("\n"):
         if having not in line:
             continue
-        # A number of optional fields ends with a lone dash.
+        # A variable number of optional fields ends with a single dash.
         location, _, rest = line.partition(" - ")
         fields, types = location.split(" "), rest.split(" ")
         if len(fields) >= 5 and len(types) >= 3:
@@ -57,7 +57,7 @@ def unescape(field: str) -> str:
 
 
 def unescape_part(part: str) -> str:
-    """Return what stands behind a backslash with its three octal digits as a character; as it is without these."""
+    """Return the text after a backslash with its three octal digits as a character; unchanged without these digits."""
     digits = part[:3]
     if len(digits) == 3 and all(digit in "01234567" for digit in digits):
         return chr(int(digits, 8)) + part[3:]

@@ -32,18 +32,18 @@ RT_SCOPE_LINK = 253
 # The two highest bits of an attribute's type are flags (NLA_F_NESTED, NLA_F_NET_BYTEORDER).
 NLA_TYPE_MASK = 0x3FFF
 HEADER, ATTRIBUTE, NEXTHOP = "=IHHII", "=HH", "=HBBi"
-# Headers of the three kinds of messages: ifaddrmsg, rtmsg, nhmsg. What is asked for has them all zero: every family.
+# Headers of the three kinds of messages: ifaddrmsg, rtmsg, nhmsg. A request has zeros in them: every family.
 ADDRESS_HEADER, ROUTE_HEADER, NEXTHOP_HEADER = "=BBBBI", "=BBBBBBBBI", "=BBBBI"
 # linux/err.h: error numbers end here.
 MAX_ERRNO = 4095
-# Some sixty thousand routes. A router with more has its interfaces in use, whatever the rest says.
+# Some sixty thousand routes. A router with more counts as using all interfaces.
 MAX_DUMP_BYTES = 4 << 20
-# A dump during which something changed may lack an entry; one that is there all the time is in one of so many.
+# A dump may miss an entry if anything changes meanwhile, so an interrupted dump is repeated.
 ATTEMPTS = 3
 
 
 class NetworkUse:
-    """What dumps came to. addresses: interface's index -> its first address; routed: indexes, 0 for "any"."""
+    """The result of the dumps. addresses: interface's index -> its first address; routed: indexes, 0 for "any"."""
 
     def __init__(self) -> None:
         self.addresses: dict[int, str] = {}
@@ -51,7 +51,7 @@ class NetworkUse:
 
 
 def read_network(root: Root) -> list[list[str]]:
-    """Return what the kernel reports of addresses and routes, as dump_network has it. Raises OSError."""
+    """Return the result of dump_network: addresses and routes. Raises OSError."""
     return root.ask(dump_network, "/proc/net")
 
 
@@ -59,13 +59,13 @@ def read_network(root: Root) -> list[list[str]]:
 def dump_network(path: str) -> list[list[str]]:
     """Return what makes interfaces used: ["address", interface, address] and ["route", interface, ""].
 
-    Left out is what every interface gets that is up: its link-local address, the routes to fe80::/10 and multicast. An
-    interface "" stands for all of them: there are more routes than are looked at. Raises OSError.
-    path: /proc/net; any other is that of a made tree, which has no network.
+    Omitted is what every interface gets when it is up: its link-local address, the routes to fe80::/10 and multicast.
+    The interface "" stands for all of them, if there are more routes than are read. Raises OSError. path: /proc/net;
+    any other is that of a test's tree, which has no network.
     """
     if path != "/proc/net":
         return []
-    # The socket module proper imports enum and selectors.
+    # The module `socket` imports enum and selectors.
     import _socket
 
     found = NetworkUse()
@@ -91,9 +91,9 @@ def make_request(kind: int, size: int) -> bytes:
 
 
 def read_dump(chunks: Iterator[bytes], found: NetworkUse) -> bool:
-    """Take in the answers to one request, and tell whether nothing changed meanwhile. Raises OSError.
+    """Add the answers to one request to `found`, and return whether nothing changed meanwhile. Raises OSError.
 
-    A kernel that lacks what was asked for (nexthop objects before 5.3) has none of it.
+    An older kernel does not support every request (nexthop objects before 5.3), and then has no such objects.
     """
     total, whole = 0, True
     for chunk in chunks:
@@ -105,27 +105,27 @@ def read_dump(chunks: Iterator[bytes], found: NetworkUse) -> bool:
                 code = -unpack_head("=i", body)[0]
                 if code == EOPNOTSUPP:
                     return True
-                # What else is there is no error number, and no C int.
+                # Any other value is not an error number, or does not fit a C int.
                 code = code if 0 < code <= MAX_ERRNO else EIO
                 raise OSError(code, os.strerror(code), "netlink")
             if total <= MAX_DUMP_BYTES:
                 add_message(kind, body, found)
         total += len(chunk)
         if total > MAX_DUMP_BYTES:
-            # Read to its end all the same: the next dump comes through the same socket.
+            # Read the dump to its end all the same: the next one comes through the same socket.
             found.routed.add(0)
     return whole
 
 
 def unpack_head(form: str, data: bytes) -> tuple[int, ...]:
-    """Return the numbers at the beginning of the data. Raises OSError [EBADMSG] where it is too short."""
+    """Return the numbers at the beginning of the data. Raises OSError [EBADMSG] if it is too short."""
     if len(data) < calcsize(form):
         raise OSError(EBADMSG, os.strerror(EBADMSG), "netlink")
     return unpack_from(form, data)
 
 
 def split_messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield type, flags and what follows the header of each message. Raises OSError."""
+    """Yield type, flags and body of each message. Raises OSError."""
     while data:
         length, kind, flags, _, _ = unpack_head(HEADER, data)
         if not calcsize(HEADER) <= length <= len(data):
@@ -147,7 +147,7 @@ def split_attributes(data: bytes) -> dict[int, bytes]:
 
 
 def add_message(kind: int, body: bytes, found: NetworkUse) -> None:
-    """Take in one address, route or nexthop. Raises OSError."""
+    """Add one address, route or nexthop. Raises OSError."""
     if kind == RTM_NEWADDR:
         family, _, _, scope, index = unpack_head(ADDRESS_HEADER, body)
         if (family, scope) != (AF_INET6, RT_SCOPE_LINK):
@@ -163,7 +163,7 @@ def add_message(kind: int, body: bytes, found: NetworkUse) -> None:
 
 
 def format_address(family: int, address: bytes) -> str:
-    """Return an address in words."""
+    """Return an address as text."""
     import _socket
 
     if len(address) in (4, 16):
@@ -172,7 +172,7 @@ def format_address(family: int, address: bytes) -> str:
 
 
 def add_route(body: bytes, found: NetworkUse) -> None:
-    """Take in the interfaces of one route, of whatever table and family. Raises OSError."""
+    """Add the interfaces of one route, of any table and family. Raises OSError."""
     family, length, _, _, _, _, _, kind, flags = unpack_head(ROUTE_HEADER, body)
     attributes = split_attributes(body[calcsize(ROUTE_HEADER) :])
     if flags & RTM_F_CLONED or (family == AF_INET6 and is_automatic(kind, length, attributes.get(RTA_DST, b""))):
@@ -194,7 +194,7 @@ def is_automatic(kind: int, length: int, destination: bytes) -> bool:
 
 
 def name_interfaces(found: NetworkUse, name_index: Callable[[int], str]) -> list[list[str]]:
-    """Return what was found, by the names of interfaces. name_index: returns one, or raises OSError."""
+    """Return the addresses and routes by the interfaces' names. name_index: returns a name, or raises OSError."""
     lines = []
     for kind, index, words in (
         *(("address", index, address) for index, address in found.addresses.items()),
@@ -203,6 +203,6 @@ def name_interfaces(found: NetworkUse, name_index: Callable[[int], str]) -> list
         try:
             lines.append([kind, name_index(index) if index else "", words])
         except OSError:
-            # It is gone by now.
+            # The interface is gone by now.
             continue
     return lines

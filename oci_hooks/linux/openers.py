@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the device nodes below a PCI function, and the processes that have them open or mapped. Reads only.
+"""Find the device nodes below a PCI function, and the processes that have them open or mapped. Changes nothing.
 
-Which nodes there are is the kernel's answer (/sys/dev, Documentation/ABI/testing/sysfs-dev), not a list of classes: a
-class that nobody thought of is in use like any other as soon as a process has its node open. Processes: proc(5).
+The kernel lists all nodes (/sys/dev, Documentation/ABI/testing/sysfs-dev); there is no list of classes here, so a
+device of any class is in use as soon as a process has its node open. Processes: proc(5).
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from oci_hooks.system import Deadline, Root
 
 SYS_DEV = "/sys/dev"
-# Virtual devices are below no function; NVMe namespaces are, where several controllers share them.
+# Virtual devices are below no function; NVMe namespaces that several controllers share are an exception.
 VIRTUAL, SHARED = "/devices/virtual/", "/devices/virtual/nvme-subsystem/"
-# vfio's own nodes: whose they are is a matter of claims, and the kernel gives each to one process only.
+# VFIO's own nodes: claims show their owners, and the kernel gives each to one process only.
 VFIO_NODES = "/vfio-dev/"
-# Nodes of these classes can't be mapped (kernel: no mmap in their file_operations); a mapping outlives its descriptor.
+# Nodes of these classes cannot be mapped (kernel: no mmap in their file_operations). A mapping outlives its descriptor.
 MAPLESS_CLASSES = ("ptp", "tty", "nvme")
-# Without a driver, or with one that leaves the device to programs, its memory is mapped by sysfs (sysfs-pci.rst).
+# Without a driver, or with one that leaves the device to programs, sysfs allows mapping its memory (sysfs-pci.rst).
 RAW_DRIVERS = ("", "uio_pci_generic", "igb_uio", "pci-stub")
-# udev opens each new node to see what it is. A device may be taken from it.
+# udev opens each new node to identify the device. The hook may take a device from it.
 UDEV_NAMES = ("systemd-udevd", "udevd", "udevadm")
-# How thoroughly processes are looked at: descriptors; mapped memory of PCI functions, too; all that they have mapped.
+# Depth of the scan of processes: descriptors; also mapped memory of PCI functions; all mappings.
 DESCRIPTORS, RESOURCES, MAPPINGS = range(3)
-# After how many descriptors of one process it is looked at the clock again.
+# Number of descriptors of one process after which the clock is checked again.
 DESCRIPTORS_PER_SCAN = 256
-# What is looked for when no device node is: the memory and ports of a function.
+# Searched for in addition to device nodes: the memory and ports of a function.
 RESOURCE = "/resource"
 
 
 def read_nodes(root: Root) -> dict[str, str]:
-    """Return "char 4:64" -> the device's path below /sys, links resolved, of all nodes that a function may have.
+    """Return "char 4:64" -> the device's path below /sys, links resolved, for all nodes that a function may have.
 
-    Raises OSError. Where it is not asked (a recording of an earlier version) there is none.
+    Raises OSError. Empty if a recording of an earlier version has no answer.
     """
     try:
         return root.ask(list_nodes, SYS_DEV)
@@ -55,7 +55,7 @@ def read_nodes(root: Root) -> dict[str, str]:
 
 @tagged("list-nodes")
 def list_nodes(path: str) -> dict[str, str]:
-    """Return what read_nodes does. path: where /sys/dev is. Raises OSError."""
+    """Return the result of read_nodes. path: of /sys/dev. Raises OSError."""
     nodes = {}
     for kind in ("block", "char"):
         for number in os.listdir(f"{path}/{kind}"):
@@ -70,9 +70,9 @@ def list_nodes(path: str) -> dict[str, str]:
 
 
 class Openers:
-    """Which process has which node open. Looked for when first asked, once for all functions.
+    """The processes that have device nodes open. Scanned when first needed, once for all functions.
 
-    nodes: as read_nodes gives them; deadline: of the run, of which half of what is left is spent on it.
+    nodes: as from read_nodes; deadline: of the run; the scan may take half of the remaining time.
     """
 
     def __init__(self, root: Root, nodes: dict[str, str], deadline: Deadline) -> None:
@@ -82,7 +82,7 @@ class Openers:
         self.answers: dict[int, dict[str, Any]] = {}
 
     def find(self, device: PciDevice, above: tuple[str, ...]) -> list[str]:
-        """Return which of a function's nodes are open, in words that follow its address. Raises OSError.
+        """Return descriptions of a function's nodes that are open, to follow its address. Raises OSError.
 
         above: the directories below which its nodes are.
         """
@@ -103,7 +103,7 @@ class Openers:
         )
 
     def scan(self, depth: int) -> dict[str, Any]:
-        """Return what list_openers does, at least so thoroughly. Raises OSError."""
+        """Return the result of list_openers, at this depth or more. Raises OSError."""
         known = next((answer for level, answer in self.answers.items() if level >= depth), None)
         if known is None:
             seconds = self.deadline.remaining() / 2
@@ -116,7 +116,7 @@ class Openers:
         return known
 
     def describe(self, things: dict[str, str], answer: dict[str, Any]) -> list[str]:
-        """Return who has these things open. things: key -> words."""
+        """Return descriptions of the open things with their users. things: key -> description."""
         reasons = []
         for key, words in things.items():
             for how in ("open", "mapped"):
@@ -125,13 +125,13 @@ class Openers:
                 if users:
                     verb = "has" if len(users) == 1 else "have"
                     reasons.append(f"{words}, which {', '.join(str(user) for user in users)} {verb} {how}")
-                    # Who has it open has it mapped, too: once is enough.
+                    # A process that has it open may have it mapped, too: report it once.
                     break
         return reasons
 
 
 def choose_depth(own: dict[str, str], raw: bool) -> int:
-    """Return how thoroughly processes have to be looked at for these nodes. raw: whether it may be mapped by sysfs."""
+    """Return the depth of the scan that these nodes need. raw: whether sysfs allows mapping the device's memory."""
     classes = {path.split("/")[-2] for path in own.values()}
     if classes - set(MAPLESS_CLASSES):
         return MAPPINGS
@@ -139,7 +139,7 @@ def choose_depth(own: dict[str, str], raw: bool) -> int:
 
 
 def describe_unseen(things: list[str], answer: dict[str, Any]) -> list[str]:
-    """Return that things may be open, where not every process could be looked at; else nothing."""
+    """Return that things may be open, if not every process could be examined; else nothing."""
     looked, total, hidden = answer["looked"], answer["total"], answer["hidden"]
     if looked < total:
         return [f"{things[0]}, which may be open: there was only time to check {looked} of {total} processes"]
@@ -160,7 +160,7 @@ def name_node(root: Root, path: str) -> str:
 
 
 def find_consoles(root: Root, own: dict[str, str]) -> list[str]:
-    """Return which nodes of a function are consoles of the kernel, in words. Processes have these open as /dev/console.
+    """Return descriptions of a function's nodes that are kernel consoles: processes have these open as /dev/console.
 
     Sources: proc(5), /proc/consoles; Documentation/ABI/testing/sysfs-tty, console/active.
     """
@@ -177,7 +177,7 @@ def find_consoles(root: Root, own: dict[str, str]) -> list[str]:
 
 
 def read_user(root: Root, pid: int) -> Process | None:
-    """Return a process that uses a device; None where it is udev, looking what there is, or gone by now."""
+    """Return a process that uses a device; None if it is udev, which probes devices, or gone by now."""
     name = read_program(root, pid)
     if not name or name in UDEV_NAMES:
         return None
@@ -188,11 +188,11 @@ def read_user(root: Root, pid: int) -> Process | None:
 
 @tagged("list-openers")
 def list_openers(proc: str, wanted: frozenset[str], depth: int, seconds: float) -> dict[str, Any]:
-    """Return who has what open.
+    """Return the processes that have nodes or resources open.
 
-    open: [node ("char 4:64") or resource ("0000:01:00.0/resource0"), pid, "open" or "mapped"], this process left out;
-    looked, total: at how many processes of how many it looked before the seconds were over; hidden: how many may not be
-    looked into. proc: where /proc is; wanted: nodes to look for. Raises OSError.
+    open: [node ("char 4:64") or resource ("0000:01:00.0/resource0"), pid, "open" or "mapped"], without this process;
+    looked, total: number of processes examined in time, and of all; hidden: number of those that may not be examined.
+    proc: of /proc; wanted: nodes to look for. Raises OSError.
     """
     end = time.monotonic() + seconds
     pids = sorted(int(name) for name in os.listdir(proc) if name.isdigit())
@@ -222,13 +222,13 @@ def list_openers(proc: str, wanted: frozenset[str], depth: int, seconds: float) 
 def list_open_nodes(
     location: str, depth: int, seen: dict[tuple[bytes, bytes], str], end: float
 ) -> Iterator[tuple[str, str]]:
-    """Yield what a process has open or mapped. Raises OSError, TimeoutError.
+    """Yield a process's open or mapped nodes and resources. Raises OSError, TimeoutError.
 
-    location: its directory; seen: mapped files known so far; end: the moment, of time.monotonic(), to give up at.
+    location: its directory; seen: mapped files known so far; end: the time, of time.monotonic(), at which to give up.
     """
     names = os.listdir(f"{location}/fd")
     if not names:
-        # A process whose first thread has ended shows its files only with the other threads.
+        # A process whose first thread has ended shows its files only in the directories of its other threads.
         threads = os.listdir(f"{location}/task")
         for thread in threads if len(threads) > 1 else ():
             names = os.listdir(f"{location}/task/{thread}/fd")
@@ -251,9 +251,9 @@ def list_open_nodes(
 
 
 def name_open_file(path: str, depth: int) -> str:
-    """Return the node, or the resource, that a descriptor is of; "" for anything else. path: of the link in /proc.
+    """Return the node or resource of a descriptor; "" for anything else. path: of the link in /proc.
 
-    Raises PermissionError where this process may not know what it is of.
+    Raises PermissionError if this process may not examine it.
     """
     try:
         # By its number: a node may have any name, in any mount namespace.
@@ -262,11 +262,11 @@ def name_open_file(path: str, depth: int) -> str:
         if depth >= RESOURCES and stat.S_ISREG(status.st_mode):
             return name_resource(location, os.readlink(path), status.st_ino, name_device(status.st_dev))
     except PermissionError:
-        # The link can be read where it is only the file system (FUSE) that refuses; no node is on one.
+        # A readable link means that only the file system (FUSE) refuses; no node is on one.
         os.readlink(path)
         return ""
     except OSError:
-        # Closed meanwhile, or a file that can't be asked: a node always can.
+        # Closed meanwhile, or a file that does not support stat(); a node always does.
         return ""
     return name_number(status)
 
@@ -283,11 +283,11 @@ def name_device(device: int) -> str:
 
 
 def name_resource(location: str, path: str, inode: int, device: str) -> str:
-    """Return "0000:01:00.0/resource0" of an open file of sysfs, "" for anything else.
+    """Return "0000:01:00.0/resource0" for an open file of sysfs, "" for anything else.
 
-    location: the process's directory in /proc; path: what it names the file; inode, device: the file's, as name_device
-    writes it. Any process may have a file of such a name: it counts only if it is the kernel's, whose inode number is
-    the same in each network namespace's sysfs.
+    location: the process's directory in /proc; path: the file's name for the process; inode, device: the file's, as
+    from name_device. Any process may have a file with such a name: it counts only if it is the kernel's, whose inode
+    number is the same in each network namespace's sysfs.
     """
     above, found, number = path.rpartition(RESOURCE)
     # The file `resource`, without a number, is a list that lspci reads.
@@ -302,13 +302,13 @@ def name_resource(location: str, path: str, inode: int, device: str) -> str:
 
 
 def may_be_sysfs(location: str, device: str) -> bool:
-    """Check whether a file system is sysfs, or none of which it is known that the process has mounted it."""
+    """Return whether a file system is sysfs, or may be because the process's mounts do not show it."""
     number = device.encode()
     try:
         with open(f"{location}/mountinfo", "rb") as file:
             lines = [line.split(b" ") for line in file.read().split(b"\n")]
     except OSError:
-        # What can't be known is not free.
+        # If it is unknown, assume that it is sysfs.
         return True
     # proc(5): the type of the file system comes after a field "-".
     kinds = {line[line.index(b"-") + 1] for line in lines if line[2:3] == [number] and b"-" in line}
@@ -332,7 +332,7 @@ def name_mapped(location: str, fields: list[bytes]) -> str:
     """Return the node or resource behind one mapping, "" for anything else. fields: of its line in maps."""
     name = os.fsdecode(fields[5])
     first, _, last = os.fsdecode(fields[0]).partition("-")
-    # The file itself, else (the kernel wants a privilege for that) what has its name now.
+    # The file itself; if that requires a missing privilege, the file that has its name now.
     for file in (f"{location}/map_files/{first.lstrip('0')}-{last.lstrip('0')}", f"{location}/root{name}"):
         try:
             number = name_number(os.stat(file))

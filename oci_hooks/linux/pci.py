@@ -20,21 +20,21 @@ PCI_DRIVERS = "/sys/bus/pci/drivers"
 IOMMU_GROUPS = "/sys/kernel/iommu_groups"
 VFIO_CLASS = "/sys/class/vfio"
 
-# Stands before the BDF of a device without an IOMMU, which vfio gives a group of its own only when it is bound.
+# Prefix of the BDF of a device without an IOMMU, to which VFIO gives a group of its own only when it is bound.
 NOIOMMU_GROUP = "noiommu:"
-# Stands before the number of that group in the name of its node; its device is the only one in it.
+# Prefix of that group's number in the name of its node; its device is the only member.
 NOIOMMU_PREFIX = "noiommu-"
-# What the kernel names it.
+# The kernel's name of such a group.
 NOIOMMU_NAME = "vfio-noiommu"
 NOIOMMU_SWITCH = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 
 # Header type 1 and 2 (PCI Local Bus Specification, 6.1): PCI-to-PCI, CardBus and semi-transparent bridges.
 BRIDGE_CLASSES = ("0604", "0607", "0609")
-# Drivers whose devices vfio calls viable although they are not vfio drivers (kernel: driver_managed_dma).
+# Drivers that leave a group viable although they are not VFIO drivers (kernel: driver_managed_dma).
 HARMLESS_DRIVERS = ("pci-stub", "pcieport")
-# Whether a driver is one of vfio's, where nobody has to ask: of "", no driver, and of vfio-pci.
+# Whether a driver is one of VFIO's, for the two that need no look-up: "" is no driver.
 KNOWN_DRIVERS = {"": False, "vfio-pci": True}
-# Two numbers of 32 bits and a colon.
+# Two 32-bit numbers and a colon.
 DEV_LENGTH = 22
 
 
@@ -43,8 +43,8 @@ class PciDevice(Frozen):
 
     address: BDF; vendor, device: four hexadecimal digits; class_code: six hexadecimal digits (class, subclass,
     interface); driver: "" without one; group: IOMMU group, "" without an IOMMU; path: below /sys, links resolved;
-    owned_by_vfio: bound to vfio-pci or a variant of it; inode: number of its directory in sysfs, which the next device
-    at this address does not have; 0 where nobody asked for it.
+    owned_by_vfio: bound to vfio-pci or a variant of it; inode: of its directory in sysfs, which differs for the next
+    device at this address; 0 if it was not read.
     """
 
     address: str
@@ -59,17 +59,17 @@ class PciDevice(Frozen):
 
     @property
     def is_bridge(self) -> bool:
-        """Whether it forwards to another bus: never bound to vfio, and no obstacle to its group's viability."""
+        """Return whether it forwards to another bus: bridges are never bound to VFIO, and leave their group viable."""
         return self.class_code[:4] in BRIDGE_CLASSES
 
     @property
     def on_root_bus(self) -> bool:
-        """Whether it sits on a root bus, where a machine's chipset is."""
+        """Return whether it is on a root bus, as a machine's chipset is."""
         return self.path.rpartition("/")[0].rpartition("/")[2].startswith("pci")
 
     @property
     def id(self) -> str:
-        """Vendor and device, as lspci writes them: 8086:10d3."""
+        """Return vendor and device as lspci writes them: 8086:10d3."""
         return f"{self.vendor}:{self.device}"
 
 
@@ -81,21 +81,21 @@ class IommuGroup(Frozen):
 
     @property
     def endpoints(self) -> tuple[PciDevice, ...]:
-        """The members that are not bridges."""
+        """Return the members that are not bridges."""
         return tuple(member for member in self.members if not member.is_bridge)
 
 
 class Inventory(Frozen):
-    """Every PCI function and every IOMMU group with one, at one moment."""
+    """All PCI functions, and the IOMMU groups that contain one, at one moment."""
 
     devices: dict[str, PciDevice]
     groups: dict[str, IommuGroup]
 
 
 def scan(root: Root, noiommu: bool = False, instances: bool = False) -> Inventory:
-    """Return the picture of a machine: one pass over its PCI devices. Raises OSError where sysfs can't be read.
+    """Return the inventory of a machine, from one pass over its PCI devices. Raises OSError if sysfs cannot be read.
 
-    noiommu: give each endpoint without a group a group of its own, `noiommu:BDF`, as vfio's no-IOMMU mode does;
+    noiommu: give each endpoint without a group a group of its own, `noiommu:BDF`, as VFIO's no-IOMMU mode does;
     instances: read the inode numbers too.
     """
     devices = {}
@@ -111,7 +111,7 @@ def scan(root: Root, noiommu: bool = False, instances: bool = False) -> Inventor
 
 
 def make_inventory(devices: dict[str, PciDevice]) -> Inventory:
-    """Return the picture of these PCI functions."""
+    """Return the inventory of these PCI functions."""
     members: dict[str, list[PciDevice]] = {}
     for device in devices.values():
         if device.group:
@@ -122,17 +122,17 @@ def make_inventory(devices: dict[str, PciDevice]) -> Inventory:
 def read_device(
     root: Root, address: str, drivers: dict[str, bool] | None = None, instance: bool = False
 ) -> PciDevice | None:
-    """Return one PCI function, or None where there is none at this address (any more).
+    """Return one PCI function, or None if there is none at this address (any more).
 
-    drivers: whether each is vfio's; grows, so that the question is asked of the first function of a driver only;
-    instance: read the inode number too.
+    drivers: whether each is VFIO's; extended here, so that each driver is looked up only once; instance: read the inode
+    number too.
     """
     drivers = dict(KNOWN_DRIVERS) if drivers is None else drivers
     path = f"{PCI_DEVICES}/{address}"
-    # First, so that all that is found out after is of this device, if this still is the number in the end.
+    # Read first: if the inode is the same at the end, all values read in between are this device's.
     inode = read_inode(root, path) if instance else 0
     try:
-        # One read gives driver, class and ids; each attribute by itself would be four.
+        # One read gives driver, class and ids; single attributes would take four.
         uevent = parse_uevent(root.read_text(f"{path}/uevent"))
         target = root.read_link(path)
     except OSError:
@@ -152,7 +152,7 @@ def read_device(
 
 
 def read_inode(root: Root, path: str) -> int:
-    """Return the inode number of a file or directory of the kernel's, links followed; 0 where there is none."""
+    """Return the inode number of a file or directory of the kernel, links followed; 0 if it does not exist."""
     try:
         return root.stat(path).st_ino
     except OSError:
@@ -165,32 +165,32 @@ def parse_uevent(text: str) -> dict[str, str]:
 
 
 def parse_ids(uevent: dict[str, str]) -> tuple[str, str, str]:
-    """Return vendor, device and class of a function, as a PciDevice has them, by its uevent file."""
+    """Return vendor, device and class of a function, as in PciDevice, from its uevent file."""
     vendor, _, device = uevent.get("PCI_ID", "").lower().partition(":")
     return vendor, device, uevent.get("PCI_CLASS", "").lower().zfill(6)
 
 
 def read_driver(root: Root, address: str) -> str:
-    """Return the name of the driver a PCI function is bound to now, "" without one."""
+    """Return the name of the driver that a PCI function is bound to now, "" without one."""
     return root.read_link_name(f"{PCI_DEVICES}/{address}/driver")
 
 
 def read_override(root: Root, address: str) -> str:
-    """Return a function's driver_override, "" when unset (the kernel says "(null)"). Raises OSError."""
+    """Return a function's driver_override, "" if unset (the kernel writes "(null)"). Raises OSError."""
     text = root.read_text(f"{PCI_DEVICES}/{address}/driver_override")
     return "" if text == "(null)" else text
 
 
 def read_group_number(root: Root, group: str) -> tuple[int, int] | None:
-    """Return major and minor of a live VFIO group's node, None where vfio has no such group.
+    """Return major and minor of a VFIO group's present node, None if VFIO has no such group.
 
-    From sysfs, because a guest without devtmpfs has no node to look at.
+    Read from sysfs, because a guest without devtmpfs has no node.
     """
     return read_numbers(root, f"{VFIO_CLASS}/{group}")
 
 
 def read_numbers(root: Root, path: str) -> tuple[int, int] | None:
-    """Return major and minor of a device in sysfs, whose file `dev` says "511:7"; None where there is no such thing."""
+    """Return major and minor of a device in sysfs, from its file `dev` ("511:7"); None if it does not exist."""
     text = root.read_text_or(f"{path}/dev", "")
     major, _, minor = text.partition(":")
     if not (text.isascii() and major.isdigit() and minor.isdigit() and len(text) < DEV_LENGTH):
@@ -207,10 +207,10 @@ def list_live_groups(root: Root) -> dict[tuple[int, int], str]:
 def resolve_noiommu_groups(
     inventory: Inventory, live: dict[tuple[int, int], str], noiommu: bool
 ) -> tuple[Inventory, dict[tuple[int, int], str]]:
-    """Return picture and live groups with a device that is bound without an IOMMU in the group it had before.
+    """Return inventory and live groups with each device that is bound without an IOMMU in its earlier group.
 
-    vfio's no-IOMMU mode gives it group N and node noiommu-N, for as long as it is bound. noiommu: as for look; without
-    it the device has no group, whoever bound it.
+    VFIO's no-IOMMU mode gives it group N and node noiommu-N while it is bound. noiommu: as for scan; without it the
+    device has no group, even if another program bound it.
     """
     nodes = {name: number for number, name in live.items() if name.startswith(NOIOMMU_PREFIX)}
     if not nodes:
@@ -225,12 +225,12 @@ def resolve_noiommu_groups(
 
 
 def is_viable_member(device: PciDevice) -> bool:
-    """Return whether a member leaves its group viable: no driver, a vfio driver, a harmless one, or a bridge."""
+    """Return whether a member leaves its group viable: no driver, a VFIO driver, a harmless one, or a bridge."""
     return not device.driver or device.owned_by_vfio or device.driver in HARMLESS_DRIVERS or device.is_bridge
 
 
 def normalize_address(text: str) -> str:
-    """Return a BDF as sysfs writes it, domain 0000 where it is left out; "" where the text is none."""
+    """Return a BDF as sysfs writes it, with domain 0000 by default; "" if the text is not a BDF."""
     text = text.strip().lower()
     bus_and_slot, dot, function = text.partition(".")
     parts = bus_and_slot.split(":")
@@ -241,7 +241,7 @@ def normalize_address(text: str) -> str:
         return ""
     if not HEX.issuperset(parts[0]) or int(parts[2], 16) > 31 or function not in set("01234567"):
         return ""
-    # nvidia-smi writes eight digits for any domain, sysfs no more than it needs.
+    # nvidia-smi writes eight digits for any domain, sysfs no more than needed.
     return f"{int(parts[0], 16):04x}:{parts[1]}:{parts[2]}.{function}"
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read processes: who holds a VFIO node, who is whose child; and the status of a group from the kernel.
+"""Read processes: which ones hold a VFIO node, their parents and children; and the status of a group from the kernel.
 
-The only part of the host hook that opens a device: for as long as one ioctl takes, because a group that is open for
-one process is busy for every other.
+The only part of the host hook that opens a device: for the duration of one ioctl, because a group that one process has
+open is busy for every other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 VFIO_GROUP_GET_STATUS = 0x3B67
 VFIO_GROUP_FLAGS_VIABLE = 1
 
-# Seconds before the deadline when processes are looked through no more.
+# Seconds before the deadline at which the scan of processes stops.
 SCAN_SPARE = 0.5
 
 
@@ -42,17 +42,17 @@ class Process(Frozen):
 
 
 def read_group_status(root: Root, node: str) -> str:
-    """Return the kernel's word on a group, by opening its node for a moment.
+    """Return the status of a group, by opening its node for a moment.
 
-    node: path of the group's node. Returns "viable", "not-viable", "busy", "denied", "missing", or "unknown" where no
-    answer could be had.
+    node: path of the group's node. Returns "viable", "not-viable", "busy", "denied", "missing", or "unknown" if the
+    kernel gave no answer.
     """
     return root.ask(open_group_node, node)
 
 
 @tagged("group-status")
 def open_group_node(path: str) -> str:
-    """Return what the kernel says of the group whose node is at this path; words as in read_group_status."""
+    """Return the status of the group whose node is at this path; words as in read_group_status."""
     import struct
 
     words = {
@@ -80,21 +80,22 @@ def open_group_node(path: str) -> str:
 def find_holders(
     root: Root, nodes: tuple[str, ...], deadline: Deadline, first: tuple[int, ...] = ()
 ) -> tuple[tuple[Process, ...], int, int]:
-    """Return the processes that hold one of these nodes open, and at how many of how many it looked.
+    """Return the processes that have one of these nodes open, how many were examined, and how many there are.
 
-    nodes: paths on the host; first: processes to look at before all others, which are enough if one of them holds it.
-    Looks through /proc/*/fd until the deadline is near, the hook itself left out; what it may not see is missing.
+    nodes: paths on the host; first: processes to examine before all others; if one of these has a node open, no others
+    are examined. Reads /proc/*/fd until the deadline is near, except this hook's own; processes that it may not read
+    are missing.
     """
     wanted = frozenset(nodes)
-    # By the door, as a replay is another process: perhaps the very one that held the group.
+    # Through the root, because a replay is another process, whose pid may be that of the recorded holder.
     own = root.do(os.getpid)
-    # A few of them, and looked at whatever the time: on a busy machine the scan of all others may not come to them.
+    # These few are examined regardless of the time: on a busy machine the scan of all others may not reach them.
     holders = [read_process(root, pid) for pid in first if wanted & frozenset(list_open_paths(root, pid))]
     if holders:
         return tuple(holders), len(first), len(first)
     pids = [pid for pid in list_pids(root) if pid != own and pid not in first]
     for looked, pid in enumerate(pids):
-        # Half a second must be left to tell what was found.
+        # Leave time to report the result.
         if deadline.remaining() < SCAN_SPARE:
             return tuple(holders), len(first) + looked, len(first) + len(pids)
         if wanted & frozenset(list_open_paths(root, pid)):
@@ -103,7 +104,7 @@ def find_holders(
 
 
 def list_family(root: Root, pid: int) -> tuple[int, ...]:
-    """Return a process and its children; a thread's id stands for its process. Nothing for 0.
+    """Return a process and its children; a thread's id stands for its process. Empty for 0.
 
     Source: proc(5), /proc/PID/task/TID/children, which some kernels lack (CONFIG_PROC_CHILDREN).
     """
@@ -124,7 +125,7 @@ def list_pids(root: Root) -> list[int]:
 
 
 def list_open_paths(root: Root, pid: int) -> Iterator[str]:
-    """Yield the targets of a process's descriptors; nothing where it is gone or foreign."""
+    """Yield the targets of a process's descriptors; none if it is gone or not readable."""
     directory = f"/proc/{pid}/fd"
     try:
         names = root.list_names(directory)
@@ -135,7 +136,7 @@ def list_open_paths(root: Root, pid: int) -> Iterator[str]:
 
 
 def read_process(root: Root, pid: int) -> Process:
-    """Return what a process is; one that is gone has no name."""
+    """Return a process with its name and arguments; one that is gone has no name."""
     try:
         text = root.read_bytes(f"/proc/{pid}/cmdline").decode("utf-8", "surrogateescape")
     except OSError:
@@ -145,17 +146,17 @@ def read_process(root: Root, pid: int) -> Process:
 
 
 def read_program(root: Root, pid: int) -> str:
-    """Return the name of a process's program, "" where it is gone.
+    """Return the name of a process's program, "" if it is gone.
 
-    Not from its command line: that is in its own memory, and a page of it may never come (FUSE, userfaultfd).
+    Not from its command line, which is in its own memory: reading a page there may block for ever (FUSE, userfaultfd).
     """
     executable = root.read_link_name(f"/proc/{pid}/exe").replace(" (deleted)", "")
     return executable or root.read_text_or(f"/proc/{pid}/comm", "").rstrip("\n")
 
 
 def read_status(root: Root, pid: int, key: str) -> int:
-    """Return a number from /proc/PID/status, e.g. "PPid" or "Tgid"; 0 where there is none."""
-    # Not splitlines(): a process may call itself what would then be a line of its own.
+    """Return a number from /proc/PID/status, e.g. "PPid" or "Tgid"; 0 without one."""
+    # Not splitlines(): a process's own name may contain characters that would start a line of their own.
     for line in root.read_text_or(f"/proc/{pid}/status", "").split("\n"):
         name, _, value = line.partition(":")
         if name == key and value.strip().isdigit():
@@ -187,8 +188,8 @@ def read_environment(root: Root, pid: int, name: str) -> str:
 
 
 def read_start_time(root: Root, pid: int) -> int:
-    """Return when a process started, in clock ticks since boot; 0 where it is gone or a zombie (proc(5), stat)."""
-    # The name in parentheses may hold anything.
+    """Return the start time of a process, in clock ticks since boot; 0 if it is gone or a zombie (proc(5), stat)."""
+    # The name in parentheses may contain any character.
     fields = root.read_text_or(f"/proc/{pid}/stat", "").rpartition(")")[2].split()
     known = len(fields) > 19 and fields[19].isdecimal() and fields[0] not in ("Z", "X", "x")
     return int(fields[19]) if known else 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wait for a PCI device or a VFIO group to appear, by the kernel's uevents.
 
-The only module that uses pyudev, loaded only when there is something to wait for. The events are the kernel's own
-(source "kernel"): a Kata guest whose init is the agent has no udevd, and a container never sees udevd's.
+The only module that uses pyudev, loaded only if there is something to wait for. The events are the kernel's own (source
+"kernel"): a Kata guest whose init is the agent has no udevd, and a container never gets udevd's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SUBSYSTEMS = ("pci", "vfio")
 
 @tagged("listen")
 class Listener:
-    """Hears of devices from the moment it is made: make it first, then look, then wait. Raises StepError."""
+    """A listener that receives events from its creation on: create it first, then look, then wait. Raises StepError."""
 
     def __init__(self) -> None:
         from oci_hooks.schema import load_site_packages
@@ -35,23 +35,23 @@ class Listener:
                 self.monitor.filter_by(subsystem)
             self.monitor.start()
         except (ImportError, OSError) as error:
-            # Without libudev its absence shows when a context is made; a socket may be denied.
+            # Missing libudev shows when a context is created; opening the socket may be denied.
             hint = "apt install python3-pyudev, or attach the device before the container starts"
             problem = f"is needed to wait for a device, and cannot be used: {error}"
             raise StepError("no-pyudev", "pyudev", problem, hint) from None
 
     def wait(self, seconds: float) -> str:
-        """Return what happened to a PCI device or VFIO group ("add /devices/..."), "" when the seconds are over."""
+        """Return the next event of a PCI device or VFIO group ("add /devices/..."), "" after the seconds are over."""
         end = time.monotonic() + seconds
         while True:
             remaining = max(end - time.monotonic(), 0.0)
             try:
                 event = self.monitor.poll(timeout=remaining)
             except OSError as error:
-                # ENOBUFS: more happened than the socket could hold, so look again.
+                # ENOBUFS: the socket could not hold all events, so look again.
                 return f"lost {error.strerror}"
             if event is not None:
                 return f"{event.action} {event.device_path}"
-            # libudev filters the kernel's events when it reads them: poll also returns for those of no interest.
+            # libudev filters the kernel's events when it reads them, so poll() also returns for other events.
             if not remaining:
                 return ""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find why a PCI function must not be taken: it is in use, or the virtual machine depends on it. Reads only.
+"""Find why a PCI function must not be taken: it is in use, or the virtual machine depends on it. Changes nothing.
 
-The kernel decides what a use is, as far as it can: every device node below the function that a process has
-open (openers.py), every address and route (netlink.py), each block device made of another (block_devices.py).
+The kernel's own records define a use, as far as possible: every device node below the function that a process has open
+(openers.py), every address and route (netlink.py), each block device that is part of another (block_devices.py).
+
 Sources: Documentation/ABI (sysfs-block, sysfs-class-net, sysfs-bus-pci), proc(5).
 """
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 NET_CLASS = "/sys/class/net"
 NVME_SUBSYSTEMS = "/sys/class/nvme-subsystem"
 
-# Drivers of virtio devices that a Kata guest, or any guest, stands on: its agent, its root file system, its memory.
+# Drivers of virtio devices that a Kata guest, or any guest, depends on: its agent, its root file system, its memory.
 VIRTIO_USES = {
     "virtio_console": "is a virtio console",
     "vmw_vsock_virtio_transport": "is the virtio vsock device, which the host uses to reach the guest",
@@ -36,21 +37,21 @@ VIRTIO_USES = {
     "virtio_iommu": "is the virtio IOMMU",
 }
 
-# Directories of a device in sysfs with nothing but attributes in them.
+# Directories of a device in sysfs that contain only attributes.
 NO_SHARED_DEVICES = frozenset({"power", "msi_irqs", "queues", "statistics", "trace"})
 IFF_UP = 1
-# Types of interfaces (include/uapi/linux/if_arp.h) that udev and NetworkManager bring up by themselves: ARPHRD_ETHER,
-# ARPHRD_INFINIBAND. Of any other type (CAN has no addresses at all) one that is up was brought up by somebody.
+# Types of interfaces (include/uapi/linux/if_arp.h) that udev and NetworkManager bring up by default: ARPHRD_ETHER,
+# ARPHRD_INFINIBAND. An interface of any other type (CAN has no addresses at all) is up only because it is used.
 UNCONFIGURED_TYPES = ("1", "32")
 ARPHRD_CAN = "280"
 
 
 class Usage(Frozen):
-    """What this machine uses, at one moment.
+    """All that this machine uses, at one moment.
 
-    blocks, interfaces: name -> path below /sys, links resolved; subsystems: NVMe subsystem -> where its controllers'
-    links point; mounts: "major:minor" or name of a block device -> a mount point; swaps: names of block devices;
-    addressed: interface -> an address that is no automatic one; routed: interfaces with a route, "" for all of them;
+    blocks, interfaces: name -> path below /sys, links resolved; subsystems: NVMe subsystem -> targets of its
+    controllers' links; mounts: "major:minor" or name of a block device -> a mount point; swaps: names of block devices;
+    addressed: interface -> an address that is not automatic; routed: interfaces with a route, "" for all of them;
     nodes: "char 4:64" -> path below /sys of the device that has this node.
     """
 
@@ -65,9 +66,9 @@ class Usage(Frozen):
 
 
 class UsageFinder:
-    """The uses of one machine's devices. Looked at once, when first asked: most runs ask for one or two devices.
+    """The uses of one machine's devices. Scanned once, when first needed: most runs check one or two devices.
 
-    deadline: of the run. What could not be looked at in time is in use.
+    deadline: of the run. A device that could not be checked in time counts as in use.
     """
 
     def __init__(self, root: Root, deadline: Deadline) -> None:
@@ -77,7 +78,7 @@ class UsageFinder:
         self.openers: Openers | None = None
 
     def find(self, device: PciDevice) -> list[str]:
-        """Return why a PCI function must not be touched, in words; empty where it is free. Raises OSError."""
+        """Return the reasons why a PCI function must not be touched; empty if it is free. Raises OSError."""
         if self.usage is None or self.openers is None:
             self.usage = scan_usage(self.root)
             self.openers = Openers(self.root, self.usage.nodes, self.deadline)
@@ -101,12 +102,12 @@ def scan_usage(root: Root) -> Usage:
 
 
 def find_uses(root: Root, device: PciDevice, usage: Usage, openers: Openers) -> list[str]:
-    """Return why a PCI function must not be touched, in words that follow its address; empty where it is free.
+    """Return the reasons why a PCI function must not be touched, to follow its address; empty if it is free.
 
-    The last two cost most, and are asked where nothing else is found.
+    The last two checks cost most, and are made only if nothing else is found.
     """
     if device.is_bridge:
-        # Everything behind a bridge is below it in sysfs, and none of it is the bridge's own.
+        # Everything behind a bridge is below it in sysfs, and none of it belongs to the bridge.
         return ["is a PCI-to-PCI bridge"]
     reasons = [
         *find_machine_uses(root, device),
@@ -118,9 +119,9 @@ def find_uses(root: Root, device: PciDevice, usage: Usage, openers: Openers) -> 
 
 
 def list_class_links(root: Root, directory: str) -> dict[str, str]:
-    """Return the names in a class's directory and where in /sys their links point."""
+    """Return the names in a class's directory and the targets of their links in /sys."""
     links = ((name, root.read_link(f"{directory}/{name}")) for name in root.list_names(directory))
-    # A class's directory may hold a file too (bonding_masters).
+    # A class's directory may also contain files (bonding_masters).
     return {name: "/sys/" + target.lstrip("./") for name, target in links if target}
 
 
@@ -128,7 +129,7 @@ def list_class_links(root: Root, directory: str) -> dict[str, str]:
 
 
 def find_machine_uses(root: Root, device: PciDevice) -> list[str]:
-    """Return what the function is to the machine as a whole: chipset, console screen, parent of virtual functions."""
+    """Return the function's roles for the whole machine: chipset, console screen, parent of virtual functions."""
     path = f"{PCI_DEVICES}/{device.address}"
     reasons = []
     if device.class_code.startswith("06"):
@@ -144,7 +145,7 @@ def find_machine_uses(root: Root, device: PciDevice) -> list[str]:
 
 
 def find_virtio_uses(root: Root, device: PciDevice) -> list[str]:
-    """Return what a virtio device carries for the guest. A network card or a disk follows the rules for these."""
+    """Return a virtio device's role for the guest. A network card or a disk follows the rules for these."""
     if device.vendor != "1af4":
         return []
     path = f"{PCI_DEVICES}/{device.address}"
@@ -157,20 +158,20 @@ def find_virtio_uses(root: Root, device: PciDevice) -> list[str]:
 
 
 def read_controllers(root: Root, subsystem: str) -> tuple[str, ...]:
-    """Return where the links to the controllers of an NVMe subsystem point."""
+    """Return the targets of the links to an NVMe subsystem's controllers."""
     path = f"{NVME_SUBSYSTEMS}/{subsystem}"
     return tuple(root.read_link(f"{path}/{name}") for name in root.list_names(path) if name.startswith("nvme"))
 
 
 def read_mounted(root: Root, blocks: dict[str, str]) -> dict[str, str]:
-    """Return "major:minor" and names of what is mounted, for this process or for init, and one place of each.
+    """Return "major:minor" and names of mounted devices, for this process or for init, with one mount point of each.
 
-    Both, because btrfs and others mount under an anonymous number. Raises OSError.
+    Both keys, because btrfs and others mount under an anonymous number. Raises OSError.
     """
-    # Init's may be hidden by an option of /proc's mount: what it alone has mounted is found by its disk being held.
+    # An option of /proc's mount may hide init's: then a disk that only init has mounted is found by exclusive opening.
     texts = (root.read_text_or("/proc/1/mountinfo", ""), root.read_text("/proc/self/mountinfo"))
     mounted: dict[str, str] = {}
-    # Mostly it is one namespace, and one text.
+    # Usually both are in one namespace, with the same text.
     for text in dict.fromkeys(texts):
         for mount in parse_mounts(text):
             mounted.setdefault(mount.number, mount.point)
@@ -180,7 +181,7 @@ def read_mounted(root: Root, blocks: dict[str, str]) -> dict[str, str]:
 
 
 def read_swaps(root: Root, blocks: dict[str, str]) -> frozenset[str]:
-    """Return the names of the block devices that are swap. A swap file's disk is mounted."""
+    """Return the names of the block devices that are swap space. The disk of a swap file is mounted."""
     # The kernel escapes blanks, tabs and line feeds in a path, and nothing else: no splitlines() or bare split() here.
     lines = root.read_text_or("/proc/swaps", "").split("\n")[1:]
     paths = (unescape(line.partition(" ")[0]) for line in lines)
@@ -188,7 +189,7 @@ def read_swaps(root: Root, blocks: dict[str, str]) -> frozenset[str]:
 
 
 def find_block_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
-    """Return how the disks of a PCI function are in use: mounted, swap, or below something that is active."""
+    """Return the uses of a PCI function's disks: mounted, swap, or part of an active device."""
     names = list_blocks(device, usage)
     loops = read_loops(root, usage.blocks) if names else {}
     return [
@@ -199,9 +200,9 @@ def find_block_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
 
 
 def find_exclusive_disks(root: Root, device: PciDevice, usage: Usage) -> list[str]:
-    """Return which disks of a PCI function can't be had exclusively.
+    """Return the disks of a PCI function that cannot be opened exclusively.
 
-    Only the kernel knows of a further disk of a btrfs, ZFS, bcache, or a mount in another namespace.
+    Only the kernel knows the further disks of a btrfs, ZFS or bcache, or a mount in another namespace.
     """
     nodes = [f"/dev/{name.replace('!', '/')}" for name in list_blocks(device, usage)]
     return [
@@ -212,14 +213,14 @@ def find_exclusive_disks(root: Root, device: PciDevice, usage: Usage) -> list[st
 
 
 def list_blocks(device: PciDevice, usage: Usage) -> list[str]:
-    """Return the names of the disks and partitions that a PCI function holds."""
+    """Return the names of the disks and partitions below a PCI function."""
     above = list_roots(device, usage)
     return [name for name, path in usage.blocks.items() if path.startswith(above)]
 
 
 def list_roots(device: PciDevice, usage: Usage) -> tuple[str, ...]:
-    """Return the directories of sysfs below which everything of a PCI function is, each with a slash at its end."""
-    # With multipath, namespaces hang below the subsystem, and only a link tells of the controller.
+    """Return the directories of sysfs that contain everything of a PCI function, each with a slash at its end."""
+    # With multipath, namespaces are below the subsystem, and only a link leads to the controller.
     shared = [
         f"/sys{SHARED}{subsystem}/"
         for subsystem, targets in usage.subsystems.items()
@@ -229,7 +230,7 @@ def list_roots(device: PciDevice, usage: Usage) -> tuple[str, ...]:
 
 
 def find_block_device_uses(root: Root, name: str, usage: Usage, loops: dict[str, tuple[str, ...]]) -> list[str]:
-    """Return how one block device is in use, as "mounted on /" or "under LVM volume vg-root (dm-0), mounted on /"."""
+    """Return the uses of one block device, as "mounted on /" or "under LVM volume vg-root (dm-0), mounted on /"."""
     path = f"{BLOCK_CLASS}/{name}"
     number = root.read_text_or(f"{path}/dev", "none")
     point = usage.mounts.get(number) or usage.mounts.get(name)
@@ -237,7 +238,7 @@ def find_block_device_uses(root: Root, name: str, usage: Usage, loops: dict[str,
     if name in usage.swaps or number in usage.swaps:
         uses.append("used as swap")
     for holder in (*root.list_names(f"{path}/holders"), *loops.get(number, ())):
-        # An active volume is in use even when nothing of it is mounted: it would lose its disk.
+        # An active volume is in use even if nothing of it is mounted: it would lose its disk.
         what = describe_holder(root, holder)
         inside = f"{usage.blocks.get(holder, holder)}/"
         parts = (holder, *(part for part, location in usage.blocks.items() if location.startswith(inside)))
@@ -250,9 +251,9 @@ def find_block_device_uses(root: Root, name: str, usage: Usage, loops: dict[str,
 
 
 def read_network(root: Root) -> tuple[dict[str, str], frozenset[str]]:
-    """Return the addresses of interfaces by their names, and which have a route. Raises OSError.
+    """Return the addresses of interfaces by their names, and the interfaces with a route. Raises OSError.
 
-    Where it is not asked (a recording of an earlier version) there is neither.
+    Both are empty if a recording of an earlier version has no answer.
     """
     try:
         lines = netlink.read_network(root)
@@ -263,7 +264,7 @@ def read_network(root: Root) -> tuple[dict[str, str], frozenset[str]]:
 
 
 def parse_flags(word: str, otherwise: int) -> int:
-    """Return flags that the kernel writes in hexadecimal. otherwise: for what is none; it must not mean free."""
+    """Return flags that the kernel writes in hexadecimal. otherwise: for invalid text; it must not mean free."""
     try:
         return int(word, 16)
     except ValueError:
@@ -271,10 +272,10 @@ def parse_flags(word: str, otherwise: int) -> int:
 
 
 def find_network_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
-    """Return how the network interfaces of a PCI function are in use.
+    """Return the uses of a PCI function's network interfaces.
 
-    One that is up with nothing but its automatic link-local address is free: udev and NetworkManager bring links up by
-    themselves, and with them come fe80::/64 and multicast.
+    An interface that is up with nothing but its automatic link-local address is free: udev and NetworkManager bring
+    links up by default, which adds fe80::/64 and multicast.
     """
     below = f"{device.path}/"
     names = [name for name, path in usage.interfaces.items() if path.startswith(below)]
@@ -285,7 +286,7 @@ def find_network_uses(root: Root, device: PciDevice, usage: Usage) -> list[str]:
 
 
 def find_interface_uses(root: Root, name: str, usage: Usage) -> list[str]:
-    """Return how one interface is in use, at most one way: the first that a reader would look for."""
+    """Return the use of one interface, at most one: the most likely for a user to look for."""
     path = f"{NET_CLASS}/{name}"
     if not parse_flags(root.read_text_or(f"{path}/flags", "0"), IFF_UP) & IFF_UP:
         return []
@@ -304,23 +305,23 @@ def find_interface_uses(root: Root, name: str, usage: Usage) -> list[str]:
 
 
 def find_moved_interfaces(root: Root, device: PciDevice, names: list[str]) -> list[str]:
-    """Return a reason where an interface was given to another network namespace: sysfs keeps its empty directory.
+    """Return a reason if an interface was moved to another network namespace: sysfs keeps its empty directory.
 
-    names: the function's interfaces that this namespace has.
+    names: the function's interfaces in this namespace.
     """
     try:
         empty = root.ask(list_empty_networks, f"{PCI_DEVICES}/{device.address}")
     except FileNotFoundError:
-        # Unplugged, or a recording of an earlier version: as it was asked then.
+        # Unplugged, or a recording of an earlier version: use that version's question.
         empty = [] if names or not root.exists(f"{PCI_DEVICES}/{device.address}/net") else ["net"]
     return ["is a network interface in another network namespace"] if empty else []
 
 
 @tagged("list-empty-networks")
 def list_empty_networks(path: str) -> list[str]:
-    """Return the directories `net` below a device in sysfs in which no interface is to be seen. Raises OSError.
+    """Return the directories `net` below a device in sysfs that contain no interface. Raises OSError.
 
-    Also of what the device is made of: virtio devices, USB devices behind a host controller, auxiliary devices.
+    This includes devices below it: virtio devices, USB devices behind a host controller, auxiliary devices.
     """
     import os
 
@@ -331,7 +332,7 @@ def list_empty_networks(path: str) -> list[str]:
         try:
             entries = list(os.scandir(location))
         except FileNotFoundError:
-            # What goes while it is looked at has no interface any more; the device itself is the caller's to judge.
+            # A device below that is gone has no interface any more; only the device itself is the caller's concern.
             if location == path:
                 raise
             continue

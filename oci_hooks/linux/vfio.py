@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read VFIO groups: their members on every bus, and the drivers of these.
 
-Numbers decide which group an entry means, as they do in runc, crun and Kata (virtcontainers config.GetHostPath looks up
-/sys/dev/char/M:m); the path is only what the node is called in the container. Sources: the kernel's
+Device numbers decide which group an entry means, as they do in runc, crun and Kata (virtcontainers config.GetHostPath
+looks up /sys/dev/char/M:m); the path is only the node's name in the container. Sources: the kernel's
 Documentation/driver-api/vfio.rst, ABI/testing/sysfs-kernel-iommu_groups and sysfs-devices-vfio-dev.
 """
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 CDEV_CLASS = "/sys/class/vfio-dev"
-# Modules that use vfio_pci_core are vfio drivers, also where the kernel shows no vfio-dev directory yet (before 6.1).
+# Modules that use vfio_pci_core are VFIO drivers, even if the kernel has no vfio-dev directory (before 6.1).
 CORE_HOLDERS = "/sys/module/vfio_pci_core/holders"
 
 
 class Member(Frozen):
     """One device of an IOMMU group.
 
-    name: BDF of a PCI function, UUID of a mediated device, else its name in sysfs; bus: "pci", "mdev", "ap", "ccw"
-    or the name of its subsystem; driver: "" without one; viability: "vfio", "unbound", "harmless" (no obstacle to
-    viability), "blocking", or "unknown" where only the kernel can tell; pci: the function, None on other buses.
+    name: BDF of a PCI function, UUID of a mediated device, else its name in sysfs; bus: "pci", "mdev", "ap", "ccw" or
+    the name of its subsystem; driver: "" without one; viability: "vfio", "unbound", "harmless" (no obstacle to
+    viability), "blocking", or "unknown" if only the kernel knows; pci: the function, None on other buses.
     """
 
     name: str
@@ -48,16 +48,16 @@ class Member(Frozen):
 
     @property
     def is_passable(self) -> bool:
-        """Whether it can be handed to a container at all: bridges and host bridges stay behind."""
+        """Return whether it can be passed to a container at all: bridges and host bridges cannot."""
         return self.pci is None or not (self.pci.is_bridge or self.pci.class_code[:4] == "0600")
 
 
 class VfioGroup(Frozen):
     """An IOMMU group as VFIO sees it.
 
-    name: as in /dev/vfio: "12", "noiommu-0"; iommu_group: number in /sys/kernel/iommu_groups, "" where there is none;
-    number: major and minor of its node, None where vfio has no such group now; members: in the order of their names;
-    noiommu: without the protection of an IOMMU.
+    name: as in /dev/vfio: "12", "noiommu-0"; iommu_group: number in /sys/kernel/iommu_groups, "" without one; number:
+    major and minor of its node, None if VFIO has no such group now; members: in the order of their names; noiommu:
+    without the protection of an IOMMU.
     """
 
     name: str
@@ -68,27 +68,27 @@ class VfioGroup(Frozen):
 
     @property
     def node(self) -> str:
-        """Path of the group's device node on the host."""
+        """Return the path of the group's device node on the host."""
         return GROUP_PREFIX + self.name
 
     @property
     def blocking(self) -> tuple[Member, ...]:
-        """The members that keep the group from being viable."""
+        """Return the members that keep the group from being viable."""
         return tuple(member for member in self.members if member.viability == "blocking")
 
     @property
     def passable(self) -> tuple[Member, ...]:
-        """The members that can be handed to a container."""
+        """Return the members that can be passed to a container."""
         return tuple(member for member in self.members if member.is_passable)
 
     @property
     def buses(self) -> frozenset[str]:
-        """On which buses the members are."""
+        """Return the buses of the members."""
         return frozenset(member.bus for member in self.members)
 
     @property
     def is_channel(self) -> bool:
-        """Whether it holds only s390x crypto (AP) or channel (CCW) devices, which need no IOMMU in a guest."""
+        """Return whether it has only s390x crypto (AP) or channel (CCW) devices, which need no IOMMU in a guest."""
         return bool(self.members) and self.buses <= {"ap", "ccw"}
 
 
@@ -100,15 +100,16 @@ def list_cdevs(root: Root) -> dict[tuple[int, int], str]:
 
 
 def read_cdev_group(root: Root, inventory: Inventory, cdev: str) -> VfioGroup | None:
-    """Return the group that a VFIO device is in, None where it has none."""
+    """Return the group that a VFIO device is in, None without one."""
     name = root.read_link_name(f"{CDEV_CLASS}/{cdev}/device/iommu_group")
     return read_group(root, inventory, name) if name else None
 
 
 def read_group(root: Root, inventory: Inventory, name: str) -> VfioGroup:
-    """Return a group by its name in /dev/vfio; one that is nowhere has neither an IOMMU group nor a number."""
+    """Return a group by its name in /dev/vfio; one that does not exist has neither an IOMMU group nor a number."""
     number = read_group_number(root, name)
-    # A group without IOMMU is called noiommu-0 in /dev/vfio, after the number of an IOMMU group that vfio made for it.
+    # A group without an IOMMU is named noiommu-0 in /dev/vfio, after the number of an IOMMU group that VFIO created for
+    # it.
     iommu_group = name[len(NOIOMMU_PREFIX) :] if name.startswith(NOIOMMU_PREFIX) else name
     if not iommu_group.isdigit() or not root.exists(f"{IOMMU_GROUPS}/{iommu_group}"):
         return VfioGroup(name, "", number, (), name.startswith(NOIOMMU_PREFIX))
@@ -117,13 +118,13 @@ def read_group(root: Root, inventory: Inventory, name: str) -> VfioGroup:
 
 
 def read_members(root: Root, inventory: Inventory, iommu_group: str) -> tuple[Member, ...]:
-    """Return the devices in an IOMMU group, on whatever bus they are."""
+    """Return the devices in an IOMMU group, on any bus."""
     directory = f"{IOMMU_GROUPS}/{iommu_group}/devices"
     return tuple(read_member(root, inventory, f"{directory}/{name}", name) for name in root.list_names(directory))
 
 
 def read_member(root: Root, inventory: Inventory, path: str, name: str) -> Member:
-    """Return one device of a group. path: where sysfs shows it; name: its name there."""
+    """Return one device of a group. path: in sysfs; name: its name there."""
     pci = inventory.devices.get(name)
     if pci is not None:
         return Member(name, "pci", pci.driver, classify_pci(root, pci), pci)
@@ -131,7 +132,7 @@ def read_member(root: Root, inventory: Inventory, path: str, name: str) -> Membe
     bus = root.read_link_name(f"{path}/subsystem")
     location = root.real_path(path)
     if bus == "mdev":
-        # The same names that Kata goes by (pkg/device/drivers/utils.go, GetVFIODeviceType).
+        # Kata checks for the same names (pkg/device/drivers/utils.go, GetVFIODeviceType).
         bus = "ap" if "/vfio_ap" in location else "ccw" if "/css" in location else "mdev"
         return Member(name, bus, driver, "vfio" if driver else "unbound")
     if not driver:
@@ -140,7 +141,7 @@ def read_member(root: Root, inventory: Inventory, path: str, name: str) -> Membe
 
 
 def classify_pci(root: Root, device: PciDevice) -> str:
-    """Return what a PCI function means for its group's viability, as in Member.viability."""
+    """Return a PCI function's effect on its group's viability, as in Member.viability."""
     if device.owned_by_vfio or is_variant_driver(root, device.driver):
         return "vfio"
     if not device.driver:
@@ -149,7 +150,7 @@ def classify_pci(root: Root, device: PciDevice) -> str:
 
 
 def is_variant_driver(root: Root, driver: str) -> bool:
-    """Return whether a PCI driver is one of vfio's variants: its module builds on vfio_pci_core."""
+    """Return whether a PCI driver is one of VFIO's variants: its module depends on vfio_pci_core."""
     if not driver:
         return False
     module = root.read_link_name(f"{PCI_DRIVERS}/{driver}/module")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A container as NRI describes it, checked as the host hook checks the one in config.json."""
+"""Check a container as NRI describes it, as the host hook checks the one in config.json."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from oci_hooks.program import Run
     from oci_hooks.system import Root
 
-# What to call the container's description in a finding.
+# The name of the container's description in findings.
 SOURCE = "the container that NRI describes"
-# NRI shows neither capabilities nor the limits that the engine adds later, so nothing can be said of these.
+# NRI shows neither capabilities nor the limits that the engine adds later, so these cannot be checked.
 NOT_SHOWN = ("memlock",)
 
 
 def check(run: Run, pod: dict[str, Any], container: dict[str, Any], seconds: float) -> int:
-    """Check a container that is about to be created, and return the exit code that the hook would have.
+    """Check a container that is about to be created, and return the exit code that the hook would return.
 
-    pod, container: the messages; seconds: time after which the runtime gives up on the answer. The annotation to add,
-    if there is one, is in run.details.
+    pod, container: the messages; seconds: time after which the runtime stops waiting for the answer. run.details has
+    the annotation to add, if there is one.
     """
     run.container = container["id"]
     document = make_document(container)
@@ -54,7 +54,7 @@ def check(run: Run, pod: dict[str, Any], container: dict[str, Any], seconds: flo
 
 
 def is_vfio_path(path: str) -> bool:
-    """Return whether a path means a VFIO group or device, however it is written; the control node asks for nothing."""
+    """Return whether a path names a VFIO group or device, in any notation; the control node alone requests nothing."""
     shortest = oci.normalize_device_path(path) if path.startswith("/") else ""
     return shortest.startswith(oci.GROUP_PREFIX) and shortest != oci.CONTROL_NODE
 
@@ -78,7 +78,7 @@ def make_document(container: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_numbers(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message with its optional numbers as numbers; those that are not given are left out."""
+    """Return a message with its optional numbers as numbers; absent ones are left out."""
     opened = {key: value["value"] if isinstance(value, dict) else value for key, value in message.items()}
     return {key: value for key, value in opened.items() if value is not None}
 
@@ -90,12 +90,12 @@ def make_state(pod: dict[str, Any], container: dict[str, Any]) -> State:
         SANDBOX_ID_ANNOTATIONS[0]: pod["id"],
         oci.CONTAINER_NAME_ANNOTATIONS[0]: container["name"],
     }
-    # The pod's process is the sandbox's hypervisor, where there is one.
+    # The pod's process is the sandbox's hypervisor, if there is one.
     return oci.State(container["id"], "", pod["pid"], "creating", {key: value for key, value in known.items() if value})
 
 
 def read_document(document: dict[str, Any]) -> Spec:
-    """Return what the checks use of the document. Raises InputError [bad-config]."""
+    """Return the part of the document that the checks use. Raises InputError [bad-config]."""
     try:
         return oci.make_spec(document, SOURCE)
     except Mismatch as mismatch:
@@ -104,9 +104,9 @@ def read_document(document: dict[str, Any]) -> Spec:
 
 
 def find_runtime(root: Root, state: State, spec: Spec, mode: str) -> Runtime:
-    """Return which runtime is to create the container: known by the pod's runtime handler, and by its process.
+    """Return the runtime that is to create the container, by the pod's runtime handler and its process.
 
-    The parent of this process is no shim, and nothing was created yet: as for a check by hand.
+    The parent of this process is no shim, and nothing is created yet, as in a check by hand.
     """
     if mode == "auto" and is_kata_handler(root, state.annotations.get(HANDLER_ANNOTATIONS[0], "")):
         mode = "always"
@@ -115,14 +115,14 @@ def find_runtime(root: Root, state: State, spec: Spec, mode: str) -> Runtime:
 
 
 def is_kata_handler(root: Root, name: str) -> bool:
-    """Return whether a runtime handler is one of Kata's, whatever it is called, as the engine's configuration says."""
+    """Return whether a runtime handler, of any name, is Kata's according to the engine's configuration."""
     from oci_hooks.host.kata.handlers import list_kata_handlers
 
     return bool(name) and any(handler.name == name for handler in list_kata_handlers(root))
 
 
 def make_annotations(root: Root, state: State, spec: Spec) -> dict[str, str]:
-    """Return the annotation that names the container's devices to the guest hook; nothing where it has one already.
+    """Return the annotation that names the container's devices to the guest hook; nothing if it already has one.
 
     The guest's addresses are not known yet, so devices are named by vendor and device.
     """

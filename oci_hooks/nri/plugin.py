@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vfio-nri: connects to the container runtime's NRI socket, and vetoes a container that the host check would refuse.
 
-It keeps nothing from one request to the next; when the socket closes, it ends. Whether the runtime waits for it, and
-how long, is the runtime's matter: without an answer in time containerd closes the connection and creates the container.
+It keeps no state between requests, and ends when the socket closes. The runtime decides whether and how long it waits:
+without an answer in time containerd closes the connection and creates the container.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 PROGRAM = "vfio-nri"
 SOCKET = "/var/run/nri/nri.sock"
-# containerd lists what runs to each new plugin before it goes on; it may be busy with another one.
+# containerd lists all running containers to each new plugin first; it may be busy with another plugin.
 REGISTRATION_SECONDS = 30.0
-# containerd's plugin_request_timeout, until it has said its own; the answer must come before.
+# containerd's plugin_request_timeout, until it has sent its own; the answer must arrive before.
 REQUEST_SECONDS = 2.0
 SHARE = 0.75
-# A peer that does not take an answer of some hundred bytes is stuck.
+# A peer that does not accept an answer of some hundred bytes is stuck.
 SEND_SECONDS = 10.0
 # Codes of google.rpc.Status.
 FAILED_PRECONDITION, UNIMPLEMENTED = 9, 12
-# Errors in one veto; the journal has all.
+# Maximum number of errors in one veto; the log has all.
 MOST_ERRORS = 3
-# Methods that ask for nothing here and want an answer all the same.
+# Methods that request nothing here but need an answer.
 UNCONCERNED = ("Shutdown", "StateChange", "UpdateContainer", "StopContainer")
 HINT = (
     'is NRI on? containerd: [plugins."io.containerd.nri.v1.nri"] disable = false; CRI-O: [crio.nri] enable_nri = true'
@@ -52,7 +52,7 @@ HINT = (
 
 
 def main(argv: list[str]) -> int:
-    """Run the plugin until the socket closes or a signal comes, and return the exit code. argv: without the name."""
+    """Run the plugin until the socket closes or a signal arrives, and return the exit code. argv: without the name."""
     open_standard_descriptors()
     try:
         arguments = parse_arguments(argv)
@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str]) -> Namespace:
     from oci_hooks import __version__
 
     class Parser(ArgumentParser):
-        """A parser whose refusal is a finding like every other."""
+        """A parser that reports errors as findings."""
 
         def error(self, message: str) -> None:  # type: ignore[override]
             raise InputError("bad-arguments", "arguments", message, f"see {PROGRAM} --help")
@@ -82,7 +82,7 @@ def parse_arguments(argv: list[str]) -> Namespace:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     arguments = parser.parse_args(argv)
     if len(arguments.index) != 2 or not (arguments.index.isascii() and arguments.index.isdigit()):
-        raise InputError("bad-arguments", "arguments", f"{arguments.index!r} is no index", "use two digits, as in 90")
+        raise InputError("bad-arguments", "arguments", f"{arguments.index!r} is not an index", "use two digits: 90")
     return arguments
 
 
@@ -120,7 +120,7 @@ def serve(path: str, plugin: Plugin) -> None:
         except OSError as error:
             raise make_refusal("nri-no-answer", path, error.strerror or str(error)) from None
         except (ProtocolError, Malformed) as error:
-            problem = f"does not speak NRI as this plugin knows it: {error}"
+            problem = f"violates the NRI protocol: {error}"
             raise Refusal("nri-protocol", path, problem, "report it with the runtime's version") from None
     if not plugin.is_configured:
         raise make_refusal("nri-refused", path, "was closed before the plugin was registered")
@@ -136,18 +136,18 @@ def connect(path: str) -> socket.socket:
         sock.connect(path)
     except (OSError, ValueError) as error:
         sock.close()
-        problem = f"can't be connected to: {getattr(error, 'strerror', None) or error}"
+        problem = f"cannot connect to it: {getattr(error, 'strerror', None) or error}"
         raise make_refusal("nri-unreachable", path, problem) from None
     return sock
 
 
 def make_refusal(code: str, path: str, problem: str) -> Refusal:
-    """Return the error for a runtime that can't be worked with."""
+    """Return the error for a runtime that the plugin cannot work with."""
     return Refusal(code, path, problem, HINT)
 
 
 def catch_signals() -> int:
-    """Return a descriptor that can be read once SIGTERM or SIGINT has come; an answer is finished first."""
+    """Return a descriptor that becomes readable on SIGTERM or SIGINT, so that an answer is finished first."""
     import signal
 
     readable, writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -161,9 +161,9 @@ def catch_signals() -> int:
 
 
 class Plugin:
-    """One connection's side of the conversation, without the socket.
+    """The protocol of one connection, without the socket.
 
-    index: place among the plugins; settings: path, "" for the usual file; root: the door to the system.
+    index: position among the plugins; settings: path, "" for the usual file; root: access to the system.
     """
 
     def __init__(self, index: str, settings: str, root: Root) -> None:
@@ -175,13 +175,13 @@ class Plugin:
         self.is_configured = False
 
     def register(self) -> bytes:
-        """Return what to send first."""
+        """Return the bytes to send first."""
         payload = encode({"plugin_name": PROGRAM, "plugin_idx": self.index}, messages.REGISTER)
         request = {"service": messages.RUNTIME_SERVICE, "method": "RegisterPlugin", "payload": payload}
         return frame_message(RUNTIME_CONNECTION, 1, REQUEST, encode(request, messages.REQUEST))
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Return what to send for these bytes. Raises ProtocolError, Malformed, Refusal."""
+        """Return the bytes to send after receiving these. Raises ProtocolError, Malformed, Refusal."""
         answers = []
         for connection, stream, kind, message in self.incoming.feed(data):
             if (connection, kind) == (PLUGIN_CONNECTION, REQUEST):
@@ -194,7 +194,7 @@ class Plugin:
         return answers
 
     def take_response(self, response: dict[str, Any]) -> None:
-        """Take the runtime's answer to the registration. Raises Refusal [nri-refused]."""
+        """Handle the runtime's answer to the registration. Raises Refusal [nri-refused]."""
         status = response["status"]
         if status and status["code"]:
             problem = f"the runtime refused it: {status['message']}"
@@ -215,8 +215,8 @@ class Plugin:
         return {"status": {"code": UNIMPLEMENTED, "message": f"{PROGRAM} has no {request['method']}"}}
 
     def configure(self, request: dict[str, Any]) -> bytes:
-        """Take the runtime's time limit, and return which events the plugin wants."""
-        # CRI-O, and containerd before 1.7.3, name none.
+        """Set the runtime's time limit, and return the events that the plugin subscribes to."""
+        # CRI-O, and containerd before 1.7.3, send none.
         if request["request_timeout"] > 0:
             self.seconds = request["request_timeout"] / 1000
         self.is_configured = True

@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 FRAME = struct.Struct(">II")
 MESSAGE = struct.Struct(">IIBB")
-# On the first connection the runtime asks the plugin, on the second the plugin asks the runtime.
+# On the first connection the runtime sends requests to the plugin, on the second the plugin to the runtime.
 PLUGIN_CONNECTION, RUNTIME_CONNECTION = 1, 2
 REQUEST, RESPONSE = 1, 2
 LONGEST_MESSAGE = 4 << 20
 LONGEST_FRAME = LONGEST_MESSAGE + MESSAGE.size
-# The other side reads into 4096 bytes and gives up on a longer frame (ttrpc's bufio.Reader, mux.go conn.Read).
+# The other side reads into 4096 bytes and fails on a longer frame (ttrpc's bufio.Reader, mux.go conn.Read).
 FRAME_SENT = 4096
 
 
 class ProtocolError(Exception):
-    """The other side does not keep to the protocol."""
+    """The other side violates the protocol."""
 
 
 class Demultiplexer:
-    """Takes the socket's bytes as they come, and returns the messages that are whole."""
+    """Splits the socket's bytes into complete messages."""
 
     def __init__(self) -> None:
         self.trunk = bytearray()
@@ -47,13 +47,13 @@ class Demultiplexer:
                 return
             piece = self.trunk[FRAME.size : FRAME.size + length]
             del self.trunk[: FRAME.size + length]
-            # As in mux.go, what is for a connection that nobody opened is dropped.
+            # As in mux.go, data for a connection that was never opened is dropped.
             if connection in self.connections:
                 self.connections[connection] += piece
                 yield from self.take_messages(connection)
 
     def take_messages(self, connection: int) -> Iterator[tuple[int, int, int, bytes]]:
-        """Yield the messages that are whole in a connection's data. Raises ProtocolError."""
+        """Yield the complete messages in a connection's data. Raises ProtocolError."""
         waiting = self.connections[connection]
         while len(waiting) >= MESSAGE.size:
             length, stream, kind, _ = MESSAGE.unpack_from(waiting)
@@ -67,7 +67,7 @@ class Demultiplexer:
 
 
 def frame_message(connection: int, stream: int, kind: int, data: bytes) -> bytes:
-    """Return a message as it goes through the socket."""
+    """Return a message as bytes for the socket."""
     whole = MESSAGE.pack(len(data), stream, kind, 0) + data
     pieces = (whole[at : at + FRAME_SENT] for at in range(0, len(whole), FRAME_SENT))
     return b"".join(FRAME.pack(connection, len(piece)) + piece for piece in pieces)

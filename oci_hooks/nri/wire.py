@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Protocol Buffers on the wire, as far as NRI needs them: from bytes to dictionaries and back.
+"""Encode and decode Protocol Buffers, as far as NRI needs them: from bytes to dictionaries and back.
 
-By hand, for six messages of which a dozen fields are used: code that protoc generates is bound to the version of its
-library (3.12 on Debian 11, 3.21 on 12, 6 on PyPI), which would be the only one that the hooks can't do without. A
-property test holds it to the genuine library. Source: protobuf.dev/programming-guides/encoding.
+Hand-written, for six messages with a dozen used fields: code that protoc generates needs one version of its library
+(3.12 on Debian 11, 3.21 on 12, 6 on PyPI), which would be the hooks' only mandatory dependency. A property test
+compares the results with that library's. Source: protobuf.dev/programming-guides/encoding.
 
 A schema is a dictionary: name of a field -> (number, kind). Kinds: "text", "bytes", "int", "bool", "map" (of texts),
-another schema for a message, and a list of one of these for a repeated field. Unknown fields are passed over.
+another schema for a message, and a list of one of these for a repeated field. Unknown fields are skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Schema = dict[str, tuple[int, Any]]
 
-# Types of fields on the wire: a varint, eight bytes, a length and so many bytes, four bytes.
+# Types of fields on the wire: a varint, eight bytes, a length and its bytes, four bytes.
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 SIZES = {FIXED64: 8, FIXED32: 4}
 HIGHEST_FIELD = (1 << 29) - 1
@@ -27,14 +27,14 @@ EMPTY: dict[str, object] = {"text": "", "bytes": b"", "int": 0, "bool": False}
 
 
 class Malformed(Exception):
-    """These bytes are no message of this kind."""
+    """These bytes are not a valid message of this kind."""
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
 def decode(data: bytes, schema: Schema) -> dict[str, Any]:
-    """Return a message's fields by name: each that the schema has, empty where the message lacks it, None a message.
+    """Return a message's fields by name: all of the schema's; an absent field is empty, an absent message None.
 
     Raises Malformed.
     """
@@ -52,13 +52,13 @@ def decode(data: bytes, schema: Schema) -> dict[str, Any]:
         elif kind == "map":
             message[name][item["key"]] = item["value"]
         else:
-            # Of a message that comes twice, the encoding wants both merged; Go's library never writes one so.
+            # If a message occurs twice, the encoding requires merging; Go's library never writes it twice.
             message[name] = item
     return message
 
 
 def make_empty(kind: Any) -> Any:
-    """Return what a field has that the message lacks."""
+    """Return the value of an absent field."""
     if isinstance(kind, list):
         return []
     if isinstance(kind, dict):
@@ -91,7 +91,7 @@ def read_fields(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return the number that begins at an offset, 64 bits without sign, and the offset behind it. Raises Malformed."""
+    """Return the number at an offset, unsigned, and the offset after it. Raises Malformed."""
     value = shift = 0
     while True:
         if at >= len(data):
@@ -150,13 +150,13 @@ def write_value(number: int, value: Any, kind: Any) -> bytes:
     if isinstance(kind, dict):
         value = encode(value, kind)
     elif kind == "text":
-        # What is no character at all came in as bytes from the system; the message must be UTF-8.
+        # Surrogates represent bytes from the system that are not UTF-8; the message must be UTF-8.
         value = value.encode("utf-8", "replace")
     return write_varint(number << 3 | LENGTH) + write_varint(len(value)) + bytes(value)
 
 
 def write_varint(value: int) -> bytes:
-    """Return a number on the wire; a negative one as 64 bits."""
+    """Return a number as a varint; a negative one has 64 bits."""
     value &= (1 << 64) - 1
     out = bytearray()
     while value > 0x7F:

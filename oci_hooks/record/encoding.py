@@ -156,12 +156,12 @@ def decode_error(value: Any) -> Exception:
             return RuntimeError(f"{value['type']}: {value['text']}")
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise NotationError(f"an error: {error}") from None
-    raise NotationError(f"{kind} is no kind of error")
+    raise NotationError(f"{kind} is not a kind of error")
 
 
 def make_finding(value: Any) -> Finding:
     """Return a finding in a recording. Raises NotationError."""
     fields = Finding.field_names()
     if not isinstance(value, dict) or set(value) != set(fields) or not all(isinstance(v, str) for v in value.values()):
-        raise NotationError("is no finding")
+        raise NotationError("is not a finding")
     return Finding(**value)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from oci_hooks.findings import Finding
 
 READERS = (
-    *("go", "go_annotations", "go_checks", "rust", "rust_annotations", "rust_checks"),
+    *("go", "go_annotations", "go_checks", "rust", "rust_annotations", "rust_checks", "rust_types"),
     *("model", "toml", "toml_go"),
 )
 TOKEN = re.compile(r"""[^\s,;:()\[\]'".=]+""")

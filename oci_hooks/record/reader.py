@@ -157,7 +157,7 @@ def read_events(data: bytes) -> list[dict[str, Any]]:
         check_bound(values, "VALUES", where)
         if not is_event(event):
             check_schema(event, f"events[{number - 1}]")
-            raise RecordError(f"events[{number - 1}]: is no event")
+            raise RecordError(f"events[{number - 1}]: is not an event")
         events.append(event)
     return events
 
@@ -218,7 +218,7 @@ def read_float(text: str) -> float:
     """Return a number. Raises ValueError for a non-number, such as NaN, and for one outside a float's range."""
     value = float(text)
     if value - value != 0:
-        raise ValueError(f"{text[:40]} is no number here")
+        raise ValueError(f"{text[:40]} is not a finite number")
     return value
 
 

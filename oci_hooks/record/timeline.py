@@ -181,14 +181,14 @@ def shorten(text: str) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-# Short accounts -------------------------------------------------------------------------------------------------------
+# Summaries ------------------------------------------------------------------------------------------------------------
 
 
 def format_explanation(record: Recording) -> str:
     """Return the shortest summary of a run, for a ticket."""
     about = record.about
-    verdict = {0: "succeeded", 1: "refused or failed", 2: "could not use its input"}
-    lines = [f"{about['program']} {verdict[about['exit']]}: container {about['container'] or '(not known)'}"]
+    outcome = {0: "succeeded", 1: "refused or failed", 2: "could not use its input"}
+    lines = [f"{about['program']} {outcome[about['exit']]}: container {about['container'] or '(not known)'}"]
     for finding in record.findings:
         lines += ["", f"{finding.level}: [{finding.code}]", f"  object:  {finding.subject}"]
         lines += [f"  problem: {finding.problem}"]

@@ -171,7 +171,7 @@ class LiveRoot(RecordingRoot):
         have side effects (/dev/watchdog).
         """
         if name_tag(question) == "read" and not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", path)
+            raise OSError(errno.EINVAL, "is not a regular file", path)
         return super().ask(question, path, *more)
 
     def do(self, function: Callable[..., T], *arguments: object) -> T:

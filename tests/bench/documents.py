@@ -13,7 +13,7 @@ from tests.provision import REPOSITORY
 
 @dataclass(frozen=True)
 class Place:
-    """Where a table is. path: the document, from the repository's top; begin, end: the lines around it."""
+    """The place of a table. path: the document, from the repository's top; begin, end: the lines around it."""
 
     path: str
     begin: str

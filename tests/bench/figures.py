@@ -72,7 +72,7 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Result:
-    """A figure that was measured. low, high: between which the middle half of the single turns lies; runs: of each."""
+    """A measured figure. low, high: the middle half of the single turns is between these; runs: of each."""
 
     figure: Figure
     ratio: float
@@ -82,7 +82,7 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """What it says beside its target: "met" or by how much not; "" without a target."""
+        """Return the result for its target: "met" or by how much not; "" without a target."""
         target = self.figure.target
         if not target:
             return ""
@@ -103,7 +103,7 @@ def compute(figure: Figure, samples: Samples) -> Result | None:
 
 
 def find_middle_half(values: Sequence[float]) -> tuple[float, float]:
-    """Return between which the middle half of the values lies."""
+    """Return the bounds of the middle half of the values."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = quantiles(values, n=4, method="inclusive")

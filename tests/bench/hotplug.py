@@ -2,7 +2,7 @@
 """Hot plug: how long after the kernel's uevent the group's node is in the container.
 
 QEMU plugs a NIC in while the hook waits for it. The clock starts when this process hears the kernel's event, which the
-hook hears too, and stops when inotify tells of the node.
+hook receives too, and stops when inotify reports the node.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def wait(fd: int, what: str) -> None:
 
 
 def watch(directory: Path) -> int:
-    """Return an inotify descriptor that tells of what is made in a directory."""
+    """Return an inotify descriptor for entries created in a directory."""
     library = ctypes.CDLL(None, use_errno=True)
     fd: int = library.inotify_init1(os.O_CLOEXEC)
     if fd < 0 or library.inotify_add_watch(fd, os.fsencode(directory), IN_CREATE) < 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured in the virtual machine: the guest hook beside what people bind devices with today.
+"""Measurements in the virtual machine: the guest hook compared with the usual ways to bind devices.
 
 Every case starts from the same: all NICs at their native driver, udev with nothing left to do. The containers are made
 once and wait, as they do at createRuntime; `vfio-guest-bind poststop` takes back what a run gave, and is not timed.

@@ -20,7 +20,7 @@ from tempfile import NamedTemporaryFile
 from tests.bench.timing import ENVIRONMENT, BenchError, Case
 from tests.provision import PYTHON, REPOSITORY
 
-# Below /usr, so that the hooks lie where the programs beside them lie.
+# Below /usr, so that the hooks are in the same file system as the programs that they are compared with.
 HOOKS = Path("/usr/local/lib/oci-vfio-hooks")
 # The hooks' own deadline, to be replaced by one that does not end a measurement where the machine is busy. A
 # guest.toml would do the same, and have the time of reading it in every figure.

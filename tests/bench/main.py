@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the hooks beside what people use today, on this machine and in a virtual machine on it.
+"""Compare the hooks with the usual tools, on this machine and in a virtual machine on it.
 
 Sets up what it needs like tests/run, and for itself dpdk-devbind and GNU time. Prints ratios; writes all samples to a
 JSON file. Never passes or fails by a time: only when something that is measured did not do its work.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured on the plain machine: containers without VFIO, and the host check on a made host.
+"""Measurements on the plain machine: containers without VFIO, and the host check on a made host.
 
-The made host lies over /sys and /dev, so that the executable is the one that is measured. Hence `unshare`: this module
+The made host is mounted over /sys and /dev, so that the executable itself is measured. Hence `unshare`: this module
 runs as a program in a mount namespace of its own.
 """
 
@@ -92,7 +92,7 @@ def make_host(top: Path) -> list[tuple[str, int, int]]:
 
 
 def put_in_place(top: Path) -> None:
-    """Lay a made host over this machine, for this mount namespace alone."""
+    """Mount a made host over this machine, for this mount namespace alone."""
     for directory in ("sys", "dev"):
         subprocess.run(["mount", "--bind", str(top / directory), f"/{directory}"], check=True)
 

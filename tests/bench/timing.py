@@ -91,7 +91,7 @@ def weigh(cases: Iterable[Case], runs: int) -> Samples:
 
 
 def time_command(command: Sequence[str], stdin: bytes) -> float:
-    """Return the seconds of one run of a command. Raises BenchError where it fails, with what it said."""
+    """Return the seconds of one run of a command. Raises BenchError with its output if it fails."""
     with NamedTemporaryFile() as output:
         begun, pid = start(command, stdin, output.name)
         _, status = os.waitpid(pid, 0)
@@ -101,7 +101,7 @@ def time_command(command: Sequence[str], stdin: bytes) -> float:
 
 
 def start(command: Sequence[str], stdin: bytes, output: str) -> tuple[float, int]:
-    """Start a command and return the moment before (perf_counter) and its pid. output: file for what it says."""
+    """Start a command and return the time before (perf_counter) and its pid. output: file for its output."""
     # A state is some hundred bytes, and a pipe holds 64 KiB.
     reader, writer = os.pipe()
     os.write(writer, stdin)
@@ -115,7 +115,7 @@ def start(command: Sequence[str], stdin: bytes, output: str) -> tuple[float, int
 
 
 def check_exit(command: Sequence[str], status: int, output: str) -> None:
-    """Raise BenchError unless a command ended well. status: of waitpid; output: file that holds what it said."""
+    """Raise BenchError unless a command succeeded. status: of waitpid; output: file with its output."""
     code = os.waitstatus_to_exitcode(status)
     if code:
         raise BenchError(f"{' '.join(command)} ended with {code}: {Path(output).read_text(errors='replace').strip()}")
@@ -147,6 +147,6 @@ def list_imports(executable: str, arguments: Sequence[str], stdin: bytes) -> lis
 
 
 def say(text: str) -> None:
-    """Tell the user what is going on, at once."""
+    """Print the current step, without buffering."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the chain's tests stand on: the host's NICs, and bundles for virtual machines. Skipped outside the machine."""
+"""Fixtures of the chain's tests: the host's NICs, and bundles for virtual machines. Skipped outside the machine."""
 
 from __future__ import annotations
 

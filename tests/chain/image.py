@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the inner virtual machine boots: Debian's kernel, unpacked, and an initramfs with the guest hook installed.
+"""Build the inner virtual machine's files: Debian's kernel, unpacked, and an initramfs with the guest hook.
 
 The initramfs is a selection of files out of a Debian root in which apt has installed the DEBs, runc and crun; beside
 them busybox, the kernel's modules for the few devices there are, and the containers' root with DPDK's testpmd. Run on
@@ -35,7 +35,7 @@ PACKAGES = {
 ENVIRONMENT = "OCI_VFIO_CHAIN_IMAGE"
 # Directories are taken whole.
 PYTHON = ("/usr/bin/python3", "/usr/bin/python3.11", "/usr/lib/python3.11")
-# What the hook uses beside Python: kmod loads modules, and pyudev has ctypes look for libudev, which asks ldconfig.
+# The hook needs more than Python: kmod loads modules, and pyudev has ctypes look for libudev, which runs ldconfig.
 HELPERS = ("/usr/bin/kmod", "/usr/sbin/modprobe", "/usr/sbin/ldconfig", "/etc/ld.so.cache")
 PACKAGES_OF_PYTHON = "/usr/lib/python3/dist-packages"
 HOOK = ("/usr/bin/vfio-guest-bind", "/usr/libexec/oci", "/usr/share/oci", f"{PACKAGES_OF_PYTHON}/oci_hooks")
@@ -66,7 +66,7 @@ MEGABYTE = 1 << 20
 
 @dataclass(frozen=True)
 class Image:
-    """What QEMU is given, below one directory of the cache."""
+    """The files for QEMU, below one directory of the cache."""
 
     place: Path
 
@@ -82,7 +82,7 @@ class Image:
 
     @property
     def sizes(self) -> Path:
-        """Return the file that says how large the parts are."""
+        """Return the file with the sizes of the parts."""
         return self.place / "sizes"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from tests.chain.image import Image
 from tests.support.rig_control import Wire
 
-# The names of the two ports in the guest: scripts and their output; what a script has to say meanwhile.
+# The names of the two ports in the guest: scripts and their output; progress that a script reports meanwhile.
 AGENT_PORT = "chain.agent"
 EVENT_PORT = "chain.events"
 MEMORY = "320M"
@@ -48,7 +48,7 @@ class VmError(Exception):
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a script in the inner machine. output: standard output and standard error, as they came."""
+    """The result of a script in the inner machine. output: standard output and standard error, in order."""
 
     code: int
     output: str
@@ -214,7 +214,7 @@ class InnerVm:
             raise self.explain(error) from error
 
     def explain(self, error: OSError, lines: list[str] | None = None) -> VmError:
-        """Return an error that says all that is known."""
+        """Return an error with all that is known."""
         output = [f"the inner machine: {error}", *(lines or [])]
         for file in (self.stderr, self.console):
             if file.exists():
@@ -231,7 +231,7 @@ class InnerVm:
 
 
 def list_devices(slot: Slot, group: list[str]) -> list[dict[str, str]]:
-    """Return what QEMU is told for each device of a group: one function each, function 0 last, as QEMU wants it."""
+    """Return QEMU's options for each device of a group: one function each, function 0 last, as QEMU requires."""
     many = {"multifunction": "on"} if len(group) > 1 else {}
     return [
         {"driver": "vfio-pci", "host": address, "bus": slot.bus, "addr": f"{slot.number:x}.{function}", **many}

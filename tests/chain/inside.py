@@ -29,7 +29,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Inside:
-    """What the guest's sysfs says."""
+    """The contents of the guest's sysfs."""
 
     vm: InnerVm
 
@@ -51,7 +51,7 @@ class Inside:
         return sorted(found)
 
     def wait_for_interfaces(self, path: str, count: int) -> None:
-        """Wait until the native driver has made interfaces of all functions in a slot; nothing tells, so it looks."""
+        """Wait until the native driver has created interfaces of all functions in a slot, by polling."""
         port, slot = path.split("/")
         interfaces = f"/sys/bus/pci/devices/0000:00:{port}.0/0000:*:{slot}.*/net/*"
         self.ask(f"until set -- {interfaces} && [ -e $1 ] && [ $# = {count} ]; do :; done")

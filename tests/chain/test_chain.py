@@ -20,9 +20,9 @@ from tests.vm import bundles, guest
 
 MACHINE = "chain"
 KERNELS = ("6.1",)
-# What a container can say of its devices by itself: the hook's account of them, and the nodes.
+# A container's own output on its devices: the hook's map of them, and the nodes.
 TELL = "cat /dev/vfio/devices.json; echo; ls /dev/vfio"
-# Says when a program opens a socket for the kernel's uevents (netlink's protocol 15), as the hook does before it looks
+# Reports when a program opens a socket for kernel uevents (netlink's protocol 15), as the hook does before it looks
 # and waits; there is no udevd. The kernel's trace of system calls has that as an event.
 WHEN_LISTENING = """
 mount -t tracefs none /sys/kernel/tracing
@@ -66,7 +66,7 @@ def test_host_check_kata_1_viommu_off_refused_before_vm_starts(nics: Nics, tmp_p
 
 
 def test_host_check_group_not_viable_refused(nics: Nics, tmp_path: Path) -> None:
-    """(c) One function of a card has its driver still: QEMU could not have opened the group, and would not say why."""
+    """(c) One function of a card still has its driver: QEMU could not open the group, and would not report why."""
     bundle = host.write_bundle(tmp_path / "c", host.make_config(["/bin/true"], nics.pair))
     guest.bind_native(nics.pair[1])
     with pytest.raises(HookError) as error, make_runtime(tmp_path, hooks_first=True).run_sandbox(bundle):
@@ -177,7 +177,7 @@ def test_release_restores_native_driver(sandbox: Sandbox, inside: Inside, nics: 
 
 
 def test_two_containers_one_vfio_one_native_driver(sandbox: Sandbox, inside: Inside, nics: Nics) -> None:
-    """(e) One has its NIC as VFIO and sends by it; the other, beside it, receives that by its NIC's own driver.
+    """(e) One has its NIC as VFIO and sends through it; the other receives that through its NIC's own driver.
 
     Kata's vfio_mode is one for both of them; here it is "guest-kernel", and only one has the hook's annotation.
     """

@@ -11,7 +11,7 @@ from tests.chain.innervm import Done
 from tests.chain.vmruntime import GuestContainer
 
 # testpmd shows its counters each second until it is interrupted: when what it was started for has happened, or when it
-# says that it has no ports. Everything it prints goes through.
+# reports that it has no ports. Everything it prints goes through.
 READER = """\
 /NIC statistics for port/ {{ port = $6 }}
 /RX-packets:/ && port != "" {{ rx[port] = $2 }}
@@ -24,7 +24,7 @@ function read_number(file,  number) {{ getline number <file; close(file); return
 """
 # Two ports have each received and sent.
 BOTH_BUSY = "count_busy() == 2"
-# The account it gives when it ends.
+# Its summary at the end.
 COUNTERS = re.compile(
     r"Forward statistics for port (\d+) .*\n\s*RX-packets: (\d+).*\n\s*TX-packets: (\d+)", re.MULTILINE
 )
@@ -32,7 +32,7 @@ COUNTERS = re.compile(
 
 @dataclass(frozen=True)
 class Counters:
-    """What one port has received and sent, in packets."""
+    """Packets that one port has received and sent."""
 
     received: int
     sent: int

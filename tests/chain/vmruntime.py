@@ -43,12 +43,12 @@ exit 0
 
 
 class HookError(Exception):
-    """A host hook has failed; the text is what the runtime says, the hook's words in it."""
+    """A host hook has failed; the text is the runtime's message, with the hook's line in it."""
 
 
 @dataclass(frozen=True)
 class Manner:
-    """What makes one way of running a container in the guest.
+    """One way of running a container in the guest.
 
     runtime: runc or crun. agent: as Kata's agent: no VFIO devices in config.json (vfio_mode "guest-kernel"), none of
     its hooks, but those of the guest image.
@@ -98,7 +98,7 @@ class VmRuntime:
             vm.stop()
 
     def wants_iommu(self) -> bool:
-        """Return what configuration.toml says of the virtual IOMMU; a key that is missing means no."""
+        """Return the virtual IOMMU's setting in configuration.toml; a missing key means no."""
         configuration = tomllib.loads(self.configuration.read_text())
         return bool(configuration["hypervisor"]["qemu"].get("enable_iommu", False))
 
@@ -165,7 +165,7 @@ class GuestContainer:
         return shlex.join([self.runtime, action, *bundle, *more, self.name])
 
     def run(self) -> Done:
-        """Run the container to its end; what hooks said is at the end of the output."""
+        """Run the container to its end; the hooks' output is at the end of the result."""
         return self.vm.execute(self.run_script())
 
     def run_script(self, reader: str = "cat") -> str:

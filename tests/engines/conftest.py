@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engines' tests stand on: the root of the release whose kernel the machine has. Skipped outside it."""
+"""Fixtures of the engines' tests: the root of the release whose kernel the machine has. Skipped outside it."""
 
 from __future__ import annotations
 

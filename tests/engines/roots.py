@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engines' tests run: a root of each Debian release with its engines, containerd 2.1 over one, and crictl.
+"""Roots for the engines' tests: one of each Debian release with its engines, containerd 2.1 over one, and crictl.
 
 Made on the plain machine, before anything boots; the machine finds the paths in its environment.
 """
@@ -21,7 +21,7 @@ CRICTL = "sigs.k8s.io/cri-tools/cmd/crictl@v1.34.0"
 
 
 def make_environment(files: Sequence[Path]) -> dict[str, str]:
-    """Return what tests in the machine find in their environment if a file among them says ENGINES = True."""
+    """Return the environment variables for tests in the machine if one of the files has ENGINES = True."""
     if not any("\nENGINES = True\n" in file.read_text() for file in files):
         return {}
     crictl = ensure_crictl()

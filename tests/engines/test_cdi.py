@@ -21,7 +21,7 @@ from tests.vm.bundles import Done
 
 MACHINE = "single"
 KERNELS = ("6.12",)
-# The runner makes the roots and crictl, and says where they are.
+# The runner makes the roots and crictl, and passes their paths.
 ENGINES = True
 
 CONFIG = "/etc/containerd/config.toml"
@@ -96,7 +96,7 @@ def test_docker(engine: Engine, group: str) -> None:
     # When the file is another, it reads them anew, and there is no node.
     engine.do(f"cp {FILE} /run/cdi/new.yaml; mv /run/cdi/new.yaml {FILE}")
     check_named(engine.type(fill(line).replace("group=13", f"group={group}")), node_of(group))
-    # Without the feature it has no driver for such a name, and says so without it.
+    # Without the feature it has no driver for such a name, and reports that without naming the feature.
     engine.do("sed -i s/true/false/ /etc/docker/daemon.json; systemctl restart docker")
     check_named(engine.type(fill(line)), 'could not select device driver "cdi"')
     engine.do("rm /etc/docker/daemon.json")

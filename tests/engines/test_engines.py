@@ -18,7 +18,7 @@ from tests.vm.bundles import Done
 
 MACHINE = "single"
 KERNELS = ("6.1", "6.12")
-# The runner makes the roots and crictl, and says where they are.
+# The runner makes the roots and crictl, and passes their paths.
 ENGINES = True
 
 CONTAINERDS = ["own", "2.1"] if os.environ.get("OCI_VFIO_RIG_KERNEL") == "6.12" else ["own"]

@@ -15,7 +15,7 @@ from tests.vm.bundles import Done
 
 MACHINE = "single"
 KERNELS = ("6.12",)
-# The runner makes the roots and crictl, and says where they are.
+# The runner makes the roots and crictl, and passes their paths.
 ENGINES = True
 
 CONFIG = "/etc/containerd/config.toml"
@@ -59,7 +59,7 @@ def test_nri(engine: Engine, sandbox: str, group: str) -> None:
     assert made.code == 0, made.stderr
     engine.do(f"crictl start {made.stdout.split()[-1]}")
     assert f"opened {node}" in wait_for_log(engine, "good")
-    # Without VFIO: not looked at. A node that belongs to no group: refused, by the line that the journal has, too.
+    # Without VFIO: not checked. A node that belongs to no group: refused, with the line that the journal has, too.
     assert create(engine, sandbox, "plain").code == 0
     engine.do(f"mknod {missing} c 511 4000")
     try:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fuzz the readers, guided by coverage: python3 -m tests.fuzz [--seconds N | --runs N] [TARGET...]
 
-  --seconds N   in all, shared out among the targets (120 when nothing is said; tests/run does that)
+  --seconds N   in all, shared out among the targets (default 120; tests/run uses that)
   --runs N      executions in all instead, e.g. 1000000
 
 Targets are the functions of tests/fuzz/targets.py; all of them without a name. Prints the executions of each. What made

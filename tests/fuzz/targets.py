@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is fuzzed: each reader of something that others write, as a function of bytes that fails only for a defect.
+"""The fuzz targets: each reader of foreign data, as a function of bytes that fails only for a defect.
 
 A defect is an exception that is no refusal in words, a reader and a schema of different opinion, or a text that does
 not come back as it was. A target with several files gets them parted by NUL.
@@ -110,7 +110,7 @@ def part(data: bytes, count: int) -> list[bytes]:
 
 
 def is_deep(value: Any, depth: int = 0) -> bool:
-    """Tell whether a JSON value is nested deeper than is compared."""
+    """Return whether a JSON value is nested deeper than is compared."""
     if depth > DEEPEST:
         return True
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -314,7 +314,7 @@ def fuzz_proc(data: bytes) -> None:
 
 
 def fuzz_netlink(data: bytes) -> None:
-    """Dumps of rtnetlink: whatever is not one ends in EBADMSG, or in the error that it says."""
+    """Dumps of rtnetlink: an invalid one ends in EBADMSG, or in the error that it contains."""
     try:
         netlink.read_dump(iter([data[:2048], data[2048:]]), netlink.NetworkUse())
     except OSError:
@@ -328,7 +328,7 @@ def fuzz_devices_list(data: bytes) -> None:
 
 
 def fuzz_journal(data: bytes) -> None:
-    """A claim: whatever lies there is read as some entries, and a hook makes of them what it can."""
+    """A claim: any content is read as some entries, and a hook undoes what it can."""
     entries = undo_log.parse_undo_log(data)
     claim = claims.make_claim("/run/claims/c%20", entries, False)
     claims.ClaimDirectory("/run").find_problem(claim, data)
@@ -393,7 +393,7 @@ def read_like_the_hooks(data: bytes, name: str) -> object:
 
 
 def fuzz_kept(data: bytes) -> None:
-    """What a recording keeps of config.json and state: the hooks make the same of it, also of one that is wrong."""
+    """The kept part of config.json and state in a recording: the hooks read the same from it, even if it is invalid."""
     for name in ("config.json", "state.json"):
         hidden = privacy.hide_document(data, name)
         assert read_like_the_hooks(hidden, name) == read_like_the_hooks(data, name), hidden
@@ -401,7 +401,7 @@ def fuzz_kept(data: bytes) -> None:
 
 
 def fuzz_teller(data: bytes) -> None:
-    """What a recording keeps of the files of a machine: whatever is in them."""
+    """The kept part of a machine's files in a recording, with any content."""
     number, _, text = data.partition(b"\0")
     own = "/etc/oci-vfio-hooks/guest.toml"
     teller = hidehost.Redactor("x", ("c",), {own: schema.load_schema("guest-settings")})

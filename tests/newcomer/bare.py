@@ -30,7 +30,7 @@ PACKAGES = {"git": "which files a clone has", "debootstrap": "a newcomer's root"
 # Where a newcomer has his clone.
 CLONE = "/root/oci-vfio-hooks"
 ARCHIVES = "var/cache/apt/archives"
-# What this machine has to say to reach PyPI, or a mirror behind a proxy.
+# This machine's settings to reach PyPI, or a mirror behind a proxy.
 HANDED_ON = ("http_proxy", "https_proxy", "no_proxy", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_DEFAULT_TIMEOUT")
 CERTIFICATES = "opt/way-out/certificates.pem"
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "TERM": "dumb"}
@@ -40,7 +40,7 @@ LINES_QUOTED = 60
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a command. seconds: how long it took."""
+    """The result of a command. seconds: its duration."""
 
     code: int
     stdout: str

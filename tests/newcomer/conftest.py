@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a newcomer's tests stand on: his machines, one or more to a file of tests, taken away at its end."""
+"""Fixtures of a newcomer's tests: machines, one or more per file of tests, removed at its end."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every line of the documents that stands in a code block: what a reader may type.
+"""The lines of the documents' code blocks: all that a reader may type.
 
 Markdown: a block that is indented by four spaces more than the text around it, or fenced. ReST: a literal block after
 `::`. A line that a backslash breaks is one line.
@@ -45,7 +45,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def read_install_lines() -> list[str]:
-    """Return the lines of the page that tells how to install, in order."""
+    """Return the lines of the installation page, in order."""
     return [line.text for line in read_lines(INSTALL)]
 
 
@@ -61,7 +61,7 @@ def read_section(title: str, path: Path = REPOSITORY / "README.md") -> list[str]
 
 
 def strip_remark(line: str) -> str:
-    """Return a line without what stands behind a `#`: what is typed."""
+    """Return a line without the comment after a `#`: the typed part."""
     return re.sub(r"\s+# .*$", "", line)
 
 

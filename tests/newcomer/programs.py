@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which programs the demo's machine runs, and the Debian package that each is of.
+"""The programs that the demo's machine runs, and the Debian package of each.
 
 tests/newcomer/test_demo.py holds the table to a real bare root: no file of it is there before, and dpkg says that each
 is of its package afterwards. tests/unit/test_newcomer.py holds it to the code, and to the list that is installed.

@@ -69,7 +69,7 @@ def test_demo_every_row_as_expected(tried: Tried) -> None:
 
 
 def test_demo_lists_packages_before_install(tried: Tried) -> None:
-    """How many packages and MB, what else, where the log is, how to go on, each long step with its seconds."""
+    """It shows number and size of the packages, further installs, the log's path, and each step with its seconds."""
     out = tried.first.stdout
     sizes = re.search(r"installing (\d+) Debian packages \((\S+ \S?B) to load, (\S+ \S?B) on disk\)", out)
     assert sizes, tried.first.quote()

@@ -94,7 +94,7 @@ def test_debs_install_and_run(installed: Installed) -> None:
     use_tool(machine, "/usr/bin")
 
 
-# What a line of the documents is run with, and its exit code: there is no IOMMU here, and each line says so.
+# The wrapper for a line of the documents, and its exit code: there is no IOMMU here, and each line reports that.
 BUNDLE = "/root/d"
 DOCUMENTED = {
     "vfio-guest-bind --dry-run --bundle /path/to/bundle": 1,
@@ -119,12 +119,12 @@ def test_documented_commands_run(installed: Installed) -> None:
     shown = {lines.strip_remark(line.text) for path in lines.list_documents() for line in lines.read_lines(path)}
     machine = installed.machine
     machine.run("sh", "-c", prepare("vfio-guest-bind"))
-    # A run that leaves a record: the tool has something to tell.
+    # A run that leaves a recording, for the tool to print.
     call(machine, f"examples/replay/replay-state {BUNDLE} /usr/bin/vfio-guest-bind", 1)
     for line, code in DOCUMENTED.items():
         assert line in shown
         if line.startswith("vfio-host-check --bundle"):
-            # A bundle that the check has something to say of.
+            # A bundle on which the check reports something.
             machine.run("sh", "-c", prepare("vfio-host-check"))
         typed = line.replace("/path/to/bundle", BUNDLE).replace("DIR", BUNDLE) if "ROOTFS" not in line else line
         done = machine.run("sh", "-c", typed, code=code, ROOTFS_DIR="/root/image")
@@ -134,7 +134,7 @@ def test_documented_commands_run(installed: Installed) -> None:
 
 
 def test_documented_example_commands_run(installed: Installed) -> None:
-    """In the directory where the package has them, as the README says."""
+    """In the directory where the package has them, as in the README."""
     location = "/usr/share/doc/oci-vfio-hooks/examples"
     for document, directory in (("README.md", location), ("kubernetes/README.md", f"{location}/kubernetes")):
         for line in lines.read_lines(REPOSITORY / "examples" / document):
@@ -144,7 +144,7 @@ def test_documented_example_commands_run(installed: Installed) -> None:
 
 
 def test_purge_leaves_nothing(installed: Installed) -> None:
-    """What the lines above have put in place is the user's, and goes first."""
+    """Files that the lines above created belong to the user, who removes them first."""
     machine = installed.machine
     made = (
         "/etc/containers /etc/containerd /etc/cdi /etc/systemd/system/vfio-* /usr/local/sbin/vfio-* /etc/oci-vfio-hooks"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the packages stand on: the packages, built once, and roots to try them in."""
+"""Fixtures of the packages' tests: the packages, built once, and roots to install them in."""
 
 from __future__ import annotations
 

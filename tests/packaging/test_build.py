@@ -27,7 +27,7 @@ EXECUTABLES = {
 }
 
 
-# What each needs besides the module and Python: the guest's kernel may have vfio-pci as a module.
+# Requirements of each, in addition to the module and Python: the guest's kernel may have vfio-pci as a module.
 MORE: dict[str, list[str]] = {"oci-vfio-hooks": [], "oci-vfio-hooks-guest": ["kmod"], "oci-vfio-hooks-nri": []}
 
 

@@ -47,7 +47,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostTree:
 
 
 def judge(path: Path, *devices: str) -> dict[str, Any]:
-    """Return what CDI's own package says of a file, and what a container has that asks for these devices."""
+    """Return the result of CDI's own package for a file, and the edits of a container that requests these devices."""
     command = [str(provision.ensure_cdi_check()), str(path), *devices]
     answer: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return answer

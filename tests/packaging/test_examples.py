@@ -146,7 +146,7 @@ def test_examples_hooks_d_matches_only_own_annotations(name: str) -> None:
 
 def test_examples_settings_show_every_default() -> None:
     host, guest = ((EXAMPLES / f"settings/{name}.toml").read_text() for name in ("host", "guest"))
-    # As they are installed, they say nothing.
+    # As they are installed, they produce no output.
     assert tomllib.loads(host) == tomllib.loads(guest) == {}
     values = {}
     for name, text in (("host", host), ("guest", guest)):

@@ -82,7 +82,7 @@ def test_debs_install_on_fresh_debian(installed: MakeRoot, name: str) -> None:
 
 @pytest.mark.parametrize("name", DEBIANS)
 def test_debs_without_recommended_packages(bare: MakeRoot, name: str) -> None:
-    """Python and its own library: the hooks with settings, and the replay tool, which says what it lacks."""
+    """Python and its own library: the hooks with settings, and the replay tool, which reports the missing library."""
     root = bare(name)
     packages.install_debs(root)
     for library in ("jsonschema", "pyudev", "tenacity"):
@@ -208,7 +208,7 @@ def test_unit_tests_on_debian_11(dist: Path, tmp_path: Path) -> None:
     report = "import sys, jsonschema, pyudev; print(sys.version_info[:2], jsonschema.__version__, pyudev.__version__)"
     assert root.run("/opt/tests/bin/python3", "-c", report).stdout == "(3, 9) 3.2.0 0.22.0\n"
     pytest_command = ["/opt/tests/bin/python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", *limit_tests()]
-    # What says something of the tests, not of the hooks, is as true there.
+    # Tests of the tests themselves give the same result there.
     pytest_command += [
         "--junitxml=/root/junit.xml",
         "--ignore=tests/unit/test_mutations.py",
@@ -263,7 +263,7 @@ def test_examples_kata_guest_image(dist: Path, bare: MakeRoot, capsys: pytest.Ca
 
 
 def test_daemonset_installs_the_check(bare: MakeRoot, dist: Path, tmp_path: Path) -> None:
-    """What the DaemonSet's image has is copied onto a node with Python, and the check runs there; twice is as once."""
+    """The content of the DaemonSet's image is copied onto a node with Python, and the check runs there. Idempotent."""
     payload = tmp_path / "payload"
     for name in ("python3-oci-vfio-hooks_*.deb", "oci-vfio-hooks_*.deb"):
         (package,) = dist.glob(name)

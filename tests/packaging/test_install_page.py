@@ -19,7 +19,7 @@ ELSEWHERE = {"podman run": "tests/vm/test_installed.py", "apt purge": "tests/new
 
 
 def test_every_line_of_the_page_works(dist: Path, bare: MakeRoot, tmp_path: Path) -> None:
-    """Each line in a fresh root of Debian 12; `packaging/build` has run already, and made what lies in dist/."""
+    """Each line in a fresh root of Debian 12; `packaging/build` has run already, and its packages are in dist/."""
     tree = tmp_path / "clone"
     names = shutil.ignore_patterns(".*", "__pycache__", "dist")
     shutil.copytree(REPOSITORY, tree, ignore=names)
@@ -63,7 +63,7 @@ def run_line(line: str, root: Root, tree: Path, tmp_path: Path) -> str:
         return run_pip_line(words, root, tree)
     if "apt" in words:
         line = line.replace("apt install", "apt install -y --no-install-recommends")
-    # There is no IOMMU here, and the check says so.
+    # There is no IOMMU here, and the check reports that.
     code = 1 if "--all" in words else 0
     result = root.run("sh", "-c", line, cwd="/root/clone", code=None)
     assert result.returncode in (0, code), result.stdout + result.stderr
@@ -79,7 +79,7 @@ def run_pip_line(words: list[str], root: Root, tree: Path) -> str:
         return "here"
     pip = [str(location / "opt/oci-vfio-hooks/bin/python3"), "-m", "pip", *words[1:]]
     subprocess.run(pip, cwd=tree, check=True, capture_output=True)
-    # Where it says where it is, it says where the root has it.
+    # A line that contains its path gets the path in the root.
     for path in (location / "opt/oci-vfio-hooks/bin").iterdir():
         if path.read_bytes().startswith(b"#!"):
             path.write_text(path.read_text().replace(str(location), ""))

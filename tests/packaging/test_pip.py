@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `pip install .` makes of the executables: nobody else's program runs in them, not even before they isolate."""
+"""The executables as `pip install .` installs them: no foreign code runs in them, not even before they are isolated."""
 
 from __future__ import annotations
 

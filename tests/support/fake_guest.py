@@ -23,7 +23,7 @@ class Machine:
         self.write("/sys/bus/pci/drivers_probe")
 
     def place(self, path: str) -> Path:
-        """Return where a path of the machine lies."""
+        """Return the location of a path of the machine."""
         return self.top / path.lstrip("/")
 
     def write(self, path: str, text: str = "") -> None:
@@ -60,7 +60,7 @@ class Machine:
         return address
 
     def note_bound(self, address: str, driver: str, override: str) -> tuple[str, ...]:
-        """Have a function look bound by the hook, and return the entry of the journal. driver, override: of before."""
+        """Make a function look bound by the hook, and return the undo log's entry. driver, override: earlier ones."""
         self.write(f"{PCI_DEVICES}/{address}/driver_override", "vfio-pci\n")
         found = read_instance(self.root, address)
         assert found is not None

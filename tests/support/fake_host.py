@@ -28,7 +28,7 @@ class HostTree:
         return location
 
     def link(self, path: str, target: str) -> None:
-        """Make a symbolic link; an absolute target lies in this tree."""
+        """Create a symbolic link; an absolute target is in this tree."""
         location = self.top / path.lstrip("/")
         location.parent.mkdir(parents=True, exist_ok=True)
         location.symlink_to(str(self.top) + target if target.startswith("/") else target)

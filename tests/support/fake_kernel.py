@@ -40,20 +40,20 @@ CALLS = ("open", "fork", "pipe")
 # As they were before a test wrapped them (tests/support/fault_injection.py): what the kernel does is no step of the
 # hook.
 UNWRAPPED = {name: getattr(os, name) for name in (*CHANGES["os"], *CALLS)}
-# What changes something on this machine, and all that the hook asks the system for besides.
+# Functions that change this machine, and the hook's other questions to the system.
 CHANGING = {**CHANGES, "oci_hooks.guest.apply.sysfs_writer": ("write_attribute",)}
 STEPS = {**CHANGING, "os": (*CHANGES["os"], *CALLS)}
 
 
 class Kernel:
-    """What drivers do when sysfs is written to."""
+    """The reaction of drivers to writes to sysfs."""
 
     def __init__(self, top: Path) -> None:
         self.top = top
         self.refuses: Callable[[str, str], int] = lambda address, driver: 0
 
     def write_attribute(self, path: str, data: str, directory: int = -1) -> None:
-        """Stand in for workers.write_attribute: a write that is begun is finished. Raises OSError."""
+        """Replace sysfs_writer.write_attribute: a write that has begun is completed. Raises OSError."""
         if directory >= 0:
             path = os.path.join(os.readlink(f"/proc/self/fd/{directory}"), path)
         os.close(UNWRAPPED["open"](path, os.O_WRONLY | os.O_CLOEXEC))
@@ -128,7 +128,7 @@ class Kernel:
         return 0
 
     def place(self, address: str) -> Path:
-        """Return where a function lies."""
+        """Return the path of a function."""
         return self.top / f"{PCI_DEVICES}/{address}".lstrip("/")
 
     def add_finding(self, place: Path, driver: str) -> None:
@@ -146,14 +146,14 @@ class Kernel:
 
 
 class PlacedRoot(RecordingRoot):
-    """The door of a hook's run, to a made machine. top: the directory where that lies."""
+    """The root of a hook's run, on a made machine. top: its directory."""
 
     def __init__(self, top: str) -> None:
         super().__init__()
         self.top = top
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
-        """Return what a reading function says of a path, and note it. Raises OSError."""
+        """Return a reading function's result for a path, and note it. Raises OSError."""
         return super().ask(question, self.host_path(path), *more)
 
 
@@ -194,7 +194,7 @@ class Container:
         return {"ociVersion": "1.0.2", "id": self.name, "bundle": f"/bundles/{self.name}", "status": "stopped"}
 
     def list_dev(self) -> dict[str, tuple[int, int]]:
-        """Return what lies in its /dev: mode and device number by name."""
+        """Return the entries of its /dev: mode and device number by name."""
         found = {}
         for path in sorted(self.dev.rglob("*")):
             status = path.lstat()
@@ -226,7 +226,7 @@ class Run:
                 be_hook((stdin, self.said, self.said), arguments, machine.enter, prepare)
 
     def finish(self) -> tuple[int, str]:
-        """Wait for its end; return its exit code, negative for a signal, and what it said."""
+        """Wait for its end; return its exit code, negative for a signal, and its output."""
         status = os.waitpid(self.pid, 0)[1]
         with self.said:
             self.said.seek(0)
@@ -265,7 +265,7 @@ class ActingMachine(Machine):
             setattr(record_writer, name, str(self.place("/var/lib/records")))
 
     def make_root(self) -> RecordingRoot:
-        """Return the door to this machine."""
+        """Return the root of this machine."""
         return PlacedRoot(str(self.top))
 
     def make_container(self, name: str, devices: str, **more: Any) -> Container:
@@ -274,14 +274,14 @@ class ActingMachine(Machine):
         return self.containers[-1]
 
     def start(self, state: dict[str, Any], *arguments: str, prepare: Prepare = lambda: None) -> Run:
-        """Start the guest hook. prepare: called in its process first. A container whose state says so has ended."""
+        """Start the guest hook. prepare: called in its process first. With status "stopped" the container has ended."""
         for container in self.containers:
             if container.name == state["id"]:
                 container.show(state.get("status") != "stopped")
         return Run(self, state, arguments, prepare)
 
     def call(self, state: dict[str, Any], *arguments: str, prepare: Prepare = lambda: None) -> tuple[int, str]:
-        """Run the guest hook to its end; return its exit code and what it said."""
+        """Run the guest hook to its end; return its exit code and output."""
         return self.start(state, *arguments, prepare=prepare).finish()
 
     def share_namespace(self, container: Container, prepare: Prepare) -> int:
@@ -336,7 +336,7 @@ class ActingMachine(Machine):
 
 
 def answer_open(directory: int, node: cgroup.MadeNode, _flags: int = os.O_RDWR) -> tuple[int, bool]:
-    """Stand in for proof.verify_node: a node with the right numbers opens."""
+    """Replace proof.verify_node: a node with the right numbers opens."""
     try:
         found = os.stat(node.name, dir_fd=directory, follow_symlinks=False)
     except OSError as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Something happens to the hook at its nth step: kill -9, a signal, an error of the system, a device that goes.
 
-A step is a call that changes something: a write (sysfs, cgroup, journal), a node, a directory, a device program, a
+A step is a call that changes something: a write (sysfs, cgroup, undo log), a node, a directory, a device program, a
 mount. The hook runs in a fork of the test with these calls wrapped. They are counted over all of its processes.
 """
 
@@ -81,7 +81,7 @@ class Steps:
 
     @property
     def has_fired(self) -> bool:
-        """Whether the hook came as far as the nth step."""
+        """Return whether the hook reached the nth step."""
         return bool(self.read(FIRED))
 
     def wait_for_children(self) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from oci_hooks import oci
 
-# What stands at the edges of the bounds in the schemas, and what looks like a number and is none.
+# Values at the bounds in the schemas, and values that look like a number and are not.
 NUMBERS = st.sampled_from(
     [-2, -1, 0, 1, 3.0, -1.0, 0.5, 1e308, float("inf"), float("nan"), 2**32 - 2, 2**32 - 1, 2**32, 2**64, True, False]
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of records share: find the record that a hook left, and run it again where it was made."""
+"""Shared parts of the recordings' tests: find a hook's recording, and run it again on the machine where it was made."""
 
 from __future__ import annotations
 

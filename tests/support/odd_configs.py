@@ -14,7 +14,7 @@ from typing import Any, Callable
 Config = dict[str, Any]
 Kind = Callable[[Config], bytes]
 
-# What stands for a piece of raw text in a document that json.dumps writes.
+# Placeholder for raw text in a document that json.dumps writes.
 MARK = "(raw text)"
 MIB = 1 << 20
 

@@ -161,7 +161,7 @@ class TreeRoot(RecordingRoot):
         self.tree = top
 
     def ask(self, question: Callable[..., Any], path: str, *more: object) -> Any:
-        """Return what a reading function says of a path below the tree."""
+        """Return a reading function's result for a path below the tree."""
         entry = self.add("ask", name_tag(question), (path,))
         answer = self.call_noted(entry, question, self.tree + path, *more)
         if isinstance(answer, str) and answer.startswith(self.tree):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a machine has waited for a processor: time that must not count against its limits.
+"""Measure how long a machine has waited for a processor: this time must not count against its limits.
 
 On a busy host an emulated machine was seen to get one second of eight. By the clock it hangs; it only waits. A machine
 that really hangs either spins or sleeps, and waits for nobody.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for the unit tests: property tests have no time limit an example, a busy machine is no defect.
+"""Settings of the unit tests: property tests have no time limit per example, as a busy machine is no defect.
 
 They try the same examples in each run: a new one that fails belongs to whoever looks for it (OCI_VFIO_FULL=1), not to
 the next change that is sent.

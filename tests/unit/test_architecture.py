@@ -17,7 +17,7 @@ import pytest
 pytestmark = pytest.mark.unit
 
 PACKAGE = Path(__file__).resolve().parents[2] / "oci_hooks"
-# What a part may import besides itself; the longest name that fits is a module's part. "root": modules of no part.
+# Parts that a part may import; the longest matching name is a module's part. "root": modules of no part.
 PARTS: dict[str, tuple[str, ...]] = {
     "root": (),
     "linux": ("root",),

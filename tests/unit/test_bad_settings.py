@@ -27,7 +27,7 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to somebody
 
 
 def list_system() -> dict[str, float]:
-    """Return what a hook may leave on a machine besides records, with its times."""
+    """Return the files that a hook may leave on a machine other than recordings, with their times."""
     top = Path("/run/oci-vfio-hooks")
     return {str(path): path.lstat().st_mtime for path in top.rglob("*") if "records" not in path.parts}
 
@@ -59,7 +59,7 @@ def refuse(name: str, settings: Path, tmp_path: Path) -> str:
     head = f"{HOOKS[name]}: error: "
     assert line.startswith(head)
     assert str(settings) in line
-    # What can be done about it stands behind the problem.
+    # The remedy follows the problem.
     assert "; " in line
     assert list_system() == before
     return line[len(head) :].replace(str(settings), "FILE", 1)
@@ -67,7 +67,7 @@ def refuse(name: str, settings: Path, tmp_path: Path) -> str:
 
 @functools.cache
 def has_toml() -> bool:
-    """Tell whether the hooks' interpreter has a TOML reader: below Python 3.11 that is a package, which may be away."""
+    """Return whether the hooks' interpreter can read TOML: below Python 3.11 that needs a package."""
     script = "import sys, importlib.util as u; sys.exit(not (u.find_spec('tomllib') or u.find_spec('tomli')))"
     return subprocess.run(["/usr/bin/python3", "-I", "-c", script], check=False).returncode == 0
 
@@ -99,8 +99,8 @@ TEXTS = {
     "xml": (b"<xml/>\n", "is not TOML: Invalid statement (at line 1,"),
     "json": (b'{"deadline": 3}\n', "is not TOML: Invalid statement (at line 1,"),
     "yaml": (b"deadline: 3\n", "is not TOML: Expected '=' after a key"),
-    "nan": (b"deadline = nan\n", "is not TOML: nan is no number here"),
-    "infinite": (b"deadline = 1e999\n", "is not TOML: 1e999 is no number here"),
+    "nan": (b"deadline = nan\n", "is not TOML: nan is not a finite number"),
+    "infinite": (b"deadline = 1e999\n", "is not TOML: 1e999 is not a finite number"),
     "deep": (b"a = " + b"[" * 5000 + b"\n", "is not TOML: "),
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks make of their samples. What they measure is shown by running them."""
+"""Statistics of the benchmarks. Running them shows the measurements."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_executables_from_any_virtual_environment(tmp_path: Path, hook: str, lib
 
 @pytest.mark.parametrize("python", [sys.executable, "/usr/bin/python3"])
 def test_load_site_packages_runs_no_sitecustomize_or_pth(tmp_path: Path, python: str) -> None:
-    """Where a hook needs jsonschema, neither sitecustomize nor a .pth file is run; Debian has the former."""
+    """With jsonschema, neither sitecustomize nor a .pth file is run; Debian has the former."""
     (tmp_path / "sitecustomize.py").write_text("raise SystemExit(77)")
     script = f"""
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records and findings: immutable values, and one harmless line for each thing to say."""
+"""Records and findings: immutable values, and one harmless line per finding."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fuzzing found stays found, and it goes on: two minutes in each run of the tests, guided by coverage."""
+"""Defects that fuzzing found stay fixed; fuzzing goes on for two minutes per run of the tests, guided by coverage."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_fuzz_examples(name: str) -> None:
 @settings(max_examples=30)
 @given(st.data())
 def test_fuzz_mutated_examples(name: str, data: st.DataObject) -> None:
-    """What atheris does, as far as it goes without atheris."""
+    """Mutated examples, as far as that is possible without atheris."""
     example = data.draw(st.sampled_from(list_seeds(name) or [b""]))[:4096]
     at = data.draw(st.integers(0, len(example)))
     to = data.draw(st.integers(at, min(len(example), at + 8)))

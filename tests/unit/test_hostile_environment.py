@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both executables, started by somebody who means ill or does not care: they say the same as ever.
+"""Both executables, started in a hostile or broken environment: their output is the same as ever.
 
-What they say is compared with what they say in an empty environment: of a container without VFIO, of one whose
-annotation can't be read, and of one that asks for a device that is not there.
+It is compared with the output in an empty environment: for a container without VFIO, for one whose
+annotation cannot be read, and for one that requests a device that does not exist.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def plant(top: Path) -> Path:
 
 
 def spoil_variables(top: Path) -> Options:
-    """Set every variable that Python, the C library or a shell heeds."""
+    """Set every variable that affects Python, the C library or a shell."""
     trap = plant(top)
     names = (
         "PYTHONPATH",
@@ -143,7 +143,7 @@ def low_priority_and_stack(_: Path) -> Options:
 
 
 def call(hook: str, bundle: Path, **options: Any) -> tuple[int, bytes, bytes]:
-    """Run one of the executables on a bundle and return exit code, output and what it said."""
+    """Run one of the executables on a bundle and return exit code, standard output and error output."""
     # The highest pid there can be: no process.
     state = {"ociVersion": "1.0.2", "id": "c1", "status": "creating", "pid": 4194304, "bundle": str(bundle)}
     done = subprocess.run(
@@ -187,7 +187,7 @@ def test_hook_same_output_in_hostile_environment(tmp_path: Path, hook: str, spoi
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (1, 2), (0, 1, 2)], ids=str)
 def test_hook_closed_descriptors_not_reused(tmp_path: Path, hook: str, closed: tuple[int, ...]) -> None:
-    """Nothing that it opens takes the number of a stream, and with it what is said to that."""
+    """No file that it opens gets the number of a standard stream, and with it that stream's output."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["wrong"]))
 
     def close() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both hooks and the replay tool do without each library: docs/reference/libraries.md, tried with the executables.
+"""Both hooks and the replay tool without each library: docs/reference/libraries.md, tested with the executables.
 
 The library is taken away as if it were not installed: in a mount namespace, from a copy laid over the directory where
 Debian has it. Without root there are no mount namespaces.

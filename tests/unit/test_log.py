@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where findings go: the journal with its fields, syslog without one, the kernel's log in a guest."""
+"""Destinations of findings: the journal with its fields, syslog without one, the kernel's log in a guest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FINDING = Finding("error", "group-busy", "/dev/vfio/18", "another process has it
 
 @pytest.fixture
 def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Return a socket that stands for the journal's."""
+    """Return a socket in place of the journal's."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         path = str(tmp_path / "socket")
         sock.bind(path)
@@ -34,7 +34,7 @@ def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
 
 @pytest.fixture
 def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """Return what is sent to syslog, where there is no journal."""
+    """Return the text sent to syslog, if there is no journal."""
     sent: list[tuple[int, str]] = []
     monkeypatch.setattr(log, "JOURNAL_SOCKET", str(tmp_path / "absent"))
     monkeypatch.setattr(syslog, "openlog", lambda *_: None)

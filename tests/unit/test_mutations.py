@@ -67,6 +67,6 @@ def test_mutation_makes_a_test_fail(copy: Path, module: str, line: str, instead:
         )
     finally:
         path.write_text(whole)
-    # 1: a test failed. Anything else is no verdict.
+    # 1: a test failed. Any other code is no result.
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
     assert "1 failed" in done.stdout

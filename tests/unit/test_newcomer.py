@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo and the tests install: each package by name, with its size told before; who lacks what hears it."""
+"""Packages that the demo and the tests install: each by name, its size announced before; missing ones are named."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def test_demo_packages_each_needed(package: str) -> None:
 
 
 def test_rig_programs_in_package_table() -> None:
-    """What check_requirements looks for, by package."""
+    """Programs that check_requirements looks for, by package."""
     asked = re.findall(r'\("[a-z0-9_-]+", "([a-z0-9-]+)"\)', inspect.getsource(rig.check_requirements))
     assert len(asked) >= 3
     assert set(asked) <= set(PROGRAMS.values())
 
 
 def test_build_packages_match_control() -> None:
-    """packaging/build reads it there: real names, no versions, git and rpm beside."""
+    """packaging/build reads it there: real names, no versions, and git and rpm too."""
     text = (REPOSITORY / "packaging/build").read_text()
     function = re.search(r"^list_build_depends\(\) \{.*?^\}", text, re.MULTILINE | re.DOTALL)
     assert function

@@ -29,7 +29,7 @@ STATE: dict[str, Any] = {"id": "c1", "bundle": "/b"}
 
 
 def read_or_refuse(document: object, kind: str) -> bool:
-    """Tell whether the hand-written reader takes a document."""
+    """Return whether the hand-written reader accepts a document."""
     try:
         if kind == "state":
             oci.make_state(document)
@@ -46,7 +46,7 @@ def device(**changes: Any) -> dict[str, Any]:
     return {"linux": {"devices": [{key: value for key, value in entry.items() if value is not None}]}}
 
 
-# The same verdict ----------------------------------------------------------------------------------------------------
+# The same result ------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=600, deadline=None)
@@ -67,7 +67,7 @@ def test_reader_and_schema_agree_on_anything(document: object) -> None:
     assert read_or_refuse(document, "config") == CONFIG_SCHEMA.is_valid(document)
 
 
-# (document, the path at which it is wrong, "" where it is right). Both verdicts are checked for each.
+# (document, the path at which it is wrong, "" if it is valid). Both readers' results are checked for each.
 STATES_BY_HAND: list[tuple[Any, str]] = [
     (STATE, ""),
     ({**STATE, "ociVersion": "", "status": "", "pid": 0, "annotations": None, "root": "/r", "new": [1]}, ""),
@@ -379,7 +379,7 @@ ODD = b'{"process": {"env": [null]}, "annotations": {"x": "%s"}'
         ({oci.DEVICES_ANNOTATION: "auto"}, ODD, True),
         ({oci.DEVICES_ANNOTATION: "auto", "io.kubernetes.cri.container-type": "sandbox"}, ODD, False),
         ({}, ODD + b', "y": "vfio"}', False),
-        # Nobody can say where in it the word is.
+        # No reader can name the place of the word in it.
         ({}, ODD + b', "y": "vfio"', True),
         ({}, ODD + b', "annotations": {"io.katacontainers.x.vfio": null}}', True),
         ({}, ODD + b', "linux": {"devices": [{"path": "/dev/vfio/1"}]}}', True),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may stop a container: nothing that is wrong with a config.json that asks for no VFIO. Both executables."""
+"""No error in a config.json without a VFIO request may stop a container. Both executables."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def call(hook: str, bundle: Path, data: bytes, **more: Any) -> subprocess.Comple
 
 
 def test_odd_configs_at_least_sixty_runnable() -> None:
-    """What these are is seen in tests/vm/test_odd_configs.py."""
+    """tests/vm/test_odd_configs.py runs them."""
     assert len([kind for kind in KINDS if any(kind not in refused for refused in REFUSED.values())]) >= 60
     assert set(KINDS) > REFUSED_BY_BOTH
     assert all(set(KINDS) > refused for refused in REFUSED.values())
@@ -64,7 +64,7 @@ def test_odd_configs_without_vfio_not_refused(tmp_path: Path, kind: str) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_odd_configs_with_vfio_not_ignored(tmp_path: Path, kind: str) -> None:
-    """There is no such group, and no process: whoever read the request says so, and whoever could not says why."""
+    """There is no such group, and no process: the hook reports that if it could read the request, else the reason."""
     config = make_config(**{oci.DEVICES_ANNOTATION: "0000:00:00.0"})
     config["linux"]["devices"].append(GROUP)
     data = KINDS[kind](config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both executables share: exit codes, the deadline, and no exception without words."""
+"""Shared behaviour of both executables: exit codes, the deadline, and no exception without a message."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user sees while something takes long, on a terminal and elsewhere."""
+"""Progress as a user sees it, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.progress import ERASE, Progress
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal; `drawn` is set when the running seconds have been drawn."""
+    """A stream that claims to be a terminal; `drawn` is set when the running seconds have been drawn."""
 
     def __init__(self) -> None:
         super().__init__()
         self.drawn = threading.Event()
 
     def isatty(self) -> bool:
-        """Say so."""
+        """Return True."""
         return True
 
     def write(self, text: str) -> int:
@@ -86,7 +86,7 @@ def test_progress_real_terminal() -> None:
 
 
 def test_progress_log_complete(tmp_path: Path) -> None:
-    """What commands printed, too; none of the running seconds."""
+    """The log has the output of commands, too, and none of the running seconds."""
     progress = Progress(io.StringIO())
     log = tmp_path / "demo.log"
     log.write_text("an older run")

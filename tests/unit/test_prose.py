@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README and its companions point to is there, and where two of them give the same list it is the same."""
+"""Links in the README and the other documents lead to existing targets, and lists in two of them are equal."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def run_shell(
 
 
 def say_through(path: Path, *messages: dict[str, object]) -> str:
-    """Return a command that says these messages on a wire and hangs up."""
+    """Return a command that writes these messages to a wire and hangs up."""
     lines = "".join(json.dumps(message) + "\n" for message in messages)
     program = (
         f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({str(path)!r}); s.sendall({lines.encode()!r})"
@@ -69,7 +69,7 @@ def say_through(path: Path, *messages: dict[str, object]) -> str:
 
 
 def test_rig_returns_exit_code_and_output(wires: tuple[Wire, Wire], tmp_path: Path) -> None:
-    """The exit code is what inside says, not what the emulator returns."""
+    """The exit code is the one from inside, not the emulator's."""
     output = say_through(tmp_path / "control", {"up": True}, {"exit": 7})
     outcome, printed = run_shell(f"echo hello; {output}; exit 1", wires)
     assert outcome.exit_code == 7
@@ -165,7 +165,7 @@ def test_rig_starved_boot_gets_more_time(
 
 @pytest.mark.parametrize("victim", [0, 1, 2], ids=["holder", "leash", "command"])
 def test_leash_kills_all_descendants(victim: int) -> None:
-    """Whichever of them gets no chance to say goodbye, all go, also who went into a session of its own."""
+    """All processes are ended, even without a chance to report, and even one in a session of its own."""
     program = "import subprocess, sys; subprocess.run(sys.argv[1:])"
     script = "setsid sleep 1000 & echo; exec sleep 1000"
     reader, writer = os.pipe()
@@ -224,7 +224,7 @@ def test_rig_failed_command_not_retried(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_rig_missing_program_names_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a user types next stands in the message."""
+    """The message has the command that installs it."""
     monkeypatch.setattr("shutil.which", lambda *_arguments, **_named: None)
     with pytest.raises(provision.MissingError, match="apt-get install --no-install-recommends qemu-system-x86"):
         rig.check_requirements()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests/run counts and when it fails, and what the installer says when something is missing."""
+"""Counts and failures of tests/run, and the installer's messages about missing parts."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def make_failures(*tests: str) -> tuple[Failure, ...]:
 
 
 def test_runner_retries_failures_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """One passes alone, and that is told; the other fails for good."""
+    """One passes alone, which is reported; the other fails for good."""
     asked: list[str] = []
 
     def run(tests: Sequence[str]) -> Count:
@@ -170,7 +170,7 @@ def test_runner_no_retry_cases(failures: tuple[Failure, ...]) -> None:
 
 
 def test_runner_failed_machine_reruns_all_files() -> None:
-    """They fail by themselves now, and what the machine said is not excused."""
+    """They now fail by themselves, and the machine's output does not excuse that."""
     first = Count(0, 1, 0, (Failure(("x.py", "y.py"), "the hard limit was reached"),))
     asked: list[str] = []
 
@@ -249,7 +249,7 @@ def test_runner_splits_many_files(tmp_path: Path, more: int, wanted: int) -> Non
 def test_runner_hanging_test_fails_others_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is told by its name, instead of holding up the run until somebody ends it from outside."""
+    """It is reported by its name, instead of blocking the run until it is ended from outside."""
     directory = tmp_path / "tests"
     directory.mkdir()
     (directory / "test_x.py").write_text(

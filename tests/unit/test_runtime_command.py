@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundle of a state in which crun says "/"; tests/vm/test_guest_bind.py has crun say so."""
+"""The bundle of a state in which crun reports "/"; tests/vm/test_guest_bind.py has that crun."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings files: what is read, what is refused, and where the error points. host.toml stands for both."""
+"""Settings files: accepted and refused values, and the place in the error. host.toml represents both."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_read_settings_mistakes_limited(tmp_path: Path) -> None:
 
 
 def test_read_settings_parent_not_directory(tmp_path: Path) -> None:
-    """Not absent: the system says not a regular file that."""
+    """ENOTDIR is an error, and not the same as an absent file."""
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/oci-vfio-hooks").write_text("")
     assert refuse(Root(str(tmp_path)))[0].code == "settings-unreadable"

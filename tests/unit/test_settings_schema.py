@@ -84,7 +84,7 @@ def read(name: str, values: dict[str, Any]) -> set[tuple[Any, ...]]:
 def judge(name: str, values: dict[str, Any]) -> set[tuple[Any, ...]]:
     """Return where jsonschema finds mistakes; of an unknown key it names the table."""
     found = {tuple(error.absolute_path) for error in jsonschema.Draft7Validator(SCHEMAS[name]).iter_errors(values)}
-    # The value of what is no code has nothing to say.
+    # The value of a key that is no code is not checked.
     return {steps for steps in found if steps[:1] != ("checks",) or len(steps) == 1 or is_code(steps[1])}
 
 
@@ -161,7 +161,7 @@ def test_read_plain_lines(line: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_example_settings_are_plain(name: str) -> None:
-    """Who takes the comment signs away from the installed example has settings that cost nothing."""
+    """The installed example without its comment signs is plain TOML, which costs no import."""
     text = (EXAMPLES / f"{name}.toml").read_text()
     whole = "".join(
         f"{line[1:] if line.startswith('#') and line[1:2] not in (' ', '#', chr(10)) else line}"

@@ -23,12 +23,12 @@ pytestmark = pytest.mark.unit
 
 
 def find_request(data: bytes) -> bool | None:
-    """Tell whether a text asks for VFIO, as the hooks do."""
+    """Return whether a text requests VFIO, as the hooks decide it."""
     return traces.find_request(data, oci.is_traced)
 
 
 def look_for_request(path: str) -> bool | None:
-    """Tell the same of a file."""
+    """Return the same for a file."""
     return traces.read_request_traces(path, oci.is_traced)
 
 
@@ -40,7 +40,7 @@ MIXED = st.one_of(
 
 
 def read_fully(data: bytes) -> bool | None:
-    """Tell whether the full reader finds a request; None where it refuses."""
+    """Return whether the full reader finds a request; None if it refuses."""
     try:
         return oci.asks_for_vfio(STATE, oci.make_spec(parse_json(data, "x"), "x"))
     except (InputError, json_input.Mismatch):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """OCI bundles, and the two runtimes that run them. For tests inside the machine, and for the demo.
 
-A bundle lies on /run (the only place that is writable and not an overlay), its root file system is an overlay over the
+A bundle is on /run (the only place that is writable and not an overlay), its root file system is an overlay over the
 cached one. What a container prints goes to files: a container outlives `create`, and a pipe would stay open with it.
 """
 
@@ -76,7 +76,7 @@ def find_hook(name: str) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """What a test may want to be different. Every field goes into config.json; None or empty: left as it is by default.
+    """Variable parts of a bundle. Every field goes into config.json; None or empty: the default.
 
     devices: entries of linux.devices; device_rules: entries of linux.resources.devices after the one that denies all;
     hooks: phase → hooks, as in config.json; user_namespace: the first host id of a mapping of 65536; edit: merged into
@@ -97,7 +97,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a command. stderr: the runtime's, the container's and, where the runtime hides it, the hook's."""
+    """The result of a command. stderr: the runtime's, the container's and, if the runtime hides it, the hook's."""
 
     code: int
     stdout: str
@@ -195,7 +195,7 @@ class Container:
         self.pid_file = self.bundle / "pid"
         self.root = mount_rootfs(self.bundle)
         if runtime == "crun":
-            # crun sends what a hook says to /dev/null unless this is set; runc shows it when the hook fails.
+            # crun sends a hook's output to /dev/null unless this is set; runc shows it when the hook fails.
             annotations = {"run.oci.hooks.stderr": str(self.hook_log)}
             self.write_config(make_config(command, str(self.root), options, f"/{name}"), annotations)
         else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests in the machine stand on. Outside the machine they are skipped, and tests/run fails when any was."""
+"""Fixtures of the tests in the machine. Outside the machine they are skipped, and tests/run fails if any was."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Boot a machine, run one command in it, come back with its exit code.
 
-Debian's kernel in QEMU by virtme-ng: the machine's root is this machine's root, read-only, so what lies in the
+Debian's kernel in QEMU by virtme-ng: the machine's root is this machine's root, read-only, so what is in the
 repository and in the cache is there under the same path. Emulated unless RIG_ACCEL=kvm: /dev/kvm may be there and
 still hang a guest for ever.
 """
@@ -28,7 +28,7 @@ from tests.support.rig_starvation import measure_starvation
 from tests.vm.devices import Board
 from tests.vm.machines import Machine
 
-# A boot takes 25 s on two idle processors, and several times that where others are at work beside it.
+# A boot takes 25 s on two idle processors, and several times that on a busy machine.
 BOOT_LIMIT = 200.0
 # A machine that gets hardly any processor is given up all the same, after this many times its limit.
 PATIENCE = 4
@@ -55,7 +55,7 @@ class BootError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What to run, and how.
+    """A command to run in the machine, and its options.
 
     command: an argument vector; share: a directory that is SHARE inside, and writable; limit: seconds for the command;
     repeatable: whether to run it once more where the machine died under it, or fell silent.
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it. boot_seconds: until the command started; seconds: until power-off."""
+    """The result of a run. boot_seconds: until the command started; seconds: until power-off."""
 
     exit_code: int
     boot_seconds: float
@@ -104,7 +104,7 @@ class MachineError(BootError):
 
 
 def check_requirements() -> None:
-    """Say plainly what is missing on this machine."""
+    """Report what is missing on this machine."""
     for command, package in (("qemu-system-x86_64", "qemu-system-x86"), ("file", "file"), ("depmod", "kmod")):
         if shutil.which(command, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
             raise MissingError(f"{command} is not there: apt-get install --no-install-recommends {package}")
@@ -113,7 +113,7 @@ def check_requirements() -> None:
 
 
 def boot(machine: Machine, kernel: provision.Kernel, job: Job, write: Callable[[bytes], None]) -> Outcome:
-    """Boot once. Raises MachineError where another try may tell, BootError for all else that is not an exit."""
+    """Boot once. Raises MachineError if a retry may help, BootError for all other failures but an exit."""
     scratch = Path(tempfile.mkdtemp(prefix="rig-"))
     control, qmp = Wire(scratch / "control"), Wire(scratch / "qmp")
     try:
@@ -264,7 +264,7 @@ class Run:
         self.write(data)
 
     def read_console(self, stream: IO[bytes]) -> None:
-        """Keep the end of what the kernel, QEMU and virtme-ng said: it explains a machine that never came up."""
+        """Keep the end of the output of the kernel, QEMU and virtme-ng: it explains a machine that never came up."""
         data = os.read(stream.fileno(), 65536)
         if not data:
             self.selector.unregister(stream)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fixtures promise, with a shell script as the hook: containers run, and a hook's words are seen."""
+"""The fixtures' promises, with a shell script as the hook: containers run, and a hook's output is visible."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_bundle_hook_gets_state(containers: Containers, tmp_path: Path) -> None:
 
 
 def test_probe_without_a_hook_gets_no_group(containers: Containers) -> None:
-    """The nodes are there, with the host's numbers; the device cgroup says no."""
+    """The nodes are there, with the host's numbers; the device cgroup denies them."""
     report = containers.probe("/dev/null", "/dev/mem", hooks={}, devices=bundles.vfio_devices("77")).read_json()
     assert report["nodes"] == ["77", "vfio"]
     assert report["groups"] == [{"group": "77", "open": "EPERM"}]

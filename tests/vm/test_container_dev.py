@@ -31,7 +31,7 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(name="btrfs")
 def mount_btrfs() -> Iterator[Path]:
-    """Give a btrfs of the guest, with a subvolume: what stat() says of either is in no mountinfo."""
+    """Give a btrfs of the guest, with a subvolume: the numbers that stat() returns for either are in no mountinfo."""
     (node,) = guest.disks_of(guest.find_nvme("disk"))
     run("mkfs.btrfs", "--quiet", "--force", node)
     POINT.mkdir(exist_ok=True)

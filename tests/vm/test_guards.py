@@ -220,7 +220,7 @@ class Card:
         (self.name,) = guest.interfaces_of(self.address)
 
     def ip(self, *words: str) -> None:
-        """Run ip with these words; NIC stands for the interface."""
+        """Run ip with these words; NIC is replaced by the interface."""
         run("ip", *(self.name if word == "NIC" else word for word in words))
 
     def uses(self) -> list[str]:
@@ -324,7 +324,7 @@ def test_usage_vfio_bound_card_free() -> None:
 
 
 def test_usage_every_function_of_vm() -> None:
-    """Every function of this machine has the verdict that a person would give."""
+    """Every function of this machine gets the result that a person would expect."""
     free = {devices.NIC_E1000E, devices.NIC_E1000, devices.EDU, devices.NVME}
     verdicts = {address: find(address) for address in sorted(path.name for path in guest.PCI.iterdir())}
     words = {"0600": "chipset", "0601": "chipset", "0604": "PCI-to-PCI bridge"}

@@ -23,7 +23,7 @@ KERNELS = ("6.1", "6.12")
 
 
 def make_report(group: str, *members: str) -> dict[str, Any]:
-    """Return what the probe says of a group in which everything works."""
+    """Return the probe's result for a group in which everything works."""
     found = [{"address": member, "get_device": "ok", "id": guest.id_of(member), "read_id": "ok"} for member in members]
     steps = dict.fromkeys(("open", "get_status", "open_control", "set_container", "set_iommu"), "ok")
     return {"group": group, **steps, "viable": True, "devices": found}
@@ -169,7 +169,7 @@ def hardened_bpf() -> Any:
 
 @pytest.mark.usefixtures("hardened_bpf")
 def test_guest_bind_failure_rolls_back(containers: Containers) -> None:
-    """Bound, exposed, and then the cgroup's program can't be changed: nothing is left, and the words say what to do."""
+    """Bound and exposed, but the cgroup's program cannot be changed: all is undone, and the message has the remedy."""
     nic = guest.find_device(devices.NIC_E1000E)
     before = guest_calls.look_at_drivers()
     container = containers.make("/bin/true", annotations=ask(nic), devices=bundles.vfio_devices("77"))
@@ -186,7 +186,7 @@ def test_guest_bind_failure_rolls_back(containers: Containers) -> None:
 
 @pytest.mark.usefixtures("hardened_bpf")
 def test_guest_bind_allowed_by_config_keeps_program(containers: Containers) -> None:
-    """What config.json allows already is not allowed once more: here the program can't even be read."""
+    """An access that config.json allows is not allowed once more: here the program cannot even be read."""
     nic = guest.find_device(devices.NIC_E1000E)
     guest.bind(nic, "vfio-pci")
     group = guest.group_of(nic)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who has which group: two containers, dead containers, two hooks at once, the way back."""
+"""Owners of groups: two containers, ended containers, two hooks at once, the release."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_guest_claims_two_containers(containers: Containers) -> None:
     assert guest.driver_of(nic) == "vfio-pci"
     assert guest.driver_of(other) == "e1000e"
 
-    # A killed container, and nobody who would tell the hook.
+    # A killed container, of whose end no runtime informs the hook.
     pid = first.read_pid()
     os.kill(pid, signal.SIGKILL)
     first.wait()
@@ -62,7 +62,7 @@ def test_guest_claims_two_containers(containers: Containers) -> None:
 
 @one_runtime
 def test_guest_claims_concurrent_hooks_one_device(containers: Containers) -> None:
-    """Whoever asks for the same device at the same moment: one has it, the other is told so, every time."""
+    """Two simultaneous requests for one device: one gets it, the other is refused, every time."""
     nic = guest.find_device(devices.NIC_E1000E)
     states = [guest_calls.make_created(containers, annotations=ask(nic))[1] for _ in range(2)]
     with ThreadPoolExecutor() as candidates:

@@ -54,7 +54,7 @@ def test_guest_bind_virtual_function(containers: Containers, functions: list[str
 def test_guest_bind_mixed_drivers_in_group(containers: Containers) -> None:
     """One member is on vfio-pci already, one on its native driver: whole afterwards, and each as before at the end.
 
-    A member that is in use keeps the whole group from being taken, and says why.
+    A member that is in use prevents the whole group from being bound, and the message names it.
     """
     first, second = guest.find_devices(devices.NIC_E1000)
     guest.settle()

@@ -80,7 +80,7 @@ def make_container(containers: Containers, annotations: dict[str, str], poststop
 @pytest.mark.usefixtures("guest_image")
 @pytest.mark.parametrize("poststop", [AGENT, CDI_POSTSTOP], ids=["image", "cdi"])
 def test_kata_agent_runs_hook(containers: Containers, poststop: str) -> None:
-    """The hook finds its package from where it lies in the image, and the container from what little it is told."""
+    """The hook finds its package from its path in the image, and the container from its limited input."""
     nic = guest.find_device(devices.NIC_E1000E)
     before = guest_calls.look_at_drivers()
     container = make_container(containers, {**ask(nic), CONTAINER_TYPE: "pod_container"}, poststop)
@@ -99,7 +99,8 @@ def test_kata_agent_runs_hook(containers: Containers, poststop: str) -> None:
 
 @pytest.mark.usefixtures("guest_image")
 def test_kata_agent_ignores_failure_on_failure_kill(containers: Containers) -> None:
-    """By itself the hook can only say so, in the guest's kernel log too; with on_failure = "kill" nothing runs."""
+    """By default the hook can only report that, in the guest's kernel log too; with on_failure = "kill" nothing
+    runs."""
     annotations = ask(guest.members_of(guest.group_of(guest.find_device(devices.NIC_E1000)))[0])
     container = make_container(containers, annotations)
     done = container.run()
@@ -169,7 +170,7 @@ def test_kata_agent_pause_container_skipped(tmp_path: Path) -> None:
 
 
 def test_kata_1_config_location() -> None:
-    """The bundle of Kata 1.x holds no config.json; it lies below /run/libcontainer."""
+    """The bundle of Kata 1.x has no config.json; it is below /run/libcontainer."""
     nic = guest.find_device(devices.NIC_E1000E)
     location = Path("/run/libcontainer/one")
     location.mkdir(parents=True)

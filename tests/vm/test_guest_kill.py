@@ -206,7 +206,7 @@ def test_guest_hook_sigterm_at_every_step(containers: Containers) -> None:
     assert guest_calls.release(state).code == 0
 
 
-# What a hook is that hangs where all is done but the permission, and so has the most to put back.
+# A hook that hangs after all but the permission is done, and so has the most to undo.
 HANGING = """#!/usr/bin/python3 -I
 import sys, time
 sys.path.insert(0, {repository!r})

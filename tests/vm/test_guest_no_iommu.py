@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest without a virtual IOMMU: nothing can be bound, and the words say which line to change on the host."""
+"""A guest without a virtual IOMMU: nothing can be bound, and the message names the line to change on the host."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ BOTH = bundles.guest_hooks("createRuntime", "poststop")
 
 
 def is_open(report: dict[str, Any], address: str) -> bool:
-    """Tell whether a probe read the device in its group."""
+    """Return whether a probe read the device in its group."""
     found = [device for group in report["groups"] for device in group.get("devices", ())]
     return [(device["address"], device["id"]) for device in found] == [(address, guest.id_of(address))]
 
@@ -66,7 +66,7 @@ def test_guest_nodes_guest_dev(containers: Containers) -> None:
 
 @one_runtime
 def test_guest_nodes_without_dev_mount(containers: Containers) -> None:
-    """Without a mount on /dev the nodes lie in the image's tree; nothing of them is left there at the end."""
+    """Without a mount on /dev the nodes are in the image's tree; nothing of them is left there at the end."""
     nic = guest.find_device(devices.NIC_E1000E)
     container = containers.make(*bundles.PROBE, annotations=ask(nic), edit={"mounts": MOUNTS_WITHOUT_DEV}, hooks=BOTH)
     done = container.run()
@@ -132,7 +132,7 @@ def test_guest_nodes_by_hand_on_running_container(containers: Containers) -> Non
 
 
 def take_stock(name: str, pid: int, address: str) -> tuple[object, ...]:
-    """Return what a second run must leave as it is: the binding, the nodes, the cgroup's program, the journal."""
+    """Return the state that a second run must keep: the binding, the nodes, the cgroup's program, the undo log."""
     link = (guest.PCI / address / "driver").lstat()
     made = Path(f"/proc/{pid}/root/dev/vfio")
     nodes = sorted((path.name, path.stat().st_ino) for path in made.iterdir())

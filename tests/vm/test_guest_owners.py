@@ -97,7 +97,7 @@ def test_guest_owners_another_device_at_address(containers: Containers) -> None:
 @one_runtime
 @pytest.mark.usefixtures("empty_port")
 def test_guest_owners_replugged_device(containers: Containers) -> None:
-    """Vendor, device and class are the same then; only the inode number of its directory tells them apart."""
+    """Vendor, device and class are the same then; only the inode number of its directory differs."""
     address = plug_nic()
     inode = (guest.PCI / address).stat().st_ino
     container, state = guest_calls.make_created(containers, annotations=ask(address))

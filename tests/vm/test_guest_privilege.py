@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a container can open after the hook, and with how little the hooks themselves get along.
+"""Nodes that a container can open after the hook, and the privileges that the hooks need.
 
-The lists are read from docs/reference/privileges.md, so that it can't say anything else than what was run.
+The lists are read from docs/reference/privileges.md, so that it has exactly what was run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Number = tuple[str, int, int]
 
 # What opens ----------------------------------------------------------------------------------------------------------
 
-# Of each of 512 majors these minors are tried, beside every device that the machine has.
+# Of each of 512 majors these minors are tried, in addition to every device that the machine has.
 MAJORS, MINORS = range(512), (0, 1, 2, 3, 5, 7, 8, 9, 11, 63, 64, 128, 196, 200, 255)
 KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK}
 
@@ -50,7 +50,7 @@ def list_numbers() -> set[Number]:
 
 
 def make_nodes(numbers: set[Number]) -> Path:
-    """Make a node of each number and return the directory that they lie in."""
+    """Create a node of each number and return their directory."""
     top = Path("/run/every-node")
     shutil.rmtree(top, ignore_errors=True)
     top.mkdir()
@@ -92,7 +92,8 @@ def test_guest_privilege_only_own_nodes_open(containers: Containers) -> None:
     assert len(numbers) > 15_000
     top = make_nodes(numbers)
     before = find_permitted(container, top)
-    # The sweep sees what is permitted: what every runtime gives every container (config-linux.md, default devices).
+    # The sweep finds allowed devices: those that every runtime gives every container (config-linux.md, default
+    # devices).
     assert ("c", 1, 3) in before
     assert len(before) < 1000
     assert guest_calls.fork_hook(state) == Done(0, "", "")

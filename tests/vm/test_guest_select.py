@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which groups a container gets, on a real machine's sysfs: by --dry-run, which prints the plan and changes nothing."""
+"""Selection of groups on a real machine's sysfs: by --dry-run, which prints the plan and changes nothing."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_guest_select_predecessor_map(bundle: Bundle) -> None:
 
 
 def test_guest_select_counting(bundle: Bundle) -> None:
-    """Host's numbers stand for the free groups when there are as many; else the candidates are listed.
+    """Entries with the host's numbers mean the free groups if there are as many; else the candidates are listed.
 
     The host's /dev/vfio/N is not the guest's group N, and a PCIDEVICE_* variable with a guest address decides.
     """
@@ -124,7 +124,7 @@ def test_guest_select_live_numbers(bundle: Bundle) -> None:
 
 
 def test_guest_select_refusals(bundle: Bundle) -> None:
-    """What is never taken, not there, or can't be read."""
+    """Devices that are never bound, missing ones, and unreadable selectors."""
     (bridge,) = (
         member
         for member in guest.members_of(guest.group_of(guest.find_device(devices.NIC_E1000)))

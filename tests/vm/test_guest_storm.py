@@ -25,7 +25,7 @@ HOOKS = 32
 
 
 def start_hook(state: dict[str, Any], steps_of_it: Steps | None) -> int:
-    """Start the hook in a fork and return its pid. What it says goes to the logs: the exit code is what counts."""
+    """Start the hook in a fork and return its pid. Its output goes to the logs: the exit code is what counts."""
     reader, writer = os.pipe()
     os.write(writer, json.dumps(state).encode())
     os.close(writer)

@@ -67,7 +67,7 @@ def list_devices(*addresses: str) -> list[dict[str, Any]]:
 
 
 def write_bundle(directory: Path, *addresses: str, **more: Any) -> Path:
-    """Write a config.json that asks for the groups of these devices, and permits them."""
+    """Write a config.json that requests the groups of these devices, and allows them."""
     options = bundles.Options(devices=list_devices(*addresses), device_rules=[{"allow": True, "access": "rwm"}], **more)
     (directory / "config.json").write_text(json.dumps(bundles.make_config(["/bin/true"], "rootfs", options, "/x")))
     return directory
@@ -92,7 +92,7 @@ def plain(directory: Path, pid: int = 1) -> Done:
     return check(directory, status="creating", pid=pid)
 
 
-# Verdicts ------------------------------------------------------------------------------------------------------------
+# Results --------------------------------------------------------------------------------------------------------------
 
 
 def test_host_check_good_group(nic: str, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_host_check_half_bound_group(nic: str, tmp_path: Path) -> None:
 
 
 def test_host_check_bind_hint_works(nic: str, tmp_path: Path) -> None:
-    """What the line tells to type is typed, and then the check has nothing to say."""
+    """The command in the hint is run, and then the check reports nothing."""
     first, second = guest.find_devices(devices.NIC_E1000)
     guest.bind(first, "vfio-pci")
     bundle = write_bundle(tmp_path, first)
@@ -183,7 +183,7 @@ def test_host_check_group_held(nic: str, tmp_path: Path) -> None:
 
 
 def test_host_check_own_qemu_with_iommu(nic: str, kata: None, tmp_path: Path) -> None:
-    """Cold plug. What runs is right, and what the file says does not matter."""
+    """Cold plug. The running hypervisor is right, and the file's content does not matter."""
     bundle = write_bundle(tmp_path, nic)
     with run_qemu("c1", *VIOMMU, address=nic) as pid:
         assert check(bundle, pid=pid).code == 0

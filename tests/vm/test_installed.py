@@ -25,7 +25,7 @@ from tests.vm.bundles import PROBE, Container, Containers, Done
 
 MACHINE = "single"
 KERNELS = ("6.1", "6.12")
-# The runner makes them and says where they are.
+# The runner makes them and passes their paths.
 PACKAGES = True
 
 # Where the DEB has put them.
@@ -93,7 +93,7 @@ def read_lines(readme: Path, start: str) -> list[str]:
 
 
 def follow(root: Root, line: str, image: Path, *global_options: str) -> Done:
-    """Run a README's line as it stands there, beside the examples, on an image that is a directory with the probe."""
+    """Run a README's line unchanged, in the examples' directory, on an image that is a directory with the probe."""
     words = shlex.split(line, comments=True)
     if words[0] != "podman":
         return run(root, "sh", "-ec", line, cwd=EXAMPLES)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine "single" promises."""
+"""Properties of the machine "single"."""
 
 from __future__ import annotations
 

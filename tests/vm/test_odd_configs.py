@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may stop a container: whatever runc or crun runs without the hooks, it runs with both, if it asks for no VFIO.
+"""Any configuration without a VFIO request that runc or crun runs without the hooks, it runs with both, too.
 
 The kinds are those of tests/support/odd_configs.py, which break the specification in one place each.
 """
@@ -49,7 +49,7 @@ def test_odd_configs_run_with_hooks(containers: Containers, kind: str) -> None:
     if done.code == 0:
         assert "error: [" not in done.stderr
         return
-    # The runtime's own verdict, and none of ours.
+    # The runtime's own result, without the hooks.
     assert "error: [" not in done.stderr, done.stderr
     assert kind in REFUSED[containers.runtime], done.stderr
     bare = run(containers, kind, hooks={})
@@ -83,7 +83,7 @@ def test_odd_configs_with_vfio_work_or_refused(containers: Containers, kind: str
     options: dict[str, Any] = {"annotations": guest_calls.ask("auto"), "devices": bundles.vfio_devices("77")}
     hooks = {"createRuntime": GUEST, "poststop": RELEASE}
     done = run(containers, kind, hooks=hooks, **options)
-    # crun shows what a hook says only where the annotation for that is left.
+    # crun shows a hook's output only if the annotation for that is kept.
     if containers.runtime == "runc" or kind not in NOT_HEARD:
         assert done.code == 0 or "vfio-guest-bind: error: [" in done.stderr, done.stderr
     assert "[internal]" not in done.stderr

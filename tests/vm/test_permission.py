@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Permission on a real kernel: cgroups of version 2 and 1, real VFIO nodes, opened from inside before and after.
+"""Permissions on a real kernel: cgroups of version 2 and 1, real VFIO nodes, opened from inside before and after.
 
 Programs are loaded and attached by the few lines below, not by the module under test.
 """
@@ -82,14 +82,14 @@ ONLY_NULL = (
 
 
 def list_programs(path: Path) -> list[int]:
-    """Return the ids of a cgroup's device programs, as bpftool tells them."""
+    """Return the ids of a cgroup's device programs, as bpftool lists them."""
     command = ["bpftool", "cgroup", "show", str(path)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return [int(line.split()[0]) for line in lines if "device" in line]
 
 
 def dump(program: int) -> str:
-    """Return a program's instructions, as bpftool tells them."""
+    """Return a program's instructions, as bpftool lists them."""
     command = ["bpftool", "prog", "dump", "xlated", "id", str(program), "opcodes"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -154,7 +154,7 @@ class Container:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def prove(self, *nodes: MadeNode) -> list[int]:
-        """Return what the module under test says."""
+        """Return the result of the module under test."""
         return [check.error for check in proof.verify_nodes(ROOT, self.place, self.directory, nodes, Deadline(20))]
 
     def plan(self, *nodes: MadeNode, widen_parents: bool = False) -> Grant:
@@ -232,7 +232,7 @@ def test_permission_exactly_the_node(container: Container, two_groups: tuple[Mad
 
 
 def test_permission_two_programs(container: Container, two_groups: tuple[MadeNode, MadeNode]) -> None:
-    """As systemd attaches its own beside the runtime's."""
+    """As systemd attaches its own program in addition to the runtime's."""
     group, neighbour = two_groups
     container.make(group, neighbour, NULL)
     attach(load(*RETURN_0), container.path)
@@ -259,7 +259,7 @@ def test_permission_any_attach_flags(container: Container, flags: int) -> None:
 
 
 def test_permission_revoked_by_next_process(container: Container, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two programs, killed after the first: the journal's grant is all that the next process knows."""
+    """Two programs, killed after the first: the next process knows only the undo log's grant."""
     container.make(VFIO, MEM)
     attach(load(*RETURN_0), container.path)
     attach(load(*ONLY_NULL), container.path)
@@ -288,7 +288,7 @@ def test_permission_revoked_by_next_process(container: Container, monkeypatch: p
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     subprocess.run([sys.executable, "-S", "-c", code], check=True, env=environment)
     assert [dump(program) for program in list_programs(container.path)] == dumps
-    # And after a kill, permitting goes on where it was.
+    # And after a kill, allowing continues.
     permission.allow(ROOT, grant)
     assert [container.open(VFIO), container.open(MEM)] == [0, EPERM]
 
@@ -328,7 +328,7 @@ def test_permission_own_scope_changed() -> None:
 
 
 def refused(container: Container) -> str:
-    """Return what permitting says, which must leave the programs as they were and name the rule to add."""
+    """Return the error of allowing, which must leave the programs unchanged and name the rule to add."""
     before = list_programs(container.path)
     with pytest.raises(StepError) as caught:
         permission.allow(ROOT, container.plan(VFIO))
@@ -386,7 +386,7 @@ def test_permission_program_with_map_refused(container: Container) -> None:
 
 
 def test_permission_program_with_call_refused(container: Container) -> None:
-    """Where the dump can't be loaded again, the verifier's last word is passed on."""
+    """If the dump cannot be loaded again, the verifier's last line is reported."""
     container.make(VFIO)
     attach(load((0x85, 0, 0, 5), *RETURN_0), container.path)
     assert "the kernel rejects the changed program" in refused(container)
@@ -429,20 +429,21 @@ def test_permission_leaves_no_process_in_cgroup(container: Container) -> None:
     assert (container.path / "cgroup.procs").read_text().split() == [str(container.process.pid)]
 
 
-# Version 1, beside version 2 ------------------------------------------------------------------------------------------
+# Version 1, in addition to version 2
+# -----------------------------------------------------------------------------------
 
 LEGACY = Path("/run/cgroup-devices")
 
 
 def deny_all(path: Path) -> None:
-    """Begin as runtimes do, and permit /dev/null."""
+    """Begin as runtimes do, and allow /dev/null."""
     (path / "devices.deny").write_text("a")
     (path / "devices.allow").write_text("c 1:3 rwm")
 
 
 @pytest.fixture
 def hierarchy() -> Iterator[Path]:
-    """Give a hierarchy of version 1, beside the other."""
+    """Give a hierarchy of version 1, in addition to the other."""
     LEGACY.mkdir()
     subprocess.run(["mount", "-t", "cgroup", "-o", "devices", "devices", LEGACY], check=True)
     yield LEGACY
@@ -452,7 +453,7 @@ def hierarchy() -> Iterator[Path]:
 
 @pytest.fixture
 def legacy(hierarchy: Path) -> Iterator[Container]:
-    """Give a cgroup of version 1 that permits all."""
+    """Give a cgroup of version 1 that allows all."""
     made = Container(hierarchy)
     yield made
     made.remove()

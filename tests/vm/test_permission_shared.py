@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Permission of several containers on a real kernel: processes that outlive their init, numbers given out anew, a pod.
+"""Permissions of several containers on a real kernel: processes that outlive their init, reused numbers, a pod.
 
 What a process of a container can open is asked of a process in its cgroup, which has the directory of its nodes open.
 """
@@ -120,7 +120,7 @@ def plugged() -> Iterator[None]:
 
 
 def end_init(container: Container) -> None:
-    """Kill a container's init, and nobody tells the hook."""
+    """Kill a container's init, without informing the hook."""
     os.kill(container.read_pid(), signal.SIGKILL)
     container.wait()
 
@@ -184,7 +184,7 @@ def test_shared_unrevocable_device_kept(containers: Containers, party: Party) ->
     assert refused.code == 1
     assert "[claimed]" in refused.stderr
     assert staying.open(numbers) == 0
-    # As the words say.
+    # As the message advises.
     staying.end()
     done = guest_calls.fork_hook({**second_state, "annotations": ask(nic)})
     assert done.code == 0
@@ -272,7 +272,7 @@ def test_shared_unrevocable_number_refused(containers: Containers, party: Party)
 
 @pytest.fixture
 def pod(containers: Containers, party: Party) -> Iterator[Path]:
-    """Give a pod's cgroup of version 1, which denies all but /dev/null, beside the hierarchy of version 2."""
+    """Give a pod's cgroup of version 1, which denies all but /dev/null, next to the hierarchy of version 2."""
     LEGACY.mkdir()
     subprocess.run(["mount", "-t", "cgroup", "-o", "devices", "devices", LEGACY], check=True)
     path = LEGACY / "pod"
@@ -306,7 +306,7 @@ def list_rules(*paths: Path) -> list[set[str]]:
 
 @one_runtime
 def test_shared_v1_device_list_restored(containers: Containers, party: Party, pod: Path) -> None:
-    """What it had is neither lost nor found among what was given: an entry of its own, a wildcard, nothing."""
+    """Its own entries are neither lost nor counted as allowed by the hook: an entry of its own, a wildcard, nothing."""
     nic = guest.find_device(devices.NIC_E1000E)
     subprocess.run(["modprobe", "vfio-pci"], check=True)
     for rule in ("c 10:* r", "c 10:196 r", "c 511:* rwm", "c 1:7 r"):
@@ -326,7 +326,7 @@ def test_shared_v1_device_list_restored(containers: Containers, party: Party, po
 
 @one_runtime
 def test_shared_v1_pod_rules_kept_while_needed(containers: Containers, party: Party, pod: Path) -> None:
-    """The control node is permitted to the pod for both of its containers, and is taken back with the last of them."""
+    """The control node is allowed to the pod for both of its containers, and is revoked with the last of them."""
     nics = guest.find_devices(devices.NIC_E1000E)
     subprocess.run(["modprobe", "vfio-pci"], check=True)
     made = [guest_calls.make_created(containers) for _ in range(3)]
@@ -339,7 +339,7 @@ def test_shared_v1_pod_rules_kept_while_needed(containers: Containers, party: Pa
         assert [first.open(numbers[0]), first.open(CONTROL)] == [0, 0]
         assert [second.open(numbers[1]), second.open(CONTROL)] == [0, 0]
 
-        # One that fails late takes nothing from them: its group is found to be busy, after it was permitted.
+        # One that fails late takes nothing from them: its group is found to be busy, after it was allowed.
         edu = guest.find_device(devices.EDU)
         guest.bind(edu, "vfio-pci")
         holder = os.open(f"/dev/vfio/{guest.group_of(edu)}", os.O_RDWR)
@@ -361,7 +361,7 @@ def test_shared_v1_pod_rules_kept_while_needed(containers: Containers, party: Pa
 
 @one_runtime
 def test_shared_v1_hidden_exception_restored(containers: Containers, party: Party) -> None:
-    """A cgroup that permits by default lists only that; what it denies is found out by opening."""
+    """A cgroup that allows by default lists only that; opening the nodes shows what it denies."""
     nic = guest.find_device(devices.NIC_E1000E)
     subprocess.run(["modprobe", "vfio-pci"], check=True)
     LEGACY.mkdir()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failures of many kinds, each with its record, which says the same when it is run again without the machine."""
+"""Failures of many kinds, each with its recording, which has the same result when it is replayed without the
+machine."""
 
 from __future__ import annotations
 
@@ -298,7 +299,7 @@ def test_record_never(containers: Containers) -> None:
 
 @one_runtime
 def test_record_read_only_guest(containers: Containers) -> None:
-    """A guest whose image is read-only: the record lies in /run, and nothing more is said."""
+    """A guest whose image is read-only: the recording is in /run, and nothing else is reported."""
     _, state = guest_calls.make_created(containers, annotations=ask("nonsense"))
     RECORDS.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", RECORDS.parent], check=True)

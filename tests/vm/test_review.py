@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a review with fresh eyes broke on a real kernel: uses that were not seen, and one that was none."""
+"""Defects that a review found on a real kernel: uses that were not detected, and one that was none."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_rig_hotplug_from_inside() -> None:
     ) as monitor:
         assert monitor.stdout is not None
         try:
-            # Its heading says that it listens.
+            # Its heading shows that it listens.
             while "KERNEL" not in monitor.stdout.readline():
                 pass
             guest.qmp("device_add", driver="e1000e", id="plugged", bus=guest.hotplug_ports()[0])

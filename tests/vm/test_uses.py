@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a use is, by a real kernel: open and mapped nodes, loop devices, CAN, labels, tables. Free before and after."""
+"""Uses of a device on a real kernel: open and mapped nodes, loop devices, CAN, labels, tables. Free otherwise."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def find(address: str, seconds: float = 60) -> list[str]:
 
 @contextmanager
 def running(script: str, *arguments: str | Path) -> Iterator[str]:
-    """Run Python until it says "ready"; give the words for it: "python3.11 (pid 5)"."""
+    """Run Python until it prints "ready"; give the words for it: "python3.11 (pid 5)"."""
     start = "import os, sys, mmap, time\n"
     end = "\nprint('ready', flush=True)\ntime.sleep(600)"
     command = [sys.executable, "-IS", "-c", start + script + end, *map(str, arguments)]

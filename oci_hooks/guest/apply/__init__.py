@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Change the machine. Each change is in the undo log first; no other folder makes any."""
+"""Change the machine. The undo log records each change first; no other folder changes anything."""

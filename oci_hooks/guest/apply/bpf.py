@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device programs of a cgroup (version 2): list, read, load and replace them, by bpf(2).
 
-Every program attached to a cgroup and to its ancestors must say yes, so a further program never widens anything: the
-one that says no has to be replaced: by itself with a prefix (bpf_program.py).
+Every program attached to a cgroup and to its ancestors must allow an access, so a further program never widens
+anything: the one that denies must be replaced, by itself with a prefix (bpf_program.py).
 
 Sources: include/uapi/linux/bpf.h (commands, attributes), kernel/bpf/cgroup.c (attaching), kernel/bpf/syscall.c (dump).
+
 `ctypes` costs as much as half an interpreter's start: it is imported only when a system call is really made.
 """
 
@@ -38,15 +39,15 @@ BPF_CGROUP_DEVICE = 6
 BPF_F_ALLOW_MULTI = 2
 BPF_F_REPLACE = 4
 
-# Bytes. The kernel takes a million instructions of a privileged user; a device program has some hundred.
+# In bytes. The kernel accepts a million instructions from a privileged user; a device program has some hundred.
 DUMP_LIMIT = 1 << 20
 
 
 def query_programs(cgroup: int) -> tuple[int, list[int]]:
-    """Return how the device programs of one cgroup are attached, and their ids; ancestors' programs are not among them.
+    """Return the attach flags and ids of the device programs of one cgroup, without those of its ancestors.
 
-    cgroup: descriptor of a directory of the version 2 hierarchy. The first number is of BPF_F_ALLOW_*, 0 without any
-    program. Raises OSError: EBADF or EINVAL where it is no such directory, EPERM without CAP_NET_ADMIN.
+    cgroup: descriptor of a directory of the version 2 hierarchy. The flags are BPF_F_ALLOW_*, 0 without any program.
+    Raises OSError: EBADF or EINVAL if it is no such directory, EPERM without CAP_NET_ADMIN.
     """
     import ctypes
 
@@ -69,15 +70,15 @@ def query_programs(cgroup: int) -> tuple[int, list[int]]:
 
 
 def open_program(program_id: int) -> int:
-    """Return a descriptor of the program with this id. Raises OSError: ENOENT when it is gone."""
+    """Return a descriptor of the program with this id. Raises OSError: ENOENT if it is gone."""
     # start_id, next_id, open_flags
     return call_bpf(BPF_PROG_GET_FD_BY_ID, bytearray(struct.pack("=III", program_id, 0, 0)))
 
 
 def dump_program(program: int) -> bytes:
-    """Return a program's instructions, loadable again. Raises OSError, and ProgramError where they can't be had.
+    """Return a program's instructions, loadable again. Raises OSError, and ProgramError if they are not available.
 
-    program: descriptor. What the verifier has translated is read, not what was once loaded: that is not kept.
+    program: descriptor. The instructions are those after the verifier's translation; the kernel keeps no others.
     """
     size, maps, _ = read_info(program, 0)
     if maps:
@@ -89,12 +90,12 @@ def dump_program(program: int) -> bytes:
 
 
 def read_info(program: int, size: int) -> tuple[int, int, bytes]:
-    """Return the size of a program in bytes, how many maps it uses, and its first `size` bytes. Raises OSError."""
+    """Return the size of a program in bytes, the number of maps it uses, and its first `size` bytes. Raises OSError."""
     import ctypes
 
     buffer = ctypes.create_string_buffer(max(size, 1))
     # struct bpf_prog_info: type, id, tag, jited_prog_len, xlated_prog_len, jited_prog_insns, xlated_prog_insns,
-    # load_time, created_by_uid, nr_map_ids, map_ids, name. The kernel fills as much of it as is asked for.
+    # load_time, created_by_uid, nr_map_ids, map_ids, name. The kernel fills in no more than this length.
     layout = "=II8sIIQQQIIQ16s"
     info = bytearray(
         struct.pack(layout, 0, 0, b"", 0, size, 0, ctypes.addressof(buffer) if size else 0, 0, 0, 0, 0, b"")
@@ -107,9 +108,9 @@ def read_info(program: int, size: int) -> tuple[int, int, bytes]:
 
 
 def load_program(instructions: bytes, name: str = "vfio_hooks") -> int:
-    """Load a device program and return its descriptor. Raises ProgramError with the verifier's last words.
+    """Load a device program and return its descriptor. Raises ProgramError with the verifier's last line.
 
-    name: for bpftool, 15 characters of letters, digits and underscores at most.
+    name: for bpftool, at most 15 letters, digits and underscores.
     """
     try:
         return try_load(instructions, name, None)
@@ -119,7 +120,7 @@ def load_program(instructions: bytes, name: str = "vfio_hooks") -> int:
         try:
             return load_without_limit(instructions, name)
         except (OSError, ValueError):
-            # ValueError: not even the limit can be raised. The first refusal is the one to tell.
+            # ValueError: the limit cannot be raised either. Report the first refusal.
             pass
     raise ProgramError(
         f"the kernel rejects the changed program: {refusal.strerror}{read_verifier_log(instructions, name)}"
@@ -127,9 +128,9 @@ def load_program(instructions: bytes, name: str = "vfio_hooks") -> int:
 
 
 def load_without_limit(instructions: bytes, name: str) -> int:
-    """Load a program with RLIMIT_MEMLOCK raised meanwhile: before Linux 5.11 its memory counts against that.
+    """Load a program while RLIMIT_MEMLOCK is raised: before Linux 5.11 its memory counts against that.
 
-    Raises OSError, and ValueError where the limit can't be raised.
+    Raises OSError, and ValueError if the limit cannot be raised.
     """
     import resource
 
@@ -146,7 +147,7 @@ def try_load(instructions: bytes, name: str, log: bytearray | None) -> int:
     import ctypes
 
     code = ctypes.create_string_buffer(instructions, len(instructions))
-    # Programs of runc bear the same word. It matters only to functions that want "GPL", and a copy can call none.
+    # As in runc. The license matters only for helpers that require "GPL", and a copy cannot call any.
     license_name = ctypes.create_string_buffer(b"Apache")
     where = ctypes.addressof((ctypes.c_char * len(log)).from_buffer(log)) if log is not None else 0
     attributes = bytearray(
@@ -169,14 +170,14 @@ def try_load(instructions: bytes, name: str, log: bytearray | None) -> int:
         try:
             return call_bpf(BPF_PROG_LOAD, attributes)
         except OSError as error:
-            # The verifier gives up when a signal waits (libbpf retries as often).
+            # The verifier stops when a signal is pending (libbpf retries as often).
             if error.errno != errno.EAGAIN or attempt == 4:
                 raise
     raise AssertionError("unreachable")
 
 
 def read_verifier_log(instructions: bytes, name: str) -> str:
-    """Return the verifier's last word about a program that it refused, as " (...)"; "" where it has none."""
+    """Return the verifier's last line about a program that it refused, as " (...)"; "" if there is none."""
     log = bytearray(1 << 16)
     try:
         os.close(try_load(instructions, name, log))
@@ -188,12 +189,12 @@ def read_verifier_log(instructions: bytes, name: str) -> str:
 
 
 def replace_program(cgroup: int, new: int, old: int, flags: int) -> None:
-    """Put one program in the place of another on a cgroup, with no moment in between. Raises ProgramError or OSError.
+    """Replace one program by another on a cgroup, atomically. Raises ProgramError or OSError.
 
-    cgroup, new, old: descriptors; flags: how the programs of this cgroup are attached (`query_programs`).
+    cgroup, new, old: descriptors; flags: attach flags of the cgroup's programs (`query_programs`).
     """
     multi = flags & BPF_F_ALLOW_MULTI
-    # Without ALLOW_MULTI there is one program, and attaching replaces it.
+    # Without ALLOW_MULTI there is one program, which attaching replaces.
     given = flags | BPF_F_REPLACE if multi else flags
     # target_fd, attach_bpf_fd, attach_type, attach_flags, replace_bpf_fd
     attributes = bytearray(struct.pack("=IIIII", cgroup, new, BPF_CGROUP_DEVICE, given, old if multi else 0))
@@ -210,10 +211,10 @@ def replace_program(cgroup: int, new: int, old: int, flags: int) -> None:
 
 
 def call_bpf(command: int, attributes: bytearray) -> int:
-    """Make the system call bpf(2) and return what it returns, a descriptor for some commands. Raises OSError.
+    """Make the system call bpf(2) and return its result, a descriptor for some commands. Raises OSError.
 
-    command: BPF_*; attributes: the part of union bpf_attr for it; the kernel writes answers into it. Memory that it
-    points to must outlive the call.
+    command: BPF_*; attributes: its part of union bpf_attr, into which the kernel writes answers. Memory that it points
+    to must outlive the call.
     """
     import ctypes
 

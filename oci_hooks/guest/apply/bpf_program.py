@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device programs as instructions: add a permission in front of a program, and remove it again. Pure.
+"""Device programs as instructions: add a prefix that allows nodes, and remove it again. Pure.
 
-The prefix says yes to exactly the wanted nodes and leaves every other question to what follows. It bears a mark and
-says how long it is: any later process, also one that runs after this one was killed, can find it and cut it off.
+The prefix allows exactly the wanted nodes and leaves every other access to the program that follows. It contains a mark
+and its length: any later process, even one that runs after this one was killed, can find it and cut it off.
 
-Sources: include/uapi/linux/bpf.h (instructions, the question that a device program answers),
+Sources: include/uapi/linux/bpf.h (instructions, the context of a device program),
 Documentation/bpf/standardization/instruction-set.rst.
 """
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     # Major and minor of a character device.
     Numbers = tuple[int, int]
 
-# struct bpf_cgroup_dev_ctx, what register 1 points to: three 32-bit words. The first is access << 16 | type.
+# struct bpf_cgroup_dev_ctx, to which register 1 points: three 32-bit words. The first is access << 16 | type.
 CONTEXT_TYPE, CONTEXT_MAJOR, CONTEXT_MINOR = 0, 4, 8
 BPF_DEVCG_DEV_CHAR = 2
 BPF_DEVCG_ACC_MKNOD, BPF_DEVCG_ACC_READ, BPF_DEVCG_ACC_WRITE = 1, 2, 4
 
-# Operation codes: class | source | operation. Only 32-bit comparisons and sums, after a 32-bit load: then no machine's
-# verifier inserts zero extensions, and the prefix in a dump is the prefix that was loaded.
+# Operation codes: class | source | operation. Only 32-bit comparisons and sums, after a 32-bit load: so the verifier
+# inserts zero extensions on no machine, and the prefix in a dump is the prefix that was loaded.
 MOV64_K = 0xB7  # dst = imm
 MOV32_X = 0xBC  # dst = src, upper half 0
 AND32_K = 0x54  # dst &= imm
@@ -36,17 +36,17 @@ JNE32_K = 0x56  # if dst != imm: pc += off
 JSET32_K = 0x46  # if dst & imm: pc += off
 EXIT = 0x95
 
-# What no compiler writes: register 0 is set to this, and at once to the length of the prefix.
+# The mark, which no compiler writes: register 0 is set to this, and at once to the length of the prefix.
 MAGIC = 0x76_66_69_6F  # "vfio"
-SIZE = 8  # bytes an instruction
-HEAD = 10  # instructions in front of the first node
+SIZE = 8  # bytes per instruction
+HEAD = 10  # instructions before the first node
 PER_NODE = 4
-# Register that only the kernel writes: blinded constants (net.core.bpf_jit_harden) go through it.
+# A register that only the kernel writes: blinded constants (net.core.bpf_jit_harden) go through it.
 HIDDEN_REGISTER = 11
 
 
 class ProgramError(Exception):
-    """A device program can't be read, loaded or replaced. The text says why, without a subject."""
+    """A device program cannot be read, loaded or replaced. The text is the reason, without a subject."""
 
 
 def make_instruction(code: int, dst: int = 0, src: int = 0, off: int = 0, imm: int = 0) -> bytes:
@@ -63,8 +63,8 @@ def make_instruction(code: int, dst: int = 0, src: int = 0, off: int = 0, imm: i
 def make_prefix(nodes: Iterable[Numbers]) -> bytes:
     """Return instructions that end with 1 for reading or writing one of these devices, and else fall through.
 
-    nodes: major and minor of character devices; none gives no instruction. Making a node (mknod) is never permitted by
-    it. Register 1 stays what it was, which is all that a program may rely on at its start.
+    nodes: major and minor of character devices; none gives no instruction. Creating a node (mknod) is never allowed by
+    it. Register 1 is unchanged; a program may rely on nothing else at its start.
     """
     wanted = sorted(set(nodes))
     if not wanted:
@@ -94,13 +94,13 @@ def make_prefix(nodes: Iterable[Numbers]) -> bytes:
 
 
 def read_prefix(instructions: bytes) -> list[Numbers]:
-    """Return the nodes that a program's prefix permits, sorted; empty where it has no prefix of ours."""
+    """Return the nodes that a program's prefix allows, sorted; empty if it has no such prefix."""
     length = measure_prefix(instructions)
     return [read_node(instructions, index) for index in range(HEAD, length, PER_NODE)]
 
 
 def strip_prefix(instructions: bytes) -> bytes:
-    """Return the program as it was before a prefix was put in front of it; the same bytes where it has none."""
+    """Return the program as it was before it got a prefix; the same bytes if it has none."""
     while True:
         length = measure_prefix(instructions)
         if not length:
@@ -109,9 +109,9 @@ def strip_prefix(instructions: bytes) -> bytes:
 
 
 def measure_prefix(instructions: bytes) -> int:
-    """Return how many instructions of a program are our prefix, 0 for none.
+    """Return the number of instructions in our prefix of a program, 0 for none.
 
-    The mark alone is not believed: every byte must be what this module would write for the nodes read from it.
+    The mark is not sufficient: every byte must be what this module would write for the nodes read from it.
     """
     if instructions[:SIZE] != make_instruction(MOV64_K, dst=0, imm=MAGIC):
         return 0
@@ -124,7 +124,7 @@ def measure_prefix(instructions: bytes) -> int:
 
 
 def read_node(instructions: bytes, index: int) -> Numbers:
-    """Return major and minor that the two comparisons at this index ask for."""
+    """Return major and minor in the two comparisons at this index."""
     return read_immediate(instructions, index), read_immediate(instructions, index + 1)
 
 
@@ -135,10 +135,10 @@ def read_immediate(instructions: bytes, index: int) -> int:
 
 
 def make_loadable(instructions: bytes) -> bytes:
-    """Return dumped instructions as they can be loaded again. Raises ProgramError where that can't be done.
+    """Return dumped instructions in a loadable form. Raises ProgramError if that is not possible.
 
-    On s390x, ppc64le and riscv64 the verifier inserts zero extensions, a 32-bit move with 1 in its immediate, which it
-    refuses when it meets them in a new program. As an ordinary move they do the same.
+    On s390x, ppc64le and riscv64 the verifier inserts zero extensions, a 32-bit move with 1 in its immediate, and
+    refuses them in a new program. An ordinary move has the same effect.
     """
     if not any(instructions):
         raise ProgramError("the kernel hides its instructions (net.core.bpf_jit_harden=2)")

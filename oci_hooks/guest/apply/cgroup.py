@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the cgroups that decide whether a process may open device nodes.
 
-Both hierarchies may be there at once, and the kernel asks both (kernel: devcgroup_check_permission). Version 2 asks BPF
-programs (device_filter.py), version 1 has a list for each cgroup (device_list.py). proof.py opens nodes from inside a
-cgroup, permission.py permits them.
+Both hierarchies may exist at once, and the kernel then checks both (kernel: devcgroup_check_permission). Version 2 runs
+BPF programs (device_filter.py), version 1 has a list for each cgroup (device_list.py). proof.py opens nodes from inside
+a cgroup, permission.py allows them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from oci_hooks.guest.apply.bpf_program import Numbers
     from oci_hooks.system import Root
 
-# Read and write is what a program that drives a device needs; mknod is never given.
+# A program that drives a device needs to read and write; mknod is never allowed.
 ACCESS = "rw"
 # One entry of linux.resources.devices (runtime-spec, config-linux.md).
 RULE = '{{"allow": true, "type": "c", "major": {}, "minor": {}, "access": "rw"}}'
@@ -32,8 +32,8 @@ RULE = '{{"allow": true, "type": "c", "major": {}, "minor": {}, "access": "rw"}}
 class MadeNode(Frozen):
     """A character device node in a container.
 
-    name: relative to the directory that is given with it ("12", "vfio"); major, minor: what it must be; is_group:
-    whether VFIO_GROUP_GET_STATUS can be asked.
+    name: relative to the directory that is given with it ("12", "vfio"); major, minor: its expected numbers; is_group:
+    whether it supports VFIO_GROUP_GET_STATUS.
     """
 
     tag = "made-node"
@@ -50,12 +50,12 @@ class MadeNode(Frozen):
 
 
 class Cgroup(Frozen):
-    """Where a process's permission for devices is decided.
+    """The cgroups that decide on a process's access to devices.
 
     pid: of that process; unified: directory of the version 2 hierarchy; devices: directory of the version 1 devices
-    hierarchy; each "" where this machine has none; unified_mount, devices_mount: where these hierarchies begin;
-    shared: those of the directories that are not the container's own, because this hook or the whole machine is in
-    the same cgroup.
+    hierarchy; each "" if this machine has none; unified_mount, devices_mount: mount points of these hierarchies;
+    shared: those of the directories that are not the container's own, because this hook or the whole machine is in the
+    same cgroup.
     """
 
     tag = "cgroup"
@@ -69,7 +69,7 @@ class Cgroup(Frozen):
 
 
 class NodeCheck(Frozen):
-    """What opening a node from inside the cgroup came to.
+    """The result of opening a node from inside the cgroup.
 
     error: errno, 0 when it opened; is_viable: what VFIO_GROUP_GET_STATUS said, True for nodes that are no groups;
     user_error: errno where it opened for the hook but not with the container's own user and capabilities, else 0.
@@ -84,7 +84,7 @@ class NodeCheck(Frozen):
 
     @property
     def is_denied(self) -> bool:
-        """Whether the device cgroup does not permit it; a nodev mount or a security module would say EACCES."""
+        """Return whether the device cgroup denies it; for a nodev mount or a security module the error is EACCES."""
         return self.error == errno.EPERM
 
 
@@ -92,7 +92,7 @@ class NodeCheck(Frozen):
 
 
 def find_cgroup(root: Root, pid: int) -> Cgroup:
-    """Return the cgroup of a process, as a record of directories. Raises StepError where it can't be told.
+    """Return the cgroups of a process, as a record of directories. Raises StepError if they cannot be determined.
 
     Sources: /proc/self/mountinfo (proc(5)), /proc/<pid>/cgroup (cgroups(7)).
     """
@@ -124,7 +124,7 @@ def find_hierarchies(root: Root) -> dict[str, list[tuple[str, str]]]:
 
 
 def read_paths(root: Root, process: str) -> dict[str, str]:
-    """Return a process's path in the "cgroup2" and the "devices" hierarchy, as far as there are these."""
+    """Return a process's path in the "cgroup2" and the "devices" hierarchy, as far as they exist."""
     paths = {}
     for line in root.read_text(f"/proc/{process}/cgroup").split("\n"):
         hierarchy, controllers, path = (line.split(":", 2) + ["", ""])[:3]
@@ -136,31 +136,31 @@ def read_paths(root: Root, process: str) -> dict[str, str]:
 
 
 def place_path(mounts: dict[str, list[tuple[str, str]]], kind: str, paths: dict[str, str], pid: int) -> tuple[str, str]:
-    """Return the directory of a process's cgroup of one kind and the mount point above it; both "" without such a kind.
+    """Return the directory and mount point of a process's cgroup of one kind; both "" if the kind does not exist.
 
-    Raises StepError where the process has such a cgroup, but it is not below any mount.
+    Raises StepError if the process has such a cgroup, but it is not below any mount.
     """
     path = paths.get(kind, "")
     if not path or (path == "/" and not mounts[kind]):
-        # Every process has a line for version 2. Where nobody mounted it, nobody attached a program to it.
+        # Every process has a line for version 2. If that is not mounted, nothing can have attached a program to it.
         return "", ""
     for top, point in mounts[kind]:
         inside = path[len(top.rstrip("/")) :] + "/"
-        # A path that begins with /.. lies outside of this hook's cgroup namespace.
+        # A path that begins with /.. is outside of this hook's cgroup namespace.
         if (path + "/").startswith(top.rstrip("/") + "/") and "/../" not in inside:
             return (point + inside).rstrip("/"), point
     problem = f"its cgroup {path} is not visible under any mounted cgroup hierarchy ({kind})"
     raise StepError("permit-failed", f"process {pid}", problem, "run the hook in the guest's own cgroup namespace")
 
 
-# Around it ------------------------------------------------------------------------------------------------------------
+# Neighbours -----------------------------------------------------------------------------------------------------------
 
 
 def list_container_cgroups(root: Root, unified: str) -> list[str]:
-    """Return the directories of version 2 that are one container's alone: its cgroup, and up to its systemd scope.
+    """Return the version 2 directories that belong to one container alone: its cgroup, and up to its systemd scope.
 
     crun puts a container below its scope (run.oci.systemd.subgroup, run.oci.delegate-cgroup in crun(1)), and systemd
-    attaches the program of DeviceAllow to the scope. A scope with another process or another child in it is not one
+    attaches the program of DeviceAllow to the scope. A scope with another process or another child is not one
     container's.
     """
     if not unified:
@@ -172,7 +172,7 @@ def list_container_cgroups(root: Root, unified: str) -> list[str]:
 
 
 def list_scope_ancestors(unified: str) -> tuple[str, ...]:
-    """Return the directories from above a cgroup of version 2 up to its systemd scope; none where it is in no scope."""
+    """Return the directories from above a version 2 cgroup up to its systemd scope; none if it is in no scope."""
     parent = unified.rpartition("/")[0]
     grandparent = parent.rpartition("/")[0]
     if unified.endswith(".scope"):
@@ -183,22 +183,22 @@ def list_scope_ancestors(unified: str) -> tuple[str, ...]:
 
 
 def has_only_child(root: Root, path: str, child: str) -> bool:
-    """Return whether a cgroup has no process of its own and no other child than this."""
+    """Return whether a cgroup has no process of its own and no child other than this."""
     children = [name for name in root.list_names(path) if root.exists(f"{path}/{name}/cgroup.procs")]
     return root.read_text_or(f"{path}/cgroup.procs", "unknown") == "" and children == [child.rpartition("/")[2]]
 
 
 def list_cgroup_ancestors(path: str, mount: str) -> list[str]:
-    """Return the directories above a cgroup's, from below the hierarchy's mount point down."""
+    """Return the directories above a cgroup's, from the top of the hierarchy down, without its mount point."""
     parts = path[len(mount) :].strip("/").split("/")[:-1]
     return [f"{mount.rstrip('/')}/{'/'.join(parts[: count + 1])}" for count in range(len(parts))]
 
 
-# For all that work on one ---------------------------------------------------------------------------------------------
+# Shared helpers -------------------------------------------------------------------------------------------------------
 
 
 def permit_failed(subject: str, problem: str, nodes: Iterable[MadeNode | Numbers] = ()) -> StepError:
-    """Return the StepError [permit-failed]. nodes: those that an entry of config.json would permit, for the hint."""
+    """Return the StepError [permit-failed]. nodes: those that an entry of config.json would allow, for the hint."""
     numbers = [(node.major, node.minor) if isinstance(node, MadeNode) else node for node in nodes]
     rules = ", ".join(RULE.format(major, minor) for major, minor in numbers)
     return StepError("permit-failed", subject, problem, f"add to linux.resources.devices: {rules}" if rules else "")

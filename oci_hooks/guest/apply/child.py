@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run in a child process what may block for ever, or cannot be undone in the hook's own process.
+"""Run in a child process any work that may block for ever, or that the hook's own process could not undo.
 
-A child that hangs in the kernel outlives even SIGKILL: it must hold nothing that anybody waits for, and nobody waits
-for it.
+A child that hangs in the kernel survives even SIGKILL: it must hold nothing that another process waits for, and no
+process waits for it.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 class Child(Frozen):
-    """A child at work. pipe: what it has to say; only the child has the other end, so that its end closes that."""
+    """A running child. pipe: for its answer; only the child has the write end, so its exit closes the pipe."""
 
     pid: int
     pipe: int
 
 
 def start_child(work: Callable[[int], object], close_fds: tuple[int, ...] = ()) -> Child:
-    """Start a child that does some work and ends. Raises OSError where there is no process or descriptor to be had.
+    """Start a child that does some work and ends. Raises OSError if no process or descriptor is available.
 
-    work: is given the descriptor to write its answer to; what it raises ends the child; close_fds: descriptors that the
-    child must not keep open: one that hangs keeps what it inherited, locks among it.
+    work: called with the descriptor for its answer; an exception in it ends the child; close_fds: descriptors that the
+    child must close: one that hangs keeps what it inherited, including locks.
     """
     reader, writer = os.pipe()
     parent = os.getpid()
     try:
         pid = os.fork()
         if pid == 0:
-            # Each descriptor that is free is one more for the work.
+            # Leave the work as many free descriptors as possible.
             os.close(reader)
             detach_from_runtime(close_fds)
             work(writer)
@@ -42,7 +42,7 @@ def start_child(work: Callable[[int], object], close_fds: tuple[int, ...] = ()) 
         os.close(reader)
         raise
     finally:
-        # Whatever happens in the child, also a signal's exception: it must not return into the hook.
+        # Whatever happens in the child, even a signal's exception: it must not return into the hook.
         if os.getpid() != parent:
             os._exit(0)
         os.close(writer)
@@ -50,8 +50,8 @@ def start_child(work: Callable[[int], object], close_fds: tuple[int, ...] = ()) 
 
 
 def detach_from_runtime(close_fds: tuple[int, ...]) -> None:
-    """Let go of what the runtime waits for: it reads the hook's output to its end."""
-    # Where the limit on open files is reached there is no number for a fourth.
+    """Close what the runtime waits for: it reads the hook's output to its end."""
+    # At the limit on open files no fourth descriptor is available.
     os.close(0)
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (1, 2):
@@ -61,10 +61,10 @@ def detach_from_runtime(close_fds: tuple[int, ...]) -> None:
 
 
 def end_child(child: Child, seconds: float) -> None:
-    """Kill a child unless it has ended, and reap it, unless it hangs in the kernel. Idempotent.
+    """Kill a child unless it has ended, and reap it unless it hangs in the kernel. Idempotent.
 
-    seconds: how long it may take to end. Only one that hangs inside a driver needs more, and nothing ends that.
-    The kill takes effect when the kernel lets go of it, so that what it had still to do is not done late.
+    seconds: time for it to end. Only a child that hangs inside a driver takes longer, and nothing can end that one. The
+    kill takes effect as soon as the kernel's call returns, so the child's remaining steps are not done late.
     """
     if not is_open(child.pipe):
         return
@@ -73,26 +73,26 @@ def end_child(child: Child, seconds: float) -> None:
         os.kill(child.pid, 9)
     if has_ended(child, seconds):
         reap(child.pid)
-    # Last: as long as it is open, the child has still to be ended.
+    # Last, because an open pipe means that the child must still be ended.
     os.close(child.pipe)
 
 
 def has_ended(child: Child, seconds: float) -> bool:
-    """Return whether a child has closed its end of the pipe within some seconds: it is gone, or about to be."""
+    """Return whether a child closes its end of the pipe within some seconds: it has ended, or is about to."""
     import select
 
     poller = select.poll()
-    # Nothing is asked for but the hang-up, which is always told.
+    # No event is requested: poll() always reports the hang-up.
     poller.register(child.pipe, 0)
     return bool(poller.poll(seconds * 1000))
 
 
 def reap(pid: int) -> None:
-    """Take a child's exit code from the kernel."""
+    """Collect a child's exit status."""
     try:
         os.waitpid(pid, 0)
     except ChildProcessError:
-        # The runtime ignores its children (SIGCHLD, inherited), and so the kernel has; or a signal came right after.
+        # Already reaped: by the kernel, as the runtime ignores SIGCHLD (inherited), or by an interrupted earlier call.
         return
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Access the container's /dev without trusting any name in it.
 
-The tree below the root file system is the image's. It is descended component by component with descriptors that follow
-no link, and nodes are made relative to them (CVE-2025-23267 and CVE-2024-0132 are what becomes of hooks that do not).
+The tree below the root file system comes from the image. The hook descends it component by component with descriptors
+that follow no link, and creates nodes relative to them (CVE-2025-23267 and CVE-2024-0132 are flaws of hooks that do
+not).
 
 At createRuntime the container's /dev is a mount in the mount namespace of its init process, before pivot_root:
-/proc/PID/root still is the runtime's root there, and the same path leads to the mount (facts: vm-rig.md).
+/proc/PID/root still is the runtime's root there, and the same path leads to the mount.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FOLLOW_NOTHING = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class ExistingEntry(Frozen):
-    """What lies in the container under a name. kind: "char", "file", "directory", "symbolic link", "special file"."""
+    """An existing entry in the container. kind: "char", "file", "directory", "symbolic link", "special file"."""
 
     kind: str
     major: int
@@ -65,12 +66,12 @@ def open_dev(pid: int, rootfs: str) -> Descriptor:
 
 
 def open_below(directory: int, name: str) -> int:
-    """Return a descriptor of a directory in a directory, no link followed. Raises OSError: ENOENT without one."""
+    """Return a descriptor of a directory in a directory, following no link. Raises OSError: ENOENT if it is missing."""
     return os.open(name, FOLLOW_NOTHING, dir_fd=directory)
 
 
 def open_path(directory: int, path: str) -> int:
-    """Return a descriptor of a directory some levels below one, no link followed. Raises OSError."""
+    """Return a descriptor of a directory some levels below one, following no link. Raises OSError."""
     fd = os.dup(directory)
     for name in path.split("/") if path else ():
         try:
@@ -82,7 +83,7 @@ def open_path(directory: int, path: str) -> int:
 
 
 def create_directory(directory: int, name: str) -> None:
-    """Make a directory that everybody may search. Raises OSError."""
+    """Create a directory that all users may search. Raises OSError."""
     old = os.umask(0)
     try:
         os.mkdir(name, 0o755, dir_fd=directory)
@@ -95,10 +96,10 @@ def create_directory(directory: int, name: str) -> None:
 
 
 def create_directory_as_owner(directory: int, name: str) -> None:
-    """Make a directory for the owner of the one that it is made in. Raises OSError.
+    """Create a directory with the owner of its parent directory. Raises OSError.
 
-    A file system that belongs to a user namespace takes nothing of an owner that the namespace does not know, and this
-    process's is such a one (EOVERFLOW; kernel: fsuidgid_has_mapping).
+    A file system that belongs to a user namespace accepts no entry whose owner is unmapped in that namespace, as this
+    process's user is (EOVERFLOW; kernel: fsuidgid_has_mapping).
     """
     owner = os.fstat(directory)
     uid, gid = os.geteuid(), os.getegid()
@@ -112,8 +113,8 @@ def create_directory_as_owner(directory: int, name: str) -> None:
 
 
 def explain_tree_error(error: OSError, rootfs: str) -> StepError:
-    """Return what an error on the way down the container's tree means to its user."""
-    # O_NOFOLLOW with O_DIRECTORY says ENOTDIR of a link too.
+    """Return the error for a failed descent into the container's tree."""
+    # O_NOFOLLOW with O_DIRECTORY reports ENOTDIR for a link too.
     if error.errno in (errno.ELOOP, errno.ENOTDIR):
         problem = "/dev or /dev/vfio in the container is a symbolic link or a file, not a directory"
         return StepError("hostile-tree", rootfs, problem, "mount a tmpfs on /dev, as runtimes do by default")
@@ -126,7 +127,7 @@ def explain_tree_error(error: OSError, rootfs: str) -> StepError:
 
 
 def inspect_node(directory: int, name: str) -> ExistingEntry | None:
-    """Return what lies under a name in a directory, None for nothing. Raises other OSErrors."""
+    """Return the entry with a name in a directory, None if there is none. Raises other OSErrors."""
     try:
         found = os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
@@ -145,8 +146,8 @@ def is_guest_dev(directory: int) -> bool:
 def is_foreign_mount(dev: int, pid: int, rootfs: str) -> bool:
     """Return whether a container's /dev is a directory of this machine that is mounted there.
 
-    What is made in one outlives the container, and can't be found again when the container's mounts are gone. A file
-    system of the container's own ends with it; a directory of its root file system is found by the same path.
+    Nodes in such a directory outlive the container, and cannot be found again when the container's mounts are gone. A
+    file system of the container's own ends with it; a directory of its root file system is found by the same path.
 
     dev: descriptor of /dev; pid: the container's init, 0 for this process's own namespace; rootfs: real path of the
     root file system. Raises OSError.
@@ -165,9 +166,9 @@ def is_foreign_mount(dev: int, pid: int, rootfs: str) -> bool:
 
 
 def find_file_system(fd: int, pid: int) -> str:
-    """Return the "major:minor" by which mountinfo knows a descriptor's file system, "" where it does not know it.
+    """Return the "major:minor" that mountinfo has for a descriptor's file system, "" if it has none.
 
-    By the id of its mount (proc(5)): the numbers that stat() gives for btrfs and others are in no mountinfo. Raises
+    Found by the mount's id (proc(5)): the numbers that stat() returns for btrfs and others are in no mountinfo. Raises
     OSError.
     """
     number = read_mount_id(fd).split()[1]
@@ -177,7 +178,7 @@ def find_file_system(fd: int, pid: int) -> str:
 
 
 def crosses_mount(parent: int, directory: int) -> bool:
-    """Return whether a directory below another one is a mount, so that it leads elsewhere. Raises OSError."""
+    """Return whether a directory below another one is a mount, and so on another file system. Raises OSError."""
     return read_mount_id(parent) != read_mount_id(directory)
 
 
@@ -188,9 +189,9 @@ def read_mount_id(fd: int) -> bytes:
 
 
 def create_node(directory: int, name: str, numbers: tuple[int, int], mode: int, uid: int, gid: int) -> None:
-    """Make a character device node. Raises OSError.
+    """Create a character device node. Raises OSError.
 
-    The mode comes with mknod and the owner by lchown: nothing here follows a link that somebody may put in its place.
+    mknod sets the mode and lchown the owner: neither follows a link that another process may put in its place.
     """
     old = os.umask(0)
     try:
@@ -201,7 +202,7 @@ def create_node(directory: int, name: str, numbers: tuple[int, int], mode: int, 
 
 
 def remove_node(directory: int, name: str, numbers: tuple[int, int]) -> bool:
-    """Remove a node if it is a character device with these numbers, and tell whether it was. Raises OSError."""
+    """Remove a node if it is a character device with these numbers, and return whether it was. Raises OSError."""
     found = inspect_node(directory, name)
     if found is None or found.kind != "char" or (found.major, found.minor) != numbers:
         return False
@@ -210,7 +211,7 @@ def remove_node(directory: int, name: str, numbers: tuple[int, int]) -> bool:
 
 
 def remove_directory(directory: int, name: str) -> None:
-    """Remove a directory unless something is in it, or it is gone. Raises OSError."""
+    """Remove a directory, unless it is not empty or already gone. Raises OSError."""
     try:
         os.rmdir(name, dir_fd=directory)
     except OSError as error:
@@ -222,11 +223,11 @@ def remove_directory(directory: int, name: str) -> None:
 
 
 def write_file(directory: int, name: str, data: bytes) -> None:
-    """Write a new file that everybody may read. Raises OSError: EEXIST where anything lies there."""
+    """Write a new file that all users may read. Raises OSError: EEXIST if the name exists."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, 0o600, dir_fd=directory)
     try:
-        # A write of less than all is no error; that of the rest has one, where there is no room.
+        # A short write is no error; writing the rest fails if there is no space.
         while data:
             data = data[os.write(fd, data) :]
         os.fchmod(fd, 0o644)
@@ -237,7 +238,7 @@ def write_file(directory: int, name: str, data: bytes) -> None:
 def read_head(directory: int, name: str, size: int) -> bytes:
     """Return the first bytes of a regular file, none of anything else. Raises OSError.
 
-    It is looked at before it is opened, and is what was looked at: to open a device may do something, a pipe waits.
+    The type is checked on an O_PATH descriptor first: opening a device can have side effects, and a pipe blocks.
     """
     location = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
@@ -253,7 +254,7 @@ def read_head(directory: int, name: str, size: int) -> bytes:
 
 
 def remove_file(directory: int, name: str) -> None:
-    """Remove a regular file; anything else under that name is not the hook's. Raises OSError."""
+    """Remove a regular file; any other kind of entry with that name is not the hook's. Raises OSError."""
     found = inspect_node(directory, name)
     if found and found.kind == "file":
         os.unlink(name, dir_fd=directory)

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 
 class Replacement(Frozen):
-    """A program that is loaded, to be put in the place of another. cgroup, new, old: descriptors; flags: how the
-    programs of the cgroup are attached; path, nodes: for the words of an error."""
+    """A loaded program that is to replace another one.
+
+    cgroup, new, old: descriptors; flags: attach flags of the cgroup's programs; path, nodes: for error messages.
+    """
 
     path: str
     nodes: tuple[Numbers, ...]
@@ -35,9 +37,9 @@ class Replacement(Frozen):
 
 
 class Replacements:
-    """Changes of device programs, all of them ready before the first is made, so that what can't be done is not begun.
+    """Changes of device programs, all prepared before the first is made.
 
-    Use it as a context: it closes the descriptors.
+    So nothing begins that cannot be completed. Use it as a context: it closes the descriptors.
     """
 
     def __init__(self, root: Root, change: Change) -> None:
@@ -54,14 +56,14 @@ class Replacements:
             os.close(fd)
 
     def keep_open(self, fd: int) -> int:
-        """Return a descriptor that is closed in the end."""
+        """Return a descriptor that is closed at the end."""
         self.open.append(fd)
         return fd
 
     def prepare(self, path: str, nodes: tuple[Numbers, ...]) -> None:
-        """Load what has to replace the device programs of one cgroup. Raises StepError.
+        """Load replacements for the device programs of one cgroup. Raises StepError.
 
-        A cgroup without a program of its own restricts nothing, and is left alone; so is a program that stays the same.
+        A cgroup without a program of its own restricts nothing and is left alone, as is a program that stays the same.
         """
         try:
             cgroup = self.keep_open(os.open(self.root.host_path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -86,19 +88,19 @@ class Replacements:
 
 
 def explain_failure(error: Exception, path: str, nodes: tuple[Numbers, ...]) -> StepError:
-    """Return the error for a cgroup whose device programs can't be changed."""
+    """Return the error for a cgroup whose device programs cannot be changed."""
     if isinstance(error, OSError):
         return permit_failed(path, f"cannot read or replace its device filter: {error.strerror}", nodes)
     return permit_failed(path, f"cannot change its device filter: {error}", nodes)
 
 
 def add_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
-    """Return a program that permits these nodes besides all that it permits now."""
+    """Return a program that allows these nodes in addition to all that it allows now."""
     return bpf_program.make_prefix([*bpf_program.read_prefix(code), *nodes]) + bpf_program.strip_prefix(code)
 
 
 def remove_nodes(code: bytes, nodes: tuple[Numbers, ...]) -> bytes:
-    """Return a program without what was once added for these nodes."""
+    """Return a program without the prefix's instructions for these nodes."""
     return bpf_program.make_prefix(set(bpf_program.read_prefix(code)) - set(nodes)) + bpf_program.strip_prefix(code)
 
 

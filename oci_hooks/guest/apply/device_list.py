@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device lists of cgroup version 1 (Documentation/admin-guide/cgroup-v1/devices.rst): read, allow, deny.
 
-A cgroup is in one of two states (kernel: security/device_cgroup.c): it denies all but what it lists, or it permits all
-but what it does not show, and lists "a *:* rwm". A write to devices.allow or devices.deny changes one entry, that of
-the very same numbers, by the letters that are written; one with a wildcard is another entry. What a parent loses, its
-children lose.
+A cgroup is in one of two states (kernel: security/device_cgroup.c): it denies all but what it lists, or it allows all
+but what it does not show, and lists "a *:* rwm". A write to devices.allow or devices.deny changes one entry, the one
+with exactly these numbers, by the letters written; one with a wildcard is another entry. An access that is denied to a
+parent is denied to its children, too.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from oci_hooks.guest.apply.bpf_program import Numbers
     from oci_hooks.system import Root
 
-# Kind, major, minor and access of a line.
+# Type, major, minor and access in a line.
 Rule = tuple[str, str, str, str]
 
 
 def read_rules(root: Root, path: str) -> list[Rule]:
-    """Return the lines of a cgroup's devices.list; none where it can't be read."""
+    """Return the lines of a cgroup's devices.list; none if it cannot be read."""
     return [parse_rule(line) for line in root.read_text_or(f"{path}/devices.list", "").splitlines()]
 
 
 def parse_rule(line: str) -> Rule:
-    """Return kind, major, minor and access of a line of devices.list, e.g. "c 10:196 rw"."""
+    """Return type, major, minor and access of a line of devices.list, e.g. "c 10:196 rw"."""
     kind, numbers, access = (line.split() + ["", "", ""])[:3]
     major, _, minor = numbers.partition(":")
     return kind, major, minor, access
 
 
 def permits_by_default(rules: list[Rule]) -> bool:
-    """Check whether a cgroup permits all but what it does not show."""
+    """Return whether a cgroup allows all but what it does not show."""
     return any(kind == "a" for kind, *_ in rules)
 
 
 def find_missing(rules: list[Rule], node: MadeNode) -> str:
-    """Return what an entry for a node has to be given, of reading and writing; "" where a rule permits both already."""
+    """Return the access, of "rw", that an entry for a node must add; "" if a rule allows both already."""
     if any(covers(rule, node) for rule in rules):
         return ""
     own = [access for *entry, access in rules if entry == ["c", str(node.major), str(node.minor)]]
@@ -53,7 +53,7 @@ def remove_letters(access: str, others: str) -> str:
 
 
 def covers(rule: Rule, node: MadeNode) -> bool:
-    """Check whether a rule permits reading and writing of a node: the kernel asks for one that permits both."""
+    """Return whether a rule allows reading and writing of a node: the kernel requires one rule that allows both."""
     kind, major, minor, access = rule
     return (
         kind in ("a", "c")
@@ -64,7 +64,7 @@ def covers(rule: Rule, node: MadeNode) -> bool:
 
 
 def allow_node(root: Root, path: str, numbers: Numbers, access: str) -> None:
-    """Permit one node to a cgroup of version 1. Raises StepError, which names the parent if that lacks it."""
+    """Allow one node in a cgroup of version 1. Raises StepError, which names the parent if that lacks it."""
     rule = f"c {numbers[0]}:{numbers[1]} {access}"
     try:
         write_kernel_file(root.host_path(f"{path}/devices.allow"), rule)
@@ -78,7 +78,7 @@ def allow_node(root: Root, path: str, numbers: Numbers, access: str) -> None:
 
 
 def deny_node(root: Root, path: str, numbers: Numbers, access: str) -> None:
-    """Take one node from a cgroup of version 1, if that is still there. Raises StepError."""
+    """Remove one node from a cgroup of version 1, if that still exists. Raises StepError."""
     rule = f"c {numbers[0]}:{numbers[1]} {access}"
     try:
         write_kernel_file(root.host_path(f"{path}/devices.deny"), rule)
@@ -86,6 +86,6 @@ def deny_node(root: Root, path: str, numbers: Numbers, access: str) -> None:
         return
     except OSError as error:
         if error.errno == errno.ENODEV:
-            # The directory went away between opening and writing.
+            # The directory was removed between opening and writing.
             return
         raise permit_failed(path, f"cannot remove the device rule {rule}: {error.strerror}") from None

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bind devices to vfio-pci, and restore their drivers from the undo log.
 
-Before each change, what undoes it goes to the journal. Undoing reads nothing but the journal, so that it is the same
-after a failure, at poststop, and in the next hook after a kill. Every undo may be done twice.
-
+Each change is first recorded in the undo log. Undoing reads nothing but the undo log, so it is the same after a
+failure, at poststop, and in the next hook after a kill. Every undo is idempotent.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from oci_hooks.linux.instances import Instance
     from oci_hooks.system import Deadline, Root
 
-# Codes of what was not put back and can be later: the claim stays, and its groups with it, for the next hook.
+# Codes of findings on changes that a later hook can still undo: the claim stays, with its groups, for that hook.
 UNFINISHED = ("unbind-blocked", "restore-unstarted", "permission-left")
 
 
@@ -37,9 +36,9 @@ UNFINISHED = ("unbind-blocked", "restore-unstarted", "permission-left")
 def bind_devices(
     root: Root, rebinds: Iterable[Rebind], undo_log: UndoLog, deadline: Deadline, while_waiting: Callable[[], None]
 ) -> None:
-    """Bind PCI functions to vfio-pci, side by side, and read back that they are. Raises StepError.
+    """Bind PCI functions to vfio-pci, in parallel, and read back that they are bound. Raises StepError.
 
-    while_waiting: is called while the kernel binds.
+    while_waiting: called while the kernel binds.
     """
     rebinds = tuple(rebinds)
     for rebind in rebinds:
@@ -51,12 +50,12 @@ def bind_devices(
 
 
 def make_job(root: Root, address: str, instance: Instance, writes: Iterable[Write]) -> Job:
-    """Return the writes to one device as a job that writes to no other."""
+    """Return the writes to one device as a job that does not write to a device that has replaced it."""
     return Job(address, tuple(writes), root.host_path(f"{pci.PCI_DEVICES}/{address}"), instance.inode)
 
 
 def is_still_at(root: Root, address: str, instance: Instance) -> bool:
-    """Check whether a device still is at its address: not unplugged, whatever has come there since."""
+    """Return whether a device is still at its address: neither unplugged nor replaced by another one."""
     return instance.inode != 0 and pci.read_inode(root, f"{pci.PCI_DEVICES}/{address}") == instance.inode
 
 
@@ -64,21 +63,21 @@ def make_bind_writes(root: Root, rebind: Rebind) -> tuple[Write, ...]:
     """Return the writes that bind a function to vfio-pci (Documentation/ABI/testing/sysfs-bus-pci)."""
     path = root.host_path(f"{pci.PCI_DEVICES}/{rebind.address}")
     override = Write(f"{path}/driver_override", f"{DRIVER}\n")
-    # Also where there was no driver: one comes to a hot-plugged device some milliseconds after the device.
-    # Its driver may have gone first, or the device.
+    # Even if it has no driver: a hot-plugged device gets one some milliseconds later. GONE: the driver or the device
+    # may already be gone.
     unbind = Write(f"{path}/driver/unbind", rebind.address, GONE)
     return override, unbind, make_probe_write(root, rebind.address)
 
 
 def make_probe_write(root: Root, address: str) -> Write:
-    """Return the write that has the kernel look for a driver for a function."""
-    # Its errno is of no use: the kernel also succeeds when nothing binds, so the driver link is read back.
+    """Return the write that makes the kernel look for a driver for a function."""
+    # Its errno is of no use: the kernel also succeeds if no driver binds, so the driver link is read back.
     path = root.host_path("/sys/bus/pci/drivers_probe")
     return Write(path, address, (errno.EBUSY, errno.EINVAL, errno.EPERM, errno.EAGAIN, 517))
 
 
 def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) -> None:
-    """Raise StepError where a function is not bound to vfio-pci now, after trying again what may pass."""
+    """Raise StepError if a function is not bound to vfio-pci, after retrying transient failures."""
     address = rebind.address
     if result.blocked:
         driver = f" from {rebind.driver}" if rebind.driver else ""
@@ -105,7 +104,7 @@ def check_bound(root: Root, rebind: Rebind, result: Result, deadline: Deadline) 
 
 @step("probe-again")
 def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
-    """Have the kernel probe a function again while that may help, and return the driver that it has then."""
+    """Retry the probe of a function for a short time, and return the driver that it has then."""
     from oci_hooks.schema import load_site_packages
 
     address = rebind.address
@@ -118,7 +117,7 @@ def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
     try:
         import tenacity
     except ImportError:
-        # Once is most of it.
+        # One retry is enough in most cases.
         found = probe()
         if found:
             return found
@@ -126,13 +125,13 @@ def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
             f"{DRIVER} did not bind to the device, and retrying needs the package tenacity, which is not installed"
         )
         raise StepError("bind-failed", address, problem, "see dmesg; apt install python3-tenacity") from None
-    # A device that is still busy with its old driver's teardown is free after some tens of milliseconds or not at all.
+    # A device whose old driver is still being torn down is free after some tens of milliseconds, or not at all.
     seconds = min(1.0, deadline.remaining() / 2)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_result(lambda driver: driver == ""),
         wait=tenacity.wait_exponential(multiplier=0.02, max=0.3),
         stop=tenacity.stop_after_delay(seconds),
-        # tenacity 6 goes by the name of the parameter.
+        # tenacity 6 passes the argument by the name of the parameter.
         retry_error_callback=lambda retry_state: retry_state.outcome.result() if retry_state.outcome else "",
     )
     driver: str = retrying(probe)
@@ -145,12 +144,12 @@ def probe_again(root: Root, rebind: Rebind, deadline: Deadline) -> str:
 def undo(
     root: Root, entries: Iterable[Entry], pid: int, deadline: Deadline, close_fds: tuple[int, ...] = ()
 ) -> list[Finding]:
-    """Put back what a journal notes, last change first, and return what could not be put back.
+    """Undo the changes in an undo log, last change first, and return what could not be undone.
 
-    Permissions are revoked before, by guest/permits.py: they are a matter of all claims. pid: the container's init, 0
-    when it is gone: a process that it left has nodes in its mount namespace, which open nothing without permission;
-    close_fds: descriptors that a child which hangs must not keep. A finding with a code of UNFINISHED means that the
-    journal has to stay.
+    guest/permits.py has revoked the permissions before, as these concern all claims. pid: the container's init, 0 if it
+    is gone: a process left of it still sees the nodes in its mount namespace, but cannot open them; close_fds:
+    descriptors that a hanging child must not keep. A finding with a code of UNFINISHED means that the undo log must
+    stay.
     """
     findings: list[Finding] = []
     entries = tuple(entries)
@@ -174,7 +173,7 @@ def explain_undo(entry: Entry, error: Exception) -> Finding:
 
 @step("undo")
 def undo_entry(root: Root, entry: Entry, pid: int) -> None:
-    """Put back one change in the container. Raises OSError, StepError."""
+    """Undo one change in the container. Raises OSError, StepError."""
     from oci_hooks.guest.apply import nodes
 
     if entry.kind in UNDOING:
@@ -184,8 +183,8 @@ def undo_entry(root: Root, entry: Entry, pid: int) -> None:
 def restore_drivers(
     root: Root, entries: list[Entry], deadline: Deadline, close_fds: tuple[int, ...] = ()
 ) -> list[Finding]:
-    """Bind functions to the drivers that they had, side by side, and return what went wrong."""
-    # A function that was bound again by a later run has the state of its first entry to go back to.
+    """Bind functions to the drivers that they had, in parallel, and return what went wrong."""
+    # A function that a later run bound again returns to the state in its first entry.
     before = {(entry.words[0], parse_instance(entry)): entry for entry in reversed(entries)}
     jobs, wanted, findings = [], {}, []
     for address in dict.fromkeys(address for address, _ in before):
@@ -200,7 +199,7 @@ def restore_drivers(
             findings.append(Finding("error", "restore-unstarted", address, problem, hint))
             continue
         if found is None:
-            continue  # unplugged: nothing is left to put back
+            continue  # unplugged: nothing is left to restore
         known, current = before.get((address, found)), pci.read_driver(root, address)
         if known is None:
             findings.append(warn_device_replaced(address, found))
@@ -215,25 +214,24 @@ def restore_drivers(
 
 
 def is_untouched(entry: Entry, driver: str, override: str) -> bool:
-    """Check whether nothing is left of what was done to a function: a hook was killed before the first write, or after
-    the last.
+    """Return whether nothing remains to be restored: the hook was killed before its first write, or after its last.
 
-    driver, override: those that it has. A driver may have come to it meanwhile, as one does to a new device.
+    driver, override: the present ones. A driver may have bound to the device meanwhile, as happens to a new device.
     """
     return override == entry.words[2] and driver != DRIVER
 
 
 def is_own_override(entry: Entry, override: str) -> bool:
-    """Check whether a function's override is one that the hook wrote, when it was bound or when it was put back."""
+    """Return whether a function's override is one that the hook wrote, when it bound or restored the function."""
     return override == DRIVER or override == entry.words[1] != ""
 
 
 def make_restore_writes(root: Root, entry: Entry, current: str) -> Iterator[Write]:
-    """Yield the writes that give a function back to the driver that it had. current: the one that it has."""
+    """Yield the writes that return a function to its original driver. current: its present driver."""
     address, driver, override = entry.words[:3]
     path = root.host_path(f"{pci.PCI_DEVICES}/{address}")
     if current != driver:
-        # Overridden by name, so that the driver comes back that was there, not the first that matches.
+        # An override by name restores exactly the original driver, not the first one that matches.
         if driver:
             yield Write(f"{path}/driver_override", f"{driver}\n")
         if current:
@@ -251,7 +249,7 @@ def warn_device_replaced(address: str, found: Instance) -> Finding:
 
 
 def warn_override_changed(entry: Entry, override: str) -> Finding:
-    """Return the warning for a device whose override is not the hook's any more."""
+    """Return the warning for a device whose override was changed by another program."""
     address, driver, before = entry.words[:3]
     problem = f"its driver_override is {override or 'unset'}, not what the hook wrote: the device is left unchanged"
     path = f"{pci.PCI_DEVICES}/{address}/driver_override"
@@ -260,12 +258,12 @@ def warn_override_changed(entry: Entry, override: str) -> Finding:
 
 
 def make_restore_error(address: str, problem: str) -> Finding:
-    """Return the error for a device that was not put back."""
+    """Return the error for a device that was not restored."""
     return Finding("error", "restore-failed", address, problem, f"see {pci.PCI_DEVICES}/{address}/driver_override")
 
 
 def check_restored(root: Root, result: Result, entry: Entry) -> list[Finding]:
-    """Return a finding where a function does not have the driver again that it had."""
+    """Return a finding if a function does not have its original driver again."""
     address, driver = entry.words[:2]
     if result.blocked:
         problem = f"unbinding from {DRIVER} is blocked in the kernel"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load the kernel's VFIO drivers unless they are there, or report which kernel options are missing."""
+"""Load the kernel's VFIO drivers unless they are loaded, or report the missing kernel options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.system import Deadline, Root
 
-# No PATH: it is the runtime's, or nobody's.
+# Without PATH: the runtime's may be anything, or missing.
 MODPROBE = ("/sbin/modprobe", "/usr/sbin/modprobe", "/bin/modprobe", "/usr/bin/modprobe")
 NO_MODPROBE = "modprobe is not installed"
 OPTIONS = (
@@ -23,7 +23,7 @@ OPTIONS = (
 
 
 def load_drivers(root: Root, deadline: Deadline) -> None:
-    """Load vfio-pci and vfio_iommu_type1 unless they are there. Raises StepError [no-vfio-driver]."""
+    """Load vfio-pci and vfio_iommu_type1 unless they are loaded. Raises StepError [no-vfio-driver]."""
     missing = list_missing_modules(root)
     if not missing:
         return
@@ -47,21 +47,21 @@ def explain_missing(module: str, reason: str, options: str) -> StepError:
 
 
 def list_missing_modules(root: Root) -> list[str]:
-    """Return which of the two modules are not there."""
+    """Return which of the two modules are not loaded."""
     missing = [] if root.exists(f"{pci.PCI_DRIVERS}/vfio-pci") else ["vfio-pci"]
-    # It has parameters, so that sysfs shows it when it is built in, too.
+    # It has parameters, so that sysfs shows it even if it is built in.
     return missing + ([] if root.exists("/sys/module/vfio_iommu_type1") else ["vfio_iommu_type1"])
 
 
 @tagged("modprobe")
 def run_modprobe(path: str, modules: list[str], deadline: Deadline) -> str:
-    """Run modprobe on modules, with an empty environment, and return what it said, or why it does not run.
+    """Run modprobe on modules, with an empty environment, and return its output, or why it does not run.
 
     Raises StepError at the deadline.
     """
     import signal
 
-    # subprocess.run would wait for a modprobe that the kernel does not let go of, also after its timeout.
+    # subprocess.run would wait, even after its timeout, for a modprobe that hangs in the kernel.
     reader, writer = os.pipe()
     actions = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)]
     actions += [(os.POSIX_SPAWN_DUP2, writer, fd) for fd in (1, 2)]  # type: ignore[misc]

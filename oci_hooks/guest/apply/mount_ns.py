@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mount file systems in another mount namespace. Loaded only for containers with a user namespace.
 
-A file system is made detached (fsopen(2), fsmount(2), Linux 5.2) and attached by a child that enters the namespace
-(setns(2)): Python has setns only from 3.12 and the others not at all, hence ctypes. The numbers of the new mount calls
-are the same on every architecture but alpha.
+A file system is created detached (fsopen(2), fsmount(2), Linux 5.2) and attached by a child that enters the namespace
+(setns(2)). It uses ctypes because Python has setns only from 3.12, and the other calls not at all. The numbers of the
+new mount calls are the same on every architecture but alpha.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLONE_NEWNS = 0x20000
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
-# How long a mount may take, and a child to end that is killed after it.
+# Seconds that a mount may take, and a killed child to end.
 MOUNT_SECONDS = 2.0
 END_SECONDS = 0.5
 
@@ -86,7 +86,7 @@ def mount_tree(pid: int, tree: int, directory: int) -> None:
 
 
 def unmount(pid: int, directory: int, name: str) -> None:
-    """Take away what attach() mounted on a directory's entry. Raises OSError."""
+    """Unmount what mount_tree() mounted on a directory's entry. Raises OSError."""
 
     def unmount() -> None:
         os.fchdir(directory)
@@ -99,9 +99,9 @@ def unmount(pid: int, directory: int, name: str) -> None:
 
 
 def run_in_mount_namespace(pid: int, work: Callable[[], None]) -> int:
-    """Do something in another process's mount namespace, in a child.
+    """Run a function in another process's mount namespace, in a child.
 
-    Return its errno, 0 for success; EIO where it died without an answer, ETIMEDOUT where it is not done in time: a
+    Return its errno, 0 for success; EIO if the child died without an answer, ETIMEDOUT if it does not finish in time: a
     mount may wait for a file system that does not answer.
     """
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
@@ -120,9 +120,9 @@ def run_in_mount_namespace(pid: int, work: Callable[[], None]) -> int:
     finally:
         os.close(namespace)
     try:
-        said = read_pipe(child.pipe, Deadline(MOUNT_SECONDS), 1)
+        answer = read_pipe(child.pipe, Deadline(MOUNT_SECONDS), 1)
     finally:
         end_child(child, END_SECONDS)
-    if said is None:
+    if answer is None:
         return errno.ETIMEDOUT
-    return said[0] if said else errno.EIO
+    return answer[0] if answer else errno.EIO

@@ -18,7 +18,7 @@ CONTROL_NUMBERS = (10, 196)
 
 
 class NodePath(Frozen):
-    """Where a node belongs. directory: below /dev, "" for /dev itself; numbers: major and minor."""
+    """The place of a node in /dev. directory: below /dev, "" for /dev itself; numbers: major and minor."""
 
     tag = "place"
 
@@ -28,12 +28,12 @@ class NodePath(Frozen):
 
     @property
     def path(self) -> str:
-        """The path below /dev."""
+        """Return the path below /dev."""
         return f"{self.directory}/{self.name}".lstrip("/")
 
 
 def resolve_node(root: Root, node: Node) -> NodePath:
-    """Return where a node belongs, once its device is bound. Raises StepError where the kernel has no such device."""
+    """Return the place of a node, once its device is bound. Raises StepError if the kernel has no such device."""
     if node.kind == "control":
         return NodePath("vfio", "vfio", CONTROL_NUMBERS)
     if node.kind == "group":
@@ -50,9 +50,9 @@ def resolve_node(root: Root, node: Node) -> NodePath:
 
 
 def resolve_group_node(root: Root, group: str) -> NodePath:
-    """Return where a group's node belongs. Raises StepError where vfio has no such group.
+    """Return the place of a group's node. Raises StepError if VFIO has no such group.
 
-    vfio's no-IOMMU mode gives a device a group, named vfio-noiommu, when it is bound, and calls the node noiommu-N.
+    When VFIO's no-IOMMU mode binds a device, it gives it a group, named vfio-noiommu, and names the node noiommu-N.
     """
     name = group
     if group.startswith(pci.NOIOMMU_GROUP):

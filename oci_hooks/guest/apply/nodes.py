@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from oci_hooks.oci import Device
     from oci_hooks.system import Root
 
-# How a map begins, which tells it from a file of the image.
+# The beginning of a map, which distinguishes it from a file of the image.
 MAP_HEAD = b'{\n  "version": 1,\n  "devices": [\n'
 
 
 class Container(Frozen):
-    """The container that nodes are made for. pid: its init; rootfs: real path of its root file system."""
+    """The container that gets the nodes. pid: its init; rootfs: real path of its root file system."""
 
     tag = "container"
 
@@ -35,11 +35,11 @@ class Container(Frozen):
     rootfs: str
 
 
-# Making them ---------------------------------------------------------------------------------------------------------
+# Creating ------------------------------------------------------------------------------------------------------------
 
 
 def expose_nodes(root: Root, plan: Plan, container: Container, undo_log: UndoLog) -> tuple[cgroup.MadeNode, ...]:
-    """Make the plan's nodes in the container and return them as the proof wants them. Raises StepError."""
+    """Create the plan's nodes in the container and return them in the form for proof.py. Raises StepError."""
     node_paths = [(node, resolve_node(root, node)) for node in list_possible_nodes(root, plan.nodes)]
     create_nodes(root, node_paths, plan, container, undo_log)
     return tuple(
@@ -49,7 +49,7 @@ def expose_nodes(root: Root, plan: Plan, container: Container, undo_log: UndoLog
 
 
 def list_possible_nodes(root: Root, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Return the nodes without those of groups, where devices' own are wanted and the kernel has no VFIO groups.
+    """Return the nodes without groups' nodes, if devices' own are requested and the kernel has no VFIO groups.
 
     Without CONFIG_VFIO_GROUP (drivers/vfio/Makefile) there is neither the class nor /dev/vfio/vfio.
     """
@@ -62,7 +62,7 @@ def list_possible_nodes(root: Root, nodes: tuple[Node, ...]) -> tuple[Node, ...]
 def create_nodes(
     _root: Root, node_paths: list[tuple[Node, NodePath]], plan: Plan, container: Container, undo_log: UndoLog
 ) -> None:
-    """Make the nodes in the container's /dev, or mount them there. Raises StepError."""
+    """Create the nodes in the container's /dev, or mount them there. Raises StepError."""
     try:
         dev = container_dev.open_dev(container.pid, container.rootfs)
         try:
@@ -85,7 +85,7 @@ def create_nodes(
 def ensure_nodes(
     dev: int, node_paths: list[tuple[Node, NodePath]], plan: Plan, container: Container, undo_log: UndoLog
 ) -> None:
-    """Make every node that is not there as it should be. dev: descriptor of /dev. Raises StepError, OSError."""
+    """Create every node that is missing or wrong. dev: descriptor of /dev. Raises StepError, OSError."""
     prepare_directory(dev, node_paths, plan, container, undo_log)
     for node, node_path in node_paths:
         directory = open_or_create(dev, node_path.directory, container, undo_log)
@@ -99,7 +99,7 @@ def ensure_nodes(
 def prepare_directory(
     dev: int, node_paths: list[tuple[Node, NodePath]], plan: Plan, container: Container, undo_log: UndoLog
 ) -> None:
-    """Make /dev/vfio, without stale nodes and with the map. Raises StepError, OSError."""
+    """Create /dev/vfio, without stale nodes and with the map. Raises StepError, OSError."""
     directory = open_or_create(dev, "vfio", container, undo_log)
     try:
         refuse_foreign_mount(dev, directory, "vfio")
@@ -113,8 +113,8 @@ def prepare_directory(
 
 
 def refuse_foreign_mount(dev: int, directory: int, path: str) -> None:
-    """Raise StepError where nodes would come to lie in a directory of somebody else that is mounted in /dev."""
-    # The guest's own /dev/vfio is made no node in, and has those that are needed.
+    """Raise StepError if a directory below /dev is a mount from elsewhere, in which the nodes would be created."""
+    # The guest's own /dev/vfio is an exception: it has the nodes already, so none is created there.
     if container_dev.crosses_mount(dev, directory) and not container_dev.is_guest_dev(directory):
         problem = "is a directory of the guest that is mounted into the container, not private to it"
         hint = "remove this mount from config.json: the hook creates the nodes"
@@ -122,7 +122,7 @@ def refuse_foreign_mount(dev: int, directory: int, path: str) -> None:
 
 
 def open_or_create(dev: int, path: str, container: Container, undo_log: UndoLog) -> int:
-    """Return a descriptor of a directory below /dev, made if it is not there. Raises OSError."""
+    """Return a descriptor of a directory below /dev, created if it is missing. Raises OSError."""
     fd = os.dup(dev)
     done = ""
     for name in path.split("/") if path else ():
@@ -136,7 +136,7 @@ def open_or_create(dev: int, path: str, container: Container, undo_log: UndoLog)
 
 
 def open_or_create_one(parent: int, name: str, path: str, container: Container, undo_log: UndoLog) -> int:
-    """Return a descriptor of a directory in a directory, made if it is not there. Raises StepError, OSError.
+    """Return a descriptor of a directory in a directory, created if it is missing. Raises StepError, OSError.
 
     path: below /dev.
     """
@@ -151,7 +151,7 @@ def open_or_create_one(parent: int, name: str, path: str, container: Container, 
 
 
 def ensure_node(directory: int, node: Node, node_path: NodePath, container: Container, undo_log: UndoLog) -> None:
-    """Make one node unless it is there as it should be. Raises StepError."""
+    """Create one node unless it exists with the right numbers. Raises StepError."""
     path = f"/dev/{node_path.path}"
     found = container_dev.inspect_node(directory, node_path.name)
     if found and found.kind != "char":
@@ -160,7 +160,7 @@ def ensure_node(directory: int, node: Node, node_path: NodePath, container: Cont
     if found and (found.major, found.minor) == node_path.numbers:
         return
     if container_dev.is_guest_dev(directory):
-        # The kernel keeps the nodes there; one of the hook's making would outlive the device, for everybody.
+        # The kernel manages the nodes there; one created by the hook would outlive the device, for all processes.
         raise make_missing_error(path)
     if found:
         log_stale(undo_log, container, node_path.path, found)
@@ -173,13 +173,13 @@ def ensure_node(directory: int, node: Node, node_path: NodePath, container: Cont
 
 
 def make_missing_error(path: str) -> StepError:
-    """Return the error for a node, or its directory, that the guest's own /dev lacks."""
+    """Return the error for a node, or its directory, that is missing in the guest's own /dev."""
     problem = "does not exist in the guest's /dev, which the container uses"
     return StepError("node-missing", path, problem, "mount devtmpfs on /dev in the guest")
 
 
 def remove_stale(dev: int, entry: Device, container: Container, undo_log: UndoLog) -> None:
-    """Take away a node that the runtime made with the host's numbers, which mean something else here, or nothing."""
+    """Remove a node that the runtime created with the host's numbers, which are another device here, or none."""
     path, _, name = entry.path[len("/dev/") :].rpartition("/")
     try:
         directory = container_dev.open_path(dev, path)
@@ -195,7 +195,7 @@ def remove_stale(dev: int, entry: Device, container: Container, undo_log: UndoLo
 
 
 def log_stale(undo_log: UndoLog, container: Container, path: str, found: ExistingEntry) -> None:
-    """Write down a node that is about to be removed."""
+    """Record a node that is about to be removed."""
     undo_log.add("stale", container.rootfs, path, found.major, found.minor, found.mode, found.uid, found.gid)
 
 
@@ -206,9 +206,9 @@ def mount_nodes(
     container: Container,
     undo_log: UndoLog,
 ) -> None:
-    """Give a container with a user namespace its nodes, on a file system of the guest. Raises StepError, OSError.
+    """Mount the nodes for a container with a user namespace, on a file system of the guest. Raises StepError, OSError.
 
-    The container's own /dev belongs to its user namespace, where the kernel opens no device node. A tmpfs made here
+    The container's own /dev belongs to its user namespace, where the kernel opens no device node. A tmpfs created here
     belongs to the guest, so its nodes open; mounted over /dev/vfio it also covers the host's stale nodes.
     """
     from oci_hooks.guest.apply import mount_ns
@@ -247,18 +247,18 @@ def has_node(directory: int, node_path: NodePath) -> bool:
 
 
 def write_map(directory: int, data: bytes, container: Container, undo_log: UndoLog) -> None:
-    """Write the map of the container's devices. Raises StepError where another file lies there, OSError.
+    """Write the map of the container's devices. Raises StepError if another file has its name, OSError.
 
-    PCIDEVICE_* variables hold the host's addresses, and a hook can't change a container's environment.
+    PCIDEVICE_* variables hold the host's addresses, and a hook cannot change a container's environment.
     """
     name = MAP_PATH.rpartition("/")[2]
     found = container_dev.inspect_node(directory, name)
     if found:
         known = container_dev.read_head(directory, name, len(data) + 1)
         if known == data and undo_log.kept:
-            # An earlier run wrote it, and its journal says so.
+            # An earlier run wrote it, and recorded it in its undo log.
             return
-        # One of the hook's own gives way: it is an earlier run's, or was left in an image by a machine that lost power.
+        # A map of the hook's own is replaced: an earlier run wrote it, or a power failure left it in the image.
         if not known.startswith(MAP_HEAD):
             problem = f"the container has a {found.kind} at this path that the hook did not create"
             hint = "remove it from the image, or set map = false in guest.toml"
@@ -290,19 +290,19 @@ def format_map(entries: tuple[MapEntry, ...], node_paths: list[tuple[Node, NodeP
 
 
 def undo(entry: Entry, pid: int) -> None:
-    """Put back one change. pid: the container's init, 0 when it is gone with its mount namespace. Raises OSError."""
+    """Undo one change. pid: the container's init, 0 if it is gone with its mount namespace. Raises OSError."""
     rootfs, path = entry.words[:2]
     parent, _, name = path.rpartition("/")
     try:
-        # Without the container's namespace, nodes are still where its image itself holds /dev.
+        # Without the container's namespace, nodes still exist if they are in the /dev of the image itself.
         dev = container_dev.open_dev(pid, rootfs)
     except (FileNotFoundError, ProcessLookupError):
-        # The container is gone, and all that was in it.
+        # The container is gone, with all that was in it.
         return
     try:
         directory = container_dev.open_path(dev, parent)
         try:
-            # Mounted there since: what the hook made lies below.
+            # If the guest's /dev was mounted there since, the hook's nodes are hidden below it.
             if not container_dev.is_guest_dev(directory):
                 undo_in(directory, name, entry, pid)
         finally:
@@ -314,7 +314,7 @@ def undo(entry: Entry, pid: int) -> None:
 
 
 def undo_in(directory: int, name: str, entry: Entry, pid: int) -> None:
-    """Put back one change in the directory it was made in. Raises OSError."""
+    """Undo one change in its directory. Raises OSError."""
     if entry.kind == "directory":
         container_dev.remove_directory(directory, name)
     elif entry.kind == "file":

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Allow device nodes in a container's cgroup: plan, allow, disallow, and explain a denial.
 
-What is widened is the container's own cgroup, with version 2 also the systemd scope that holds nothing but it. No other
-ancestor of version 2 ever is; one of version 1 only when asked for, because there a child can't get what its parent
-lacks.
+Only the container's own cgroup is changed, and in version 2 also the systemd scope that holds nothing else. No other
+ancestor in version 2 is ever changed; in version 1 only on request, because there a child cannot get an access that its
+parent lacks.
 
 The caller's order: `cgroup.find_cgroup`, `proof.verify_nodes`; if the cgroup denies a node `plan_grant`, `allow`,
-`verify_nodes` again; if it is still denied `disallow`, and raise what `explain_denial` returns. guest/permits.py does
-it for all claims together.
+`verify_nodes` again; if it is still denied `disallow`, and raise the error from `explain_denial`. guest/permits.py does
+this for all claims together.
 """
 
 from __future__ import annotations
@@ -46,20 +46,23 @@ if TYPE_CHECKING:
     from oci_hooks.guest.undo_log import Entry
     from oci_hooks.system import Root
 
-# Misc devices: /dev/vfio/vfio and /dev/iommu, which are every container's (include/uapi/linux/major.h).
+# Misc devices: /dev/vfio/vfio and /dev/iommu, which all containers share (include/uapi/linux/major.h).
 MISC_MAJOR = 10
 
 
 class Widening(Frozen):
-    """What a grant adds to a device list of version 1. path: the cgroup's directory; given: for each node of the grant
-    what its entry there lacked, of "rw": this is given, and taken back."""
+    """An addition to a device list of version 1.
+
+    path: the cgroup's directory; given: for each node of the grant the letters of "rw" that its entry there lacked:
+    these are allowed, and denied again later.
+    """
 
     path: str
     given: tuple[str, ...]
 
 
 class Grant(Frozen):
-    """What to permit and where: known before anything is done, so that it can stand in a journal.
+    """The nodes to allow, and the cgroups in which; known before any change, so that the undo log can record it.
 
     nodes: major and minor of each; unified: version 2 directory or ""; devices: of version 1, from the top down:
     ancestors to widen and at last the container's own.
@@ -72,47 +75,47 @@ class Grant(Frozen):
     devices: tuple[Widening, ...]
 
     def find_given(self, path: str, numbers: Numbers) -> str:
-        """Return what a node is given in a directory of version 1; "" for nothing."""
+        """Return the letters that a grant adds for a node in a directory of version 1; "" for nothing."""
         locations = [widening.given for widening in self.devices if widening.path == path]
         return dict(zip(self.nodes, locations[0])).get(numbers, "") if locations else ""
 
     def without(self, gone: Collection[Numbers]) -> Grant:
-        """Return the grant but for some nodes."""
+        """Return the grant without some nodes."""
         kept = [index for index, numbers in enumerate(self.nodes) if numbers not in gone]
         devices = [Widening(each.path, tuple(each.given[index] for index in kept)) for each in self.devices]
         return Grant(tuple(self.nodes[index] for index in kept), self.unified, tuple(devices))
 
 
 def format_grant(grant: Grant) -> tuple[str, str, str]:
-    """Return a grant as the words of a journal entry."""
+    """Return a grant as the words of an undo log's entry."""
     nodes = ",".join(f"{major}:{minor}" for major, minor in grant.nodes)
     return nodes, grant.unified, "\n".join(f"{','.join(each.given)} {each.path}" for each in grant.devices)
 
 
 def parse_grant(entry: Entry) -> Grant:
-    """Return the grant that a journal entry notes. Raises ValueError where it notes none."""
+    """Return the grant in an undo log's entry. Raises ValueError if it has none."""
     nodes = parse_numbers(entry.words[0])
     devices = []
     for line in entry.words[2].split("\n") if entry.words[2] else ():
         given, _, path = line.partition(" ")
         letters = tuple(given.split(","))
         if len(letters) != len(nodes) or not path or any(set(each) - set(ACCESS) for each in letters):
-            raise ValueError(f"{line} is no list of what a cgroup allows")
+            raise ValueError(f"{line} is not a list of accesses to a cgroup")
         devices.append(Widening(path, letters))
     return Grant(nodes, entry.words[1], tuple(devices))
 
 
 def parse_numbers(text: str) -> tuple[Numbers, ...]:
-    """Return the device numbers that a journal entry lists. Raises ValueError."""
+    """Return the device numbers in an undo log's entry. Raises ValueError."""
     pairs = (pair.split(":") for pair in text.split(","))
     return tuple((int(major), int(minor)) for major, minor in pairs)
 
 
-# What claims note ----------------------------------------------------------------------------------------------------
+# Records in claims ----------------------------------------------------------------------------------------------------
 
 
 def list_grants(entries: Iterable[Entry], spoilt: list[Entry] | None = None) -> tuple[Grant, ...]:
-    """Return what a claim permits, without what was revoked since. spoilt: gets the entries that can't be read."""
+    """Return a claim's grants, without what was revoked since. spoilt: receives the entries that cannot be read."""
     grants: list[Grant] = []
     for entry in entries:
         try:
@@ -128,7 +131,7 @@ def list_grants(entries: Iterable[Entry], spoilt: list[Entry] | None = None) -> 
 
 
 def list_numbers(entries: Iterable[Entry]) -> set[Numbers]:
-    """Return the device numbers that a claim has for itself, permitted or not, without what was revoked since."""
+    """Return the device numbers that a claim has for itself, allowed or not, without what was revoked since."""
     found: set[Numbers] = set()
     for entry in entries:
         if entry.kind in ("numbers", "permit", "revoked"):
@@ -140,7 +143,7 @@ def list_numbers(entries: Iterable[Entry]) -> set[Numbers]:
     return {numbers for numbers in found if numbers[0] != MISC_MAJOR}
 
 
-# Permitting -----------------------------------------------------------------------------------------------------------
+# Allowing -------------------------------------------------------------------------------------------------------------
 
 
 def plan_grant(
@@ -151,12 +154,12 @@ def plan_grant(
     others: tuple[Grant, ...] = (),
     opened: Mapping[Numbers, str] | None = None,
 ) -> Grant:
-    """Return what has to be permitted where. Changes nothing. Raises StepError where it must not be done.
+    """Return the grant that is needed. Changes nothing. Raises StepError if it must not be made.
 
-    nodes: those that are not permitted now; widen_parents: on version 1, permit them to each ancestor that lacks them
-    too (a pod's cgroup inside its own virtual machine; on a shared machine that is not the hook's to decide); others:
-    what other containers were given; opened: what of "rw" the container's own cgroup of version 1 permits, where it
-    permits by default, so that its list does not show it (`is_open_list`).
+    nodes: those that are denied now; widen_parents: in version 1, also allow them in each ancestor that lacks them (a
+    pod's cgroup inside its own virtual machine; on a shared machine that is not the hook's decision); others: other
+    containers' grants; opened: the letters of "rw" that the container's own cgroup of version 1 allows, if it allows by
+    default, so that its list does not show it (`is_open_list`).
     """
     wanted = tuple(nodes)
     own = [location for location in (cgroup.unified, cgroup.devices) if location and location not in cgroup.shared]
@@ -177,12 +180,12 @@ def plan_grant(
 def plan_widening(
     root: Root, path: str, nodes: tuple[MadeNode, ...], others: tuple[Grant, ...], opened: Mapping[Numbers, str] | None
 ) -> Widening:
-    """Return what nodes have to be given in a directory of version 1. others, opened: as of `plan_grant`."""
+    """Return the additions that nodes need in a directory of version 1. others, opened: as of `plan_grant`."""
     rules = read_rules(root, path)
     given = []
     for node in nodes:
         numbers = (node.major, node.minor)
-        # What another container was given is not what was there: the last of them takes it back.
+        # Letters that other containers' grants added are not original: the last of these containers removes them.
         shared = [grant.find_given(path, numbers) for grant in others]
         missing = find_missing(rules, node)
         if opened is not None and permits_by_default(rules):
@@ -192,16 +195,16 @@ def plan_widening(
 
 
 def is_open_list(root: Root, cgroup: Cgroup) -> bool:
-    """Check whether the container's own cgroup is one of version 1 that permits by default."""
+    """Return whether the container's own cgroup is one of version 1 that allows by default."""
     has_own = cgroup.devices not in ("", *cgroup.shared)
     return has_own and permits_by_default(read_rules(root, cgroup.devices))
 
 
 @step("allow")
 def allow(root: Root, grant: Grant, note: Callable[[], object] = lambda: None) -> None:
-    """Permit reading and writing of exactly these nodes. Doing it twice is doing it once. Raises StepError.
+    """Allow reading and writing of exactly these nodes. Idempotent. Raises StepError.
 
-    note: called when all is ready, before the first change: what fails before that has changed nothing.
+    note: called when all is prepared, before the first change: a failure before that has changed nothing.
     """
     with Replacements(root, add_nodes) as swaps:
         for path in list_container_cgroups(root, grant.unified):
@@ -216,10 +219,10 @@ def allow(root: Root, grant: Grant, note: Callable[[], object] = lambda: None) -
 
 @step("disallow")
 def disallow(root: Root, grant: Grant, others: tuple[Grant, ...] = ()) -> None:
-    """Take a permission back, whole or half given, by this process or another. Raises StepError, after trying all.
+    """Revoke a grant, complete or incomplete, made by this process or another. Raises StepError, after trying all.
 
-    others: what other containers were given, and so keep, where a directory is theirs too. A cgroup that is gone is as
-    good as done.
+    others: other containers' grants, which are kept in directories that they share. A cgroup that is gone needs no
+    change.
     """
     errors = []
     for widening in reversed(grant.devices):
@@ -229,7 +232,7 @@ def disallow(root: Root, grant: Grant, others: tuple[Grant, ...] = ()) -> None:
                     deny_node(root, widening.path, numbers, access)
                 except StepError as error:
                     errors.append(error)
-    # Whoever else came into the scope meanwhile: what was added is taken away.
+    # Even if another process has entered the scope meanwhile: the nodes that were added are removed.
     for path in list_filtered(grant):
         kept = {numbers for other in others if path in list_filtered(other) for numbers in other.nodes}
         try:
@@ -241,12 +244,12 @@ def disallow(root: Root, grant: Grant, others: tuple[Grant, ...] = ()) -> None:
 
 
 def list_filtered(grant: Grant) -> tuple[str, ...]:
-    """Return the directories of version 2 that a grant may have changed the device filters of."""
+    """Return the version 2 directories whose device filters a grant may have changed."""
     return (grant.unified, *list_scope_ancestors(grant.unified)) if grant.unified else ()
 
 
 def remove_from_filter(root: Root, path: str, nodes: tuple[Numbers, ...]) -> None:
-    """Take nodes out of the device filter of one cgroup, if that is still there. Raises StepError."""
+    """Remove nodes from the device filter of one cgroup, if that still exists. Raises StepError."""
     if not nodes or not root.exists(path):
         return
     with Replacements(root, remove_nodes) as swaps:
@@ -262,7 +265,7 @@ def remove_from_filter(root: Root, path: str, nodes: tuple[Numbers, ...]) -> Non
 
 
 def explain_denial(root: Root, cgroup: Cgroup, checks: Iterable[NodeCheck]) -> StepError:
-    """Return the error for nodes that don't open from inside the cgroup although everything was done for it."""
+    """Return the error for nodes that do not open from inside the cgroup although all steps were done."""
     bad = [check for check in checks if check.error or not check.is_viable]
     problem = "; ".join(describe_check(check) for check in bad)
     denied = [check.node for check in bad if check.is_denied]
@@ -275,7 +278,7 @@ def explain_denial(root: Root, cgroup: Cgroup, checks: Iterable[NodeCheck]) -> S
 
 
 def describe_check(check: NodeCheck) -> str:
-    """Return in words what a proof came to."""
+    """Return a description of a check's result."""
     path = f"/dev/{check.node.name}"
     if not check.error:
         return f"can open {path}" if check.is_viable else f"can open {path}, but its group is not viable"

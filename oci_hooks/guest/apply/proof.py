@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 VFIO_GROUP_GET_STATUS = 0x3B67
 VFIO_GROUP_FLAGS_VIABLE = 1
 
-# How long a killed child may take to end. Until then it is in the container's cgroup, which can't be removed.
+# Seconds that a killed child may take to end. Until then it is in the container's cgroup, which cannot be removed.
 KILL_SECONDS = 0.5
 
 
@@ -36,7 +36,7 @@ def verify_nodes(
     flags: int = os.O_RDWR,
     credentials: Credentials | None = None,
 ) -> tuple[NodeCheck, ...]:
-    """Open each node from inside the cgroup and return what each came to. Changes nothing.
+    """Open each node from inside the cgroup and return the results. Changes nothing.
 
     directory: descriptor of the container's directory that holds the nodes; flags: how they are opened; credentials: of
     the container's first process: with these each node that opened is opened once more. A forked child does it, because
@@ -87,7 +87,7 @@ def verify_in_child(
 def verify_node(directory: int, node: MadeNode, flags: int = os.O_RDWR) -> tuple[int, bool]:
     """Open one node and close it.
 
-    Returns errno (0: it opened; ENODEV: the node is another device) and whether it is viable.
+    Returns errno (0: it opened; ENODEV: the node is another device) and whether its group is viable.
     """
     import fcntl
     import struct
@@ -97,9 +97,9 @@ def verify_node(directory: int, node: MadeNode, flags: int = os.O_RDWR) -> tuple
     above, _, name = node.name.rpartition("/")
     location = fd = -1
     try:
-        # Component by component: a link in place of a directory leads to another node of the same numbers.
+        # Component by component: a link instead of a directory could lead to another node with the same numbers.
         location = open_path(directory, above)
-        # Looked at before it is opened: opening a device may do something.
+        # Checked before it is opened: opening a device can have side effects.
         if not is_device(os.stat(name, dir_fd=location, follow_symlinks=False), node):
             return errno.ENODEV, False
         fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=location)
@@ -118,14 +118,14 @@ def verify_node(directory: int, node: MadeNode, flags: int = os.O_RDWR) -> tuple
 
 
 def is_device(status: os.stat_result, node: MadeNode) -> bool:
-    """Return whether this is the character device that the node is meant to be."""
+    """Return whether this is the character device that the node is expected to be."""
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(node.major, node.minor)
 
 
 def find_access(
     root: Root, cgroup: Cgroup, directory: int, nodes: Iterable[MadeNode], deadline: Deadline
 ) -> dict[tuple[int, int], str]:
-    """Return what of reading and writing is permitted for each node inside the cgroup: "r", "w", "rw" or "".
+    """Return the access that the cgroup allows to each node, tested from inside: "r", "w", "rw" or "".
 
     Arguments and errors as of `verify_nodes`.
     """
@@ -138,9 +138,9 @@ def find_access(
 
 
 def read_child_answer(work: Callable[[], str], deadline: Deadline) -> str:
-    """Return what a forked child computes; it ends with its answer, and is killed when there is no time left.
+    """Return the answer of a forked child, which is killed at the deadline.
 
-    Raises StepError where it does not answer.
+    Raises StepError if it does not answer.
     """
     child = start_child(lambda writer: os.write(writer, work().encode()))
     try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write to sysfs in a child process under a deadline, because such a write may block for ever.
 
-A driver's remove() can hang, and a blocked write can't be called off from its own process (driverctl, dpdk-devbind and
-libvirt hang with it). In the child each device has a thread of its own, so that devices are bound side by side: much of
-that is waiting, and a thread starts in half the time of a process and needs less memory.
+A driver's remove() can hang, and a process cannot cancel its own blocked write (driverctl, dpdk-devbind and libvirt
+hang with it). In the child each device has a thread of its own, so that devices are bound in parallel: most of the time
+is spent waiting, and a thread starts in half the time of a process and needs less memory.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from oci_hooks.system import Deadline
 
-# How long a killed child may take to end: it comes off the time that is left to put things back.
+# Seconds that a killed child may take to end: this comes off the time that is left for undoing.
 KILL_SECONDS = 0.1
-# What a thread needs, and not the 8 MiB that are usual: where memory is limited they count.
+# Enough for a thread, instead of the usual 8 MiB, which count where memory is limited.
 STACK_BYTES = 1 << 18
-# No descriptor is free for a thread: what others have open, they close.
+# A thread found no free descriptor: it can retry when the other threads have closed theirs.
 CROWDED_ERRNOS = (errno.EMFILE, errno.ENFILE)
 
 
@@ -43,8 +43,8 @@ class Write(Frozen):
 class Job(Frozen):
     """The writes for one device, in order.
 
-    address: BDF; directory: of the device in sysfs, "" where it does not matter which device it is; inode: number of
-    that directory. Another device at this address is not written to: the job ends with ENODEV.
+    address: BDF; directory: of the device in sysfs, "" if the device's identity does not matter; inode: of that
+    directory. If another device has the address, the job writes nothing and ends with ENODEV.
     """
 
     tag = "job"
@@ -56,8 +56,11 @@ class Job(Frozen):
 
 
 class Result(Frozen):
-    """How a job ended. code: errno, 0 for success, ETIMEDOUT where it still blocks; path: of the write that failed;
-    started: False where there was no process to be had for it, or that was killed: it has to be done again."""
+    """The result of a job.
+
+    code: errno, 0 for success, ETIMEDOUT if it still blocks; path: of the write that failed; started: False if no
+    process was available for it, or the process was killed: the job must be done again.
+    """
 
     tag = "job-result"
 
@@ -68,7 +71,7 @@ class Result(Frozen):
 
     @property
     def blocked(self) -> bool:
-        """Whether the kernel still holds the child in a write."""
+        """Return whether the kernel still holds the child in a write."""
         return self.code == errno.ETIMEDOUT
 
 
@@ -79,10 +82,10 @@ def run_jobs(
     close_fds: tuple[int, ...] = (),
     while_waiting: Callable[[], None] | None = None,
 ) -> list[Result]:
-    """Do the jobs side by side and return how each ended, in their order.
+    """Do the jobs in parallel and return their results, in order.
 
-    close_fds: descriptors that a child must not keep open (child.start_child); while_waiting: what this process does
-    where it would only wait for the kernel.
+    close_fds: descriptors that the child must close (child.start_child); while_waiting: work for this process while the
+    kernel binds.
     """
     jobs = tuple(jobs)
     if not jobs:
@@ -97,26 +100,26 @@ def run_jobs(
         answers, ended = read_answers(child.pipe, len(jobs), deadline)
         end_child(child, KILL_SECONDS)
     finally:
-        # After an interruption, also of ending it: nothing may still be written while what was done is put back.
+        # Also after an exception, such as a signal to end: nothing may be written while the changes are undone.
         end_child(child, KILL_SECONDS)
     return [make_result(job, answers.get(index), ended) for index, job in enumerate(jobs)]
 
 
 def make_result(job: Job, answer: tuple[int, int] | None, ended: bool) -> Result:
-    """Return how a job ended. answer: errno and number of the write; ended: whether the child is gone."""
+    """Return a job's result. answer: errno and index of the last write; ended: whether the child is gone."""
     if answer:
         code, index = answer
         return Result(job.address, code, job.writes[index].path if code else "")
     if ended:
-        # Killed (out of memory): how far it came is not known, so it is as if it had not begun.
+        # Killed (out of memory): its progress is unknown, so the job counts as not begun.
         return Result(job.address, errno.EIO, "", started=False)
     return Result(job.address, errno.ETIMEDOUT, "")
 
 
 def read_answers(pipe: int, count: int, deadline: Deadline) -> tuple[dict[int, tuple[int, int]], bool]:
-    """Wait for the answers to so many jobs, until the deadline or the child's end.
+    """Wait for this number of answers, until the deadline or the child's end.
 
-    Returns errno and number of the write by number of the job, and whether the child has ended.
+    Returns errno and index of the last write by the job's index, and whether the child has ended.
     """
     import select
 
@@ -126,7 +129,7 @@ def read_answers(pipe: int, count: int, deadline: Deadline) -> tuple[dict[int, t
     while output.count(b"\n") < count and not ended and poller.poll(deadline.remaining() * 1000):
         more = os.read(pipe, 65536)
         output, ended = output + more, not more
-    # One write each, so that no line is there by half.
+    # Each line is a single write, so none is incomplete.
     lines = (tuple(map(int, line.split())) for line in output.splitlines())
     return {job: (code, index) for job, code, index in lines}, ended
 
@@ -135,7 +138,7 @@ def read_answers(pipe: int, count: int, deadline: Deadline) -> tuple[dict[int, t
 
 
 def do_jobs(jobs: tuple[Job, ...], writer: int) -> None:
-    """Do the jobs, each in a thread, the last in this one; tell how each ended, as soon as it has."""
+    """Do the jobs, each in a thread, the last in this one; send each result as soon as it is there."""
     left: list[int] = []
     locks = []
     never = make_locked_lock()
@@ -146,18 +149,18 @@ def do_jobs(jobs: tuple[Job, ...], writer: int) -> None:
             _thread.start_new_thread(do_job_in_thread, (jobs, number, writer, left, lock, never))
             locks.append(lock)
         except RuntimeError:
-            # There is no thread to be had.
+            # No thread is available.
             left.append(number)
     do_job(jobs, len(jobs) - 1, writer, left)
     for lock in locks:
         lock.acquire()
-    # What had to give way to others.
+    # Jobs that had no thread or no descriptor.
     for number in left:
         send_answer(writer, number, do_writes(jobs[number]))
 
 
 def make_locked_lock() -> _thread.LockType:
-    """Return a lock that somebody has."""
+    """Return a lock in the locked state."""
     lock = _thread.allocate_lock()
     lock.acquire()
     return lock
@@ -166,10 +169,10 @@ def make_locked_lock() -> _thread.LockType:
 def do_job_in_thread(
     jobs: tuple[Job, ...], number: int, writer: int, left: list[int], lock: _thread.LockType, never: _thread.LockType
 ) -> None:
-    """Do one job in a thread, then release the lock and wait for the one that is never released: the child's end.
+    """Do one job in a thread, release `lock`, then block on `never` until the child ends.
 
-    A thread that ends by itself opens libgcc in Python before 3.9.6 (bpo-44434), and without a descriptor for that the
-    C library aborts the process.
+    A thread that returns opens libgcc in Python before 3.9.6 (bpo-44434), and without a free descriptor for that the C
+    library aborts the process.
     """
     try:
         do_job(jobs, number, writer, left)
@@ -179,7 +182,7 @@ def do_job_in_thread(
 
 
 def do_job(jobs: tuple[Job, ...], number: int, writer: int, left: list[int]) -> None:
-    """Do one job and tell how it ended, or leave it for later."""
+    """Do one job and send its result, or leave it for later."""
     answer = do_writes(jobs[number])
     if answer[0] in CROWDED_ERRNOS:
         left.append(number)
@@ -188,15 +191,15 @@ def do_job(jobs: tuple[Job, ...], number: int, writer: int, left: list[int]) -> 
 
 
 def send_answer(writer: int, number: int, answer: tuple[int, int]) -> None:
-    """Say how a job ended. answer: errno and number of the write.
+    """Send a job's result. answer: errno and index of the last write.
 
-    Raises BrokenPipeError when the hook was killed: the writes that are not begun are then left to the next hook.
+    Raises BrokenPipeError if the hook was killed: the remaining writes are then left to the next hook.
     """
     os.write(writer, f"{number} {answer[0]} {answer[1]}\n".encode())
 
 
 def do_writes(job: Job) -> tuple[int, int]:
-    """Do a job's writes until one fails. Return errno and the number of the write, or zero and how many there were."""
+    """Do a job's writes until one fails. Return errno and index of that write, or zero and the number of writes."""
     done, device = 0, -1
     try:
         device = open_device(job)
@@ -219,8 +222,8 @@ def do_writes(job: Job) -> tuple[int, int]:
 def open_device(job: Job) -> int:
     """Return a descriptor of the device's directory, -1 for a job without one. Raises OSError.
 
-    By it only this device's attributes are opened: those of a device that is gone can't be (kernfs_iop_lookup: ENOENT),
-    nor be written to (kernfs_fop_write_iter: ENODEV), whatever is at its address by then.
+    Attributes opened relative to it are this device's only: those of a device that is gone cannot be opened
+    (kernfs_iop_lookup: ENOENT) or written (kernfs_fop_write_iter: ENODEV), whatever has its address by then.
     """
     if not job.directory:
         return -1
@@ -232,23 +235,23 @@ def open_device(job: Job) -> int:
 
 
 def check_device(job: Job) -> None:
-    """Raise OSError where another device is at the job's address: unbinding and probing go by the address.
+    """Raise OSError if another device has the job's address, by which unbinding and probing work.
 
-    Between this and the write are some microseconds; a kernel takes milliseconds to unplug one and to find another.
+    Between this check and the write are some microseconds; a kernel takes milliseconds to replace a device.
     """
     if job.directory and os.stat(job.directory).st_ino != job.inode:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), job.directory)
 
 
 def find_relative(job: Job, path: str) -> str:
-    """Return the path of an attribute from the device's directory; as it is where it is elsewhere."""
+    """Return an attribute's path relative to the device's directory; unchanged if it is elsewhere."""
     return path[len(job.directory) + 1 :] if job.directory and path.startswith(f"{job.directory}/") else path
 
 
 def write_attribute(path: str, data: str, directory: int = -1) -> None:
-    """Write one sysfs attribute, in the single write that the kernel wants. Raises OSError.
+    """Write one sysfs attribute, in the single write that the kernel requires. Raises OSError.
 
-    directory: descriptor that a relative path begins at.
+    directory: descriptor from which a relative path starts.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory if directory >= 0 else None)
     try:

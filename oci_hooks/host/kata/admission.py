@@ -48,7 +48,7 @@ class AnnotationFilter:
         """Return the compiled program of an expression. Raises Invalid, Unsure."""
         self.work -= 100 + 20 * len(pattern)
         if len(pattern) > MAX_PATTERN_LENGTH or self.work < 0:
-            raise Unsure("too long an expression")
+            raise Unsure("expression too long")
         program: list[Node] = []
         compile_node(Expression(pattern, self.rust).read(), program)
         program.append(("end",))
@@ -77,7 +77,7 @@ class AnnotationFilter:
 def compile_node(node: Node, program: list[Node]) -> None:  # noqa: PLR0912 - one rule a line
     """Append an expression's states: ("set", characters), ("look", place), ("split", one, other), ("end",)."""
     if len(program) > MAX_STATES:
-        raise Unsure("too large an expression")
+        raise Unsure("compiled expression too large")
     kind = node[0]
     if kind in ("set", "look"):
         program.append(node)

@@ -114,7 +114,7 @@ def decode_layer(layer: Layer, ledger: Ledger, is_main: bool) -> dict[str, Any]:
             if isinstance(table, dict):
                 decode_named(layer, key, table, fresh[name], ledger, is_main)
         elif name in fresh and not isinstance(table, dict):
-            ledger.refuse("load", layer.place((key,)), f"{key} is no table", "syntax")
+            ledger.refuse("load", layer.place((key,)), f"{key} is not a table", "syntax")
         elif name in fresh:
             fresh[name].update(decode_table(layer, (key,), table, (name,), ledger, True))
     return fresh
@@ -127,12 +127,12 @@ def decode_named(
     keys: Keys = (key,)
     for name, below in table.items():
         if not isinstance(below, dict):
-            ledger.refuse("load", layer.place((*keys, name)), f"{name} is no table", "syntax")
+            ledger.refuse("load", layer.place((*keys, name)), f"{name} is not a table", "syntax")
             continue
         fresh = decode_table(layer, (*keys, name), below, (fold(key), name), ledger, is_main)
         # [hypervisor] and [Hypervisor]: Go takes them in any order.
         if into.get(name, fresh) != fresh:
-            ledger.mark_uncertain(layer.place((*keys, name)), f"{name} is there twice, and Go may take either")
+            ledger.mark_uncertain(layer.place((*keys, name)), f"{name} is defined twice, and Go may use either")
             ledger.ambiguous.add("")
         into[name] = fresh
 
@@ -156,7 +156,7 @@ def decode_table(
             ledger.refuse("load", location, f"{key} {wrong}", "syntax")
             continue
         if name in fresh and fresh[name] != value:
-            ledger.mark_uncertain(location, f"{name} is there twice, in different case, and Go may take either")
+            ledger.mark_uncertain(location, f"{name} is set twice, in different case, and Go may use either")
             ledger.ambiguous.add(name)
         fresh[name] = value
         if counts:
@@ -171,7 +171,7 @@ def apply_keys(layer: Layer, fresh: dict[str, Any], tables: dict[str, Any], ledg
         if len(keys) < 3 or keys[0] not in types:
             continue
         if keys[2] not in types[keys[0]]:
-            text = f"a drop-in has the key {'.'.join(keys[:3])}, unknown to Kata"
+            text = f"the drop-in sets {'.'.join(keys[:3])}, which is not a key of Kata"
             ledger.refuse("load", layer.place(keys[:3]), text, "unknown-key")
         elif keys[2] in fresh[keys[0]].get(keys[1], {}):
             tables[keys[0]].setdefault(keys[1], {})[keys[2]] = fresh[keys[0]][keys[1]][keys[2]]
@@ -188,12 +188,12 @@ def find_wrong(kind: str, value: Any) -> str:
     """Return why a value is not of a type, "" if it is."""
     number = isinstance(value, int) and not isinstance(value, bool)
     if kind == "small":
-        return "" if number and 0 <= value < 1 << 32 else "is no number from 0 to 4294967295"
+        return "" if number and 0 <= value < 1 << 32 else "is not an integer from 0 to 4294967295"
     if kind in ("large", "number"):
-        return "" if number else "is no number"
+        return "" if number else "is not an integer"
     if kind == "real":
         fits = (number and abs(value) <= MAX_REAL) or (isinstance(value, float) and not abs(value) > 3.4028235e38)
-        return "" if fits else "is no number that fits"
+        return "" if fits else "is not a 32-bit floating-point number"
     if kind == "images":
         return find_wrong_images(value)
     fits = (
@@ -214,4 +214,4 @@ def find_wrong_images(value: Any) -> str:
     if not isinstance(value, list) or not all(isinstance(image, dict) for image in value):
         return f"is not {KINDS['images']}"
     wrong = [key for image in value for key in image if fold(key) in IMAGE and not is_text(image[key])]
-    return f"has a {wrong[0]} that is no string" if wrong else ""
+    return f"has a {wrong[0]} that is not a string" if wrong else ""

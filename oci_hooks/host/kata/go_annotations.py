@@ -79,6 +79,7 @@ PINNING = "io.katacontainers.enable_vcpus_pinning"
 MAX_CPUS = 240
 FLOAT = re.compile(r"[+-]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MAX_NUMBER = (1 << 64) - 1
+NOT_A_NUMBER = "is not an unsigned 64-bit integer"
 
 
 def apply_annotations(
@@ -100,11 +101,11 @@ def apply_annotations(
             admitted = gate.allows(key)
             if admitted is None:
                 ledger.mark_uncertain(
-                    find_allowed_list(ledger, name), f"whether enable_annotations admits {key} can't be told here"
+                    find_allowed_list(ledger, name), f"cannot determine whether enable_annotations allows {key}"
                 )
             elif not admitted:
                 unallowed.append(annotation)
-                ledger.refuse("annotations", location, f"enable_annotations does not admit {key}", "unallowed")
+                ledger.refuse("annotations", location, f"enable_annotations does not allow {key}", "unallowed")
             if admitted is not False:
                 wrong = find_wrong(ledger, tables, name, key, text)
                 if wrong:
@@ -132,24 +133,24 @@ def find_wrong(ledger: Ledger, tables: dict[str, Any], name: str, key: str, text
     if key in TRUTHS:
         return "" if text in TRUE_WORDS + FALSE_WORDS else f"{text!r} is neither true nor false"
     if key in NUMBERS:
-        return find_wrong_number(name, key, int(text[:30])) if is_number(text) else f"{text!r} is no number"
+        return find_wrong_number(name, key, int(text[:30])) if is_number(text) else f"{text!r} {NOT_A_NUMBER}"
     if key in CHOICES:
-        return "" if text in CHOICES[key] else f"{text!r} is none of {', '.join(filter(None, CHOICES[key]))}"
+        return "" if text in CHOICES[key] else f"{text!r} is not one of {', '.join(filter(None, CHOICES[key]))}"
     if key in GLOBS:
         return find_wrong_path(ledger, table.get(GLOBS[key], []), text, GLOBS[key])
     if key == "default_vcpus":
         return find_wrong_cpus(name, text)
     if key == "kernel_params":
         pairs = read_parameters(text.split())
-        return "it has a parameter without a name" if any(not pair[0] for pair in pairs) else ""
+        return "has a parameter without a name" if any(not pair[0] for pair in pairs) else ""
     if key == "kernel_verity_params":
-        return "it can't be read" if has_wrong_verity(text) else ""
+        return "is not a valid list of dm-verity parameters" if has_wrong_verity(text) else ""
     if key == "default_gpus" and name == "remote":
-        return "" if is_number(text) else f"{text!r} is no number"
+        return "" if is_number(text) else f"{text!r} {NOT_A_NUMBER}"
     if key == "virtio_fs_extra_args":
-        return "" if is_list(text) else f"{text!r} is no list of strings in JSON"
+        return "" if is_list(text) else f"{text!r} is not a JSON list of strings"
     if key in ("cc_init_data", "numa_mapping") and text:
-        ledger.mark_uncertain(f"annotation {HYPERVISOR_PREFIX}{key}", "its value is not checked here")
+        ledger.mark_uncertain(f"annotation {HYPERVISOR_PREFIX}{key}", "vfio-host-check does not check this value")
     return ""
 
 
@@ -161,26 +162,26 @@ def is_number(text: str) -> bool:
 def find_wrong_number(name: str, key: str, number: int) -> str:
     """Return why Kata refuses a number, "" if it accepts it."""
     if key == "default_memory" and number < 256 and name != "remote":
-        return "it is less than 256 MiB"
+        return "is less than 256 MiB"
     if key == "default_max_vcpus" and name != "remote" and number % (1 << 32) > min(os.cpu_count() or 1, MAX_CPUS):
-        return "it is more than this machine's processors"
+        return "exceeds this machine's processor count"
     if key == "indep_iothreads" and not 1 <= number <= 50:
-        return "it is not from 1 to 50"
+        return "is not a number from 1 to 50"
     if key == "msize_9p" and number == 0:
-        return "it is 0"
+        return "must not be 0"
     if key.endswith("sector_size") and number and (not 512 <= number <= 65536 or number & (number - 1)):
-        return "it is no power of 2 from 512 to 65536"
+        return "is not a power of 2 from 512 to 65536"
     return ""
 
 
 def find_wrong_cpus(name: str, text: str) -> str:
     """Return why Kata refuses a number of processors, "" if it accepts it."""
     if not FLOAT.fullmatch(text):
-        return f"{text!r} is no number"
+        return f"{text!r} is not a number"
     number = float(text.replace("_", ""))
     if "_" in text or number < 0 or number > 3.4028235e38:
-        return f"{text!r} is no number"
-    return "it is more than this machine's processors" if name != "remote" and number > (os.cpu_count() or 1) else ""
+        return f"{text!r} is not a number"
+    return "exceeds this machine's processor count" if name != "remote" and number > (os.cpu_count() or 1) else ""
 
 
 def find_wrong_path(ledger: Ledger, patterns: list[str], text: str, key: str) -> str:
@@ -192,9 +193,9 @@ def find_wrong_path(ledger: Ledger, patterns: list[str], text: str, key: str) ->
         wanted = pattern.split("/")
         if len(wanted) == len(parts) and all(map(fnmatchcase, parts, wanted)):
             if "\0" in text or not ledger.root.exists(text):
-                ledger.mark_uncertain("", f"{text} is not on this machine")
+                ledger.mark_uncertain("", f"{text} is missing on this machine")
             return ""
-    return f"{key} does not admit {text}"
+    return f"{key} does not allow {text}"
 
 
 def find_wrong_other(annotation: str, text: str) -> str:
@@ -206,13 +207,13 @@ def find_wrong_other(annotation: str, text: str) -> str:
     if annotation == AGENT_PREFIX + "enable_tracing":
         return "" if truth else f"{text!r} is neither true nor false"
     if annotation in (RUNTIME_PREFIX + "create_container_timeout", AGENT_PREFIX + "container_pipe_size"):
-        return "" if is_number(text) else f"{text!r} is no number"
+        return "" if is_number(text) else f"{text!r} {NOT_A_NUMBER}"
     if annotation == RUNTIME_PREFIX + "experimental":
-        return "this Kata has no experimental features"
+        return "this Kata release has no experimental features"
     choices = {RUNTIME_PREFIX + "internetworking_model": NETWORK_MODELS, RUNTIME_PREFIX + "vfio_mode": VFIO_MODES}
     if annotation in choices and text not in choices[annotation]:
-        return f"{text!r} is none of {', '.join(choices[annotation])}"
-    return "it is not base64" if annotation == AGENT_PREFIX + "policy" and not is_base64(text) else ""
+        return f"{text!r} is not one of {', '.join(choices[annotation])}"
+    return "is not base64" if annotation == AGENT_PREFIX + "policy" and not is_base64(text) else ""
 
 
 def is_list(text: str) -> bool:

@@ -27,7 +27,7 @@ DEFAULT_IMAGES = (
 )
 NO_PORT = "no-port"
 PORTS = ("bridge-port", "root-port", "switch-port")
-BOTH_PORTS = "hot_plug_vfio and cold_plug_vfio are both set, Kata takes only one of them"
+BOTH_PORTS = "hot_plug_vfio and cold_plug_vfio are both set, but Kata accepts only one of them"
 MAX_PORTS = 16
 BLOCK_DRIVERS = ("virtio-scsi", "virtio-blk", "virtio-mmio", "nvdimm", "virtio-blk-ccw")
 BLOCK_AIO = ("io_uring", "native", "threads")
@@ -70,19 +70,19 @@ def check_tables(ledger: Ledger, tables: dict[str, Any], path: str) -> None:
     for name, table in tables["hypervisor"].items():
         if name not in HYPERVISORS:
             location = ledger.place("hypervisor", name) or path
-            ledger.refuse("load", location, f"[hypervisor.{name}] is no hypervisor that Kata's Go runtime knows")
+            ledger.refuse("load", location, f"[hypervisor.{name}] is not a hypervisor of Kata's Go runtime")
         else:
             check_hypervisor(ledger, name, table, path)
     if not tables["hypervisor"]:
         lost = [image for image in DEFAULT_IMAGES if not ledger.root.exists(image)]
         if lost:
-            ledger.refuse("load", path, f"has no [hypervisor.NAME], and Kata's own default {lost[0]} is missing")
+            ledger.refuse("load", path, f"has no [hypervisor.NAME], and Kata's built-in default {lost[0]} is missing")
         else:
-            ledger.mark_uncertain(path, "has no [hypervisor.NAME]: Kata then takes what was built in")
+            ledger.mark_uncertain(path, "has no [hypervisor.NAME], so Kata uses its built-in defaults")
     check_runtime(ledger, tables["runtime"], path)
     name = next(iter(tables["hypervisor"]), "qemu")
     if tables["factory"].get("vm_cache_number") and name != "qemu":
-        ledger.refuse("load", ledger.place("factory", "vm_cache_number"), "only QEMU has a cache of machines")
+        ledger.refuse("load", ledger.place("factory", "vm_cache_number"), "only QEMU supports a VM cache")
 
 
 def check_hypervisor(ledger: Ledger, name: str, table: dict[str, Any], path: str) -> None:  # noqa: PLR0912 - one rule a line
@@ -96,13 +96,13 @@ def check_hypervisor(ledger: Ledger, name: str, table: dict[str, Any], path: str
         ledger.need_file(file, key, ledger.place("hypervisor", name, key) or path, bool(table.get(key)))
     for key in WORDS.get(name, "").split():
         if table.get(key) and table[key] not in CHOICES[key]:
-            refuse(key, f"{key} {table[key]} is none of {', '.join(CHOICES[key])}")
+            refuse(key, f"{key} {table[key]} is not one of {', '.join(CHOICES[key])}")
     shared = table.get("shared_fs") or "virtio-fs"
     if name in ("qemu", "clh", "stratovirt"):
         if shared.startswith("virtio-fs") and not table.get("virtio_fs_daemon"):
             refuse("shared_fs", f"{shared} needs virtio_fs_daemon")
         if name != "qemu" and shared == "virtio-9p":
-            refuse("shared_fs", f"{name} has no virtio-9p")
+            refuse("shared_fs", f"{name} does not support virtio-9p")
     images = [key for key in ("image", "initrd") if table.get(key)]
     if name in ("clh", "stratovirt") and not images:
         refuse("image", "neither image nor initrd is set")
@@ -130,9 +130,9 @@ def check_images(table: dict[str, Any], refuse: Any) -> None:
         folded = {key.lower(): value for key, value in image.items()}
         name = folded.get("name", "")
         if not name or not all(char.isascii() and (char.isalnum() or char in "-_") for char in name):
-            refuse("guest_extension_images", f"guest_extension_images has the name {name!r}")
+            refuse("guest_extension_images", f"guest_extension_images has the invalid name {name!r}")
         if has_wrong_verity(folded.get("verity_params", "")):
-            refuse("guest_extension_images", "guest_extension_images has wrong verity_params")
+            refuse("guest_extension_images", "guest_extension_images has invalid verity_params")
 
 
 def check_initrd(ledger: Ledger, name: str, table: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ def check_initrd(ledger: Ledger, name: str, table: dict[str, Any]) -> None:
         if size == 0:
             ledger.refuse("load", location, f"{key} {table[key]} is empty")
         elif key == "initrd" and size // MIB >= memory:
-            ledger.refuse("load", location, f"initrd {table[key]} does not fit into default_memory, {memory} MiB")
+            ledger.refuse("load", location, f"initrd {table[key]} does not fit into default_memory ({memory} MiB)")
 
 
 def check_ports(name: str, table: dict[str, Any], refuse: Any) -> None:
@@ -162,7 +162,7 @@ def check_ports(name: str, table: dict[str, Any], refuse: Any) -> None:
     elif used and (table.get("machine_type") or "q35") in ("q35", "virt"):
         allowed = ("root-port",) if name == "clh" else PORTS
         if ports[used[0]] not in allowed:
-            refuse(used[0], f"{used[0]} {ports[used[0]]} is none of {NO_PORT}, {', '.join(allowed)}")
+            refuse(used[0], f"{used[0]} {ports[used[0]]} is not one of {NO_PORT}, {', '.join(allowed)}")
 
 
 def check_runtime(ledger: Ledger, table: dict[str, Any], path: str) -> None:
@@ -174,9 +174,9 @@ def check_runtime(ledger: Ledger, table: dict[str, Any], path: str) -> None:
     choices = {"internetworking_model": NETWORK_MODELS, "vfio_mode": VFIO_MODES, "emptydir_mode": EMPTY_DIR_MODES}
     for key, words in choices.items():
         if table.get(key) and table[key] not in words:
-            refuse(key, f"{key} {table[key]} is none of {', '.join(words)}")
+            refuse(key, f"{key} {table[key]} is not one of {', '.join(words)}")
     if table.get("experimental"):
-        refuse("experimental", f"experimental names {table['experimental'][0]}, which this Kata has not")
+        refuse("experimental", f"experimental lists {table['experimental'][0]}, which this Kata release does not have")
     if table.get("disable_new_netns") and table.get("internetworking_model") != "none":
         refuse("disable_new_netns", 'disable_new_netns needs internetworking_model = "none"')
     names = set()
@@ -184,7 +184,7 @@ def check_runtime(ledger: Ledger, table: dict[str, Any], path: str) -> None:
         ledger.need_file(mount or "/", "sandbox_bind_mounts", ledger.place("runtime", "sandbox_bind_mounts"), True)
         name = ledger.root.real_path(mount).rpartition("/")[2] if mount and "\0" not in mount else ""
         if not mount or name in names:
-            refuse("sandbox_bind_mounts", f"sandbox_bind_mounts has the name {name!r} twice, or none")
+            refuse("sandbox_bind_mounts", f"sandbox_bind_mounts has an empty or duplicate name: {name!r}")
         names.add(name)
 
 
@@ -198,7 +198,7 @@ def find_values(ledger: Ledger, tables: dict[str, Any]) -> tuple[str, dict[str, 
     if len(names) > 1:
         listed = ", ".join(f"[hypervisor.{name}]" for name in names)
         ledger.mark_uncertain(
-            ledger.place("hypervisor", name, "path"), f"there are {listed}, and Go may take any of them"
+            ledger.place("hypervisor", name, "path"), f"{listed} are all present, and Go may use any of them"
         )
     table = tables["hypervisor"].get(name, {})
     has_ports = name in ("qemu", "clh")
@@ -230,7 +230,7 @@ def list_parameters(ledger: Ledger, tables: dict[str, Any], name: str, table: di
         pairs.append(("scsi_mod.scan", "none"))
     agents = [list_agent_parameters(agent) for agent in tables["agent"].values()]
     if any(agent != agents[0] for agent in agents):
-        ledger.mark_uncertain("", "there are several [agent.NAME], and Go may take any of them")
+        ledger.mark_uncertain("", "several [agent.NAME] tables are present, and Go may use any of them")
     pairs += agents[0] if agents else []
     text = table.get("kernel_params", "") if name != "remote" else ""
     return [*pairs, *read_parameters(text.split() if name == "stratovirt" else split_parameters(text))]

@@ -157,7 +157,7 @@ def check_sizes(table: dict[str, Any], refuse: Refuse) -> None:
     for key in SIZES:
         size = table.get(key, 0)
         if size and (not 512 <= size <= 65536 or size & (size - 1)):
-            refuse(key, f"{key} {size} is no power of 2 from 512 to 65536")
+            refuse(key, f"{key} {size} is not a power of 2 from 512 to 65536")
     if all(table.get(key, 0) for key in SIZES) and table[SIZES[0]] > table[SIZES[1]]:
         refuse(SIZES[0], "the logical sector size is larger than the physical one")
 
@@ -181,7 +181,7 @@ def read_layers(root: Root, path: str, reader: type[StrictReader], ledger: Ledge
             continue
         total += len(data)
         if total > MAX_BYTES or number > MAX_FILES:
-            ledger.mark_uncertain(name, f"more than {MAX_BYTES} bytes or {MAX_FILES} files are not read here")
+            ledger.mark_uncertain(name, f"vfio-host-check reads no more than {MAX_BYTES} bytes and {MAX_FILES} files")
             break
         layer = read_layer(name, data, reader, ledger)
         if layer:
@@ -201,7 +201,7 @@ def list_drop_ins(root: Root, directory: str, ledger: Ledger, links: bool) -> It
     paths = [f"{directory}/{name}" for name in sorted(names, key=os.fsencode)]
     for path in paths:
         if not links and root.read_link(path):
-            ledger.refuse("load", path, "is a link, and runtime-rs takes only regular files", "syntax")
+            ledger.refuse("load", path, "is a symbolic link, but runtime-rs accepts only regular files", "syntax")
     return paths
 
 
@@ -210,7 +210,7 @@ def read_regular(root: Root, path: str, ledger: Ledger) -> bytes | None:
     try:
         mode = root.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            ledger.refuse("load", path, "is no regular file: Kata would wait for it, or refuse it", "syntax")
+            ledger.refuse("load", path, "is not a regular file: Kata would block on it or refuse it", "syntax")
             return None
         return root.read_bytes(path, MAX_BYTES)
     except OSError as error:

@@ -55,7 +55,7 @@ class Expression:
         """Return the whole expression's tree. Raises Invalid, Unsure."""
         tree = self.read_choice()
         if self.position < len(self.text):
-            raise Invalid("unopened group")
+            raise Invalid("unmatched closing parenthesis")
         return tree
 
     def next(self, word: str) -> bool:
@@ -68,7 +68,7 @@ class Expression:
     def take(self) -> str:
         """Return the next character. Raises Invalid at the end."""
         if self.position == len(self.text):
-            raise Invalid("it ends too early")
+            raise Invalid("unexpected end")
         self.position += 1
         return self.text[self.position - 1]
 
@@ -76,7 +76,7 @@ class Expression:
         """Return alternatives, up to the end of the group."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unsure("too many groups inside each other")
+            raise Unsure("groups nested too deeply")
         outer = self.folds, self.is_verbose
         choices: list[Node] = []
         parts: list[Node] = []
@@ -95,7 +95,7 @@ class Expression:
             if not parts or (repeated and not self.rust):
                 raise Invalid("nothing to repeat")
             if parts[-1] == ("flags",):
-                raise Unsure("flags are repeated")
+                raise Unsure("repeated flags")
             self.is_simple = False
             parts[-1] = ("times", parts[-1], *times)
             repeated = True
@@ -123,13 +123,13 @@ class Expression:
                 raise Unsure("blanks in a repetition")
             if least is None or maximum is None or not self.next("}"):
                 if self.rust:
-                    raise Invalid("a repetition without its numbers")
+                    raise Invalid("repetition without a number")
                 self.position = begun
                 return None
             if (maximum != -1 and least > maximum) or (not self.rust and max(least, maximum) > MAX_REPEATS):
-                raise Invalid("wrong numbers of a repetition")
+                raise Invalid("invalid bounds of a repetition")
             if max(least, maximum) > 50 and self.rust and not self.is_simple:
-                raise Unsure("a repetition that may be too large for Rust")
+                raise Unsure("repetition that may exceed Rust's size limit")
             times = (least, maximum)
         if times is not None:
             self.next("?")
@@ -163,7 +163,7 @@ class Expression:
         if letter in locations and letter:
             self.position += 1
             if self.rust and letter == "b" and self.text.startswith("{", self.position):
-                raise Unsure("a special word boundary")
+                raise Unsure("special word boundary")
             return [("look", locations[letter])]
         if letter == "Q" and not self.rust:
             end = self.text.find("\\E", self.position + 1)
@@ -171,14 +171,14 @@ class Expression:
             self.position = end + 2 if end >= 0 else len(self.text)
             return [self.literal(c) for c in quoted]
         if self.rust and letter in ("<", ">") and letter:
-            raise Unsure("a special word boundary")
+            raise Unsure("special word boundary")
         found = self.read_escape()
         return [self.literal(found) if isinstance(found, str) else ("set", "".join(found))]
 
     def literal(self, char: str) -> Node:
         """Return a character as a set; one that is not ASCII is never found, unless (?i) makes it so."""
         if self.folds and not char.isascii():
-            raise Unsure("case of characters outside ASCII")
+            raise Unsure("case folding outside ASCII")
         return ("set", char.lower() + char.upper() if self.folds else char)
 
     def read_escape(self) -> str | list[str]:
@@ -198,11 +198,11 @@ class Expression:
             while len(digits) < 3 and self.text[self.position : self.position + 1] in tuple("01234567"):
                 digits += self.take()
             if char != "0" and len(digits) == 1:
-                raise Invalid("a reference")
+                raise Invalid("back reference")
             return chr(int(digits, 8))
         if char.isascii() and not char.isalnum():
             return char
-        raise Invalid(f"\\{char} means nothing")
+        raise Invalid(f"\\{char} is not a valid escape")
 
     def read_hexadecimal(self, digits: int) -> str:
         """Return the character of \\x41 or \\x{41}."""
@@ -216,7 +216,7 @@ class Expression:
             if len(word) < digits:
                 raise Invalid("too few digits")
         if not word or not all(c in POSIX["xdigit"] for c in word) or int(word, 16) > 0x10FFFF:
-            raise Invalid("no hexadecimal number")
+            raise Invalid("not a hexadecimal code point")
         return chr(int(word, 16))
 
     def read_property(self, negated: bool) -> list[str]:
@@ -225,17 +225,17 @@ class Expression:
         if name == "{":
             end = self.text.find("}", self.position)
             if end < 0:
-                raise Invalid("a property without its end")
+                raise Invalid("unterminated property")
             name = self.text[self.position : end]
             self.position = end + 1
             if name.startswith("^") and self.rust:
-                raise Invalid("a negated property")
+                raise Invalid("negated property")
             if name.startswith("^"):
                 negated, name = not negated, name[1:]
         if name in SCRIPTS:
             return [c for c in ASCII if (c in SCRIPTS[name]) != negated]
         if name not in CATEGORIES or (self.folds and len(name) > 1):
-            raise Unsure(f"the property {name}")
+            raise Unsure(f"property {name}")
         return [c for c in ASCII if unicodedata.category(c).startswith(name) != negated]
 
     def read_class(self) -> str:
@@ -250,13 +250,13 @@ class Expression:
             if rest == "[:":
                 chars |= set(self.read_named())
             elif self.rust and (rest[:1] == "[" or rest in ("&&", "--", "~~")):
-                raise Unsure("sets in a class")
+                raise Unsure("set operation or nested class")
             else:
                 chars |= self.read_range()
             is_first = False
         if self.folds:
             if any(not c.isascii() for c in chars):
-                raise Unsure("case of characters outside ASCII")
+                raise Unsure("case folding outside ASCII")
             chars |= {c.lower() for c in chars} | {c.upper() for c in chars}
         return "".join(c for c in ASCII if (c in chars) != negated)
 
@@ -267,8 +267,8 @@ class Expression:
         negated = name.startswith("^")
         if end < 0 or name.lstrip("^") not in POSIX:
             if self.rust or end < 0:
-                raise Unsure("a class in a class")
-            raise Invalid("no such class")
+                raise Unsure("nested or named class")
+            raise Invalid("unknown class")
         self.position = end + 2
         return [c for c in ASCII if (c in POSIX[name.lstrip("^")]) != negated]
 
@@ -280,12 +280,12 @@ class Expression:
             return set(low)
         if not isinstance(low, str):
             if self.rust:
-                raise Invalid("a range of a class")
+                raise Invalid("range that begins with a class")
             return set(low)
         self.position += 1
         high = self.read_member()
         if not isinstance(high, str) or high < low:
-            raise Invalid("a wrong range")
+            raise Invalid("invalid range")
         within = {c for c in ASCII if low <= c <= high}
         return within | ({high} if not high.isascii() else set())
 
@@ -297,7 +297,7 @@ class Expression:
         if self.text[self.position : self.position + 1] in ("b", "A", "z", "B", "<", ">"):
             if self.text[self.position] in "<>" and not self.rust:
                 return self.take()
-            raise Invalid("a place in a class")
+            raise Invalid("assertion in a class")
         return self.read_escape()
 
     def read_group(self) -> Node:
@@ -308,16 +308,16 @@ class Expression:
                 end = self.text.find(">", self.position)
                 name = self.text[self.position : max(end, self.position)]
                 if not name or name in self.names or not all(c in WORDS for c in name):
-                    raise Invalid("a wrong name")
+                    raise Invalid("invalid group name")
                 if self.rust and name[0] in DIGITS:
-                    raise Invalid("a wrong name")
+                    raise Invalid("invalid group name")
                 self.names.add(name)
                 self.position = end + 1
             elif self.read_flags():
                 return ("flags",)
         tree = self.read_choice()
         if not self.next(")"):
-            raise Invalid("unclosed group")
+            raise Invalid("missing closing parenthesis")
         self.folds, self.is_verbose = outer
         return tree
 
@@ -336,10 +336,10 @@ class Expression:
             elif char == "x" and self.rust:
                 self.is_verbose = not off
             elif char in "uR" and self.rust:
-                raise Unsure(f"the flag {char}")
+                raise Unsure(f"flag {char}")
             elif char not in "msU":
-                raise Invalid("no such flag")
+                raise Invalid("unknown flag")
         word = self.text[begun : self.position - 1]
         if word.endswith("-") or (self.rust and len(set(word)) < len(word)) or (self.rust and not word and char == ")"):
-            raise Invalid("wrong flags")
+            raise Invalid("invalid flags")
         return char == ")"

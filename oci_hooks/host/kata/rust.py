@@ -2,7 +2,7 @@
 """Read Kata's configuration as runtime-rs does: merging of files, tables, types, refusals.
 
 Sources, in kata-containers 4.1 (src/libs/kata-types/src/config): drop_in.rs, mod.rs, runtime.rs, agent.rs,
-hypervisor/mod.rs (the structures; `deny_unknown_fields` where it is).
+hypervisor/mod.rs (the structures; `deny_unknown_fields` where present).
 """
 
 from __future__ import annotations
@@ -130,14 +130,14 @@ def decode(merged: dict[str, Any], ledger: Ledger, path: str) -> dict[str, Any]:
     for name, table in tables.items():
         found = merged.get(name, {})
         if not isinstance(found, dict):
-            ledger.refuse("load", ledger.place(name) or path, f"{name} is no table", "syntax")
+            ledger.refuse("load", ledger.place(name) or path, f"{name} is not a table", "syntax")
         elif name == "runtime":
             table.update(decode_table(found, RUNTIME, False, (name,), ledger))
         else:
             for inner, below in found.items():
                 keys = (name, inner)
                 if not isinstance(below, dict):
-                    ledger.refuse("load", ledger.place(*keys), f"{inner} is no table", "syntax")
+                    ledger.refuse("load", ledger.place(*keys), f"{inner} is not a table", "syntax")
                 else:
                     types = HYPERVISOR if name == "hypervisor" else AGENT
                     table[inner] = decode_table(below, types, name == "agent", keys, ledger)
@@ -153,7 +153,7 @@ def decode_table(
         location = ledger.place(*keys, key)
         if key not in types:
             if closed:
-                ledger.refuse("load", location, f"{'.'.join((*keys, key))} is a key that runtime-rs does not know")
+                ledger.refuse("load", location, f"{'.'.join((*keys, key))} is not a key of runtime-rs")
             continue
         wrong = find_wrong(types[key], value)
         if wrong:
@@ -162,5 +162,5 @@ def decode_table(
             fresh[key] = value
     for one, other in ALIASES:
         if one in fresh and other in fresh:
-            ledger.refuse("load", ledger.place(*keys, other), f"{one} and {other} are one key")
+            ledger.refuse("load", ledger.place(*keys, other), f"{one} and {other} are two names of one key")
     return fresh

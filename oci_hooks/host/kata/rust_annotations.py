@@ -120,7 +120,7 @@ def apply_annotations(  # noqa: PLR0912 - one rule a line
     for key, found in (("hypervisor_name", "hypervisor"), ("agent_name", "agent")):
         if runtime.get(key) and runtime[key] not in tables[found]:
             location = ledger.place("runtime", key) or path
-            ledger.refuse("annotations", location, f"{key} is {runtime[key]}, and there is no [{found}.{runtime[key]}]")
+            ledger.refuse("annotations", location, f"{key} is {runtime[key]}, but there is no [{found}.{runtime[key]}]")
     table = tables["hypervisor"].get(name, {})
     gate = AnnotationFilter(table.get("enable_annotations", []), True)
     unallowed = []
@@ -130,7 +130,7 @@ def apply_annotations(  # noqa: PLR0912 - one rule a line
         admitted = gate.allows(key) if annotation.startswith(HYPERVISOR_PREFIX) else False
         if admitted is None:
             where = ledger.place("hypervisor", name, "enable_annotations")
-            ledger.mark_uncertain(where, f"whether enable_annotations admits {key} can't be told here")
+            ledger.mark_uncertain(where, f"cannot determine whether enable_annotations allows {key}")
         elif admitted:
             wrong = set_value(ledger, name, table, key, text, decided)
         elif annotation.startswith(HYPERVISOR_PREFIX):
@@ -174,7 +174,7 @@ def set_value(ledger: Ledger, name: str, table: dict[str, Any], key: str, text: 
     elif key in ("default_vcpus", "default_memory", "hugepage_type", "kernel_verity_params", "cc_init_data"):
         return find_wrong_special(ledger, name, key, text)
     elif key not in TEXTS:
-        return f"runtime-rs knows no annotation {key}"
+        return f"{key} is not an annotation of runtime-rs"
     if key == "kernel_params":
         value = replace_parameters(table.get(key, ""), text)
     elif key == "shared_fs":
@@ -187,12 +187,12 @@ def set_value(ledger: Ledger, name: str, table: dict[str, Any], key: str, text: 
 def find_wrong_number(key: str, word: str) -> str:
     """Return why a number is refused, "" if it is accepted."""
     if not is_number(word, NUMBERS[key]):
-        return f"{word!r} is no number of {NUMBERS[key]} bits"
+        return f"{word!r} is not an unsigned {NUMBERS[key]}-bit integer"
     number = int(word)
     if key in ("pcie_root_port", "pcie_switch_port") and number > MAX_PORTS:
-        return f"it is more than {MAX_PORTS}"
+        return f"is more than {MAX_PORTS}"
     if key.endswith("sector_size") and number and (not 512 <= number <= 65536 or number & (number - 1)):
-        return "it is no power of 2 from 512 to 65536"
+        return "is not a power of 2 from 512 to 65536"
     return ""
 
 
@@ -208,19 +208,19 @@ def find_wrong_special(ledger: Ledger, name: str, key: str, text: str) -> str:  
     word = text.strip()
     if key == "default_vcpus":
         if not FLOAT.fullmatch(word):
-            return f"{text!r} is no number"
-        return f"it is more than {maximum}" if float(word) > maximum else ""
+            return f"{text!r} is not a number"
+        return f"is more than {maximum}" if float(word) > maximum else ""
     if key == "default_memory":
         if not word.isascii() or not word.isdigit():
             if word[:1].isdigit():
-                ledger.mark_uncertain(f"annotation {HYPERVISOR_PREFIX}{key}", "a size with a unit is not read here")
+                ledger.mark_uncertain(f"annotation {HYPERVISOR_PREFIX}{key}", "sizes with a unit are not checked")
             return ""
-        return f"it is less than {least} MiB" if int(word[:30]) < least else ""
+        return f"is less than {least} MiB" if int(word[:30]) < least else ""
     if key == "hugepage_type":
         return "" if word in ("hugetlbfs", "thp") else f"{text!r} is neither hugetlbfs nor thp"
     if key == "kernel_verity_params":
-        return "it can't be read" if has_wrong_verity(text) else ""
-    ledger.mark_uncertain(f"annotation {HYPERVISOR_PREFIX}{key}", "its value is not checked here")
+        return "is not a valid list of dm-verity parameters" if has_wrong_verity(text) else ""
+    ledger.mark_uncertain(f"annotation {HYPERVISOR_PREFIX}{key}", "vfio-host-check does not check this value")
     return ""
 
 
@@ -230,11 +230,11 @@ def find_wrong_path(ledger: Ledger, patterns: list[str], text: str, key: str) ->
 
     for pattern in patterns:
         if "**" in pattern or "[" in pattern or pattern.count("*") > 5 or len(text) > 4096:
-            ledger.mark_uncertain("", f"{key} has a pattern that is not read here: {pattern}")
+            ledger.mark_uncertain("", f"vfio-host-check cannot evaluate the pattern {pattern} of {key}")
             return ""
         if fnmatchcase(text, pattern):
             return ""
-    return f"{key} does not admit {text}"
+    return f"{key} does not allow {text}"
 
 
 def replace_parameters(old: str, new: str) -> str:
@@ -253,9 +253,9 @@ def apply_runtime_annotation(runtime: dict[str, Any], annotation: str, text: str
     if annotation in OTHER_TRUTHS:
         return "" if word in ("true", "false") else f"{text!r} is neither true nor false"
     if annotation in OTHER_NUMBERS:
-        return "" if is_number(word, 32) else f"{text!r} is no number of 32 bits"
+        return "" if is_number(word, 32) else f"{text!r} is not an unsigned 32-bit integer"
     if annotation == RUNTIME_PREFIX + "name":
-        return "" if text in RUNTIMES else f"{text!r} is none of {', '.join(RUNTIMES)}"
+        return "" if text in RUNTIMES else f"{text!r} is not one of {', '.join(RUNTIMES)}"
     if annotation in (RUNTIME_PREFIX + "internetworking_model", RUNTIME_PREFIX + "vfio_mode"):
         key = annotation[len(RUNTIME_PREFIX) :]
         runtime[key], decided[key] = text, annotation
@@ -273,8 +273,8 @@ def apply_shared_mounts(runtime: dict[str, Any], text: str) -> str:
     try:
         mounts = parse_json(text.encode("utf-8", "replace"), "shared_mounts")
     except InputError:
-        return "it is not JSON"
+        return "is not JSON"
     if not isinstance(mounts, list) or find_wrong("mounts", mounts):
-        return "it is no list of mounts"
+        return "is not a list of mounts"
     runtime["shared_mounts"] = mounts
     return ""

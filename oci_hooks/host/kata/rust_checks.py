@@ -54,7 +54,7 @@ BLOCK_AIO = ("io_uring", "native", "threads")
 CACHES = ("never", "auto", "always")
 NETWORK_MODELS = ("macvtap", "none", "tcfilter", "l3forwarding")
 EMPTY_DIR_MODES = ("shared-fs", "block-encrypted", "block-plain")
-BOTH_KINDS = "pcie_root_port and pcie_switch_port are both set, runtime-rs takes only one of them"
+BOTH_KINDS = "pcie_root_port and pcie_switch_port are both set, but runtime-rs accepts only one of them"
 MOUNT_PATH = re.compile(r"(/[-\w.]+)+/?")
 
 
@@ -69,14 +69,14 @@ def adjust(ledger: Ledger, name: str, table: dict[str, Any], stage: str, path: s
 
     if name not in LIMITS:
         place_ = ledger.place("hypervisor", name) or path
-        ledger.refuse(stage, place_, f"[hypervisor.{name}] is no hypervisor that runtime-rs knows")
+        ledger.refuse(stage, place_, f"[hypervisor.{name}] is not a hypervisor of runtime-rs")
         return
     named = {key for key in table if table[key]}
     for key, value in DEFAULTS[name].items():
         table[key] = table.get(key) or value
     if not table.get("kernel") and name not in ("remote", "openvmm"):
         ledger.refuse(
-            stage, location("kernel"), "kernel is not set, and the default is a file of the shim's own directory"
+            stage, location("kernel"), "kernel is not set, and the default is a file in the shim's own directory"
         )
     if stage == "load":
         for key in FILES.split():
@@ -90,7 +90,9 @@ def adjust(ledger: Ledger, name: str, table: dict[str, Any], stage: str, path: s
         table["block_device_driver"] = table.get("block_device_driver") or BLOCK_DRIVERS[0]
         if table.get("block_device_aio") and table["block_device_aio"] not in BLOCK_AIO:
             ledger.refuse(
-                stage, location("block_device_aio"), f"block_device_aio {table['block_device_aio']} is unknown"
+                stage,
+                location("block_device_aio"),
+                f"block_device_aio {table['block_device_aio']} is unknown to runtime-rs",
             )
         if table.get("enable_vhost_user_store"):
             store = table.get("vhost_user_store_path") or "/var/run/vhost-user"
@@ -163,12 +165,12 @@ def validate_common(name: str, table: dict[str, Any], refuse: Refuse) -> None:
     if table.get("image") and table.get("initrd"):
         refuse("initrd", "image and initrd are both set")
     if table["vm_rootfs_driver"] not in BLOCK_DRIVERS:
-        refuse("vm_rootfs_driver", f"vm_rootfs_driver {table['vm_rootfs_driver']} is unknown")
+        refuse("vm_rootfs_driver", f"vm_rootfs_driver {table['vm_rootfs_driver']} is unknown to runtime-rs")
     for image in table.get("guest_extension_images", ()):
         if not image["name"] or not all(c.isascii() and (c.isalnum() or c in "-_") for c in image["name"]):
-            refuse("guest_extension_images", f"guest_extension_images has the name {image['name']!r}")
+            refuse("guest_extension_images", f"guest_extension_images has the invalid name {image['name']!r}")
         if has_wrong_verity(image.get("verity_params", "")):
-            refuse("guest_extension_images", "guest_extension_images has wrong verity_params")
+            refuse("guest_extension_images", "guest_extension_images has invalid verity_params")
     if table.get("pcie_root_port") and table.get("pcie_switch_port"):
         refuse("pcie_switch_port", BOTH_KINDS)
     if not table.get("memory_slots"):
@@ -188,17 +190,17 @@ def validate_own(name: str, table: dict[str, Any], refuse: Refuse) -> None:
     if name in ("qemu", "clh"):
         for key in ("jailer_path", "valid_jailer_paths"):
             if table.get(key):
-                refuse(key, f"{key} is set, and {name} has no jailer")
+                refuse(key, f"{key} is set, but {name} has no jailer")
         if table.get("confidential_guest") and table["vm_rootfs_driver"] == "virtio-blk-mmio":
-            refuse("vm_rootfs_driver", "a confidential guest takes no virtio-blk-mmio")
+            refuse("vm_rootfs_driver", "a confidential guest does not support virtio-blk-mmio")
         no_image = table["vm_rootfs_driver"].endswith("ccw") and table.get("confidential_guest")
         if not images and not (name == "qemu" and no_image):
             refuse("image", "neither image nor initrd is set")
     if name == "qemu":
         if not table.get("disable_block_device_use") and table.get("block_device_driver") == "virtio-blk-mmio":
-            refuse("block_device_driver", "QEMU takes no virtio-blk-mmio")
+            refuse("block_device_driver", "QEMU does not support virtio-blk-mmio")
         if table.get("enable_guest_swap"):
-            refuse("enable_guest_swap", "QEMU takes no enable_guest_swap")
+            refuse("enable_guest_swap", "QEMU does not support enable_guest_swap")
     if name == "dragonball":
         validate_dragonball(table, images, refuse)
     if name in ("firecracker", "openvmm") and not table.get("path"):
@@ -217,26 +219,26 @@ def validate_dragonball(table: dict[str, Any], images: list[str], refuse: Refuse
         *("machine_type", "pflashes", "rootless"),
     ):
         if table.get(key):
-            refuse(key, f"{key} is set, and dragonball has nothing of it")
+            refuse(key, f"{key} is set, but dragonball does not support it")
     drivers = ("virtio-blk-pci", "virtio-blk-mmio", "virtio-pmem")
     if not table.get("disable_block_device_use") and table["block_device_driver"] not in drivers:
-        refuse("block_device_driver", f"dragonball takes no {table['block_device_driver']}")
+        refuse("block_device_driver", f"dragonball does not support {table['block_device_driver']}")
     if not images:
         refuse("image", "neither image nor initrd is set")
     if table.get("shared_fs", "virtio-fs") not in ("virtio-fs", "inline-virtio-fs"):
-        refuse("shared_fs", f"dragonball takes no {table['shared_fs']}")
+        refuse("shared_fs", f"dragonball does not support {table['shared_fs']}")
 
 
 def validate_remote(table: dict[str, Any], refuse: Refuse) -> None:
     """Note the remote hypervisor's refusals in its table."""
     for key in ("initrd", "rootfs_type"):
         if table.get(key):
-            refuse(key, f"{key} is set, and a remote machine takes none")
+            refuse(key, f"{key} is set, but the remote hypervisor does not support it")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
     if 0 < table.get("default_maxmemory", 0) < memory:
         refuse("default_maxmemory", "default_maxmemory is less than this machine's memory")
     if 0 < table.get("default_maxvcpus", 0) < (os.cpu_count() or 1):
-        refuse("default_maxvcpus", "default_maxvcpus is less than this machine's processors")
+        refuse("default_maxvcpus", "default_maxvcpus is less than this machine's processor count")
 
 
 def validate_blocks(table: dict[str, Any], refuse: Refuse) -> None:
@@ -256,7 +258,7 @@ def validate_shared(table: dict[str, Any], refuse: Refuse) -> None:
     if shared not in ("virtio-fs", "inline-virtio-fs", "virtio-fs-nydus"):
         refuse("shared_fs", f"shared_fs {shared} is unknown to runtime-rs")
     elif table.get("virtio_fs_cache") not in CACHES:
-        refuse("virtio_fs_cache", f"virtio_fs_cache {table.get('virtio_fs_cache')} is none of {', '.join(CACHES)}")
+        refuse("virtio_fs_cache", f"virtio_fs_cache {table.get('virtio_fs_cache')} is not one of {', '.join(CACHES)}")
 
 
 def validate_runtime(ledger: Ledger, table: dict[str, Any], path: str) -> None:
@@ -269,10 +271,10 @@ def validate_runtime(ledger: Ledger, table: dict[str, Any], path: str) -> None:
     for key, words in choices.items():
         if table.get(key) and table[key] not in words:
             location = ledger.place("runtime", key) or path
-            ledger.refuse("validate", location, f"{key} {table[key]} is none of {', '.join(words)}")
+            ledger.refuse("validate", location, f"{key} {table[key]} is not one of {', '.join(words)}")
     for mount in table.get("shared_mounts", ()):
         keys = ("name", "src_ctr", "dst_ctr", "src_path", "dst_path")
         paths = [mount.get(key, "") for key in keys[3:]]
         wrong = not all(mount.get(key) for key in keys)
         if wrong or any(".." in p.split("/") or not MOUNT_PATH.fullmatch(p) for p in paths):
-            ledger.refuse("validate", ledger.place("runtime", "shared_mounts"), "shared_mounts has a wrong entry")
+            ledger.refuse("validate", ledger.place("runtime", "shared_mounts"), "shared_mounts has an invalid entry")

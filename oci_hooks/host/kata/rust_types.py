@@ -43,7 +43,7 @@ def find_wrong(kind: str, value: Any) -> str:
     number = isinstance(value, int) and not isinstance(value, bool)
     if kind in RANGES:
         least, maximum = RANGES[kind]
-        return "" if number and least <= value <= maximum else f"is no number from {least} to {maximum}"
+        return "" if number and least <= value <= maximum else f"is not an integer from {least} to {maximum}"
     if kind in INSIDE:
         values = value if kind in LISTS and isinstance(value, list) else [value]
         return next(filter(None, (find_wrong_inside(kind, part) for part in values)), "")
@@ -55,19 +55,26 @@ def find_wrong(kind: str, value: Any) -> str:
         "pages": value in ("hugetlbfs", "thp"),
         "u32s": isinstance(value, list) and not any(find_wrong("u32", part) for part in value),
     }
-    words = {"text": "a string", "texts": "a list of strings", "truth": "true or false", "real": "a number"}
-    return "" if fits[kind] else f"is not {words.get(kind, 'what runtime-rs takes')}"
+    words = {
+        "text": "a string",
+        "texts": "a list of strings",
+        "truth": "true or false",
+        "real": "a number",
+        "pages": "hugetlbfs or thp",
+        "u32s": "a list of unsigned 32-bit integers",
+    }
+    return "" if fits[kind] else f"is not {words[kind]}"
 
 
 def find_wrong_inside(kind: str, value: Any) -> str:
     """Return why a nested table is refused, "" if it is accepted."""
     types, closed = INSIDE[kind]
     if not isinstance(value, dict):
-        return "is no table"
+        return "is not a table"
     if kind == "images" and "name" not in value:
         return "has no name"
     if closed and not value.keys() <= types.keys():
-        return f"has a key that runtime-rs does not know: {', '.join(sorted(value.keys() - types.keys()))}"
+        return f"has keys unknown to runtime-rs: {', '.join(sorted(value.keys() - types.keys()))}"
     return next(
         (f"has {key}, which {w}" for key in value if key in types and (w := find_wrong(types[key], value[key]))), ""
     )

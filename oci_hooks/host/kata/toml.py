@@ -98,7 +98,7 @@ class StrictReader:
                 self.read_pair()
             end = LINE_END.match(self.text, self.position)
             if not end:
-                self.fail("something follows on the line where it should end")
+                self.fail("unexpected text at the end of the line")
             self.position = end.end()
 
     # Small steps -----------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class StrictReader:
     def take(self, word: str) -> None:
         """Skip a required word. Raises TomlError."""
         if not self.peek(word):
-            self.fail(f"{word!r} is missing")
+            self.fail(f"expected {word!r}")
         self.position += len(word)
 
     def line(self, position: int = -1) -> int:
@@ -168,7 +168,7 @@ class StrictReader:
             elif self.peek("'") and not self.peek("'''"):
                 keys.append(self.read_string(LITERAL, False))
             else:
-                self.fail("a key is missing, or has a character that needs quotes")
+                self.fail("a key is missing, or has a character that must be quoted")
             self.skip(BLANK)
             if len(keys) > MAX_DEPTH:
                 self.fail(f"a key has more than {MAX_DEPTH} parts")
@@ -184,7 +184,7 @@ class StrictReader:
             if old is None:
                 old = parent[keys[-1]] = Tables()
             if not isinstance(old, Tables):
-                self.fail(f"{keys[-1]} was defined before, and not as an array of tables")
+                self.fail(f"{keys[-1]} is already defined, but not as an array of tables")
             old.append(Table())
             self.current = old[-1]
         elif old is None:
@@ -217,7 +217,7 @@ class StrictReader:
             if isinstance(below, Tables):
                 below = below[-1]
             if not isinstance(below, Table) or (below.inline and not (below.dotted and table.inline)):
-                self.fail(f"{key} was defined before, and not as a table that can be extended")
+                self.fail(f"{key} is already defined, but not as a table that can be extended")
             if dotted and not below.implicit:
                 self.fail(f"{key} is defined twice")
             below.dotted = below.dotted or dotted
@@ -235,7 +235,7 @@ class StrictReader:
         if self.peek("[") or self.peek("{"):
             self.depth += 1
             if self.depth > MAX_DEPTH:
-                self.fail(f"more than {MAX_DEPTH} arrays or tables inside each other")
+                self.fail(f"more than {MAX_DEPTH} nested arrays or tables")
             value = self.read_array(keys) if self.peek("[") else self.read_inline_table(keys, in_array)
             self.depth -= 1
             return value
@@ -245,7 +245,7 @@ class StrictReader:
         """Return a string."""
         found = pattern.match(self.text, self.position)
         if not found:
-            self.fail("a string has no end")
+            self.fail("unterminated string")
         begin, text, self.position = self.position, found[1], found.end()
         if not escapes or "\\" not in text:
             return text
@@ -259,10 +259,10 @@ class StrictReader:
                 return "".join((*parts, text[location:]))
             escape = ESCAPE.match(text, slash)
             if not escape:
-                self.fail(f"{text[slash : slash + 2]!r} is no escape", begin)
+                self.fail(f"{text[slash : slash + 2]!r} is not a valid escape", begin)
             code = escape[2] or escape[3] or escape[4]
             if code and (int(code, 16) > 0x10FFFF or 0xD800 <= int(code, 16) <= 0xDFFF):
-                self.fail(f"{escape[0]} is no character", begin)
+                self.fail(f"{escape[0]} is not a Unicode character", begin)
             parts += (text[location:slash], chr(int(code, 16)) if code else ESCAPED[escape[1]])
             location = escape.end()
 
@@ -326,15 +326,15 @@ class StrictReader:
         elif DECIMAL.fullmatch(word) or RADIX.fullmatch(word):
             value = int(word.replace("_", ""), 0 if RADIX.fullmatch(word) else 10)
             if not -(1 << 63) <= value < 1 << 63:
-                self.fail(f"{word} is too large a number")
+                self.fail(f"{word} is out of range")
         elif FLOAT.fullmatch(word):
             value = float(word.replace("_", ""))
             if value in (float("inf"), float("-inf")) and "inf" not in word:
-                self.fail(f"{word} is too large a number")
+                self.fail(f"{word} is out of range")
         elif MOMENT.fullmatch(word):
             value = Moment(word)
         else:
-            self.fail(f"{word or self.text[self.position : self.position + 1]!r} is no value")
+            self.fail(f"{word or self.text[self.position : self.position + 1]!r} is not a valid value")
         self.position += len(word)
         return value
 

@@ -61,7 +61,7 @@ class LenientReader(StrictReader):
             for key in inner[:-1]:
                 below = below.setdefault(key, Table())
                 if not isinstance(below, Table):
-                    self.fail(f"{key} is no table")
+                    self.fail(f"{key} is not a table")
             self.context = keys
             below[inner[-1]] = self.put_pair(inner, (*keys, *inner))
             self.lines[(*keys, *inner)] = line
@@ -78,12 +78,12 @@ class LenientReader(StrictReader):
             below = table[key]
             table = below[-1] if isinstance(below, Tables) else below
             if not isinstance(table, Table):
-                self.fail(f"{key} was defined before, and not as a table")
+                self.fail(f"{key} is already defined, but not as a table")
         self.context = keys[:-1]
         if is_array:
             tables = table.setdefault(keys[-1], Tables())
             if not isinstance(tables, Tables):
-                self.fail(f"{keys[-1]} was defined before, and not as an array of tables")
+                self.fail(f"{keys[-1]} is already defined, but not as an array of tables")
             tables.append(Table())
         else:
             self.set_value(keys[-1], Table())

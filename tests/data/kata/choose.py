@@ -19,7 +19,7 @@ SHARE = 0.32
 
 
 def main(corpus: str) -> None:
-    """Write the sample beside this file."""
+    """Write the sample next to this file."""
     with gzip.open(corpus, "rt", encoding="utf-8") as lines:
         cases = [json.loads(line) for line in lines]
     by_class: dict[tuple[str, str, str], list[dict[str, object]]] = {}

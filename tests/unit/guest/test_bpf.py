@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device programs: what the prefix answers, that it can be found and cut off again, and how refusals are told."""
+"""Device programs: the prefix's answers, finding and removing it again, and messages of refusals."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def make(code: int, dst: int = 0, src: int = 0, off: int = 0, imm: int = 0) -> b
 
 DENY = make(0xB7) + make(0x95)
 ALLOW = make(0xB7, imm=1) + make(0x95)
-# As runc writes it: type and access taken apart, then rule by rule. Permits c 5:* rw and b 5:1 rwm.
+# As runc writes it: type and access are separated, then rule by rule. Allows c 5:* rw and b 5:1 rwm.
 LIKE_RUNC = b"".join(
     [
         make(0x61, dst=2, src=1, off=0),
@@ -105,7 +105,7 @@ accesses = st.integers(0, 7) | st.integers(0, 0xFFFF)
 
 
 def test_bpf_interpreter_matches_kernel() -> None:
-    """What follows is only as good as this."""
+    """The interpreter here gives the kernel's results, on which the tests below rely."""
     assert run(LIKE_RUNC, CHAR, READ, 5, 9) == 1
     assert run(LIKE_RUNC, CHAR, READ | MKNOD, 5, 9) == 0
     assert run(LIKE_RUNC, BLOCK, 7, 5, 1) == 1
@@ -419,7 +419,7 @@ def test_call_bpf_unknown_architecture_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_bpf_import_without_ctypes() -> None:
-    """Every container with a device would pay for it, also where its cgroup permits all already."""
+    """Otherwise every container with a device would pay for it, even if its cgroup allows all already."""
     import subprocess
 
     code = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Permission: which cgroup, what is proved from inside it, what is written where, and how it is told when it fails."""
+"""Permissions: finding the cgroup, verifying from inside it, the writes, and the messages of failures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ V2_SPACE = r"35 23 0:26 / /sys/fs/c\040group rw - cgroup2 cgroup2 rw"
 
 
 def make_proc(tmp_path: Path, mounts: list[str], own: str, container: str, pid: int = 42) -> Root:
-    """Return a root with the files of /proc that tell of cgroups."""
+    """Return a root with the files of /proc on cgroups."""
     for process, text in (("self", own), (str(pid), container)):
         directory = tmp_path / "proc" / process
         directory.mkdir(parents=True)
@@ -51,7 +51,7 @@ def make_proc(tmp_path: Path, mounts: list[str], own: str, container: str, pid: 
         # No cgroup of its own: the root's, or the hook's.
         ([V2], "0::/a", "0::/", "/sys/fs/cgroup", "", ("/sys/fs/cgroup",)),
         ([V2], "0::/a", "0::/a", "/sys/fs/cgroup/a", "", ("/sys/fs/cgroup/a",)),
-        # A hierarchy of version 1, alone, in company, and beside one of version 2.
+        # A hierarchy of version 1, alone, with others, and together with one of version 2.
         ([V1_OTHER, V1], "4:devices:/", "4:devices:/c1", "", "/sys/fs/cgroup/devices/c1", ()),
         ([V1_JOINED], "4:pids,devices:/", "4:pids,devices:/c1", "", "/sys/fs/cgroup/devices,pids/c1", ()),
         (

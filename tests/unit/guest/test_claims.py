@@ -79,7 +79,7 @@ def make_claim(
     bundle: str = "/nowhere",
     home: Home = NOWHERE,
 ) -> str:
-    """Make the claim of a container whose hook has ended, and return where it lies."""
+    """Create the claim of a container whose hook has ended, and return its path."""
     undo_log = directory.open_undo_log(Owner(container, pid, start, bundle, home), groups)
     for kind, *words in entries:
         undo_log.add(kind, *words)

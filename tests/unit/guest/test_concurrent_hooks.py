@@ -39,7 +39,7 @@ def make_machine(tmp_path: Path) -> Iterator[ActingMachine]:
 
 
 def test_concurrent_hooks_32_for_four_groups(machine: ActingMachine, record_property: Note) -> None:
-    """Each container has two hooks at once. What they come to is told by what is there afterwards, not by who won."""
+    """Each container has two hooks at once. The final state is checked, whichever hook comes first."""
     before = machine.take_stock()
     killed = 0
     for number in range(ROUNDS):
@@ -69,7 +69,7 @@ def test_concurrent_hooks_32_for_four_groups(machine: ActingMachine, record_prop
 
 
 def check_owners(machine: ActingMachine, ends: list[tuple[int, str]], number: int) -> None:
-    """Check that a group is one container's at most, that who was told so has it, and that nobody else has a node."""
+    """Check that a group is one container's at most, that a hook with success has it, and that no other has a node."""
     winners = {machine.containers[hook % CONTAINERS].name for hook, (code, _) in enumerate(ends) if code == 0}
     owners: dict[str, list[str]] = {}
     for container in machine.containers:
@@ -78,7 +78,7 @@ def check_owners(machine: ActingMachine, ends: list[tuple[int, str]], number: in
         assert bool(groups_of(container)) >= (container.name in winners), (number, container.name)
     claims = set(machine.list_claims())
     for group, names in owners.items():
-        # A killed hook's nodes stay until somebody looks after it; its claim says whose they are.
+        # A killed hook's nodes stay until the next hook undoes its claim, which names their owner.
         assert len(set(names) & winners) <= 1, (number, group, names)
         assert set(names) <= claims, (number, group, names)
     assert winners <= claims, number

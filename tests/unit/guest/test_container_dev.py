@@ -61,7 +61,7 @@ def make_outside(tmp_path: Path) -> Path:
 
 
 def take_stock(top: Path) -> dict[str, tuple[Any, ...]]:
-    """Return all that can be told of what lies in a directory: whatever touches it is seen, if only by its times."""
+    """Return all attributes of a directory's entries, times included, so that any access is visible."""
     found = {}
     for path in (top, *sorted(top.rglob("*"))):
         at = path.lstat()
@@ -91,7 +91,7 @@ def swap_vfio(tree: Tree, outside: Path) -> Callable[[], None]:
 
 
 def swap_node(tree: Tree, outside: Path) -> Callable[[], None]:
-    """Have whatever lies at the node's place be a link to a file outside by turns."""
+    """Replace the entry at the node's path by a link to a file outside, and back, by turns."""
     (tree.dev / "vfio").mkdir()
     (tree.dev / "vfio/other").symlink_to(outside / "file")
     (tree.dev / "vfio/12").symlink_to(outside / "12")
@@ -142,7 +142,7 @@ def test_container_dev_race_with_symlink(
                 tree.expose()
             except StepError:
                 refused += 1
-            # What can't be put back is told; it must not be put back elsewhere.
+            # A change that cannot be undone is reported; it must not be undone elsewhere.
             drivers.undo(tree.machine.root, tree.entries(), 0, Deadline(60))
             os.ftruncate(tree.journal.fd, 0)
     assert take_stock(outside) == before
@@ -150,7 +150,7 @@ def test_container_dev_race_with_symlink(
     record_property("tries", TRIES)
 
 
-# What lies there -----------------------------------------------------------------------------------------------------
+# Existing entries -----------------------------------------------------------------------------------------------------
 
 
 def put_socket(path: Path) -> None:
@@ -225,7 +225,7 @@ def test_container_dev_mounted_vfio_directory_refused(machine: ActingMachine, ou
 
 
 def test_container_dev_bind_mount_of_guest_refused(machine: ActingMachine, outside: Path) -> None:
-    """What was made in it could not be found any more when the container's mounts have gone."""
+    """Nodes in it could not be found again after the container's mounts have gone."""
     container = machine.make_container("c1", NIC)
     before, machine_before = take_stock(outside), machine.take_stock()
 
@@ -240,7 +240,7 @@ def test_container_dev_bind_mount_of_guest_refused(machine: ActingMachine, outsi
 
 
 def test_container_dev_btrfs_bind_mount_refused(machine: ActingMachine, outside: Path) -> None:
-    """What stat() says of a file on btrfs is in no mountinfo; only the ids of mounts lead to the file system."""
+    """The numbers that stat() returns for btrfs are in no mountinfo; only the ids of mounts lead to the file system."""
     container = machine.make_container("c1", NIC)
     before, machine_before = take_stock(outside), machine.take_stock()
 

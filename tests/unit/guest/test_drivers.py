@@ -40,7 +40,7 @@ def make_machine(tmp_path: Path) -> Machine:
 
 @pytest.fixture(name="journal")
 def make_journal(tmp_path: Path) -> UndoLog:
-    """Return an open journal."""
+    """Return an open undo log."""
     path = tmp_path / "journal"
     return UndoLog(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), str(path))
 
@@ -56,7 +56,7 @@ def identify(machine: Machine, address: str) -> Instance:
 
 
 def bind(machine: Machine, journal: UndoLog, *rebinds: Rebind, seconds: float = 10) -> Finding:
-    """Bind, and return what was said of it: on this machine it fails."""
+    """Bind, which fails on this machine, and return the findings."""
     rebinds = tuple(rebind.replace(instance=identify(machine, rebind.address)) for rebind in rebinds or (NATIVE,))
     with pytest.raises(StepError) as caught:
         drivers.bind_devices(machine.root, rebinds, journal, Deadline(seconds), preload_later_steps)

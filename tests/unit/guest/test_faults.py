@@ -87,7 +87,7 @@ def sweep(
 ) -> Iterator[tuple[int, int, str]]:
     """Run the hook with something happening at its first step, its second and so on, as long as it has so many.
 
-    Yields the number of the step, the exit code and what was said. Between two runs the caller puts things back.
+    Yields the number of the step, the exit code and the output. Between two runs the caller restores the state.
     """
     nth = 0
     while True:
@@ -230,7 +230,7 @@ def test_release_error_at_every_step(
     assert machine.call(container.state) == (0, "")
     for nth, end, output in sweep(machine, container.stopped, fail, "poststop", wrapped=STEPS):
         check_words(end, output, nth)
-        # What failed once is put back the second time, or it was said what was not.
+        # A change whose undo failed is undone the second time, or it was reported.
         again, _ = machine.call(container.stopped, "poststop")
         assert again == 0
         after = machine.take_stock()
@@ -332,7 +332,7 @@ def test_bind_refused_by_vfio(machine: ActingMachine, container: Container) -> N
 
 
 def test_bind_native_driver_probes_meanwhile(machine: ActingMachine, container: Container) -> None:
-    """Hot plug: the kernel tells of a device some milliseconds before it gives it to its driver."""
+    """Hot plug: the kernel announces a device some milliseconds before its driver is bound."""
     for address in GROUP:
         machine.kernel.unbind(address)
     before = machine.take_stock()
@@ -431,7 +431,7 @@ def test_bind_run_read_only(
 
 
 def test_bind_run_full_within_undo_log(machine: ActingMachine, record_property: Note) -> None:
-    """A page is left, and the container's id takes most of it: each line of the journal in turn is torn by its end."""
+    """A page is left, and the container's id takes most of it: each line of the log in turn is torn by the limit."""
     before = machine.take_stock()
     torn = 0
     for length in range(3500, 4100, 10):
@@ -444,7 +444,7 @@ def test_bind_run_full_within_undo_log(machine: ActingMachine, record_property: 
         code, output = machine.call({**container.state, "id": "x" * length}, prepare=prepare)
         check_words(code, output, length)
         if code == 0:
-            # It had room enough; only the namespace with its journal is gone.
+            # There was space enough; only the namespace with its undo log is gone.
             mend_drivers(machine)
         else:
             assert "No space left on device" in output
@@ -465,7 +465,7 @@ def test_bind_without_run_directory(machine: ActingMachine, container: Container
 
 
 def test_release_truncated_undo_log(machine: ActingMachine, container: Container, record_property: Note) -> None:
-    """What a cut journal still knows is put back, the rest is left; nothing is made up. Without an owner nothing is."""
+    """The readable part of a truncated undo log is undone, and nothing else. Without an owner nothing is."""
     before = machine.take_stock()
     assert machine.call(container.state) == (0, "")
     undo_log = machine.place("/run/oci-vfio-hooks/claims/c1")

@@ -77,7 +77,7 @@ def check_refusal(done: subprocess.CompletedProcess[bytes], code: int, *words: s
     assert done.stdout == b""
     assert len(lines) == count, lines
     assert all(line.startswith("vfio-guest-bind: error: [") for line in lines)
-    # What a user can do stands behind the problem.
+    # The remedy follows the problem.
     assert all("; " in line for line in lines)
     for word in words:
         assert word in done.stderr.decode()

@@ -29,7 +29,7 @@ NULL = (1, 3)
 
 
 class Container:
-    """A container being created: an init with namespaces of its own, in which a tmpfs lies on /dev of its tree."""
+    """A container being created: an init with namespaces of its own, with a tmpfs on /dev of its tree."""
 
     def __init__(self, top: Path) -> None:
         self.tree = Tree(top)
@@ -315,7 +315,7 @@ def test_mount_nodes_own_directory_removed(made: Container) -> None:
 
 
 def test_undo_mount_not_made(made: Container, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill between the two: what lies below is not the hook's."""
+    """A kill between the two: the entry below is not the hook's."""
     monkeypatch.setattr(mount_ns, "mount_tree", lambda *_: None)
     made.tree.expose(user_namespace=True)
     made.execute("touch", "dev/vfio/own")
@@ -324,6 +324,6 @@ def test_undo_mount_not_made(made: Container, monkeypatch: pytest.MonkeyPatch) -
 
 
 def undo(made: Container) -> None:
-    """Put back what the journal notes, last first."""
+    """Undo the entries of the undo log, last first."""
     for entry in reversed(made.tree.entries()):
         nodes.undo(entry, made.pid)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes in a container's /dev: hostile trees, owner and mode, and undoing from the journal alone. Needs root."""
+"""Nodes in a container's /dev: hostile trees, owner and mode, and undoing from the undo log alone. Needs root."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ class Tree:
         nodes.expose_nodes(self.machine.root, Plan(**values), self.target, self.journal)
 
     def entries(self) -> list[Entry]:
-        """Return the journal."""
+        """Return the undo log."""
         return parse_undo_log(self.undo_log_path.read_bytes())
 
     def undo(self) -> None:
-        """Put back what the journal notes, last first."""
+        """Undo the entries of the undo log, last first."""
         for entry in reversed(self.entries()):
             nodes.undo(entry, 0)
 
@@ -77,7 +77,7 @@ class Tree:
         return found
 
     def read_map(self) -> bytes:
-        """Return what lies at the map's place, nothing if that is no file."""
+        """Return the content of the map's path, nothing if that is no file."""
         location = self.dev / "vfio/devices.json"
         return location.read_bytes() if location.is_file() else b""
 
@@ -182,7 +182,7 @@ def test_stale_node_removed_and_restored(tree: Tree) -> None:
     found = tree.list_all()
     assert found["dev/vfio/12"][3] == os.makedev(511, 7)
     assert "dev/vfio/99" not in found
-    # It has other numbers than config.json says: not the runtime's doing, not ours to remove.
+    # It has other numbers than in config.json: the runtime did not create it, so the hook does not remove it.
     assert found["dev/vfio/98"] == before["dev/vfio/98"]
     for _ in range(2):
         tree.undo()
@@ -483,7 +483,7 @@ def test_undo_nodes_from_any_kill_point(tree: Tree, tmp_path: Path) -> None:
     before = tree.list_all()
 
     class Killed(BaseException):
-        """Stands for a kill: nothing more is done."""
+        """Simulates a kill: nothing more is done."""
 
     real = UndoLog.add
     for steps in range(1, 6):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a claim is: of one container, with one init and cgroup, in one file, that can be read or is its own problem."""
+"""Claims: each has one container, with one init and cgroup, in one file, and a damaged one affects no other."""
 
 from __future__ import annotations
 

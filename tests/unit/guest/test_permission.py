@@ -338,7 +338,7 @@ def test_revoke_keeps_nodes_of_other_grant(tree: Root, monkeypatch: pytest.Monke
 
 
 def test_revoke_after_partial_grant(tree: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after the first of two programs: whoever finds the journal takes back what there is."""
+    """Killed after the first of two programs: the next hook that finds the undo log revokes what was allowed."""
     kernel = Kernel(monkeypatch, {"ctr": [bpf_program.make_prefix(NUMBERS) + DENY, ALLOW]})
     permission.disallow(tree, GRANT)
     assert kernel.programs["ctr"] == [DENY, ALLOW]

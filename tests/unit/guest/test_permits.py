@@ -117,7 +117,7 @@ def place(name: str) -> Cgroup:
 
 
 def end(claims: ClaimDirectory, path: str) -> None:
-    """Take back what a claim permits, and remove it."""
+    """Undo a claim's permissions, and remove it."""
     claim = read(claims, path)
     assert permits.revoke_claim(claims, claim) == []
     os.unlink(path)
@@ -323,7 +323,7 @@ def test_revoke_stale_numbers_only(machine: Machine, claims: ClaimDirectory, lis
     assert lists.read(f"{POD}/c1") == [{"c 1:3 rwm", "c 10:196 rw"}]
     assert permission.list_numbers(read(claims, path).entries) == set()
     assert [grant.nodes for grant in permission.list_grants(read(claims, path).entries)] == [((10, 196),)]
-    # Noted, so that it is done once, and what anybody permits from now on is not the hook's.
+    # Recorded, so that it is done once, and any later permission is not the hook's.
     size = os.stat(path).st_size
     permits.revoke_stale_numbers(claims, claims.read_claims(), excluding="")
     assert os.stat(path).st_size == size
@@ -373,7 +373,7 @@ def test_claim_numbers_unrevocable_refused(claims: ClaimDirectory, lists: Lists)
 
 
 def test_claim_numbers_cdev_refused_once(machine: Machine, claims: ClaimDirectory, lists: Lists) -> None:
-    """It may be open by now, which nothing can tell; after that the number is revoked before it is given out."""
+    """It may be open by now, which cannot be detected; after that the number is revoked before it is reused."""
     cdev = MadeNode("vfio/devices/vfio0", 243, 0)
     machine.write("/sys/class/vfio-dev/vfio0/dev", "243:0\n")
     start(claims, "c1", cdev)

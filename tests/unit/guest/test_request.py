@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a container asks for: the annotation's selectors, the predecessor's map, linux.devices and hints."""
+"""A container's request: the annotation's selectors, the predecessor's map, linux.devices and hints."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_read_request_annotation_list() -> None:
     assert [str(selector) for selector in request.selectors] == ["0000:02:00.0", "id:8086:10d3", "auto"]
     assert request.wants_cdev
     assert oci.DEVICES_ANNOTATION in request.source
-    # They still say owner and mode of the nodes.
+    # They still determine owner and mode of the nodes.
     assert [entry.path for entry in request.entries] == ["/dev/vfio/12"]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which groups a container gets, and the words in which it does not."""
+"""Selection of a container's groups, and the messages of refusals."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_choose_groups_force_by_settings(machine: Machine) -> None:
         ({"never": ("id:8086",)}, ["1"]),
         ({"never": ("class:02", "class:06")}, ["2", "8"]),
         ({"never": (*NEVER, "root:0108")}, ["4", "10"]),
-        # Off the root bus, root: says nothing.
+        # Off the root bus, `root:` has no effect.
         ({"never": (*NEVER, "root:02")}, ["2", "4", "10"]),
     ],
     ids=repr,

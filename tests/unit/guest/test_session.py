@@ -85,7 +85,7 @@ def make_state(container: str = "c1", pid: int = INIT, selector: str = NIC) -> o
 
 
 def bind(machine: Machine, state: oci.State, run: Run | None = None) -> tuple[Run, HookError]:
-    """Bind, which can't succeed on this machine, and return what was said."""
+    """Bind, which cannot succeed on this machine, and return the reported findings."""
     spec = oci.make_spec({}, "config.json")
     request = read_request(state, spec)
     run = run or make_run(machine)
@@ -201,7 +201,7 @@ def test_wait_leaves_time_to_bind() -> None:
 
 
 def test_second_signal_is_ignored() -> None:
-    """What puts things back is not disturbed by the next one."""
+    """The undo is not interrupted by the next signal."""
     with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -238,7 +238,7 @@ def test_bind_locked_undo_log_waited_for(
     real = ClaimDirectory.reopen_undo_log
 
     def take_first(self: ClaimDirectory, claim: Claim) -> UndoLog | None:
-        """Let another hook of this container have the journal between the look and the reopening."""
+        """Let another hook of this container lock the undo log between the look and the reopening."""
         if not taken:
             taken.append(os.open(path, os.O_RDONLY))
             import fcntl
@@ -362,7 +362,7 @@ def test_repair_killed_hook_by_next_run(machine: Machine, hook: subprocess.Popen
     hook.kill()
     hook.wait(timeout=20)
     assert list_claims(machine) == ["c1"]
-    # Its child still hangs, and has the journal's lock.
+    # Its child still hangs, and has the undo log's lock.
     _, error = bind(machine, make_state("c2"), make_run(machine, 0.5))
     assert error.findings[0].code == "claimed"
     os.close(os.open(machine.place("/sys/bus/pci/drivers/e1000e/unbind"), os.O_RDONLY | os.O_NONBLOCK))

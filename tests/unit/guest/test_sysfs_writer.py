@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes that may block for ever: they end at the deadline, and nothing waits for a child that hangs.
 
-A FIFO without a reader stands for a sysfs attribute whose driver hangs: opening it for writing blocks in the kernel.
+A FIFO without a reader replaces a sysfs attribute whose driver hangs: opening it for writing blocks in the kernel.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def test_writer_child_dies_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_writer_child_exception_stays_in_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its parent does on the way out is done once, by the parent."""
+    """The parent's cleanup is done once, by the parent."""
     parent = os.getpid()
     trace = tmp_path / "trace"
 
@@ -213,7 +213,7 @@ def test_run_jobs_in_parallel(tmp_path: Path, first: int) -> None:
 
 
 def test_run_jobs_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who finds none free gives way, and has its turn when the others have closed theirs."""
+    """A job that finds no free descriptor waits until the others have closed theirs."""
     real = sysfs_writer.do_jobs
 
     def do_jobs(jobs: tuple[Job, ...], writer: int) -> None:
@@ -259,7 +259,7 @@ def test_run_jobs_interrupt_ends_children_first(tmp_path: Path) -> None:
     blocking, last = make_blocking(tmp_path / "unbind"), make_file(tmp_path / "last")
 
     class Told(Exception):
-        """What the signal's handler raises."""
+        """Raised by the signal's handler."""
 
     def tell(*_: object) -> None:
         raise Told
@@ -286,7 +286,7 @@ def test_run_jobs_interrupt_ends_children_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["waitpid", "close"])
 def test_end_child_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A signal comes right after a child was reaped, or right after its pipe was closed: that is what is told."""
+    """A signal arrives right after a child was reaped, or right after its pipe was closed: the signal is reported."""
     parent, before = os.getpid(), (count_descriptors(), list_children())
     real, pipe = getattr(os, name), os.pipe()
     monkeypatch.setattr(os, "pipe", lambda: pipe)

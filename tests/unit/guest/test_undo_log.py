@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal: whatever was noted is read again, and a torn line is a step that was never begun."""
+"""The undo log: all entries are read again, and a torn line is a step that was never begun."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ENTRIES = st.sampled_from(sorted(KINDS)).flatmap(
 
 
 def write(entries: list[Entry]) -> bytes:
-    """Return a journal with these entries."""
+    """Return an undo log with these entries."""
     return f"{FORMAT}\n".encode() + b"".join(format_entry(entry.kind, *entry.words) for entry in entries)
 
 

@@ -176,7 +176,7 @@ def test_viability_variant_driver_by_module(tree: HostTree) -> None:
     ],
 )
 def test_group_not_bound_reported(tree: HostTree, driver: str, hint: str) -> None:
-    """Before anything is bound there is no node, and what config.json says of its numbers does not matter."""
+    """Before anything is bound there is no node, and the numbers in config.json do not matter."""
     tree.pci("0000:05:00.0", driver, "15")
     (finding,) = check_all(tree, find(tree, ("/dev/vfio/15", 240, 9))[0])
     assert finding.code == "group-not-viable"
@@ -407,7 +407,7 @@ def test_group_busy_own_sandbox_allowed(
 def test_group_busy_own_hypervisor_searched_first(
     tree: HostTree, monkeypatch: pytest.MonkeyPatch, pid: int, shim: int, parent: int, told: bool
 ) -> None:
-    """With no time left to look through all processes. A search that was cut short is told as that."""
+    """Without time to examine all processes. An incomplete search is reported as that."""
     busy(monkeypatch)
     for number in range(20, 30):
         tree.process(number, "/usr/bin/other")
@@ -456,7 +456,7 @@ def test_group_status_other_node_ignored() -> None:
     assert read_group_status(Root(), "/dev/vfio/no-such-group") == "missing"
 
 
-# The container's own permission --------------------------------------------------------------------------------------
+# Permission in the container ------------------------------------------------------------------------------------------
 
 CONTROL = ("/dev/vfio/vfio", 10, 196)
 GROUP = ("/dev/vfio/12", 237, 0)

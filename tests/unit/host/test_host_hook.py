@@ -317,7 +317,7 @@ def test_host_hook_bad_input(bench: Bench, data: bytes, said: str) -> None:
 
 
 def test_host_hook_crun_wrong_bundle_resolved(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a user namespace crun says "/"; its command line still has the bundle."""
+    """With a user namespace crun reports "/"; its command line still has the bundle."""
     bench.tree.process(60, "/usr/bin/crun", "create", "--bundle", "/run/b", "c1")
     monkeypatch.setattr("os.getppid", lambda: 60)
     bench.tree.pci("0000:03:00.1", "ixgbe", "12")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a hypervisor's command line says of its virtual IOMMU."""
+"""The virtual IOMMU in a hypervisor's command line."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def test_kata_regex_matches_go_and_rust(pattern: str, go: bool, rust: bool) -> N
 
 
 def test_kata_messages_avoid_not_found() -> None:
-    """Kata's agent and shim turn an error that says so into gRPC's NotFound."""
+    """Kata's agent and shim turn an error with this text into gRPC's NotFound."""
     for path in sorted(Path(host_hook.__file__).parent.glob("kata_*.py")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             for word in re.findall(r'"[^"]*"', line):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the check must conclude from each configuration that Kata ships, and from the hypervisor that runs."""
+"""Results of the checks for each configuration that Kata ships, and for a running hypervisor."""
 
 from __future__ import annotations
 
@@ -374,7 +374,7 @@ def test_ports_pod_needs_spare_ports(tmp_path: Path, ports: int, asking: dict[st
     ("text", "by_hand", "expected"),
     [
         (GOOD, True, "error annotation-not-allowed"),
-        # The shim that runs the hook has taken its annotations, whatever the file says now.
+        # The shim that runs the hook has accepted its annotations, whatever the file contains now.
         (GOOD, False, "warning annotation-not-allowed"),
         (GOOD.replace("[runtime]", "[runtime]\n" + RS_NAMES), True, "warning annotation-not-allowed"),
         (GOOD.replace('["enable_iommu"]', '["machine_type"]'), True, ""),

@@ -36,7 +36,7 @@ def read_case(case: Case, main: Path, flavour: str) -> Reading:
 
 
 def compare(reading: Reading, truth: dict[str, object]) -> str:
-    """Return how a reading and Kata's answer stand to each other."""
+    """Return the relation of a reading and Kata's answer."""
     if "refused" in truth:
         return "refused" if reading.refused else "unsure of refused" if reading.uncertain else "missed"
     if reading.refused:

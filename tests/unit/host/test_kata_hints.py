@@ -36,7 +36,7 @@ def check(tree: HostTree, annotations: dict[str, str]) -> list[Finding]:
 
 
 def follow(tree: HostTree, hint: str, annotations: dict[str, str]) -> None:
-    """Do what a hint says: its command, its edit of a line, or its annotation."""
+    """Follow a hint: its command, its edit of a line, or its annotation."""
     command = re.search(r"mkdir -p .*?\.toml", hint)
     edit = re.search(r"set (\w+) = (.*?) in (/\S+) line (\d+)", hint)
     annotation = re.search(r'annotation (io\.katacontainers\.\S+): "?([^";]*)"?', hint)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which configuration a sandbox was started with, and who runs the hook."""
+"""The configuration that a sandbox was started with, and the detection of the runtime."""
 
 from __future__ import annotations
 

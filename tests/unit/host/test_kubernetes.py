@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/kubernetes does what its README says."""
+"""examples/kubernetes works as its README describes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples/kubernetes"
 
 
 def run_labels(tmp_path: Path, script: str) -> tuple[int, Path]:
-    """Run vfio-labels with a stand-in for vfio-host-check; return its exit code and the directory it writes to."""
+    """Run vfio-labels with a substitute for vfio-host-check; return its exit code and the directory it writes to."""
     program = tmp_path / "bin/vfio-host-check"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{script}\n")

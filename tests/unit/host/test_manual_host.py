@@ -16,7 +16,7 @@ MANUAL = REPOSITORY / "docs/man"
 
 
 def read_help(*command: str) -> str:
-    """Return what one of the executables says with --help on a terminal of 80 columns."""
+    """Return the output of one of the executables with --help on a terminal of 80 columns."""
     path = REPOSITORY / "hooks" / command[0]
     done = subprocess.run(
         [path, *command[1:], "--help"], env={"COLUMNS": "80"}, capture_output=True, text=True, check=True

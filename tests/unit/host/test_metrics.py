@@ -78,5 +78,5 @@ def test_the_file_is_renewed_each_time_and_never_another_ones(
     first = place.stat()
     assert read_samples(place.read_text())["oci_vfio_groups", 'state="ready"'] == 1
     host_hook.main(["--metrics=/var/lib/node/vfio.prom"])
-    # Its time says when the survey was made (node_textfile_mtime_seconds).
+    # Its modification time shows when the survey was made (node_textfile_mtime_seconds).
     assert place.stat().st_ino != first.st_ino

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who has a function's device nodes open: real processes with real files, and made ones below a made function."""
+"""Processes that have a function's device nodes open: real processes with real files, and made ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_tree(tmp_path: Path) -> Tree:
 
 @contextmanager
 def running(script: str, *arguments: str | Path) -> Iterator[int]:
-    """Run Python until it says "ready", and give its pid. script: runs with os, sys, mmap, time imported."""
+    """Run Python until it prints "ready", and give its pid. script: runs with os, sys, mmap, time imported."""
     start = "import os, sys, mmap, time, threading\n"
     end = "\nprint('ready', flush=True)\n"
     command = [sys.executable, "-IS", "-c", start + script.replace("READY", end), *arguments]

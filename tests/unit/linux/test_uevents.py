@@ -21,7 +21,7 @@ EVENT = SimpleNamespace(action="add", device_path="/devices/pci0000:00/0000:00:0
 
 
 class FakeMonitor:
-    """What pyudev's monitor does: None is also returned for an event that its filter drops, long before the end."""
+    """Imitates pyudev's monitor: None is also returned for an event that its filter drops, long before the end."""
 
     def __init__(self, events: list[Any]) -> None:
         self.events = events

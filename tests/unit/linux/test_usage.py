@@ -34,11 +34,11 @@ class FakeRoot(Root):
         self.held: set[str] = set()
 
     def ask(self, question: Callable[..., Any], path: str, *more: object) -> Any:
-        """Return what the test says of the network, and what the tree has of all else. Raises OSError."""
+        """Return the test's answer for the network, and the tree's for all else. Raises OSError."""
         return self.network if name_tag(question) == "network" else super().ask(question, path, *more)
 
     def is_exclusively_open(self, path: str) -> bool:
-        """Return what the test says."""
+        """Return the test's answer."""
         return path in self.held
 
 
@@ -94,7 +94,7 @@ class Tree:
         return number
 
     def add_interface(self, path: str, flags: int = 0x1003, kind: int = 1) -> None:
-        """Add a network interface at this path; its flags say that it is up. kind: ARPHRD_*."""
+        """Add a network interface at this path, with flags that mean up. kind: ARPHRD_*."""
         self.write(f"{path}/flags", hex(flags))
         self.write(f"{path}/type", str(kind))
         self.link(f"/sys/class/net/{os.path.basename(path)}", path)
@@ -198,7 +198,7 @@ def test_usage_unused_disk_free(tree: Tree) -> None:
         ("40 22 259:1 / /mnt rw - ext4 /dev/nvme0n1 rw", "holds /dev/nvme0n1, mounted on /mnt"),
         ("40 22 259:3 /sub /mnt rw - ext4 /dev/nvme0n1p2 rw", "holds /dev/nvme0n1p2, mounted on /mnt"),
         ("40 22 259:2 / /a\\040b rw shared:1 master:2 - xfs /dev/root rw", "holds /dev/nvme0n1p1, mounted on /a b"),
-        # btrfs has a number of its own; only the source tells.
+        # btrfs has an anonymous number; only the source names the device.
         ("40 22 0:44 /@ /mnt rw - btrfs /dev/nvme0n1p1 rw", "holds /dev/nvme0n1p1, mounted on /mnt"),
         ("40 22 0:44 /@ /mnt rw - btrfs /dev/disk/by-label/data rw", "holds /dev/nvme0n1p2, mounted on /mnt"),
         ("40 22 0:44 / /mnt rw - overlay overlay rw,lowerdir=/dev/nvme0n1", ""),
@@ -322,7 +322,7 @@ def test_usage_disk_name_with_slash(tree: Tree) -> None:
 
 
 def test_usage_disks_of_other_functions_ignored(tree: Tree, disk: str) -> None:
-    """Also not those of a function whose address begins like this one's, or whose bus lies above."""
+    """Also not those of a function whose address begins like this one's, or on a bus above."""
     assert disk
     longer = f"{BUS}/0000:00:01.0/{NVME}0"
     tree.add_block(f"{longer}/nvme/nvme1/nvme1n1")

@@ -95,7 +95,7 @@ def test_it_vetoes_and_lets_pass(peer: Peer, tree: HostTree, running: subprocess
     told = peer.create({"id": "p1"}, good)
     assert told["error"].startswith(f"{BAD} ixgbe")
     assert find_annotations(peer.create({"id": "p1"}, make_container(NULL))) == {}
-    # A message of many frames, and one that says nothing.
+    # A message of many frames, and an empty one.
     assert peer.create({"id": "p1"}, make_container(GROUP, labels={"l": "x" * 300_000}))["error"].startswith(BAD)
     assert find_annotations(peer.create({}, {})) == {}
     # containerd gives up after 2 s.

@@ -209,9 +209,9 @@ def start(path: str, *arguments: str) -> subprocess.Popen[str]:
     ("sent", "code", "line"),
     [
         (b"", 1, "error: [nri-refused] PATH: was closed before the plugin was registered; is NRI on?"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", 1, "error: [nri-protocol] PATH: does not speak NRI as this plugin"),
-        (frame_message(1, 3, 1, b"\xff\xff"), 1, "error: [nri-protocol] PATH: does not speak NRI as this plugin"),
-        (frame_message(2, 1, 3, b""), 1, "error: [nri-protocol] PATH: does not speak NRI as this plugin"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", 1, "error: [nri-protocol] PATH: violates the NRI protocol"),
+        (frame_message(1, 3, 1, b"\xff\xff"), 1, "error: [nri-protocol] PATH: violates the NRI protocol"),
+        (frame_message(2, 1, 3, b""), 1, "error: [nri-protocol] PATH: violates the NRI protocol"),
     ],
 )
 def test_bad_runtimes_get_a_line_and_no_traceback(listener: socket.socket, sent: bytes, code: int, line: str) -> None:
@@ -231,9 +231,9 @@ def test_bad_runtimes_get_a_line_and_no_traceback(listener: socket.socket, sent:
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
-        (("--index", "9"), 2, "[bad-arguments] arguments: '9' is no index"),
+        (("--index", "9"), 2, "[bad-arguments] arguments: '9' is not an index"),
         (("--what",), 2, "[bad-arguments] arguments: unrecognized arguments: --what"),
-        ((), 1, "[nri-unreachable] /nowhere/nri.sock: can't be connected to: No such file or directory; is NRI on?"),
+        ((), 1, "[nri-unreachable] /nowhere/nri.sock: cannot connect to it: No such file or directory; is NRI on?"),
     ],
 )
 def test_what_cant_begin(arguments: tuple[str, ...], code: int, line: str) -> None:

@@ -20,6 +20,8 @@ import pytest
 from oci_hooks.findings import Finding
 from oci_hooks.guest import hook as guest_hook
 from oci_hooks.host.kata.config import ConfigFile, KataConfig, load_config
+from oci_hooks.host.kata.model import Problem
+from oci_hooks.host.kata.rust_types import find_wrong
 from oci_hooks.oci import MAP_ANNOTATION
 from oci_hooks.program import Arguments, Run, run_work, summarize
 from oci_hooks.record import hidehost, hidetext, hidewords, privacy
@@ -273,7 +275,7 @@ def test_hide_hook_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_kept_keys_cover_kata_settings() -> None:
-    """Who reads one more adds it to HYPERVISOR_KEYS or RUNTIME_KEYS, or a replay would come to something else."""
+    """A new key that the hook reads must be added to HYPERVISOR_KEYS or RUNTIME_KEYS, or a replay would differ."""
     text = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if not path.name.startswith("hide"))
     read_keys = set(re.findall(r'hypervisor_setting\(\s*"(\w+)"', text))
     for group in re.findall(r"hypervisor_setting\(key\) for key in \((.*?)\)", text):
@@ -358,7 +360,7 @@ def test_replay_kata_reading_as_recorded(flavour: str, tmp_path: Path) -> None:
         'kernel = "/$/$"',
         'image = "/$"\nkernel = "/proc/cmdline"',
         'shared_fs = "$"',
-        'block_device_aio = "$ is none of"',
+        'block_device_aio = "$ is not one of"',
         "virtio_fs_daemon = '$'",
         'guest_extension_images = [{name = "$ $", path = "/$"}]',
         'enable_iommu = "$"',
@@ -388,13 +390,20 @@ def test_hide_kata_refusal_quotes_nothing(flavour: str, text: str, tmp_path: Pat
 
 @pytest.mark.parametrize("place", ["/x line 3", f"annotation {SECRET}"])
 def test_hide_kata_finding_keeps_reader_words(place: str) -> None:
-    problem = f"shared_fs {SECRET} is none of virtio-9p; Kata 4.1 (here is 3) refuses to start a sandbox with it"
+    problem = f"shared_fs {SECRET} is not one of virtio-9p; Kata 4.1 (here is 3) refuses to start a sandbox with it"
     hidden = hide_finding(Finding("warning", "kata-config-refused", place, problem, "h"))
     assert hidden.problem == problem.replace(SECRET, LEFT_OUT)
     assert hidden.subject == place.replace(SECRET, LEFT_OUT)
     assert hide_finding(hidden) == hidden
-    doubt = hide_finding(Finding("warning", "kata-config-uncertain", place, f"{SECRET} is there twice", ""))
-    assert doubt.problem == f"{LEFT_OUT} is there twice"
+    doubt = hide_finding(Finding("warning", "kata-config-uncertain", place, f"{SECRET} is set twice", ""))
+    assert doubt.problem == f"{LEFT_OUT} is set twice"
+
+
+def test_hide_kata_keeps_words_of_types() -> None:
+    problem = Problem("load", "/c.toml line 2", f"x {find_wrong('u32s', SECRET)}; {find_wrong('pages', SECRET)}")
+    assert find_wrong("u32s", SECRET) == "is not a list of unsigned 32-bit integers"
+    text = hidewords.hide_problem(problem.as_dict(), hidewords.list_words())["text"]
+    assert text == problem.text.replace("x ", f"{LEFT_OUT} ")
 
 
 def test_replay_recording_without_kata_reading(tmp_path: Path) -> None:

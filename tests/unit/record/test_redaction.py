@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a machine is recorded: files, processes, links, addresses, command lines."""
+"""The recorded part of a machine: files, processes, links, addresses, command lines."""
 
 from __future__ import annotations
 

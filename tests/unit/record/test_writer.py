@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record holds, what it does not, and that writing it never gets in anybody's way."""
+"""The content of a recording, and its writing, which never obstructs the run."""
 
 from __future__ import annotations
 
@@ -341,7 +341,7 @@ def test_settings_that_cannot_be_read_keep_no_run_from_its_recording(
 
 
 def test_recording_any_failure_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hook's answer stands: it must not become a traceback here."""
+    """The hook's result is kept: it must not become a traceback here."""
 
     def explode(_run: object) -> str:
         raise ZeroDivisionError

@@ -44,7 +44,7 @@ def test_run_live_reads_only_regular_files(kind: str, tmp_path: Path) -> None:
     path = {"pipe": tmp_path / "pipe", "device": Path("/dev/zero"), "directory": tmp_path}[kind]
     if kind == "pipe":
         os.mkfifo(path)
-    with pytest.raises(OSError, match="is no regular file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         LiveRoot(b"").ask(read_file, str(path), 100)
     (tmp_path / "file").write_text("x")
     assert LiveRoot(b"").read_text(str(tmp_path / "file")) == "x"
@@ -61,7 +61,7 @@ def test_read_record_regular_file_only(kind: str, tmp_path: Path) -> None:
 
 
 def test_find_record_skips_unreadable(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A container's id finds its record, whatever lies beside it."""
+    """A container's id finds its recording, among any other files."""
     (tmp_path / "1.tar.gz").write_bytes(REAL.read_bytes())
     (tmp_path / "2.tar.gz").write_bytes(b"nothing")
     container = read_record(REAL).about["container"]

@@ -220,7 +220,7 @@ def test_recording_no_hook_writes_refused(
     path = put("odd", pack_changed(REAL, ODD[name]))
     assert replay_cli.main(make_command(command, path)) == 2
     err = capfd.readouterr().err
-    assert any(word in err for word in ("(NUMBER)", "(DEPTH)", "errno", "is no number")), err
+    assert any(word in err for word in ("(NUMBER)", "(DEPTH)", "errno", "is not a finite number")), err
 
 
 # Bounds ---------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def make_tar(entries: list[tuple[str, bytes]], **fields: Any) -> bytes:
 
 
 def claim_size(size: bytes) -> bytes:
-    """Return a tar whose first member claims to be as long as this field says, the sum of its header right."""
+    """Return a tar whose first member's header has this length field, and the right checksum."""
     data = bytearray(gzip.decompress(make_tar([("record.json", b"{}")])))
     data[124:136] = size
     data[148:156] = b" " * 8
@@ -564,7 +564,7 @@ def test_report_fence_not_escapable(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    # The escape in its name is none in the account, so there is no such file: refused, not followed.
+    # The output does not interpret the escape in its name, so there is no such file: refused, not followed.
     assert "\x1b" not in done.stdout + done.stderr
     assert "uid=" not in done.stdout + done.stderr
     (tmp_path / name).rename(tmp_path / "-x \\033[31m`id`.tar.gz")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records that were taken in the virtual machine say the same here, to anybody; hostile ones are refused in words."""
+"""Recordings from the virtual machine have the same result here, for any user; hostile ones are refused."""
 
 from __future__ import annotations
 

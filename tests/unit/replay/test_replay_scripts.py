@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each script of examples/replay does what it says."""
+"""Each script of examples/replay works as described."""
 
 from __future__ import annotations
 
