@@ -7,6 +7,7 @@ import os
 
 from oci_hooks.findings import HookError
 from oci_hooks.guest import access, ownership, plan, selection
+from oci_hooks.guest.candidates import VIOMMU_HINT, Candidates
 from oci_hooks.guest.claims import Claim
 from oci_hooks.guest.homes import find_home
 from oci_hooks.guest.locks import take_lock
@@ -132,12 +133,12 @@ def choose_viommu_hint(root: Root) -> str:
         return f"boot the guest's kernel with {iommu.parameter}: it has a virtual IOMMU (ACPI table {iommu.table})"
     if iommu:
         return f"use a guest kernel built with {iommu.option}: it has a virtual IOMMU (ACPI table {iommu.table})"
-    return selection.VIOMMU_HINT
+    return VIOMMU_HINT
 
 
 def make_candidates(
     root: Root, settings: GuestSettings, claims: list[Claim], own: str, uses: Callable[[pci.PciDevice], list[str]]
-) -> selection.Candidates:
+) -> Candidates:
     """Return what may be chosen from, as the machine is now. own: path of the claim that does not count, "" for none.
 
     claims: those that hold; uses: gives the reasons why a device must not be touched. Raises OSError.
@@ -146,7 +147,7 @@ def make_candidates(
     noiommu = settings.allow_noiommu and root.read_text_or(pci.NOIOMMU_SWITCH, "N") == "Y"
     inventory, live = pci.scan(root, noiommu, instances=True), pci.list_live_groups(root)
     inventory, live = pci.resolve_noiommu_groups(inventory, live, noiommu)
-    return selection.Candidates(
+    return Candidates(
         inventory,
         ownership.find_owners(claims, inventory, own),
         live,
@@ -155,7 +156,7 @@ def make_candidates(
         settings.auto_ids,
         settings.auto_classes,
         settings.force,
-        viommu_hint=selection.VIOMMU_HINT if inventory.groups else choose_viommu_hint(root),
+        viommu_hint=VIOMMU_HINT if inventory.groups else choose_viommu_hint(root),
     )
 
 

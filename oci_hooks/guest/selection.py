@@ -15,19 +15,16 @@ from oci_hooks.oci import DEVICES_ANNOTATION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator
 
+    from oci_hooks.guest.candidates import Candidates
     from oci_hooks.guest.request import Request, Selector
-    from oci_hooks.linux.pci import Inventory, IommuGroup, PciDevice
+    from oci_hooks.linux.pci import IommuGroup, PciDevice
     from oci_hooks.oci import Device
 
 NO_GROUP = "has no IOMMU group: no virtual IOMMU covers it"
 LIST_HINT = "list the devices of this guest with: lspci -Dnnk"
 POD_HINT = f"each container of a pod asks by the pod's annotation; for one container use {DEVICES_ANNOTATION}.NAME"
-VIOMMU_HINT = (
-    "set enable_iommu = true in [hypervisor.qemu] of Kata's configuration.toml, or start QEMU with -device intel-iommu "
-    "(arm64: -machine virt,iommu=smmuv3)"
-)
 
 
 class NotAvailableYet(Refusal):
@@ -37,30 +34,6 @@ class NotAvailableYet(Refusal):
         """Return the refusal for when nothing arrived. seconds: the time waited."""
         finding = self.findings[0]
         return Refusal(finding.code, finding.subject, f"{finding.problem}; waited {seconds:.1f} s for it", finding.hint)
-
-
-class Candidates(Frozen):
-    """The devices and groups that this container may choose from.
-
-    auto_ids, auto_classes: prefixes of `vvvv:dddd` and of the class code that `auto` and counting are confined to, all
-    when empty; never: selectors (`id` or `class` prefixes) that they leave out; claims: group -> container that has it;
-    live: (major, minor) -> VFIO group that has a node with these numbers; uses: gives the reasons why a device must not
-    be touched; forced: BDFs for which guest.toml overrules them; cdevs: (major, minor) -> BDF of the device whose own
-    node has these numbers; viommu_hint: what gives this guest IOMMU groups; is_pods: the other containers of the pod ask
-    for the same.
-    """
-
-    inventory: Inventory
-    claims: Mapping[str, str]
-    live: Mapping[tuple[int, int], str]
-    uses: Callable[[PciDevice], list[str]]
-    never: tuple[str, ...] = ()
-    auto_ids: tuple[str, ...] = ()
-    auto_classes: tuple[str, ...] = ()
-    forced: tuple[str, ...] = ()
-    cdevs: Mapping[tuple[int, int], str] = {}
-    viommu_hint: str = VIOMMU_HINT
-    is_pods: bool = False
 
 
 class ChosenGroup(Frozen):

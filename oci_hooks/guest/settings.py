@@ -38,7 +38,7 @@ class GuestSettings(Frozen):
     """Settings of the guest hook; schemas/guest-settings.json describes the file.
 
     deadline: seconds; on_failure: "report" or "kill"; record: "failure", "always" or "never"; force: BDFs of devices to
-    bind although they are in use; auto_ids, auto_classes, never: see selection.Candidates; owner: of nodes.
+    bind although they are in use; auto_ids, auto_classes, never: see candidates.Candidates; owner: of nodes.
     """
 
     deadline: float = USUAL_SECONDS

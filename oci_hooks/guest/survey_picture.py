@@ -12,6 +12,7 @@ import os
 from oci_hooks.findings import Finding, Refusal
 from oci_hooks.frozen import Frozen
 from oci_hooks.guest import ownership, selection
+from oci_hooks.guest.candidates import VIOMMU_HINT, Candidates
 from oci_hooks.guest.claims import ClaimDirectory, make_claim
 from oci_hooks.guest.decision import make_candidates
 from oci_hooks.guest.request import Request, Selector
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from oci_hooks.guest.claims import Claim
-    from oci_hooks.guest.selection import Candidates
     from oci_hooks.guest.settings import GuestSettings
     from oci_hooks.guest.survey_kernel import GuestFacts
     from oci_hooks.linux.pci import IommuGroup, PciDevice
@@ -108,7 +108,7 @@ def look_around(run: Run, settings: GuestSettings) -> Picture:
         # As an unreadable claim: what is bound to vfio-pci may belong to a container.
         held = [make_claim(directory.path, [], False).replace(container=UNKNOWN, problem="cannot be read")]
     uses = CheckedUses(root, run.deadline).find
-    nothing = selection.Candidates(pci.Inventory({}, {}), {}, {}, uses)
+    nothing = Candidates(pci.Inventory({}, {}), {}, {}, uses)
     candidates = try_reading(findings, "PCI devices", nothing, make_candidates, root, settings, held, "", uses)
     auto, refusal = choose_auto(candidates)
     findings += refusal
@@ -187,7 +187,7 @@ def find_bare(candidates: Candidates) -> list[Finding]:
     if not candidates.inventory.groups:
         return []
     return [
-        Finding("warning", "viommu-off", device.address, selection.NO_GROUP, selection.VIOMMU_HINT)
+        Finding("warning", "viommu-off", device.address, selection.NO_GROUP, VIOMMU_HINT)
         for device in candidates.inventory.devices.values()
         if not (device.group or device.is_bridge or selection.find_never_rule(device, candidates))
     ]

@@ -678,6 +678,8 @@ ROWS = [
         "    run.findings.extend(check_deadline(settings, run.arguments.settings, state.bundle))\n",
         "",
         "guest/test_release.py -k deadline",
+    ),
+    (
         "a container's own annotation",
         "oci",
         "if own in annotations and annotations.get(name):",
@@ -718,6 +720,8 @@ ROWS = [
         " or is_sandbox(state, spec):",
         ":",
         "guest/test_guest_hook.py -k fast_path",
+    ),
+    (
         "a use that cannot be checked is a use",
         "guest/survey_picture",
         "                self.answers[device.address] = [describe_failure(error)]",

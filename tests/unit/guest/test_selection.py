@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from oci_hooks.findings import Refusal
+from oci_hooks.guest.candidates import Candidates
 from oci_hooks.guest.request import Request, parse_selector
-from oci_hooks.guest.selection import Candidates, ChosenGroup, NotAvailableYet, choose_groups
+from oci_hooks.guest.selection import ChosenGroup, NotAvailableYet, choose_groups
 from oci_hooks.guest.settings import NEVER
 from oci_hooks.linux.pci import PciDevice
 from oci_hooks.oci import Device
