@@ -77,9 +77,10 @@ def grant_nodes(
 
 
 def check_user(user: Credentials, check: cgroup.NodeCheck) -> tuple[Finding, ...]:
-    """Return a warning for a node that only the hook can open, where the container's process may yet gain the right to.
+    """Return a warning for a node that the container's first process cannot open and another of its processes may.
 
-    Raises StepError [not-openable] where it cannot.
+    An owner that config.json gives to the node can be meant for one that changes its user, or is executed later; and a
+    program file can have privileges of its own. Raises StepError [not-openable] if a capability is missing for good.
     """
     # What is no matter of permission, another process that has the group open for example, was different before.
     if check.user_error not in (errno.EACCES, errno.EPERM):
@@ -93,7 +94,7 @@ def check_user(user: Credentials, check: cgroup.NodeCheck) -> tuple[Finding, ...
     if check.user_error == errno.EPERM:
         hint = f"check process.capabilities of config.json{', which needs CAP_SYS_RAWIO' * check.node.is_noiommu}"
     error = StepError("not-openable", path, problem, hint)
-    if not user.gains:
+    if check.user_error == errno.EPERM and not user.gains:
         raise error
     (finding,) = error.findings
     return (finding.replace(level="warning"),)

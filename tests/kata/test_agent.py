@@ -26,6 +26,11 @@ def read_groups(done: bundles.Done) -> list[dict[str, Any]]:
     return groups
 
 
+def read_kernel_log() -> str:
+    """Return the log of the guest's kernel."""
+    return subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
+
+
 def test_agent_binds_opens_restores(agent: Agent) -> None:
     """The whole way: the annotation names the NIC, the container reads it through VFIO, poststop gives it back."""
     nic = guest.find_devices(devices.NIC_E1000E)[0]
@@ -60,8 +65,7 @@ def test_agent_on_failure_kill_stops_container(agent: Agent) -> None:
     with pytest.raises(AgentError, match="Broken pipe"):
         agent.create("refused", *bundles.PROBE, annotations=ask("0000:00:00.0"))
     # The agent gives up on the container before it has read the hook's words: they are in the guest's kernel log.
-    kernel_log = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
-    assert re.search(r"vfio-guest-bind\S* .*\[in-use\] 0000:00:00.0", kernel_log)
+    assert re.search(r"vfio-guest-bind\S* .*\[in-use\] 0000:00:00.0", read_kernel_log())
     assert guest_calls.list_claims() == []
 
 
@@ -94,4 +98,36 @@ def test_agent_cdi_brings_hook(agent: Agent, cdi: str, empty_hooks: bool) -> Non
     assert [group["group"] for group in read_groups(done)] == [guest.group_of(nic)], agent.list_hook_lines()
     agent.remove("named")
     assert guest.driver_of(nic) == "e1000e"
+    assert guest_calls.list_claims() == []
+
+
+def test_agent_kills_slow_hook(agent: Agent) -> None:
+    """The agent kills a hook after 10 s and starts the container; with "kill" the hook's guard ends that."""
+    # The deadline of the tests' settings is longer than the agent's, and the device never arrives.
+    bundles.write_settings('on_failure = "kill"\n')
+    with pytest.raises(AgentError, match="Broken pipe"):
+        agent.create("slow", *bundles.PROBE, annotations=ask("0000:7f:00.0"))
+    assert "[hook-killed]" in read_kernel_log()
+
+
+def test_agent_names_container_of_pod(agent: Agent) -> None:
+    """Kubernetes copies the pod's annotations to each container; the kubelet names the container."""
+    nic = guest.find_devices(devices.NIC_E1000E)[0]
+    for name, groups in (("other", []), ("packets", [guest.group_of(nic)])):
+        annotations = {"io.kubernetes.cri.container-name": name, f"{guest_calls.DEVICES}.packets": nic}
+        done = agent.run(name, *bundles.PROBE, annotations=annotations)
+        assert [group["group"] for group in read_groups(done)] == groups
+        agent.remove(name)
+    assert guest.driver_of(nic) == "e1000e"
+    assert agent.list_hook_lines() == []
+
+
+def test_agent_releases_read_only_root(agent: Agent) -> None:
+    """At poststop the agent has the root file system still mounted, read-only."""
+    nic = guest.find_devices(devices.NIC_E1000E)[0]
+    done = agent.run("fixed", *bundles.PROBE, annotations=ask(nic), readonly_root=True)
+    assert [group["group"] for group in read_groups(done)] == [guest.group_of(nic)], agent.list_hook_lines()
+    agent.remove("fixed")
+    assert guest.driver_of(nic) == "e1000e"
+    assert agent.list_hook_lines() == []
     assert guest_calls.list_claims() == []
