@@ -26,14 +26,14 @@ ROWS = [
         "asks is False",
         "test_oci.py -k could_ask",
     ),
-    ("escaped letters", "idle", "not any(escape in data for escape in ESCAPES)", "True", "test_traces.py"),
-    ("one more escape", "idle", ', b"\\\\u006F")', ")", "test_traces.py -k free"),
-    ("a word alone", "idle", "if data.count(WORD) != data.count(OTHER_WORD):", "if False:", "test_idle.py -k real"),
+    ("escaped letters", "idle", "not any(escape in text for escape in ESCAPES)", "True", "test_traces.py"),
+    ("one more escape", "idle", ', "\\\\u006F")', ")", "test_traces.py -k free"),
+    ("a word alone", "idle", "if text.count(WORD) != text.count(OTHER_WORD):", "if False:", "test_idle.py -k real"),
     (
         "the hooks' own names",
         "idle",
-        "data.count(WORD) != data.count(OTHER_WORD)",
-        "WORD in data",
+        "text.count(WORD) != text.count(OTHER_WORD)",
+        "WORD in text",
         "test_architecture.py -k idle",
     ),
     (
@@ -83,7 +83,7 @@ ROWS = [
     (
         "a word at a piece's end",
         "traces",
-        "known.removesuffix(WORD) if piece else known",
+        "known.removesuffix(WORD.encode()) if piece else known",
         "known",
         "test_traces.py -k pieces",
     ),
@@ -158,6 +158,13 @@ ROWS = [
         "#!/usr/bin/python3 -IBSXutf8",
         "#!/usr/bin/python3 -IBS",
         "test_executables.py -k bundle_path_in_any_locale",
+    ),
+    (
+        "bytecode written at run time",
+        "../hooks/vfio-host-check",
+        "#!/usr/bin/python3 -IBSXutf8",
+        "#!/usr/bin/python3 -ISXutf8",
+        "test_executables.py -k bytecode",
     ),
     (
         "Python's warnings",
