@@ -160,6 +160,13 @@ ROWS = [
         "test_executables.py -k bundle_path_in_any_locale",
     ),
     (
+        "a link to the executable",
+        "../hooks/vfio-host-check",
+        "if posix.lstat(__file__).st_mode >> 12 == 0o12:",
+        "if False:",
+        "test_executables.py -k behind_links",
+    ),
+    (
         "bytecode written at run time",
         "../hooks/vfio-host-check",
         "#!/usr/bin/python3 -IBSXutf8",

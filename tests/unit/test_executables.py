@@ -176,6 +176,21 @@ def test_executables_from_any_virtual_environment(tmp_path: Path, hook: str, lib
     assert (done.stdout, done.stderr) == (f"{hook} 77\n", "")
 
 
+@pytest.mark.parametrize("hook", HOOKS)
+def test_executables_behind_links(tmp_path: Path, hook: str) -> None:
+    """A link to the file, as the packages have it in /usr/bin, a link to that, and a directory that is one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/one").symlink_to(os.path.relpath(REPOSITORY / "hooks" / hook, tmp_path / "bin"))
+    (tmp_path / "two").symlink_to("bin/one")
+    (tmp_path / "three").symlink_to(REPOSITORY / "hooks")
+    for path in ("bin/one", "two", f"three/{hook}"):
+        command = [str(tmp_path / path), "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={}, cwd="/")
+        assert done.stdout.startswith(f"{hook} ")
+    relative = [f"./{hook}", "--version"]
+    subprocess.run(relative, capture_output=True, check=True, env={}, cwd=REPOSITORY / "hooks")
+
+
 def test_executables_write_no_bytecode(tmp_path: Path) -> None:
     """Neither for a container without VFIO nor for one with; what a person has compiled is loaded."""
     for name in ("hooks", "oci_hooks"):
@@ -184,7 +199,7 @@ def test_executables_write_no_bytecode(tmp_path: Path) -> None:
         bundle = make_bundle(tmp_path, b"b%d" % len(config), config)
         state = json.dumps({"ociVersion": "1.0.2", "id": "c1", "pid": 4194304, "bundle": os.fsdecode(bundle)})
         for hook in (tmp_path / "hooks").iterdir():
-            command = [str(hook), *(["--help"] if hook.name not in HOOKS else [])]
+            command = [str(hook), *([] if hook.name in HOOKS else ["--help"])]
             subprocess.run(command, input=state, text=True, capture_output=True, timeout=60, check=False, env={})
             assert list(tmp_path.rglob("*.pyc")) == [], hook.name
     subprocess.run(["/usr/bin/python3", "-m", "compileall", "-q", "oci_hooks"], cwd=tmp_path, check=True)
