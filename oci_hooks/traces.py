@@ -67,7 +67,7 @@ def file_lacks_vfio(path: str) -> bool:
             piece = os.read(fd, PIECE)
             known = end + piece
             # What follows a word at the end decides what it is, and is in the next piece.
-            if not lacks_vfio(known.removesuffix(WORD) if piece else known):
+            if not lacks_vfio(known.removesuffix(WORD.encode()) if piece else known):
                 return False
             if not piece:
                 return True

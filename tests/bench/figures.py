@@ -34,16 +34,16 @@ class Figure:
 
 
 FIGURES = (
-    Figure("container without VFIO: guest hook / bare interpreter", "plain guest none", "plain bare", 1.4),
-    Figure("container without VFIO: host check / bare interpreter", "plain host none", "plain bare", 1.4),
+    Figure("container without VFIO: guest hook / bare interpreter", "plain guest none", "plain bare", 1.15),
+    Figure("container without VFIO: host check / bare interpreter", "plain host none", "plain bare", 1.15),
     Figure(
         "guest hook with guest.toml / without (dry run, nothing free)", "settings guest", "settings guest none", 1.2
     ),
     Figure("host check with host.toml / without", "settings host", "settings host none", 1.2),
     Figure("the same with TOML that is not plain: guest hook", "settings guest any", "settings guest none"),
     Figure("the same with TOML that is not plain: host check", "settings host any", "settings host none"),
-    Figure("the same in the VM: guest hook / bare interpreter", "guest none", "bare", 1.4),
-    Figure("the same in the VM: host check / bare interpreter", "host none", "bare", 1.4),
+    Figure("the same in the VM: guest hook / bare interpreter", "guest none", "bare", 1.15),
+    Figure("the same in the VM: host check / bare interpreter", "host none", "bare", 1.15),
     Figure("guest hook, 1 device / driverctl, 1 device", "guest 1", "driverctl 1", 1.0),
     Figure("guest hook, 8 groups / 8 times driverctl in a row", "guest 8", "driverctl 8", 0.3),
     Figure("guest hook, 8 groups / dpdk-devbind with 8 addresses", "guest 8", "devbind 8", 0.3),
@@ -61,10 +61,10 @@ FIGURES = (
     Figure("shell, 8 devices one after another / 1 device", "shell 8", "shell 1"),
     Figure("host check, 64 groups on 500 devices / 1 group", "host 64", "host 1", 3.0),
     Figure("host check, 1 group on 500 devices / bare interpreter", "host 1", "plain bare"),
-    Figure("`runc run`, both hooks, no VFIO / without hooks", "runc hooks", "runc"),
+    Figure("`runc run`, both hooks, no VFIO / without hooks", "runc hooks", "runc", 1.7),
     Figure("`runc run`, 1 device and back / without hooks", "runc device", "runc"),
-    Figure("peak memory, no VFIO: guest hook / bare interpreter", "plain guest none", "plain bare", 1.2, kind=MEMORY),
-    Figure("peak memory, no VFIO: host check / bare interpreter", "plain host none", "plain bare", 1.2, kind=MEMORY),
+    Figure("peak memory, no VFIO: guest hook / bare interpreter", "plain guest none", "plain bare", 1.1, kind=MEMORY),
+    Figure("peak memory, no VFIO: host check / bare interpreter", "plain host none", "plain bare", 1.1, kind=MEMORY),
     Figure("peak memory, 8 groups: guest hook / bare interpreter", "guest 8", "bare", 2.0, kind=MEMORY),
     Figure("peak memory, 64 groups: host check / bare interpreter", "host 64", "plain bare", kind=MEMORY),
 )
@@ -122,7 +122,7 @@ def format_table(results: Sequence[Result]) -> str:
     rows += [
         (
             result.figure.about,
-            f"≤ {result.figure.target:.1f}" if result.figure.target else "",
+            f"≤ {result.figure.target:.2f}" if result.figure.target else "",
             f"{result.ratio:.2f}",
             f"{result.low:.2f} to {result.high:.2f}",
             str(result.runs),

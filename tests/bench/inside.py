@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench import hotplug, lift
+from tests.bench import before, hotplug, lift
 from tests.bench.plain import BARE
 from tests.bench.timing import BenchError, Case, Samples, list_imports, take_turns, time_command, weigh
 from tests.support import guest_calls
@@ -120,17 +120,18 @@ def make_bound_case(waiting: Waiting, addresses: Sequence[str]) -> Case:
     return Case("guest bound", (GUEST_HOOK,), waiting.state, prepare=bind, restore=restore)
 
 
-def list_runc_cases() -> list[Case]:
-    """Return `runc run` of /bin/true: without a hook, with both hooks and no VFIO, with a device and back."""
+def list_runc_cases(place: Path = lift.HOOKS, suffix: str = "") -> list[Case]:
+    """Return `runc run` of /bin/true: without a hook, with both hooks and no VFIO, with a device and back.
+
+    place: of the hooks, which the tests' helpers use, too; suffix: of the cases' names.
+    """
     nic = guest.find_device(devices.NIC_E1000E)
     both = {phase: bundles.guest_hooks(phase)[phase] for phase in ("createRuntime", "poststop")}
-    host = {"prestart": [bundles.make_hook(HOST_HOOK)]}
+    host = {"prestart": [bundles.make_hook(str(place / "hooks/vfio-host-check"))]}
     asked = bundles.Options(hooks=both, annotations={DEVICES: nic}, devices=bundles.vfio_devices())
-    return [
-        make_runc_case("runc", bundles.Options(hooks={})),
-        make_runc_case("runc hooks", bundles.Options(hooks={**host, "createRuntime": both["createRuntime"]})),
-        make_runc_case("runc device", asked),
-    ]
+    hooks = bundles.Options(hooks={**host, "createRuntime": both["createRuntime"]})
+    cases = [make_runc_case(f"runc hooks{suffix}", hooks), make_runc_case(f"runc device{suffix}", asked)]
+    return cases if suffix else [make_runc_case("runc", bundles.Options(hooks={})), *cases]
 
 
 def make_runc_case(name: str, options: bundles.Options) -> Case:
@@ -138,6 +139,17 @@ def make_runc_case(name: str, options: bundles.Options) -> Case:
     container = bundles.Container("runc", f"bench-{name.replace(' ', '-')}", TRUE, options)
     command = ("runc", "run", "--bundle", str(container.bundle), container.name)
     return Case(name, command, restore=guest.settle)
+
+
+def prepare_hooks() -> Path | None:
+    """Put the hooks in their place and those of the other revision in theirs; return that, None without one."""
+    lift.install_hooks()
+    lift.use_hooks()
+    tree = before.find_tree()
+    if not tree:
+        return None
+    lift.install_hooks(tree, lift.BEFORE)
+    return lift.BEFORE
 
 
 def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
@@ -148,12 +160,13 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
     # As the machine is where nobody configured anything: without settings.
     subprocess.run(["modprobe", "-a", "vfio-pci"], check=True)
     guest.settle()
-    lift.install_hooks()
+    other = prepare_hooks()
     if "guest" in parts:
-        cases = list_guest_cases()
-        lift.lift(case for case in cases if case.name in LIFTED)
+        cases = before.double(before.choose(list_guest_cases()), lift.HOOKS, other)
+        lift.lift(case for case in cases if case.name.removesuffix(before.SUFFIX) in LIFTED)
         samples |= take_turns(cases, runs, "guest hook and its peers")
-        chosen = [case for case in cases if case.name in ("bare", "guest none", f"guest {MANY}")]
+        weighed = ("bare", "guest none", f"guest {MANY}")
+        chosen = [case for case in cases if case.name.removesuffix(before.SUFFIX) in weighed]
         memory |= weigh(chosen, min(runs, 3))
         last = chosen[-1]
         imports[f"vfio-guest-bind, {MANY} groups"] = list_imports(GUEST_HOOK, (), last.stdin)
@@ -167,6 +180,10 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
         samples |= take_turns(cases, runs, "hot plug")
     if "runc" in parts:
         cases = list_runc_cases()
+        if other:
+            lift.use_hooks(other)
+            cases += list_runc_cases(other, before.SUFFIX)
+            lift.use_hooks()
         lift.lift(cases)
         samples |= take_turns(cases, runs, "runc run")
     return {"samples": samples, "memory": memory, "imports": imports}

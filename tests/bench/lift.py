@@ -22,6 +22,8 @@ from tests.provision import PYTHON, REPOSITORY
 
 # Below /usr, so that the hooks are in the same file system as the programs that they are compared with.
 HOOKS = Path("/usr/local/lib/oci-vfio-hooks")
+# Those of another revision.
+BEFORE = Path("/usr/local/lib/oci-vfio-hooks-before")
 # The hooks' own deadline, to be replaced by one that does not end a measurement where the machine is busy. A
 # guest.toml would do the same, and have the time of reading it in every figure.
 DEADLINES = {"system.py": "USUAL_SECONDS = 8.0\n"}
@@ -29,17 +31,21 @@ OVERLAYS = ("/usr/", "/etc/")
 QUOTED_PATH = re.compile(r'"(/[^"]+)"')
 
 
-def install_hooks() -> None:
-    """Copy the hooks, have them wait longer, byte-compile them, and have the tests' helpers use the copy."""
+def install_hooks(tree: Path = REPOSITORY, place: Path = HOOKS) -> None:
+    """Copy the hooks of a tree to their place, have them wait longer, and byte-compile them."""
     for name in ("hooks", "oci_hooks"):
-        shutil.copytree(REPOSITORY / name, HOOKS / name)
+        shutil.copytree(tree / name, place / name)
     for name, line in DEADLINES.items():
-        module = HOOKS / "oci_hooks" / name
+        module = place / "oci_hooks" / name
         if line not in module.read_text():
             raise BenchError(f"{module} does not say {line!r} any more")
         module.write_text(module.read_text().replace(line, line.replace("8.0", "100.0")))
-    subprocess.run([PYTHON, "-m", "compileall", "-q", str(HOOKS / "oci_hooks")], check=True)
-    os.environ["OCI_VFIO_HOOKS_DIR"] = str(HOOKS / "hooks")
+    subprocess.run([PYTHON, "-m", "compileall", "-q", str(place / "oci_hooks")], check=True)
+
+
+def use_hooks(place: Path = HOOKS) -> None:
+    """Have the tests' helpers use the hooks in this place."""
+    os.environ["OCI_VFIO_HOOKS_DIR"] = str(place / "hooks")
 
 
 def lift(cases: Iterable[Case]) -> None:

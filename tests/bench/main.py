@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import provision
-from tests.bench import documents, figures
+from tests.bench import before, documents, figures
 from tests.bench.timing import BenchError, say
 from tests.provision import PYTHON, REPOSITORY, MissingError
 from tests.vm import machines, rig
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         provision.ensure_rig()
         provision.compile_hooks()
         report = describe_machine(options.runs)
-        report |= measure(parts, options.runs)
+        report |= measure(parts, options.runs, options.compare)
     except MissingError as error:
         return provision.die(error)
     except (BenchError, rig.BootError) as error:
@@ -73,20 +73,27 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     default = provision.find_cache() / "bench.json"
     parser.add_argument("--json", type=Path, default=default, metavar="FILE", help=f"where all samples go ({default})")
     parser.add_argument("--document", action="store_true", help="put the figures into README.md and docs")
+    parser.add_argument(
+        "--compare", default="", metavar="REV", help="measure the hooks of a git revision, too, by turns"
+    )
     options = parser.parse_args(arguments)
     unknown = [part for part in options.parts if part not in (*HERE, *INSIDE)]
+    if options.document and options.compare:
+        parser.error("--document needs a run without --compare")
     if unknown or options.runs < 1:
         parser.error(f"no part {', '.join(unknown)}" if unknown else "--runs: one at least")
     return options
 
 
-def measure(parts: Sequence[str], runs: int) -> Report:
-    """Return samples of these parts, measured here and in the VM."""
+def measure(parts: Sequence[str], runs: int, revision: str) -> Report:
+    """Return samples of these parts, measured here and in the VM. revision: measured too; "" for none."""
     measured: list[Report] = []
     here = [part for part in parts if part in HERE]
     inside = [part for part in parts if part in INSIDE]
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         share = Path(directory)
+        if revision:
+            before.unpack(revision, share / "before")
         if here:
             measured.append(measure_here(here, runs, share / "here.json"))
         if inside:
@@ -98,7 +105,8 @@ def measure(parts: Sequence[str], runs: int) -> Report:
 def measure_here(parts: Sequence[str], runs: int, result: Path) -> Report:
     """Return what was measured on this machine, in a mount namespace of its own."""
     command = ["unshare", "--mount", PYTHON, "-m", "tests.bench.plain", str(result), str(runs), *parts]
-    if subprocess.run(command, cwd=REPOSITORY, check=False).returncode:
+    environment = {**os.environ, **name_other(result.parent, result.parent)}
+    if subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode:
         raise BenchError("the part on this machine failed; it needs root for a mount namespace")
     report: Report = json.loads(result.read_text())
     return report
@@ -111,12 +119,18 @@ def measure_inside(parts: Sequence[str], runs: int, share: Path) -> Report:
     python = provision.ensure_venv("tests", provision.TEST_REQUIREMENTS) / "bin/python"
     command = [str(python), "-m", "tests.bench.inside", str(rig.SHARE / result.name), str(runs), *parts]
     environment = {"OCI_VFIO_ROOTFS": str(provision.ensure_rootfs()), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= name_other(share, rig.SHARE)
     job = rig.Job(tuple(command), share, LIMIT, environment)
     outcome = rig.run_in_vm(machines.MACHINES["bench"], provision.ensure_kernel(), job, rig.write_output)
     if outcome.exit_code or not result.exists():
         raise BenchError("the part in the virtual machine failed")
     report: Report = json.loads(result.read_text())
     return report
+
+
+def name_other(share: Path, seen: Path) -> dict[str, str]:
+    """Return the variable that names the other revision's tree; none without one. seen: where a part sees `share`."""
+    return {before.VARIABLE: str(seen / "before")} if (share / "before").exists() else {}
 
 
 def describe_machine(runs: int) -> Report:
@@ -146,6 +160,8 @@ def describe_machine(runs: int) -> Report:
 def tell(report: Report, options: argparse.Namespace) -> None:
     """Print the figures and keep them."""
     results = figures.compute_all(report["samples"], report["memory"])
+    if options.compare:
+        results = before.compute_changes(report["samples"], report["memory"], options.compare)
     report["figures"] = [
         {
             "about": r.figure.about,

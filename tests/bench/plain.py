@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Callable
 
+from tests.bench import before
 from tests.bench.timing import Case, Samples, list_imports, take_turns, weigh
 from tests.provision import REPOSITORY
 from tests.support.fake_host import HostTree
@@ -162,20 +163,22 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
     imports: dict[str, object] = {}
     with TemporaryDirectory(prefix="bench-") as directory:
         scratch = Path(directory)
-        none = list_cases_without_vfio(scratch)
+        other = before.find_tree()
+        none = before.double(list_cases_without_vfio(scratch), REPOSITORY, other)
         if "plain" in parts:
             samples |= take_turns(none, runs * MORE, "container without VFIO, plain machine")
             memory |= weigh(none, runs)
             for hook in (GUEST_HOOK, HOST_HOOK):
-                imports[f"{Path(hook).name}, container without VFIO"] = list_imports(hook, (), none[1].stdin)
+                imports[f"{Path(hook).name}, container without VFIO"] = list_imports(hook, (), none[-1].stdin)
         if "host" in parts:
             nodes = make_host(scratch / "host")
             put_in_place(scratch / "host")
-            cases = list_cases_of_host(scratch, nodes)
+            cases = before.double(list_cases_of_host(scratch, nodes), REPOSITORY, other)
             samples |= take_turns(cases, runs * MORE, f"host check, {DEVICES} devices")
             memory |= weigh(cases, runs)
             with empty_settings():
-                samples |= take_turns(list_cases_of_settings(scratch, nodes), runs * MORE, "settings")
+                settings = before.double(list_cases_of_settings(scratch, nodes), REPOSITORY, other)
+                samples |= take_turns(settings, runs * MORE, "settings")
             imports[f"vfio-host-check, {GROUPS} groups"] = list_imports(HOST_HOOK, (), cases[-1].stdin)
             for directory_name in ("dev", "sys"):
                 subprocess.run(["umount", f"/{directory_name}"], check=True)

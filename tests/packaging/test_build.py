@@ -67,7 +67,7 @@ def test_build_executables_unchanged(dist: Path, tmp_path: Path, kind: str, pack
         assert not path.is_symlink()
         assert path.stat().st_mode & 0o7777 == 0o755
         assert path.read_bytes() == (REPOSITORY / "hooks" / path.name).read_bytes()
-        assert path.read_text().startswith("#!/usr/bin/python3 -ISXutf8\n")
+        assert path.read_text().startswith("#!/usr/bin/python3 -IBSXutf8\n")
     commands = {path.name for path in (tmp_path / "payload/usr/bin").iterdir()}
     completions = tmp_path / "payload/usr/share/bash-completion/completions"
     assert {path.name for path in completions.iterdir()} == commands

@@ -186,7 +186,7 @@ def test_executable_without_interpreter_options_reexecs(tmp_path: Path) -> None:
     # Build systems write first lines anew and may leave the options out.
     hook = tmp_path / "lib" / "vfio-host-check"
     hook.parent.mkdir()
-    hook.write_text((REPOSITORY / "hooks/vfio-host-check").read_text().replace("python3 -ISXutf8", "python3", 1))
+    hook.write_text((REPOSITORY / "hooks/vfio-host-check").read_text().replace("python3 -IBSXutf8", "python3", 1))
     hook.chmod(0o755)
     (tmp_path / "oci_hooks/host").mkdir(parents=True)
     for name, text in (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import documents, figures, lift
+from tests.bench import before, documents, figures, lift
 from tests.bench.figures import Figure, compute
 from tests.bench.timing import BenchError, Case, list_imports, take_turns, time_command
 from tests.provision import REPOSITORY
@@ -103,3 +103,33 @@ def test_deadline_lines_exist() -> None:
     """What lift.py replaces in its copy of the hooks."""
     for name, line in lift.DEADLINES.items():
         assert (REPOSITORY / "oci_hooks" / name).read_text().count(line) == 1
+
+
+def test_double_adds_the_other_revision_after_each_hook() -> None:
+    cases = [Case("bare", ("python3",)), Case("none", ("/new/hooks/x", "poststop"), b"state")]
+    doubled = before.double(cases, Path("/new"), Path("/old"))
+    assert [(case.name, *case.command) for case in doubled] == [
+        ("bare", "python3"),
+        ("none", "/new/hooks/x", "poststop"),
+        ("none before", "/old/hooks/x", "poststop"),
+    ]
+    assert doubled[2].stdin == b"state"
+    assert before.double(cases, Path("/new"), None) == cases
+
+
+def test_changes_are_ratios_to_the_other_revision() -> None:
+    samples = {"bare": [1.0, 1.0], "none": [2.0, 4.0], "none before": [4.0, 4.0]}
+    (change,) = before.compute_changes(samples, {"bare": [1.0]}, "v1")
+    assert (change.figure.about, change.ratio, change.low, change.high) == (
+        "time, none: this tree / v1",
+        0.75,
+        0.625,
+        0.875,
+    )
+    (change,) = before.compute_changes({}, samples, "v1")
+    assert change.figure.about == "memory, none: this tree / v1"
+
+
+def test_unpack_unknown_revision(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"--compare no-such-revision: .*; name a commit, tag or branch"):
+        before.unpack("no-such-revision", tmp_path / "x")

@@ -176,6 +176,45 @@ def test_executables_from_any_virtual_environment(tmp_path: Path, hook: str, lib
     assert (done.stdout, done.stderr) == (f"{hook} 77\n", "")
 
 
+@pytest.mark.parametrize("hook", HOOKS)
+def test_executables_behind_links(tmp_path: Path, hook: str) -> None:
+    """A link to the file, as the packages have it in /usr/bin, a link to that, and a directory that is one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/one").symlink_to(os.path.relpath(REPOSITORY / "hooks" / hook, tmp_path / "bin"))
+    (tmp_path / "two").symlink_to("bin/one")
+    (tmp_path / "three").symlink_to(REPOSITORY / "hooks")
+    for path in ("bin/one", "two", f"three/{hook}"):
+        command = [str(tmp_path / path), "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={}, cwd="/")
+        assert done.stdout.startswith(f"{hook} ")
+    relative = [f"./{hook}", "--version"]
+    subprocess.run(relative, capture_output=True, check=True, env={}, cwd=REPOSITORY / "hooks")
+
+
+def test_executables_write_no_bytecode(tmp_path: Path) -> None:
+    """Neither for a container without VFIO nor for one with; what a person has compiled is loaded."""
+    for name in ("hooks", "oci_hooks"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for config in ({}, {"annotations": {oci.DEVICES_ANNOTATION: 5}}):
+        bundle = make_bundle(tmp_path, b"b%d" % len(config), config)
+        state = json.dumps({"ociVersion": "1.0.2", "id": "c1", "pid": 4194304, "bundle": os.fsdecode(bundle)})
+        for hook in (tmp_path / "hooks").iterdir():
+            command = [str(hook), *([] if hook.name in HOOKS else ["--help"])]
+            subprocess.run(command, input=state, text=True, capture_output=True, timeout=60, check=False, env={})
+            assert list(tmp_path.rglob("*.pyc")) == [], hook.name
+    subprocess.run(["/usr/bin/python3", "-m", "compileall", "-q", "oci_hooks"], cwd=tmp_path, check=True)
+    for module in ("__init__", "idle"):
+        # Without the source's text a module still loads: from its bytecode, which has the source's time and size.
+        source = tmp_path / f"oci_hooks/{module}.py"
+        status = source.stat()
+        source.write_text("?" * status.st_size)
+        os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    bundle = make_bundle(tmp_path, b"none", {})
+    for name in HOOKS:
+        state = json.dumps({"ociVersion": "1.0.2", "id": "c1", "pid": 4194304, "bundle": os.fsdecode(bundle)})
+        subprocess.run([tmp_path / "hooks" / name], input=state, text=True, timeout=60, check=True, env={})
+
+
 @pytest.mark.parametrize("python", [sys.executable, "/usr/bin/python3"])
 def test_load_site_packages_runs_no_sitecustomize_or_pth(tmp_path: Path, python: str) -> None:
     """With jsonschema, neither sitecustomize nor a .pth file is run; Debian has the former."""

@@ -88,7 +88,11 @@ def place(document: Any, bundle: Path) -> Any:
 
 # Half of all that is drawn is without fault, so that both answers are given often.
 ASKED = st.sampled_from([{}, {}, {}, *REQUESTS])
-WHOLE_CONFIGS = st.sampled_from(list(REAL.values()))
+# Other nodes of passed-through devices: no request today, and none that the first look would find.
+OTHER_NODES = [
+    {"path": path, "type": "c", "major": 10, "minor": 126} for path in ("/dev/iommu", "/dev/kvm", "/dev/mem")
+]
+WHOLE_CONFIGS = st.sampled_from([*REAL.values(), {"linux": {"devices": OTHER_NODES}}])
 CONFIG_DOCUMENTS = st.one_of(WHOLE_CONFIGS, WHOLE_CONFIGS, CONFIGS, WHOLE_CONFIGS.flatmap(nearly))
 WHOLE_STATES = st.sampled_from(list(STATES_OF.values()))
 STATE_DOCUMENTS = st.one_of(WHOLE_STATES, WHOLE_STATES, STATES, WHOLE_STATES.flatmap(nearly))

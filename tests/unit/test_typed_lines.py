@@ -32,6 +32,7 @@ DOCKER = f"{ENGINES}::test_docker"
 CLASS = "tests/packaging/test_containerd.py::test_only_the_class_is_new"
 
 # tests/run runs up to its first test, where it is run inside itself.
+COMPILED = "tests/unit/test_executables.py::test_executables_write_no_bytecode"
 RUN = {
     "examples/demo": DEMO,
     "tests/run": TESTS,
@@ -41,6 +42,7 @@ RUN = {
     "apt update && apt install ./dist/python3-oci-vfio-hooks_*.deb ./dist/oci-vfio-hooks_*.deb": DEBS,
     "apt update && apt install ./dist/python3-oci-vfio-hooks_*.deb ./dist/oci-vfio-hooks-guest_*.deb": DEBS,
     "vfio-guest-bind --version": DEBS,
+    "python3 -m compileall -q oci_hooks": COMPILED,
     "apt update && apt install python3-venv": PIP,
     "python3 -m venv /opt/oci-vfio-hooks": PIP,
     "/opt/oci-vfio-hooks/bin/pip install .": PIP,
@@ -133,6 +135,7 @@ NOT_RUN = {
     "dnf install ~/rpmbuild/RPMS/noarch/{python3-,}oci-vfio-hooks-[0-9]*.rpm": DNF,
     "dnf install ~/rpmbuild/RPMS/noarch/{python3-oci-vfio-hooks,oci-vfio-hooks-guest}-[0-9]*.rpm": DNF,
     "tests/bench/run": "takes a quiet machine and ten minutes, and fails by no time",
+    "tests/bench/run plain --compare main": "takes a quiet machine, and fails by no time",
     "~/.cache/oci-vfio-hooks/venv-tests-*/bin/pytest tests/unit/test_x.py": SELF,
     "tests/run --vm tests/vm/test_x.py -k word": SELF,
     "tests/run lint": SELF,

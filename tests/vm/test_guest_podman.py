@@ -54,3 +54,23 @@ def test_guest_podman_run(rootfs: Path, tmp_path: Path) -> None:
     assert group["devices"] == [{"address": nic, "get_device": "ok", "read_id": "ok", "id": devices.NIC_E1000E}]
     assert guest_calls.look_at_drivers() == before
     assert guest_calls.list_claims() == []
+
+
+def test_guest_podman_starts_no_hook_without_annotation(rootfs: Path, tmp_path: Path) -> None:
+    """The condition of the file that the packages install; what it starts here leaves a mark and does nothing else."""
+    shipped = json.loads((bundles.REPOSITORY / "examples/hooks.d/vfio-guest-bind.json").read_text())
+    started = tmp_path / "started"
+    marker = tmp_path / "mark"
+    marker.write_text(f"#!/bin/sh\ncat >/dev/null\necho >>{started}\n")
+    marker.chmod(0o755)
+    shipped["hook"]["path"] = str(marker)
+    hooks = tmp_path / "hooks.d"
+    hooks.mkdir()
+    (hooks / "vfio.json").write_text(json.dumps(shipped))
+    # The third one is asked for, in createRuntime and poststop.
+    for annotation in ("io.katacontainers.x.vfiox=1", "x=vfio", f"{guest_calls.DEVICES}.web=auto"):
+        assert not started.exists()
+        words = ("--network", "none", "--annotation", annotation, "--rootfs", str(rootfs), "/bin/true")
+        done = run_podman(hooks, "run", "--rm", *words)
+        assert done.code == 0, done.stderr
+    assert len(started.read_text().splitlines()) == 2
