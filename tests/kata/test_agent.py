@@ -44,7 +44,7 @@ def test_agent_binds_opens_restores(agent: Agent) -> None:
     agent.remove("one")
     assert guest.driver_of(nic) == "e1000e"
     assert guest_calls.list_claims() == []
-    assert agent.list_hook_lines() == []
+    assert agent.list_errors() == []
 
 
 def test_agent_claimed_group_refused(agent: Agent) -> None:
@@ -54,7 +54,7 @@ def test_agent_claimed_group_refused(agent: Agent) -> None:
     assert guest_calls.list_claims() == ["holder"]
     done = agent.run("second", *bundles.PROBE, annotations=ask(nic))
     assert read_groups(done) == []
-    assert "[claimed]" in "".join(agent.list_hook_lines())
+    assert "[claimed]" in "".join(agent.list_errors())
     agent.remove("second")
     agent.remove("holder")
     assert guest.driver_of(nic) == "e1000e"
@@ -95,7 +95,7 @@ def test_agent_cdi_brings_hook(agent: Agent, cdi: str, empty_hooks: bool) -> Non
     nic = guest.find_devices(devices.NIC_E1000E)[0]
     annotations = {**ask(nic), "cdi.k8s.io/vfio": cdi}
     done = agent.run("named", *bundles.PROBE, empty_hooks=empty_hooks, annotations=annotations)
-    assert [group["group"] for group in read_groups(done)] == [guest.group_of(nic)], agent.list_hook_lines()
+    assert [group["group"] for group in read_groups(done)] == [guest.group_of(nic)], agent.list_errors()
     agent.remove("named")
     assert guest.driver_of(nic) == "e1000e"
     assert guest_calls.list_claims() == []
@@ -107,7 +107,7 @@ def test_agent_kills_slow_hook(agent: Agent) -> None:
     bundles.write_settings('on_failure = "kill"\n')
     with pytest.raises(AgentError, match="Broken pipe"):
         agent.create("slow", *bundles.PROBE, annotations=ask("0000:7f:00.0"))
-    assert "[hook-killed]" in read_kernel_log()
+    agent.wait_until(lambda: "[hook-killed]" in read_kernel_log())
 
 
 def test_agent_names_container_of_pod(agent: Agent) -> None:
@@ -119,15 +119,15 @@ def test_agent_names_container_of_pod(agent: Agent) -> None:
         assert [group["group"] for group in read_groups(done)] == groups
         agent.remove(name)
     assert guest.driver_of(nic) == "e1000e"
-    assert agent.list_hook_lines() == []
+    assert agent.list_errors() == []
 
 
 def test_agent_releases_read_only_root(agent: Agent) -> None:
     """At poststop the agent has the root file system still mounted, read-only."""
     nic = guest.find_devices(devices.NIC_E1000E)[0]
     done = agent.run("fixed", *bundles.PROBE, annotations=ask(nic), readonly_root=True)
-    assert [group["group"] for group in read_groups(done)] == [guest.group_of(nic)], agent.list_hook_lines()
+    assert [group["group"] for group in read_groups(done)] == [guest.group_of(nic)], agent.list_errors()
     agent.remove("fixed")
     assert guest.driver_of(nic) == "e1000e"
-    assert agent.list_hook_lines() == []
+    assert agent.list_errors() == []
     assert guest_calls.list_claims() == []
