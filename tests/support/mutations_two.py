@@ -613,4 +613,11 @@ ROWS = [
         "",
         "guest/test_release.py -k deadline",
     ),
+    (
+        "the end of a line in the kernel log",
+        "log",
+        '.decode("utf-8", "ignore").encode() + b"\\n"',
+        '.decode("utf-8", "ignore").encode()',
+        "test_log.py -k kmsg",
+    ),
 ]
