@@ -124,8 +124,9 @@ def write_syslog(program: str, level: str, line: str) -> None:
 def write_kmsg(program: str, level: str, line: str) -> None:
     """Write one line to the kernel log, the only log that leaves a Kata guest through its console."""
     record = f"<{KMSG_FACILITY + PRIORITIES[level]}>{program}[{os.getpid()}]: {line}"
-    # Only a character split by the cut is omitted.
-    data = record.encode("utf-8", "backslashreplace")[:KMSG_LIMIT].decode("utf-8", "ignore").encode()
+    # Only a character split by the cut is omitted. Without the newline, nobody sees the line before the next one comes:
+    # the kernel keeps it open for a continuation (vprintk_store, LOG_NEWLINE).
+    data = record.encode("utf-8", "backslashreplace")[:KMSG_LIMIT].decode("utf-8", "ignore").encode() + b"\n"
     try:
         fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError:

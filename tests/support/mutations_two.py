@@ -791,4 +791,11 @@ ROWS = [
         "row",
         "guest/test_survey_input.py -k odd_devices",
     ),
+    (
+        "the end of a line in the kernel log",
+        "log",
+        '.decode("utf-8", "ignore").encode() + b"\\n"',
+        '.decode("utf-8", "ignore").encode()',
+        "test_log.py -k kmsg",
+    ),
 ]

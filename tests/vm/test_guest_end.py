@@ -65,7 +65,6 @@ def start_hook(state: dict[str, Any]) -> subprocess.Popen[str]:
 def test_guest_hook_stopped_then_killed(containers: Containers, on_failure: str) -> None:
     """As by Kata's agent, which reads the hook's output to its end: that must come with the hook's own end."""
     container, state = guest_calls.make_created(containers, annotations=ask(ABSENT))
-    log = len(guest.read_kernel_log())
     with guest_calls.settings("deadline = 60", f'on_failure = "{on_failure}"'), fault_injection.orphans_are_ours():
         hook = start_hook(state)
         guards = list_children(hook.pid)
@@ -84,8 +83,9 @@ def test_guest_hook_stopped_then_killed(containers: Containers, on_failure: str)
     if on_failure == "kill":
         container.wait(LIMIT)
     assert is_alive(container) == (on_failure == "report")
-    reported = f"container {container.name}: error: [hook-killed] the hook: was killed before it had finished"
-    assert (reported in guest.read_kernel_log()[log:]) == (on_failure == "kill")
+    for guard in guards:
+        reported = f"vfio-guest-bind[{guard}]: container {container.name}: error: [hook-killed] the hook: was killed "
+        assert reported in guest.read_kernel_log()
 
 
 @one_runtime
