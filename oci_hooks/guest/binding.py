@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from oci_hooks.oci import Spec, State
     from oci_hooks.program import Run
     from oci_hooks.system import Root
+PHASE_HINT = "declare the hook under createRuntime (or prestart), which run while the container is created"
 
 
 def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSettings) -> None:
@@ -44,8 +45,7 @@ def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSe
         problem = "the container's init is not running"
         if state.pid == 1:
             problem = "is the container's init inside its PID namespace, in which runtimes run createContainer hooks"
-        hint = "declare the hook under createRuntime (or prestart), which run while the container is created"
-        raise Refusal("no-process", f"process {state.pid}", problem, hint)
+        raise Refusal("no-process", f"process {state.pid}", problem, PHASE_HINT)
     owner = Owner(state.id, state.pid, start, state.bundle)
     directory = ClaimDirectory(root=root)
     directory.prepare()
@@ -59,11 +59,28 @@ def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSe
         if isinstance(error, HookError):
             # An undo step often fails for the same reason as the step itself: report that once.
             error.findings += tuple(finding for finding in findings if finding not in error.findings)
+            error.findings = explain_namespaces(root, state, spec) + error.findings
         else:
             session.run.findings.extend(findings)
         raise
     finally:
         undo_log.close()
+
+
+def explain_namespaces(root: Root, state: State, spec: Spec) -> tuple[Finding, ...]:
+    """Return why nothing could be done where the hook runs in the container's namespaces, with the machine's pids.
+
+    So createContainer runs in a container that has the machine's PID namespace. The mount namespace shows it, where
+    config.json wants a new one for the container: under createRuntime and prestart the hook is never in that.
+    """
+    namespaces = (spec.raw.get("linux") or {}).get("namespaces") or ()
+    if not any(entry["type"] == "mount" and not entry.get("path") for entry in namespaces):
+        return ()
+    own = root.read_link("/proc/self/ns/mnt")
+    if not own or own != root.read_link(f"/proc/{state.pid}/ns/mnt"):
+        return ()
+    problem = "has the mount namespace of this hook, in which runtimes run createContainer hooks"
+    return (Finding("error", "no-process", f"process {state.pid}", problem, PHASE_HINT),)
 
 
 def apply_plan(session: Session, wanted: plan.Plan, undo_log: UndoLog) -> None:

@@ -715,6 +715,20 @@ ROWS = [
         "guest/test_session.py -k without_process",
     ),
     (
+        "a hook in the container's mount namespace",
+        "guest/binding",
+        'entry["type"] == "mount" and not entry.get("path")',
+        'entry["type"] == "mount"',
+        "guest/test_session.py -k mount_namespace_explained",
+    ),
+    (
+        "a container without a mount namespace of its own",
+        "guest/binding",
+        "    if not any(entry",
+        "    if False and any(entry",
+        "guest/test_session.py -k mount_namespace_explained",
+    ),
+    (
         "another configuration is in force",
         "host/kata/sandbox",
         "is_sure = self.certain and not self.is_other_config",

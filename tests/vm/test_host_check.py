@@ -183,10 +183,15 @@ def test_host_check_group_held(nic: str, tmp_path: Path) -> None:
 
 
 def test_host_check_own_qemu_with_iommu(nic: str, kata: None, tmp_path: Path) -> None:
-    """Cold plug. The running hypervisor is right, and the file's content does not matter."""
+    """Cold plug. What runs is right; the file, which has no virtual IOMMU, was not in force, and refuses nothing."""
     bundle = write_bundle(tmp_path, nic)
     with run_qemu("c1", *VIOMMU, address=nic) as pid:
-        assert check(bundle, pid=pid).code == 0
+        done = check(bundle, pid=pid)
+        assert done.code == 0
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(
+            f"vfio-host-check: warning: [kata-config-other] {KATA}: qemu-system-x86_64 (pid {pid}) has"
+        )
         # Kata 1.x: the state has a thread of the shim; QEMU is known by the sandbox's name.
         done = check(bundle, pid=0, annotations={"io.katacontainers.x.vfio.devices": "auto"})
     assert "group-busy" not in done.stderr
@@ -202,9 +207,11 @@ def test_host_check_own_qemu_without_iommu(nic: str, kata: None, tmp_path: Path)
         f"vfio-host-check: error: [viommu-off] virtual IOMMU: qemu-system-x86_64 (pid {pid}) runs without a virtual "
         f"IOMMU (no -device intel-iommu or virtio-iommu), although enable_iommu = true in {KATA} line 5"
     )
+    assert "another configuration was in force when it started: the runtime's option ConfigPath" in line
 
 
 def test_host_check_other_qemu_holds_group(nic: str, kata: None, tmp_path: Path) -> None:
+    KATA.write_text(CONFIGURATION.format("true"))
     with run_qemu("other", address=nic) as other, run_qemu("c1", *VIOMMU) as own:
         done = check(write_bundle(tmp_path, nic), pid=own)
     assert done.code == 1

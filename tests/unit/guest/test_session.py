@@ -138,6 +138,40 @@ def test_bind_without_process_refused(machine: Machine) -> None:
     assert not machine.place(STATE_DIRECTORY).exists()
 
 
+NEW_MOUNTS, JOINED_MOUNTS = {"type": "mount"}, {"type": "mount", "path": "/proc/1/ns/mnt"}
+
+
+@pytest.mark.parametrize(
+    ("namespaces", "own", "inits", "explained"),
+    [
+        ([NEW_MOUNTS], 2, 2, True),
+        ([{"type": "pid"}, NEW_MOUNTS], 2, 2, True),
+        ([NEW_MOUNTS], 1, 2, False),
+        ([NEW_MOUNTS], None, None, False),
+        # Without a mount namespace of its own, the container has the runtime's.
+        ([{"type": "pid"}], 1, 1, False),
+        ([JOINED_MOUNTS], 1, 1, False),
+        ([], 1, 1, False),
+    ],
+)
+def test_bind_failure_in_containers_mount_namespace_explained(
+    machine: Machine, namespaces: list[dict[str, str]], own: int | None, inits: int | None, explained: bool
+) -> None:
+    for name, number in (("self", own), (INIT, inits)):
+        machine.place(f"/proc/{name}/ns").mkdir(parents=True)
+        if number:
+            machine.place(f"/proc/{name}/ns/mnt").symlink_to(f"mnt:[{number}]")
+    state, spec = make_state(), oci.make_spec({"linux": {"namespaces": namespaces}}, "config.json")
+    request = read_request(state, spec)
+    assert request is not None
+    with pytest.raises(HookError) as caught:
+        binding.bind(make_run(machine), state, spec, request, GuestSettings())
+    first, *rest = caught.value.findings
+    assert (first.code == "no-process") == explained
+    assert ("createRuntime" in first.hint) == explained
+    assert not explained or rest
+
+
 def test_bind_group_of_live_container_refused(machine: Machine, directory: ClaimDirectory) -> None:
     start_process(machine, 8, 80)
     make_claim(directory, "other", 8, 80)
