@@ -191,15 +191,18 @@ def test_executable_without_interpreter_options_reexecs(tmp_path: Path) -> None:
     (tmp_path / "oci_hooks/host").mkdir(parents=True)
     for name, text in (
         ("__init__", ""),
+        ("idle", "def begin(argv, claims): return b''"),
         (
             "host/hook",
-            "import sys\nflags = sys.flags\n"
-            "def main(argv): print(flags.isolated, flags.no_site, flags.utf8_mode, argv, flush=True); return 0",
+            "import sys\nf = sys.flags\n"
+            "def main(argv, begun):\n"
+            "    print(f.isolated, f.no_site, f.utf8_mode, f.dont_write_bytecode, argv, flush=True)\n"
+            "    return 0",
         ),
     ):
         (tmp_path / f"oci_hooks/{name}.py").write_text(text)
     done = subprocess.run([hook, "a b"], capture_output=True, text=True, check=True)
-    assert done.stdout == "1 1 1 ['a b']\n"
+    assert done.stdout == "1 1 1 1 ['a b']\n"
 
 
 def test_unit_tests_on_debian_11(dist: Path, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def run_host(
 
 
 @tagged("read-state")
-def read_input(_deadline: Deadline) -> bytes:
+def read_input(_deadline: Deadline, _begun: bytes) -> bytes:
     """Return the state that a test sets."""
     data: bytes = read_input.data  # type: ignore[attr-defined]
     return data
