@@ -109,12 +109,8 @@ def find_selected(selector: Selector, request: Request, candidates: Candidates) 
         )
     if selector.kind in ("address", "path"):
         for bridge in (device for device in found if device.is_bridge):
-            raise Refusal(
-                "bridge",
-                describe_device(bridge),
-                "is a bridge, which the hook never binds",
-                "name the device behind it",
-            )
+            problem = "is a bridge, which the hook never binds"
+            raise Refusal("bridge", describe_device(bridge), problem, "name the device behind it")
         if len(found) > 1:
             # A path without a root complex should name one device; only the user knows which one.
             problem = f"{selector} matches several devices: {', '.join(describe_device(device) for device in found)}"
@@ -245,11 +241,9 @@ def list_device_obstacles(device: PciDevice, candidates: Candidates) -> Iterator
 
 def is_auto_allowed(device: PciDevice, candidates: Candidates) -> bool:
     """Return whether guest.toml allows `auto` and counting to use this kind of device."""
-    if not candidates.auto_ids and not candidates.auto_classes:
-        return True
-    return device.id.startswith(candidates.auto_ids or ("-",)) or device.class_code.startswith(
-        candidates.auto_classes or ("-",)
-    )
+    is_confined = bool(candidates.auto_ids or candidates.auto_classes)
+    is_named = device.id.startswith(candidates.auto_ids) or device.class_code.startswith(candidates.auto_classes)
+    return is_named or not is_confined
 
 
 def find_never_rule(device: PciDevice, candidates: Candidates) -> str:
