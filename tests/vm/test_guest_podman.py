@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,7 @@ MACHINE = "standard"
 @pytest.fixture
 def rootfs() -> Iterator[Path]:
     """Return a root file system that a container may write to."""
-    location = Path("/run/podman-rootfs")
-    root = bundles.mount_rootfs(location)
+    root = bundles.mount_rootfs(Path(tempfile.mkdtemp(prefix="podman-rootfs-", dir="/run")))
     yield root
     subprocess.run(["umount", "--lazy", str(root)], check=True)
 
