@@ -308,7 +308,7 @@ def test_survey_is_not_in_the_kernel_log(monkeypatch: pytest.MonkeyPatch) -> Non
     """Only a run for a container is."""
     asked = []
 
-    def note(hook: program.Hook, _argv: list[str]) -> int:
+    def note(hook: program.Hook, _argv: list[str], _begun: bytes) -> int:
         asked.append(hook.kmsg)
         return 0
 
