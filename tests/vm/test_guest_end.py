@@ -107,7 +107,8 @@ def test_guest_hook_killed_at_steps_with_guard(containers: Containers) -> None:
         container.wait(LIMIT)
         assert guest_calls.fork_hook({**state, "status": "stopped"}, "poststop") == Done(0, "", ""), nth
         assert guest_calls.look_at_drivers() == before, nth
-        assert guest_calls.list_claims() == []
+        # A draft of a claim is none; the next hook that binds takes it away.
+        assert [name for name in guest_calls.list_claims() if name[0] != "."] == []
 
 
 @one_runtime
