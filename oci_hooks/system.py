@@ -32,8 +32,8 @@ DOCKER_CONFIG = "/etc/docker/daemon.json"
 DEFAULT_LIMIT = 16 << 20
 # The deadline of a hook, in seconds. Kata's agent kills a guest hook after 10 s, and its knowledge is lost then.
 USUAL_SECONDS = 8.0
-# Seconds of a process's age that count. An older process was another program before (`exec` in a shell that is open for
-# hours), or the machine slept: CLOCK_BOOTTIME goes on then. Kata's agent lets no hook become older.
+# Seconds of a process's age that count, or those of its deadline if that is longer. An older process was another
+# program before (`exec` in a shell that is open for hours), or the machine slept: CLOCK_BOOTTIME goes on then.
 MAX_AGE = 10.0
 OWN_STAT = "/proc/self/stat"
 
@@ -83,13 +83,13 @@ class Deadline:
         interpreter's start and the imports take seconds.
         """
         self.seconds = seconds
-        age = read_age(self.stat) if self.stat else None
+        age = read_age(self.stat, max(MAX_AGE, seconds)) if self.stat else None
         if age is not None:
             self.start = time.monotonic() - age
 
 
-def read_age(path: str) -> float | None:
-    """Return for how many seconds this process has existed, None where that is unknown or more than MAX_AGE.
+def read_age(path: str, highest: float = MAX_AGE) -> float | None:
+    """Return for how many seconds this process has existed, None where that is unknown or more than the highest.
 
     path: of its stat. Source: proc_pid_stat(5), starttime: the 22nd field, in clock ticks since boot; do_task_stat in
     the kernel's fs/proc/array.c takes it from the clock that is CLOCK_BOOTTIME here, time namespaces included.
@@ -100,7 +100,7 @@ def read_age(path: str) -> float | None:
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, ArithmeticError):
         return None
-    return age if 0 <= age <= MAX_AGE else None
+    return age if 0 <= age <= highest else None
 
 
 class Descriptor(int):

@@ -164,7 +164,8 @@ class ClaimDirectory:
             # O_NONBLOCK: if a pipe has replaced the file since, open() must not wait for its other end.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                at_work = not try_lock(fd)
+                # Shared: two that only read, a hook and a survey, are not at work for each other.
+                at_work = not try_lock(fd, fcntl.LOCK_SH)
                 data = read_head(fd, UNDO_LOG_LIMIT + 1)
             finally:
                 os.close(fd)

@@ -124,11 +124,11 @@ def select_groups(session: Session, claims: list[Claim]) -> tuple[ChosenGroup, .
 
 def choose_viommu_hint(root: Root) -> str:
     """Return what gives this guest IOMMU groups: a virtual IOMMU, or a kernel that uses the one it has."""
-    from oci_hooks.linux.firmware import find_off_parameters, find_unused_iommu
+    from oci_hooks.linux.firmware import find_unused_iommu
 
-    off, iommu = find_off_parameters(root), find_unused_iommu(root)
-    if off:
-        return f"remove {' '.join(off)} from the guest kernel's parameters (Kata: kernel_params)"
+    iommu = find_unused_iommu(root)
+    if iommu and iommu.off:
+        return f"remove {' '.join(iommu.off)} from the guest kernel's parameters (Kata: kernel_params)"
     if iommu and iommu.parameter:
         return f"boot the guest's kernel with {iommu.parameter}: it has a virtual IOMMU (ACPI table {iommu.table})"
     if iommu:

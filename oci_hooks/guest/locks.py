@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 ALARM_SECONDS = 0.1
 
 
-def try_lock(fd: int) -> bool:
-    """Take a file's lock if it is free, and return whether it was."""
+def try_lock(fd: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Take a file's lock if it is free, and return whether it was. kind: LOCK_SH to see only whether others have it."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False

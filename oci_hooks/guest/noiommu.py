@@ -31,7 +31,7 @@ def check_noiommu(groups: Iterable[str], spec: Spec, wants_cdev: bool) -> list[F
         problem = "has no device node of iommufd, because it has no IOMMU"
         hint = "remove cdev from the annotation, or give the virtual machine a virtual IOMMU"
         raise Refusal("no-cdev", subject, problem, hint)
-    problem = "is used without an IOMMU: it can write to all of the guest's memory, and the kernel is tainted now"
+    problem = "is used without an IOMMU: it can write to all of the guest's memory, and binding it taints the kernel"
     hint = "give the virtual machine a virtual IOMMU, and remove allow_noiommu from guest.toml"
     return [*check_capability(subject, spec), Finding("warning", "noiommu-group", subject, problem, hint)]
 

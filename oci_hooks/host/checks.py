@@ -11,7 +11,7 @@ import os
 
 from oci_hooks.findings import Finding
 from oci_hooks.host.runtime import belongs_to_sandbox, list_sandbox_processes
-from oci_hooks.linux.firmware import find_off_parameters, find_unused_iommu
+from oci_hooks.linux.firmware import find_unused_iommu
 from oci_hooks.linux.pci import IOMMU_GROUPS, VFIO_CLASS
 from oci_hooks.linux.processes import SCAN_SPARE, find_holders, list_open_paths, read_group_status
 from oci_hooks.linux.vfio import CDEV_CLASS
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from oci_hooks.oci import State
     from oci_hooks.system import Deadline, Root
 
+
 # The host ------------------------------------------------------------------------------------------------------------
 
 
@@ -34,9 +35,8 @@ def check_iommu(root: Root, inventory: Inventory) -> tuple[Finding, ...]:
     if root.list_names(IOMMU_GROUPS):
         return ()
     iommu = find_unused_iommu(root)
-    off = find_off_parameters(root)
-    if off:
-        hint = f"remove {' '.join(off)} from the kernel's command line and reboot"
+    if iommu and iommu.off:
+        hint = f"remove {' '.join(iommu.off)} from the kernel's command line and reboot"
     elif iommu and iommu.parameter:
         hint = (
             f"the firmware reports an IOMMU ({iommu.table}): boot with {iommu.parameter}, e.g. grubby "

@@ -14,26 +14,27 @@ if TYPE_CHECKING:
     from oci_hooks.system import Root
 
 ACPI_TABLES = "/sys/firmware/acpi/tables"
-# Kernel parameters that disable IOMMUs.
-OFF_PARAMETERS = ("iommu=off", "intel_iommu=off", "amd_iommu=off")
 
 
 class UnusedIommu(Frozen):
     """An IOMMU that the firmware reports.
 
-    table: the ACPI table that describes it; option: the kernel's build option for its driver; parameter: the kernel
-    parameter that enables it, "" if it needs none or the kernel was booted with it.
+    table: the ACPI table that describes it; option: the kernel's build option for its driver; name: of its kernel
+    parameter, "" if it has none; parameter: the one that enables it, "" if it needs none or the kernel was booted with
+    it; off: the parameters that disable it, of those that the kernel was booted with.
     """
 
     table: str
     option: str
+    name: str = ""
     parameter: str = ""
+    off: tuple[str, ...] = ()
 
 
 # In the order in which they are looked up. Not IORT, arm64's: a machine without an SMMU has one, too.
 KNOWN_IOMMUS = (
-    UnusedIommu("DMAR", "CONFIG_INTEL_IOMMU", "intel_iommu=on"),
-    UnusedIommu("IVRS", "CONFIG_AMD_IOMMU"),
+    UnusedIommu("DMAR", "CONFIG_INTEL_IOMMU", "intel_iommu", "intel_iommu=on"),
+    UnusedIommu("IVRS", "CONFIG_AMD_IOMMU", "amd_iommu"),
     UnusedIommu("VIOT", "CONFIG_VIRTIO_IOMMU"),
 )
 
@@ -42,16 +43,12 @@ def find_unused_iommu(root: Root) -> UnusedIommu | None:
     """Return the IOMMU that the firmware reports, None if it reports none. For a kernel without IOMMU groups."""
     tables = root.list_names(ACPI_TABLES)
     found = next((iommu for iommu in KNOWN_IOMMUS if iommu.table in tables), None)
-    if found and found.parameter in read_kernel_parameters(root):
-        return found.replace(parameter="")
-    return found
-
-
-def find_off_parameters(root: Root) -> list[str]:
-    """Return the kernel parameters that disable the machine's IOMMU: ["intel_iommu=off"]."""
-    return [word for word in read_kernel_parameters(root) if word in OFF_PARAMETERS]
-
-
-def read_kernel_parameters(root: Root) -> list[str]:
-    """Return the words of the kernel's command line."""
-    return root.read_text_or("/proc/cmdline", "").split()
+    if not found or not found.name:
+        return found
+    words = root.read_text_or("/proc/cmdline", "").split()
+    # Each word is a list of options, and a later one overrides an earlier one.
+    given = {word: word.partition("=")[2].split(",") for word in words if word.startswith(f"{found.name}=")}
+    last = [value for values in given.values() for value in values if value in ("on", "off")][-1:]
+    off = [word for word, values in given.items() if last == ["off"] and "off" in values]
+    off += [word for word in words if word == "iommu=off"]
+    return found.replace(off=tuple(off), parameter="" if last == ["on"] else found.parameter)

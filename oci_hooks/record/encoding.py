@@ -26,8 +26,8 @@ KIND = "!"
 # The names of the hooks' exceptions in recordings.
 ERRORS = {"error": HookError, "bad-input": InputError, "refusal": Refusal, "failed-step": StepError}
 UNDO_LOG = "undo-log"
-# Of these a recording has only the redacted document.
-DOCUMENTS = ("state", "spec")
+# Of these a recording has only the redacted document, as of what was made from them.
+DOCUMENTS = ("state", "spec", "credentials")
 STAT_FIELDS = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size", "st_rdev")
 
 

@@ -24,13 +24,13 @@ def become_user(credentials: Credentials, pid: int) -> bool:
     """Become the container's user for good, and return whether that worked; only in a child that ends afterwards.
 
     pid: a process in the container's user namespace. It does not work without CAP_SETUID and CAP_SETGID, nor with a
-    user namespace that the hook may not enter.
+    user namespace that the hook may not enter, nor in a Python without ctypes.
     """
-    import ctypes
-    import struct
-
-    library = ctypes.CDLL(None, use_errno=True)
     try:
+        import ctypes
+        import struct
+
+        library = ctypes.CDLL(None, use_errno=True)
         if credentials.user_namespace and not shares_user_namespace(pid):
             namespace = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
             entered = library.setns(namespace, CLONE_NEWUSER) == 0
@@ -46,7 +46,8 @@ def become_user(credentials: Credentials, pid: int) -> bool:
         header = ctypes.create_string_buffer(struct.pack("=Ii", CAPABILITY_VERSION, 0))
         # effective, permitted, inheritable, for the first 32 capabilities and for the rest
         sets = ctypes.create_string_buffer(struct.pack("=6I", mask, mask, 0, 0, 0, 0))
-    except (OSError, OverflowError):
+    except (OSError, OverflowError, ValueError, ImportError):
+        # More groups than the kernel has room for; a Python without ctypes.
         return False
     return bool(library.capset(header, sets) == 0)
 

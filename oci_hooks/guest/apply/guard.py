@@ -80,7 +80,11 @@ class Guard:
         import select
 
         os.setsid()
-        os.write(writer, b".")
+        try:  # noqa: SIM105 - contextlib costs an import
+            os.write(writer, b".")
+        except BrokenPipeError:
+            # The hook was killed meanwhile: what follows notices.
+            pass
         poller = select.poll()
         poller.register(hook, select.POLLIN)
         poller.poll()
@@ -89,6 +93,8 @@ class Guard:
             ending = "was killed too"
         except ProcessLookupError:
             ending = "had ended already"
+        except OSError as error:
+            ending = f"cannot be killed: {error.strerror}"
         problem = f'was killed before it had finished; the container\'s init {ending} (on_failure = "kill")'
         hint = "see dmesg for lack of memory; Kata's agent kills a hook after 10 s; the next run restores the devices"
         finding = Finding("error", "hook-killed", "the hook", problem, hint)

@@ -7,6 +7,7 @@ import errno
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,13 @@ def test_verify_nodes_without_setuid_as_hook_only(tmp_path: Path, monkeypatch: p
         raise PermissionError(errno.EPERM, "no")
 
     monkeypatch.setattr(os, "setresuid", refuse)
+    assert prove(tmp_path, USER, (0, 0)) == NodeCheck(NULL, 0, True, 0)
+
+
+def test_verify_nodes_with_impossible_user_as_hook_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More groups than the kernel has room for; a Python without ctypes."""
+    assert prove(tmp_path, USER.replace(groups=tuple(range(70000))), (0, 0)) == NodeCheck(NULL, 0, True, 0)
+    monkeypatch.setitem(sys.modules, "ctypes", None)
     assert prove(tmp_path, USER, (0, 0)) == NodeCheck(NULL, 0, True, 0)
 
 

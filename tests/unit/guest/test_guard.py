@@ -219,6 +219,39 @@ def test_guard_reaped_init_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         os.close(fd)
 
 
+def test_hook_killed_before_guard_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads that the guard is in place: it is all the more needed."""
+    monkeypatch.setattr(guard_module, "log_findings", lambda *_, **__: None)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    with subprocess.Popen(["/bin/true"]) as hook:
+        ended = os.pidfd_open(hook.pid)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(["/bin/sleep", "3600"]) as init:
+        alive = os.pidfd_open(init.pid)
+        Guard(Root(), "a-hook", oci.State("c1", str(tmp_path), init.pid, "created", {})).watch(ended, alive, writer)
+        assert init.wait(LIMIT) == -signal.SIGKILL
+    for fd in (writer, ended, alive):
+        os.close(fd)
+
+
+def test_guard_without_right_to_kill_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    lines: list[str] = []
+    monkeypatch.setattr(guard_module, "log_findings", lambda *words, **_: lines.extend(f.as_line() for f in words[2]))
+    monkeypatch.setattr("oci_hooks.guest.apply.guard.signal.pidfd_send_signal", refuse)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    with subprocess.Popen(["/bin/true"]) as hook:
+        descriptor = os.pidfd_open(hook.pid)
+    state = oci.State("c1", str(tmp_path), 4194304, "created", {})
+    with open(os.devnull, "wb") as nothing:
+        Guard(Root(), "a-hook", state).watch(descriptor, descriptor, nothing.fileno())
+    os.close(descriptor)
+    assert "init cannot be killed: Operation not permitted" in lines[0]
+
+
 @pytest.mark.parametrize("pid", [0, 1, 4194304])
 def test_guard_needs_a_running_init(pid: int) -> None:
     guard = Guard(Root(), "a-hook", oci.State("c1", "/b", pid, "created", {}))

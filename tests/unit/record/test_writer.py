@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from oci_hooks.credentials import Credentials
 from oci_hooks.findings import Finding, InputError, Refusal, StepError
 from oci_hooks.guest import hook as guest_hook
 from oci_hooks.guest.apply.sysfs_writer import Result
@@ -23,6 +24,7 @@ from oci_hooks.guest.undo_log import Entry
 from oci_hooks.program import Arguments, Hook, Outcome, Run, record_run, summarize
 from oci_hooks.record import encoding
 from oci_hooks.record import writer as record_writer
+from oci_hooks.record.encoding import encode_arguments
 from oci_hooks.record.reader import Recording, read_record
 from oci_hooks.replay.kinds import KINDS
 from oci_hooks.system import Deadline, Descriptor, RecordingRoot, Root, step
@@ -408,3 +410,9 @@ def test_recording_never_opens_no_more_files(without: Path, hook: str, vfio: boo
     assert len(opens["with"]) == len(opens["without"])
     assert len(opens["with"]) > 10
     assert not [line for line in opens["with"] if any(f"oci_hooks/{name}/" in line for name in FEATURE)]
+
+
+def test_encoding_leaves_out_credentials() -> None:
+    """A step's argument: groups and capabilities of the container's user are part of config.json, which is redacted."""
+    user = Credentials(1000, 1000, (4,), ("CAP_SYS_ADMIN",), False, (), False)
+    assert encode_arguments((user, "vfio", 7)) == ["vfio", 7]
