@@ -104,6 +104,8 @@ def test_guest_bind_by_counting(containers: Containers) -> None:
                 "group": name,
                 "driver_before": before[address][0],
                 "host_address": "",
+                "node": f"/dev/vfio/{name}",
+                "device_node": "",
             }
             for name in free
             for address in (*nics, *pair, edu)
