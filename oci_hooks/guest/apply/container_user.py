@@ -40,8 +40,8 @@ def become_user(credentials: Credentials, pid: int) -> bool:
         if set(os.getgroups()) != set(credentials.groups):
             os.setgroups(credentials.groups)
         os.setresgid(credentials.gid, credentials.gid, credentials.gid)
-        # Real and saved id stay root's: with them gone the capabilities that are kept would be gone too, and any process
-        # of the container's user could send this one signals. Opening asks for the effective id.
+        # Real and saved id stay root's: with them gone the capabilities that are kept would be gone too, and any
+        # process of the container's user could send this one signals. Opening asks for the effective id.
         os.setresuid(-1, credentials.uid, -1)
         mask = sum(1 << number for name, number in OPENING.items() if name in credentials.capabilities)
         header = ctypes.create_string_buffer(struct.pack("=Ii", CAPABILITY_VERSION, 0))
