@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decide which groups a container gets, wait for devices that are not there yet, and write the claim."""
+"""Have a container's groups chosen and planned, wait for devices that are not there yet, and write the claim."""
 
 from __future__ import annotations
 

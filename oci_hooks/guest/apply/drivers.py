@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bind devices to vfio-pci, and restore their drivers from the undo log.
 
-Each change is first recorded in the undo log. Undoing reads nothing but the undo log, so it is the same after a
-failure, at poststop, and in the next hook after a kill. Every undo is idempotent.
+Each change is first recorded in the undo log. What to restore comes from the undo log alone, so undoing is the same
+after a failure, at poststop, and in the next hook after a kill; sysfs is read only to see whether the device is the
+same one and its override still the hook's. Every undo is idempotent.
 """
 
 from __future__ import annotations
