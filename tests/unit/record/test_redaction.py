@@ -133,7 +133,7 @@ FILES = {
         f"{'20010db8' * 4} 02 40 00 80 eth0\n{'0' * 32} 03 40 00 80 eth1\n",
     ),
     "/proc/7/stat": ("7 (secret ) x) S 1 2 3", "7 ((left out)) S 1 2 3"),
-    "/proc/7/status": ("Name:\tgeheim\nPPid:\t1\nTgid:\t7\nNSpid:\t7\t1\n", "PPid:\t1\nTgid:\t7\nNSpid:\t7\t1\n"),
+    "/proc/7/status": ("Name:\tsecret\nPPid:\t1\nTgid:\t7\nNSpid:\t7\t1\n", "PPid:\t1\nTgid:\t7\nNSpid:\t7\t1\n"),
     "/proc/7/comm": ("secret\n", "(left out)"),
     "/proc/7/environ": ("TOKEN=secret\0KATA_CONF_FILE=/etc/kata.toml\0", "KATA_CONF_FILE=/etc/kata.toml"),
     "/proc/7/uid_map": (" 0 100000 65536\n", " 0 100000 65536\n"),
@@ -145,13 +145,13 @@ FILES = {
     "/proc/7/cmdline": ("/usr/bin/dpdk\0--key=secret\0", "dpdk"),
     "/proc/8/cmdline": ("secret: worker\0--key=secret\0", "(left out)"),
     "/proc/9/cmdline": (
-        f"/bin/firecracker\0--id\0geheim\0--api-sock\0/run/{CONTAINER}/secret\0--key=secret\0",
+        f"/bin/firecracker\0--id\0secret\0--api-sock\0/run/{CONTAINER}/secret\0--key=secret\0",
         f"firecracker\0--(left out)\0(left out)\0--(left out)\0"
         f"(left out)/{CONTAINER}/(left out)\0--(left out)=(left out)\0",
     ),
     "/proc/10/cmdline": ("crun\0--log\0/secret\0create\0--bundle\0/run/b\0-f\0/x/spec.json\0id", None),
     GUEST_SETTINGS: (
-        '# secret\n[auto]\nids = ["8086:10d3", "secret"]\ngeheim = "secret"\n[node]\nmode = 384\n',
+        '# secret\n[auto]\nids = ["8086:10d3", "secret"]\nsecret = "secret"\n[node]\nmode = 384\n',
         '\n\nauto.ids = ["8086:10d3", "(left out)"]\nauto."(left out) 2" = "(left out)"\n\nnode.mode = 384\n',
     ),
     "/etc/kata-containers/x.toml": ('[runtime]\na = "secret"\nx = secret # secret\n', "\n\nx = xxxxxx # xxxxxx"),
