@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutations, first half: what is taken out, module, line, what replaces it, the tests that must notice."""
+"""Mutations, first part: what is taken out, module, line, what replaces it, the tests that must notice."""
 
 from __future__ import annotations
 
