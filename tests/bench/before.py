@@ -23,9 +23,11 @@ COMPARED = ("bare", "guest none", "host none", "guest 1", "guest 8")
 def unpack(revision: str, place: Path) -> Path:
     """Write the hooks of a revision below a directory and return it. Raises BenchError."""
     place.mkdir()
-    archive = subprocess.run(
-        ["git", "archive", revision, "hooks", "oci_hooks"], cwd=REPOSITORY, capture_output=True, check=False
-    )
+    command = ["git", "archive", revision, "hooks", "oci_hooks"]
+    try:
+        archive = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise BenchError(f"--compare {revision}: git is missing: apt-get install --no-install-recommends git") from None
     if archive.returncode:
         raise BenchError(f"--compare {revision}: {archive.stderr.decode().strip()}; name a commit, tag or branch")
     subprocess.run(["tar", "-x", "-C", str(place)], input=archive.stdout, check=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,10 @@ def test_changes_are_ratios_to_the_other_revision() -> None:
     assert change.figure.about == "memory, none: this tree / v1"
 
 
-def test_unpack_unknown_revision(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match=r"--compare no-such-revision: .*; name a commit, tag or branch"):
-        before.unpack("no-such-revision", tmp_path / "x")
+def test_unpack_unknown_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("git"):
+        with pytest.raises(BenchError, match=r"--compare no-such-revision: .*; name a commit, tag or branch"):
+            before.unpack("no-such-revision", tmp_path / "x")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BenchError, match="--compare v1: git is missing"):
+        before.unpack("v1", tmp_path / "y")
