@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from tests.support import guest_calls
@@ -32,9 +33,17 @@ def list_groups(answer: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {group["group"]: group for group in answer["groups"]}
 
 
+def load_driver() -> None:
+    """Have vfio-pci loaded, as a first run of the hook leaves it: in Debian's kernel it is a module."""
+    nic = guest.find_device(devices.NIC_E1000E)
+    guest.bind(nic, "vfio-pci")
+    guest.bind_native(nic)
+
+
 @one_runtime
 def test_guest_survey_auto_as_announced(containers: Containers) -> None:
     """What is free is what the next run with `auto` takes; meanwhile it is claimed, and free again afterwards."""
+    load_driver()
     drivers = guest_calls.look_at_drivers()
     before = survey()
     nic = guest.find_device(devices.NIC_E1000E)
@@ -62,6 +71,7 @@ def test_guest_survey_auto_as_announced(containers: Containers) -> None:
 
 def test_guest_survey_shows_sysfs() -> None:
     """Every group and member with its driver; the reasons of the guards; the options of the running kernel."""
+    load_driver()
     answer = survey()
     groups = list_groups(answer)
     assert set(groups) == {path.name for path in guest.GROUPS.iterdir()}
@@ -69,8 +79,11 @@ def test_guest_survey_shows_sysfs() -> None:
         found = {member["name"]: member["driver"] or "" for member in group["members"]}
         assert found == {address: guest.driver_of(address) for address in guest.members_of(name)}
     assert groups[guest.group_of("0000:00:00.0")]["state"] == "in use"
-    assert answer["guest"]["drivers"] == {"vfio-pci": "loaded", "vfio_iommu_type1": "loaded"}
-    assert answer["guest"]["kernel_config"] == "/proc/config.gz"
+    type_1 = "loaded" if Path("/sys/module/vfio_iommu_type1").exists() else "loadable"
+    assert answer["guest"]["drivers"] == {"vfio-pci": "loaded", "vfio_iommu_type1": type_1}
+    # Debian's is not where this machine's root has its own kernel.
+    config = "/proc/config.gz"
+    assert answer["guest"]["kernel_config"] == (config if Path(config).exists() else None)
     assert answer["guest"]["missing_options"] == []
     assert answer["guest"]["group_nodes"] is True
 
