@@ -59,7 +59,8 @@ def bind(run: Run, state: State, spec: Spec, request: Request, settings: GuestSe
         if isinstance(error, HookError):
             # An undo step often fails for the same reason as the step itself: report that once.
             error.findings += tuple(finding for finding in findings if finding not in error.findings)
-            error.findings = explain_namespaces(root, state, spec) + error.findings
+            causes = explain_namespaces(root, state, spec)
+            error.findings = tuple(cause for cause in causes if cause not in error.findings) + error.findings
         else:
             session.run.findings.extend(findings)
         raise

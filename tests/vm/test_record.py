@@ -247,8 +247,9 @@ def test_record_rootfs_without_dev(containers: Containers) -> None:
     Path(config["root"]["path"]).mkdir()
     file.write_text(json.dumps(config))
     with subprocess.Popen(["sleep", "600"]) as init:
-        check_record(guest_calls.fork_hook({**state, "pid": init.pid}), "no-rootfs")
+        done = guest_calls.fork_hook({**state, "pid": init.pid})
         init.kill()
+    check_record(done, "no-rootfs")
 
 
 # The host's hook, on this machine as a host --------------------------------------------------------------------------
