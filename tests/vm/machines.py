@@ -23,8 +23,8 @@ INTEL_IOMMU = Iommu(("-device", "intel-iommu,intremap=on,caching-mode=on"), ("in
 # The device is there, and the kernel leaves it alone, as Debian's does unless it is told.
 IDLE_INTEL_IOMMU = Iommu(INTEL_IOMMU.qemu, ("intel_iommu=off",))
 AMD_IOMMU = Iommu(("-device", "amd-iommu,intremap=on"))
-# What Cloud Hypervisor has too.
-VIRTIO_IOMMU = Iommu(("-device", "virtio-iommu-pci"))
+# What Cloud Hypervisor has too. It remaps no interrupts, and vfio refuses such an IOMMU unless it is told.
+VIRTIO_IOMMU = Iommu(("-device", "virtio-iommu-pci"), ("vfio_iommu_type1.allow_unsafe_interrupts=1",))
 
 
 @dataclass(frozen=True)
