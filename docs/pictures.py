@@ -192,12 +192,15 @@ def read_table(text: str) -> list[Measured]:
 def draw_performance(rows: list[Measured]) -> str:
     """Return the plot of the figures with a target: how much of its target each one takes."""
     rows = [row for row in rows if row.target]
-    top, height, left, unit = 66, 30, 430, 130
+    top, height, left = 66, 30, 430
     bottom = top + height * len(rows)
+    # The longest bar leaves room for its figure.
+    highest = max(max(row.ratio, row.high) / row.target for row in rows)
+    unit = min(130, int(380 / highest))
     inventory = Picture(960, bottom + 44, "Measured figures beside their targets")
     inventory.text(20, 30, "Measured, as a share of the target (shorter is faster)", "title")
     inventory.text(20, 50, "thin line: the middle half of the runs", "small faint")
-    for share in (0, 1, 2, 3):
+    for share in range(max(4, int(highest) + 1)):
         x = left + unit * share
         inventory.line(x, top - 8, x, bottom, "target" if share == 1 else "line")
         inventory.text(x, bottom + 20, f"{share}", "small middle faint")

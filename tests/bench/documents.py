@@ -30,12 +30,14 @@ SHORT = Place(
 SHOWN = (
     "container without VFIO: guest hook / bare interpreter",
     "container without VFIO: host check / bare interpreter",
+    "the same in the VM: host check / bare interpreter",
     "guest hook, 1 device / driverctl, 1 device",
     "guest hook, 8 groups / 8 times driverctl in a row",
     "guest hook, 8 groups / dpdk-devbind with 8 addresses",
     "guest hook, 16 groups / 1 group",
     "over the bare interpreter, 8 groups / shell, one after another",
     "uevent to node in the container / bare interpreter's start",
+    "`runc run`, both hooks, no VFIO / without hooks",
 )
 
 
