@@ -212,10 +212,9 @@ def find_config(root: Root, state: State) -> str:
     return find_config_option(root) or locations[0]
 
 
-def find_annotation(state: State, spec: Spec, name: str) -> str | None:
-    """Return an annotation's value, from the state or else from config.json; None if absent."""
-    value = state.annotations.get(name)
-    return value if value is not None else spec.annotations.get(name)
+def merge_annotations(state: State, spec: Spec) -> dict[str, str]:
+    """Return the container's annotations by name: the state's, and those of config.json that the state lacks."""
+    return {**spec.annotations, **state.annotations}
 
 
 def name_devices_annotation(annotations: dict[str, str]) -> str:
@@ -237,7 +236,7 @@ def is_annotated(annotations: dict[str, str]) -> bool:
 
 def asks_for_vfio(state: State, spec: Spec) -> bool:
     """Return whether anything requests VFIO: an annotation, or an entry of linux.devices."""
-    return bool(spec.vfio_devices) or is_annotated({**spec.annotations, **state.annotations})
+    return bool(spec.vfio_devices) or is_annotated(merge_annotations(state, spec))
 
 
 def is_traced(annotations: dict[str, str], paths: list[str]) -> bool:
@@ -250,7 +249,8 @@ def is_traced(annotations: dict[str, str], paths: list[str]) -> bool:
 
 def is_sandbox(state: State, spec: Spec) -> bool:
     """Return whether this is a pod's pause container."""
-    return any(find_annotation(state, spec, name) == value for name, value in SANDBOX_ANNOTATIONS.items())
+    annotations = merge_annotations(state, spec)
+    return any(annotations.get(name) == value for name, value in SANDBOX_ANNOTATIONS.items())
 
 
 def make_state(document: object) -> State:

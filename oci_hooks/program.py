@@ -106,9 +106,10 @@ class Run:
         """Set logging and recording as the container's annotations request."""
         from oci_hooks import oci
 
-        if is_enabled(oci.find_annotation(state, spec, oci.LOG_ANNOTATION)):
+        annotations = oci.merge_annotations(state, spec)
+        if is_enabled(annotations.get(oci.LOG_ANNOTATION)):
             self.is_verbose = True
-        record = oci.find_annotation(state, spec, oci.RECORD_ANNOTATION)
+        record = annotations.get(oci.RECORD_ANNOTATION)
         if is_enabled(record) or record == "full":
             self.record_asked = str(record)
 

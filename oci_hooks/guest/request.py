@@ -64,7 +64,7 @@ def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
     if oci.is_sandbox(state, spec):
         return None
     entries = spec.vfio_devices
-    annotations = {**spec.annotations, **state.annotations}
+    annotations = oci.merge_annotations(state, spec)
     name = oci.name_devices_annotation(annotations)
     text, old_map = annotations.get(name), annotations.get(oci.MAP_ANNOTATION)
     for key, value in ((name, text), (oci.MAP_ANNOTATION, old_map)):
@@ -89,7 +89,7 @@ def read_request(state: oci.State, spec: oci.Spec) -> Request | None:
 
 def is_pods_request(state: oci.State, spec: oci.Spec) -> bool:
     """Return whether the container asks by its pod's annotation, as each container of the pod does."""
-    annotations = {**spec.annotations, **state.annotations}
+    annotations = oci.merge_annotations(state, spec)
     has_name = any(annotations.get(name) for name in oci.CONTAINER_NAME_ANNOTATIONS)
     return has_name and oci.name_devices_annotation(annotations) == oci.DEVICES_ANNOTATION in annotations
 

@@ -13,7 +13,7 @@ from oci_hooks.annotations import CRI_PREFIXES, HANDLER_ANNOTATIONS, KATA_PREFIX
 from oci_hooks.frozen import Frozen
 from oci_hooks.host import hypervisor as vmm
 from oci_hooks.linux.processes import Process, list_family, list_process_ancestors, read_process
-from oci_hooks.oci import find_annotation
+from oci_hooks.oci import merge_annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,13 +56,14 @@ def detect_runtime(root: Root, state: State, spec: Spec, mode: str, by_hand: boo
     """Return the runtime. mode: "auto", "always" or "never" from host.toml; by_hand: started by a user."""
     hypervisor = vmm.find_hypervisor(root, state.pid)
     parent = None if by_hand else find_shim(root, root.do(os.getppid))
-    handler = next((value for name in HANDLER_ANNOTATIONS if (value := find_annotation(state, spec, name))), "")
-    names = list(state.annotations) + list(spec.annotations)
+    annotations = merge_annotations(state, spec)
+    handler = next((value for name in HANDLER_ANNOTATIONS if (value := annotations.get(name))), "")
+    names = list(annotations)
     return Runtime(
         name_runtime_kind(state, parent, hypervisor, mode, by_hand, names, handler),
         parent,
         hypervisor,
-        next((value for name in SANDBOX_ID_ANNOTATIONS if (value := find_annotation(state, spec, name))), state.id),
+        next((value for name in SANDBOX_ID_ANNOTATIONS if (value := annotations.get(name))), state.id),
         handler,
         any(name.startswith(CRI_PREFIXES) for name in names),
         by_hand,

@@ -7,7 +7,7 @@ from oci_hooks.findings import EXIT_DONE, EXIT_REFUSED, Finding
 from oci_hooks.host import checks, container_checks
 from oci_hooks.host.targets import find_targets
 from oci_hooks.linux.pci import scan
-from oci_hooks.oci import HOST_ONLY_NODES
+from oci_hooks.oci import HOST_ONLY_NODES, merge_annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def check_kata_sandbox(
     from oci_hooks.host.kata.lookup import find_config
     from oci_hooks.host.kata.sandbox import inspect_sandbox
 
-    annotations = {**spec.annotations, **state.annotations}
+    annotations = merge_annotations(state, spec)
     found = find_config(root, runtime, annotations, settings.kata_config)
     attached = all(checks.is_attached(root, target, runtime, deadline) for target in targets)
     sandbox = inspect_sandbox(root, runtime, found, annotations, attached)

@@ -126,7 +126,7 @@ def make_annotations(root: Root, state: State, spec: Spec) -> dict[str, str]:
 
     The guest's addresses are not known yet, so devices are named by vendor and device.
     """
-    if oci.is_annotated({**spec.annotations, **state.annotations}):
+    if oci.is_annotated(oci.merge_annotations(state, spec)):
         return {}
     groups = [target.group for target in find_targets(root, scan(root), spec.vfio_devices) if target.group]
     devices = [member.pci for group in groups for member in group.passable if member.pci]

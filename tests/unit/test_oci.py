@@ -296,10 +296,10 @@ def test_one_name_is_one_containers(named: dict[str, str], pods: bool, name: str
     assert oci.is_annotated({**copied, **own}) == (pods or (bool(name) and name in named))
 
 
-def test_find_annotation_state_before_config() -> None:
+def test_merge_annotations_state_before_config() -> None:
     spec = oci.make_spec({"annotations": {"a": "config", "b": "config"}}, "config.json")
     state = oci.make_state({**STATE, "annotations": {"a": "state"}})
-    assert [oci.find_annotation(state, spec, name) for name in "abc"] == ["state", "config", None]
+    assert [oci.merge_annotations(state, spec).get(name) for name in "abc"] == ["state", "config", None]
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
