@@ -220,16 +220,11 @@ def list_lines(
     ]
     for name, names in members.items():
         # vfio's no-IOMMU mode makes a group for a device that is bound; the device is in the picture already.
-        if name not in inventory.groups and read_group_label(root, name) != pci.NOIOMMU_NAME:
+        if name not in inventory.groups and not pci.is_noiommu_group(root, name):
             lines.append(make_foreign_line(root, name, candidates, names))
     lines.sort(key=lambda line: selection.make_sort_key(line.group.name))
     bare = (device for device in inventory.devices.values() if not device.group)
     return (*lines, *(make_bare_line(root, device, candidates) for device in bare))
-
-
-def read_group_label(root: Root, name: str) -> str:
-    """Return the name that the kernel gave an IOMMU group, "" if it gave none."""
-    return root.read_text_or(f"{pci.IOMMU_GROUPS}/{name}/name", "")
 
 
 def make_line(

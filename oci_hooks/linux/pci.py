@@ -181,6 +181,11 @@ def read_override(root: Root, address: str) -> str:
     return "" if text == "(null)" else text
 
 
+def is_noiommu_group(root: Root, name: str) -> bool:
+    """Return whether VFIO's no-IOMMU mode made an IOMMU group for a device that is bound. name: its number."""
+    return root.read_text_or(f"{IOMMU_GROUPS}/{name}/name", "") == NOIOMMU_NAME
+
+
 def read_group_number(root: Root, group: str) -> tuple[int, int] | None:
     """Return major and minor of a VFIO group's present node, None if VFIO has no such group.
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from oci_hooks.frozen import Frozen
 from oci_hooks.linux.pci import (
     IOMMU_GROUPS,
-    NOIOMMU_NAME,
     NOIOMMU_PREFIX,
     PCI_DRIVERS,
     VFIO_CLASS,
     Inventory,
+    is_noiommu_group,
     is_viable_member,
     read_group_number,
     read_numbers,
@@ -113,7 +113,7 @@ def read_group(root: Root, inventory: Inventory, name: str) -> VfioGroup:
     iommu_group = name[len(NOIOMMU_PREFIX) :] if name.startswith(NOIOMMU_PREFIX) else name
     if not iommu_group.isdigit() or not root.exists(f"{IOMMU_GROUPS}/{iommu_group}"):
         return VfioGroup(name, "", number, (), name.startswith(NOIOMMU_PREFIX))
-    noiommu = name != iommu_group or root.read_text_or(f"{IOMMU_GROUPS}/{iommu_group}/name", "") == NOIOMMU_NAME
+    noiommu = name != iommu_group or is_noiommu_group(root, iommu_group)
     return VfioGroup(name, iommu_group, number, read_members(root, inventory, iommu_group), noiommu)
 
 

@@ -58,7 +58,7 @@ def resolve_group_node(root: Root, group: str) -> NodePath:
     if group.startswith(pci.NOIOMMU_GROUP):
         address = group[len(pci.NOIOMMU_GROUP) :]
         name = root.read_link_name(f"{pci.PCI_DEVICES}/{address}/iommu_group") or group
-    if root.read_text_or(f"{pci.IOMMU_GROUPS}/{name}/name", "") == pci.NOIOMMU_NAME:
+    if pci.is_noiommu_group(root, name):
         name = pci.NOIOMMU_PREFIX + name
     numbers = pci.read_group_number(root, name)
     if numbers is None and name.isdigit() and not root.exists(f"{pci.IOMMU_GROUPS}/{name}"):
