@@ -183,7 +183,7 @@ ROWS = [
     (
         "nodes open for the container's user",
         "guest/apply/proof",
-        "    if credentials:\n",
+        "    if credentials and not all(code for code, _ in found):\n",
         "    if False:\n",
         "guest/test_container_user.py",
     ),

@@ -76,7 +76,7 @@ def verify_in_child(
     # As the hook first: what it is denied, the cgroup denies; what only the user is denied, something else does.
     found = [verify_node(directory, node, flags) for node in nodes]
     denied = [0] * len(nodes)
-    if credentials:
+    if credentials and not all(code for code, _ in found):
         from oci_hooks.guest.apply.container_user import become_user
 
         if become_user(credentials, cgroup.pid):
