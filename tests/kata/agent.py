@@ -39,11 +39,12 @@ class AgentError(Exception):
 
 
 class Agent:
-    """A running agent with one sandbox. hooks: whether the guest image has our hook."""
+    """A running agent with one sandbox, in a guest whose image has our hook."""
 
-    def __init__(self, hooks: bool = True) -> None:
-        if hooks:
-            install_hooks()
+    def __init__(self) -> None:
+        bundles.install_image_hooks(HOOKS)
+        # Where the copies look for their package.
+        (HOOKS / "oci_hooks").symlink_to(bundles.REPOSITORY / "oci_hooks")
         environment = {"KATA_AGENT_SERVER_ADDR": f"unix://{SOCKET}", "KATA_AGENT_LOG_LEVEL": "info", "PATH": os.defpath}
         self.log = LOG.open("wb")
         command = [os.environ["OCI_VFIO_KATA_AGENT"]]
@@ -172,11 +173,3 @@ class Agent:
         for path in (SANDBOX_NAMESPACES, BUNDLES, ROOTS, HOOKS):
             shutil.rmtree(path, ignore_errors=True)
         SOCKET.unlink(missing_ok=True)
-
-
-def install_hooks() -> None:
-    """Put the guest hook where a guest image has it: regular files, and the package they find beside them."""
-    for kind in ("prestart", "poststop"):
-        (HOOKS / kind).mkdir(parents=True)
-        shutil.copy(bundles.find_hook(bundles.GUEST_HOOK), HOOKS / kind)
-    (HOOKS / "oci_hooks").symlink_to(bundles.REPOSITORY / "oci_hooks")

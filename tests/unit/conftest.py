@@ -32,3 +32,15 @@ def time_to_die(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give a killed child more time to end: where others are at work too, a tenth of a second may not be enough."""
     for module in (proof, sysfs_writer):
         monkeypatch.setattr(module, "KILL_SECONDS", 5.0)
+
+
+@pytest.fixture(name="stdin")
+def make_stdin() -> Iterator[int]:
+    """Return the writing end of what is stdin for this test."""
+    saved = os.dup(0)
+    reader, writer = os.pipe()
+    os.dup2(reader, 0)
+    os.close(reader)
+    yield writer
+    os.dup2(saved, 0)
+    os.close(saved)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -207,18 +206,6 @@ def test_executables_name_the_claims_directory() -> None:
 
 
 # Standard input -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(name="stdin")
-def make_stdin() -> Iterator[int]:
-    """Return the writing end of what is stdin for this test."""
-    saved = os.dup(0)
-    reader, writer = os.pipe()
-    os.dup2(reader, 0)
-    os.close(reader)
-    yield writer
-    os.dup2(saved, 0)
-    os.close(saved)
 
 
 def test_look_returns_what_it_read(stdin: int, bundle: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,6 @@ from oci_hooks.program import Arguments, Hook, Run, parse_arguments, read_input,
 from oci_hooks.system import Deadline
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(name="stdin")
-def make_stdin() -> Iterator[int]:
-    """Return the writing end of what the hook has as stdin."""
-    saved = os.dup(0)
-    reader, writer = os.pipe()
-    os.dup2(reader, 0)
-    os.close(reader)
-    yield writer
-    os.dup2(saved, 0)
-    os.close(saved)
 
 
 def run(work: Any, *arguments: str) -> int:

@@ -116,6 +116,13 @@ def write_settings(guest: str = "", host: str = "") -> None:
     (SETTINGS / "host.toml").write_text(PATIENCE + host)
 
 
+def install_image_hooks(directory: Path) -> None:
+    """Put the guest hook below a guest_hook_path as a Kata guest image has it: regular files, by kind of hook."""
+    for kind in ("prestart", "poststop"):
+        (directory / kind).mkdir(parents=True)
+        shutil.copy(find_hook(GUEST_HOOK), directory / kind)
+
+
 def make_hook(path: str, *arguments: str, **more: Any) -> dict[str, Any]:
     """Return one entry for `hooks`."""
     return {"path": path, "args": [path, *arguments], **more}

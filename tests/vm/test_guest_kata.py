@@ -45,9 +45,7 @@ exit 0
 @pytest.fixture
 def guest_image(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Install the hook as a guest image has it, and have bundles where the agent has them."""
-    for kind in ("prestart", "poststop"):
-        (HOOKS / kind).mkdir(parents=True)
-        shutil.copy(bundles.find_hook(bundles.GUEST_HOOK), HOOKS / kind)
+    bundles.install_image_hooks(HOOKS)
     if not PACKAGE.exists():
         shutil.copytree(bundles.REPOSITORY / "oci_hooks", PACKAGE)
     monkeypatch.setattr(bundles, "BUNDLES", Path("/run/kata-containers"))
