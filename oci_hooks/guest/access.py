@@ -30,8 +30,11 @@ def preload_later_steps() -> None:
 
 
 class GrantOptions(Frozen):
-    """How to permit. widens_parents: see `plan_grant`; expects_user: the container may have its groups open;
-    credentials: with which its nodes have to open, None where nobody knows."""
+    """How to allow nodes.
+
+    widens_parents: see `plan_grant`; expects_user: the container may have its groups open; credentials: with which its
+    nodes have to open, None if config.json gives none.
+    """
 
     widens_parents: bool
     expects_user: bool
@@ -49,7 +52,7 @@ def grant_nodes(
 ) -> list[Finding]:
     """Prove that the nodes open inside the container's cgroup, permitting what it denies. Raises StepError.
 
-    Returns warnings: what the container's first process can open only by a program file with privileges of its own.
+    Returns warnings on nodes that the container's first process cannot open, but another of its processes may.
     """
     from oci_hooks.guest import permits
     from oci_hooks.guest.apply import cgroup, container_dev, permission, proof
