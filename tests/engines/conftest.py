@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,27 @@ def containerd(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Engin
     made = make_engine(Path("/run/engine-2"), read_layers("containerd-2"))
     yield made
     made.close()
+
+
+@pytest.fixture(autouse=True)
+def record_way(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """Note which way in which version of which engine a test shows; the version is what the engine prints."""
+    mark = request.node.get_closest_marker("way")
+    if mark is not None:
+        name, way = mark.args
+        root = "containerd" if "containerd" in request.fixturenames else "engine"
+        printed = request.getfixturevalue(root).run(name, "--version").stdout
+        version = re.search(r"[0-9]+(?:\.[0-9]+)+", printed)
+        assert version, printed
+        record_property("way", f"{name} {version[0]} | {way}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table of docs/howto/engines.md, as far as this run shows it."""
+    reports = [each for kind in ("passed", "failed") for each in terminalreporter.stats.get(kind, ())]
+    ways = {value: each.outcome for each in reports for key, value in each.user_properties if key == "way"}
+    for way, outcome in sorted(ways.items()):
+        terminalreporter.write_line(f"| {way} | {outcome} |")
 
 
 @pytest.fixture(name="group")

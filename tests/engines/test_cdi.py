@@ -74,6 +74,7 @@ def check_named(done: Done, words: str) -> None:
     assert words in done.stdout + done.stderr, done.stdout + done.stderr
 
 
+@pytest.mark.way("podman", "group by CDI")
 def test_podman(engine: Engine, group: str) -> None:
     write_file(engine)
     engine.do("podman load -i /run/probe.tar")
@@ -84,6 +85,7 @@ def test_podman(engine: Engine, group: str) -> None:
     )
 
 
+@pytest.mark.way("docker", "group by CDI")
 def test_docker(engine: Engine, group: str) -> None:
     engine.do("systemctl restart containerd")
     for install in engines.read_howto("docker", "Declare once: a runtime")[:-1]:
@@ -102,6 +104,7 @@ def test_docker(engine: Engine, group: str) -> None:
     engine.do("rm /etc/docker/daemon.json")
 
 
+@pytest.mark.way("containerd", "ctr run --device, group by CDI; before 2.0 refused")
 @pytest.mark.parametrize("containerd", ["own", "2.1"], indirect=True)
 def test_ctr(containerd: Engine, group: str) -> None:
     """ctr takes CDI names from 2.x on; that of 1.7 takes the name for a path."""
@@ -115,6 +118,7 @@ def test_ctr(containerd: Engine, group: str) -> None:
         check_passed(containerd, line, group, node_of(group))
 
 
+@pytest.mark.way("containerd", "pod, group by CDI")
 @pytest.mark.parametrize("containerd", ["own", "2.1"], indirect=True)
 def test_pod(containerd: Engine, group: str) -> None:
     """A container of a pod gets the group by annotation: 1.7 with enable_cdi, 2.x anyway."""

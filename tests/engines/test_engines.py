@@ -45,64 +45,86 @@ def test_versions(engine: Engine, release: str) -> None:
         assert version in (engines.HOWTO / f"{name}.md").read_text()
 
 
-def test_podman_by_annotation(engine: Engine) -> None:
+@pytest.fixture(scope="module")
+def podman(engine: Engine) -> Engine:
+    """Return the root with our image in podman's storage."""
     engine.do("podman load -i /run/probe.tar")
-    (line,) = engines.read_howto("podman", "By annotation")
-    group = find_group()
-    check_opened(engine.type(fill(line)), group)
-    # crun hides the hook's line; the page on failures names the annotation that shows it.
-    (shown,) = [text for text in engines.read_howto("debug", "Podman") if "stderr" in text]
-    check = engine.type(fill(shown, devices=BRIDGE))
-    assert check.code != 0
-    assert REFUSED in engine.do(f"cat {LOG}")
+    return engine
 
 
-def test_podman_by_cdi(engine: Engine) -> None:
-    install, line = engines.read_howto("podman", "By CDI")
-    engine.do(install)
-    # A directory without hooks: it must be the CDI file that brings them.
-    check_opened(engine.type(fill(line).replace("podman", "podman --hooks-dir /srv", 1)), find_group())
-
-
-def test_docker(engine: Engine, release: str) -> None:
+@pytest.fixture(scope="module")
+def docker(engine: Engine) -> Engine:
+    """Return the root with Docker running, the runtime declared by the how-to's lines, our image in its storage."""
     engine.do("systemctl restart containerd")
-    *installs, line = engines.read_howto("docker", "Declare once: a runtime")
+    *installs, _ = engines.read_howto("docker", "Declare once: a runtime")
     for install in installs:
         engine.do(install)
     engine.do("docker load -i /run/probe.tar")
+    return engine
+
+
+@pytest.mark.way("podman", "hooks.d, by annotation")
+def test_podman_by_annotation(podman: Engine) -> None:
+    (line,) = engines.read_howto("podman", "By annotation")
+    group = find_group()
+    check_opened(podman.type(fill(line)), group)
+    # crun hides the hook's line; the page on failures names the annotation that shows it.
+    (shown,) = [text for text in engines.read_howto("debug", "Podman") if "stderr" in text]
+    check = podman.type(fill(shown, devices=BRIDGE))
+    assert check.code != 0
+    assert REFUSED in podman.do(f"cat {LOG}")
+
+
+@pytest.mark.way("podman", "hook by CDI")
+def test_podman_by_cdi(podman: Engine) -> None:
+    install, line = engines.read_howto("podman", "By CDI")
+    podman.do(install)
+    # A directory without hooks: it must be the CDI file that brings them.
+    podman.do("mkdir -p /run/no-hooks")
+    check_opened(podman.type(fill(line).replace("podman", "podman --hooks-dir /run/no-hooks", 1)), find_group())
+
+
+@pytest.mark.way("docker", "runtime that adds the hooks")
+def test_docker(docker: Engine, release: str) -> None:
+    *_, line = engines.read_howto("docker", "Declare once: a runtime")
     (annotated,) = engines.read_howto("docker", "By annotation")
     group = find_group()
-    check_opened(engine.type(fill(line)), group)
+    check_opened(docker.type(fill(line)), group)
     if release == "debian-12":
-        assert "unknown flag: --annotation" in engine.type(fill(annotated)).stderr
-        engine.do(f"sed -i s/auto/{BRIDGE}/ /etc/oci-vfio-hooks/hooks.json")
-        check_refused(engine.type(fill(line)), REFUSED)
+        assert "unknown flag: --annotation" in docker.type(fill(annotated)).stderr
+        hooks = "/etc/oci-vfio-hooks/hooks.json"
+        docker.do(f"sed -i s/auto/{BRIDGE}/ {hooks}")
+        check_refused(docker.type(fill(line)), REFUSED)
+        docker.do(f"sed -i s/{BRIDGE}/auto/ {hooks}")
     else:
-        check_opened(engine.type(fill(annotated)), group)
-        check_refused(engine.type(fill(annotated, devices=BRIDGE)), REFUSED)
+        check_opened(docker.type(fill(annotated)), group)
+        check_refused(docker.type(fill(annotated, devices=BRIDGE)), REFUSED)
 
 
-def test_dockers_device_of_an_unbound_group(engine: Engine) -> None:
+@pytest.mark.way("docker", "--device of an unbound group: refused")
+def test_dockers_device_of_an_unbound_group(docker: Engine) -> None:
     """Docker's own words come before any hook; the check by hand gives the reason."""
     group = find_group()
-    done = engine.type(f"docker run --rm --runtime vfio --device /dev/vfio/{group} {IMAGE}")
+    done = docker.type(f"docker run --rm --runtime vfio --device /dev/vfio/{group} {IMAGE}")
     assert done.code != 0
     assert "error gathering device information" in done.stderr, done.stderr
-    done = engine.type(f"vfio-host-check --group {group}")
+    done = docker.type(f"vfio-host-check --group {group}")
     assert done.code == 1
     assert "vfio-host-check: error: [" in done.stderr, done.stderr
 
 
-def test_docker_by_cdi(engine: Engine, release: str) -> None:
+@pytest.mark.way("docker", "hook by CDI; before 25 refused")
+def test_docker_by_cdi(docker: Engine, release: str) -> None:
     install, line = engines.read_howto("docker", "By CDI")
-    engine.do(install)
-    done = engine.type(fill(line))
+    docker.do(install)
+    done = docker.type(fill(line))
     if release == "debian-12":
         assert done.code != 0
     else:
         check_opened(done, find_group())
 
 
+@pytest.mark.way("containerd", "ctr run --config")
 @pytest.mark.parametrize("containerd", CONTAINERDS, indirect=True)
 def test_ctr_run_config(containerd: Engine) -> None:
     containerd.do("systemctl restart containerd")
@@ -113,6 +135,9 @@ def test_ctr_run_config(containerd: Engine) -> None:
     config = json.loads(containerd.do("cat /run/config.json"))
     config["root"]["path"] = "/srv/probe"
     config["process"]["args"] = list(PROGRAM)
+    # The one of `ctr oci spec`, /default, is that of all containers of this namespace: with another one it is busy.
+    assert config["linux"]["cgroupsPath"] == "/default"
+    config["linux"]["cgroupsPath"] = "/default/one"
     containerd.write("/run/config.json", json.dumps(config))
     group = find_group()
     check_opened(containerd.type(run.replace("NAME", "one")), group)
@@ -120,6 +145,7 @@ def test_ctr_run_config(containerd: Engine) -> None:
     check_refused(containerd.type(run.replace("NAME", "two")), REFUSED)
 
 
+@pytest.mark.way("containerd", "runtime class, pod of two containers")
 @pytest.mark.parametrize("containerd", CONTAINERDS, indirect=True)
 def test_pod_of_two_containers(containerd: Engine) -> None:
     """The container with the annotation has the group; its neighbour sees none. Our pause image is used."""

@@ -53,6 +53,7 @@ def create(engine: Engine, sandbox: str, name: str, *nodes: str) -> Done:
     return engine.type(f"crictl create --no-pull {sandbox} /srv/container.json /srv/pod.json")
 
 
+@pytest.mark.way("containerd", "pod, checked by vfio-nri")
 def test_nri(engine: Engine, sandbox: str, group: str) -> None:
     node, missing = f"/dev/vfio/{group}", "/dev/vfio/4000"
     made = create(engine, sandbox, "good", "/dev/vfio/vfio", node)
