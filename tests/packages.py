@@ -161,6 +161,30 @@ def ensure_dist() -> Path:
     return location
 
 
+@functools.cache
+def ensure_addon() -> Path:
+    """Return a directory with the guest add-on of the tree as it is: its archive, and `tree`, where it is unpacked."""
+    location = find_cache() / f"addon-{stamp_tree()}"
+    if not location.exists():
+        with locked(location):
+            if not location.exists():
+                say("building the guest add-on")
+                started = time.monotonic()
+                forget_old("addon-[0-9a-f]*")
+                partial = make_partial(location)
+                run(make_addon_command(partial, "--directory", str(partial / "tree")))
+                partial.rename(location)
+                say(f"  guest add-on: done in {time.monotonic() - started:.0f} s")
+    return location
+
+
+def make_addon_command(output: Path, *options: str) -> list[str]:
+    """Return the command that builds the guest add-on, of Debian's packages that are downloaded once."""
+    recipe = (REPOSITORY / "packaging/guest_addon/debs.py").read_text()
+    debs = find_cache() / f"debs-addon-{make_stamp(recipe)}"
+    return [str(REPOSITORY / "packaging/guest-addon"), "--debs", str(debs), "--output", str(output), *options]
+
+
 def stamp_tree() -> str:
     """Return a name for the contents of all files that go into the packages."""
     digest = hashlib.sha256()

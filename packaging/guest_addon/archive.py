@@ -49,7 +49,7 @@ def write_archive(root: Path, target: Path, epoch: int) -> None:
     own = root / MANIFEST.rpartition("/")[0]
     directories = [own, *(path for path in own.rglob("*") if path.is_dir())]
     with (
-        lzma.open(target, "wb", preset=9 | lzma.PRESET_EXTREME) as packed,
+        lzma.open(target, "wb") as packed,
         tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
     ):
         for path in sorted([*directories, *list_files(root)]):

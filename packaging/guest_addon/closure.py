@@ -17,16 +17,20 @@ OWN = "oci_hooks"
 # What the launcher imports.
 ROOTS = ("oci_hooks.idle", "oci_hooks.guest.hook")
 # What the interpreter itself imports at its start, and what is imported inside functions that the hook does come to:
-# collections.Counter.most_common, the version of a library for a recording, a traceback.
-NEEDED = ("encodings", "encodings.utf_8", "codecs", "io", "abc", "os", "site", "heapq", "email.parser", "linecache")
+# collections.Counter.most_common, a traceback, and for a recording tarfile and the versions of the libraries.
+NEEDED = ("encodings", "encodings.utf_8", "codecs", "io", "abc", "os", "site")
+NEEDED += ("heapq", "linecache", "gzip", "email.parser")
 NO_LIBRARY = "its importer does without it"
 # Modules that are left out although something in the add-on has an import of them, each with the reason.
 OMITTED = {
-    "_bz2": NO_LIBRARY,
     "_hashlib": f"{NO_LIBRARY}: the interpreter has the sums built in, OpenSSL takes 5 MB",
-    "_lzma": NO_LIBRARY,
-    "_ssl": f"{NO_LIBRARY}: asyncio, which tenacity imports, and OpenSSL takes 5 MB",
+    "asyncio.windows_events": "Windows",
+    "asyncio.windows_utils": "Windows",
+    "bz2": NO_LIBRARY,
     "jsonschema": "a wrong state is reported by its first mistake (docs/reference/libraries.md)",
+    "lzma": NO_LIBRARY,
+    "ssl": f"{NO_LIBRARY}: asyncio, which tenacity imports",
+    "tenacity.tornadoweb": "only where tornado is loaded",
     "tomli": "Python has tomllib",
 }
 # Modules that are imported only inside functions that the hook does not come to, each with its importer.
@@ -38,7 +42,6 @@ NOT_REACHED = {
     "email.policy": "email.message.EmailMessage",
     "encodings.mbcs": "encodings: on Windows",
     "getopt": "base64, quopri: as programs",
-    "gzip": "tarfile",
     "importlib.readers": "importlib.resources",
     "pickle": "logging: a configuration from a socket",
     "py_compile": "zipfile.PyZipFile",
@@ -126,7 +129,7 @@ def find_closure(library: Library, roots: Sequence[str] = (*ROOTS, *NEEDED)) -> 
 
 def list_left_out(library: Library, closure: Closure) -> dict[str, set[str]]:
     """Return the modules that exist and are imported in functions only, and are not in a closure: their importers."""
-    known = {*closure.sources, *closure.extensions, *library.builtin}
+    known = {*closure.sources, *closure.extensions, *library.builtin, *OMITTED}
     return {
         name: importers
         for name, importers in sorted(closure.inside.items())

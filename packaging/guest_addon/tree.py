@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from guest_addon.closure import Closure, Library, find_closure
+from guest_addon.closure import OWN, Closure, Library, find_closure
 from guest_addon.debs import BuildError, Package, run
 
 HERE = Path(__file__).resolve().parent
@@ -55,7 +55,9 @@ def lay_out(debian: Path, packages: Sequence[Package], root: Path) -> None:
     compile_modules(debian, closure, top / "lib" / PYTHON)
     for extension in closure.extensions.values():
         copy(extension, top / "lib" / PYTHON / "lib-dynload" / extension.name)
-    # The versions of the libraries, which a recording has.
+    # A recording is made by the schemas, and names the versions of the libraries.
+    for schema in sorted((REPOSITORY / OWN / "schemas").glob("*.json")):
+        copy(schema, top / "lib" / PYTHON / OWN / "schemas" / schema.name)
     for info in sorted((debian / DIST_PACKAGES).glob("*.egg-info/PKG-INFO")):
         copy(info, top / "lib" / PYTHON / info.parent.name / info.name)
     write_licenses(debian, packages, top)
