@@ -18,8 +18,10 @@ OWN = "oci_hooks"
 ROOTS = ("oci_hooks.idle", "oci_hooks.guest.hook")
 # What the interpreter itself imports at its start, and what is imported inside functions that the hook does come to:
 # collections.Counter.most_common, a traceback, and for a recording tarfile and the versions of the libraries.
-NEEDED = ("encodings", "encodings.utf_8", "codecs", "io", "abc", "os", "site")
-NEEDED += ("heapq", "linecache", "gzip", "email.parser")
+NEEDED = (
+    *("encodings", "encodings.utf_8", "codecs", "io", "abc", "os", "site"),
+    *("heapq", "linecache", "gzip", "email.parser"),
+)
 NO_LIBRARY = "its importer does without it"
 # Modules that are left out although something in the add-on has an import of them, each with the reason.
 OMITTED = {

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks import __version__
-from tests import packages
+from tests import packages, provision
 from tests.packages import run_mounted
 from tests.provision import REPOSITORY
 
@@ -285,6 +285,27 @@ def test_addon_waits_without_udev(bare_root: BareRoot) -> None:
     assert bare_root.run(PYTHON, FLAGS, "-c", listen) == "''\n"
     versions = "import pyudev, tenacity; from oci_hooks.record.writer import find_versions; print(find_versions())"
     assert "unknown" not in bare_root.run(PYTHON, FLAGS, "-c", versions)
+
+
+def test_addon_declares_cdi(addon: Path, bare_root: BareRoot) -> None:
+    """At each boot, when /run is empty; and CDI's own package takes the file, which declares hooks that are there."""
+    declare = "/opt/oci-vfio-hooks/bin/declare-cdi"
+    (bare_root.path / "var").mkdir()
+    (bare_root.path / "var/run").symlink_to("../run")
+    for _ in range(2):
+        assert bare_root.run(declare) == ""
+    (path,) = (bare_root.path / "run/cdi").iterdir()
+    assert path.read_bytes() == (addon / "tree/opt/oci-vfio-hooks/cdi" / path.name).read_bytes()
+    command = [str(provision.ensure_cdi_check()), str(path), "oci-vfio-hooks/bind=all"]
+    answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert answer["problems"] is None
+    declared = answer["container"]["hooks"]
+    assert [(kind, hook["path"]) for kind, (hook,) in declared.items()] == [
+        ("prestart", HOOKS[0]),
+        ("poststop", HOOKS[1]),
+    ]
+    unit = (addon / "tree/usr/lib/systemd/system/kata-agent.service.d/oci-vfio-hooks.conf").read_text()
+    assert unit.splitlines()[-1] == f"ExecStartPre=-{declare}"
 
 
 def measure(command: list[str]) -> float:
