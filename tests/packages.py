@@ -89,6 +89,8 @@ BARE_ROOTS = {
     "bare": ("bookworm", (), (), ()),
     "bare-python": ("bookworm", ("python3-minimal",), (), ()),
 }
+# What the guest add-on is made of.
+ADDON_PARTS = ("packaging/guest", "oci_hooks/", "LICENSE")
 # Roots with packages in them are made anew with every change: an older one is of no use, after the runs that have it.
 KEPT_SECONDS = 7200.0
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/root"}
@@ -161,13 +163,37 @@ def ensure_dist() -> Path:
     return location
 
 
-def stamp_tree() -> str:
-    """Return a name for the contents of all files that go into the packages."""
+@functools.cache
+def ensure_addon() -> Path:
+    """Return a directory with the guest add-on of the tree as it is: its archive, and `tree`, where it is unpacked."""
+    location = find_cache() / f"addon-{stamp_tree(ADDON_PARTS)}"
+    if not location.exists():
+        with locked(location):
+            if not location.exists():
+                say("building the guest add-on")
+                started = time.monotonic()
+                forget_old("addon-[0-9a-f]*")
+                partial = make_partial(location)
+                run(make_addon_command(partial, "--directory", str(partial / "tree")))
+                partial.rename(location)
+                say(f"  guest add-on: done in {time.monotonic() - started:.0f} s")
+    return location
+
+
+def make_addon_command(output: Path, *options: str) -> list[str]:
+    """Return the command that builds the guest add-on, of Debian's packages that are downloaded once."""
+    recipe = (REPOSITORY / "packaging/guest_addon/debs.py").read_text()
+    debs = find_cache() / f"debs-addon-{make_stamp(recipe)}"
+    return [str(REPOSITORY / "packaging/guest-addon"), "--debs", str(debs), "--output", str(output), *options]
+
+
+def stamp_tree(parts: tuple[str, ...] = ("",)) -> str:
+    """Return a name for the contents of all files that go into the packages. parts: how these files' names begin."""
     digest = hashlib.sha256()
     for name in list_tree():
         path = REPOSITORY / name
         # Tests are in the source tarball only.
-        if path.is_file() and not name.startswith("tests/"):
+        if path.is_file() and name.startswith(parts) and not name.startswith("tests/"):
             digest.update(f"{name} {path.stat().st_mode:o}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:10]
 
@@ -303,8 +329,11 @@ def are_wanted_by(files: Sequence[Path]) -> bool:
 
 
 def make_environment(files: Sequence[Path]) -> dict[str, str]:
-    """Return the environment variables for tests in the machine if one of the files has PACKAGES = True."""
-    return {"OCI_VFIO_INSTALLED": ":".join(map(str, ensure_installed()))} if are_wanted_by(files) else {}
+    """Return the environment variables for tests in the machine if a file has PACKAGES = True, or ADDON = True."""
+    environment = {"OCI_VFIO_INSTALLED": ":".join(map(str, ensure_installed()))} if are_wanted_by(files) else {}
+    if any("\nADDON = True\n" in file.read_text() for file in files):
+        environment["OCI_VFIO_ADDON"] = str(ensure_addon())
+    return environment
 
 
 def install_debs(root: Root, *more: str) -> None:

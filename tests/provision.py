@@ -62,6 +62,7 @@ TEST_PACKAGES = {
     "git": "which files are the tree's: packages are named by their contents",
     "strace": "which files a hook opens",
     "linux-libc-dev": "the numbers of system calls and capabilities",
+    "patchelf": "the guest add-on's own interpreter",
     "python3-jsonschema": "the hooks' own dependency",
     "python3-pyudev": "the hooks' own dependency",
     "python3-tenacity": "the hooks' own dependency",

@@ -39,12 +39,17 @@ class AgentError(Exception):
 
 
 class Agent:
-    """A running agent with one sandbox, in a guest whose image has our hook."""
+    """A running agent with one sandbox, in a guest whose image has our hook.
 
-    def __init__(self) -> None:
-        bundles.install_image_hooks(HOOKS)
-        # Where the copies look for their package.
-        (HOOKS / "oci_hooks").symlink_to(bundles.REPOSITORY / "oci_hooks")
+    hooks: the image's guest_hook_path, if it is not to be made of the repository's hook.
+    """
+
+    def __init__(self, hooks: Path | None = None) -> None:
+        if hooks is None:
+            hooks = HOOKS
+            bundles.install_image_hooks(HOOKS)
+            # Where the copies look for their package.
+            (HOOKS / "oci_hooks").symlink_to(bundles.REPOSITORY / "oci_hooks")
         environment = {"KATA_AGENT_SERVER_ADDR": f"unix://{SOCKET}", "KATA_AGENT_LOG_LEVEL": "info", "PATH": os.defpath}
         self.log = LOG.open("wb")
         command = [os.environ["OCI_VFIO_KATA_AGENT"]]
@@ -55,7 +60,7 @@ class Agent:
         self.names: list[str] = []
         self.wait_until(SOCKET.exists)
         self.wait_until(self.connect)
-        self.call("CreateSandbox", messages.CREATE_SANDBOX, hostname="h", sandbox_id="s", guest_hook_path=str(HOOKS))
+        self.call("CreateSandbox", messages.CREATE_SANDBOX, hostname="h", sandbox_id="s", guest_hook_path=str(hooks))
 
     def wait_until(self, is_so: Callable[[], bool]) -> None:
         """Wait until something is so; an agent that ends before is a failure."""

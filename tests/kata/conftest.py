@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tests.vm import bundles, guest
 from tests.vm.conftest import native_drivers
 
 HERE = Path(__file__).resolve().parent
-PAGE = bundles.REPOSITORY / "docs/howto/kata.md"
+SPECIFICATION = bundles.REPOSITORY / "packaging/guest_addon/root/opt/oci-vfio-hooks/cdi/oci-vfio-hooks.json"
 __all__ = ["native_drivers"]
 
 
@@ -37,10 +36,8 @@ def agent(native_drivers: None) -> Iterator[Agent]:
 
 @pytest.fixture
 def cdi() -> Iterator[str]:
-    """Have the guest's CDI specification that docs/howto/kata.md shows, and return the name of its device."""
-    blocks = re.findall(r"^    \{\n(?:    .*\n)+?    \}\n", PAGE.read_text(), re.MULTILINE)
-    (block,) = [each for each in blocks if "cdiVersion" in each]
-    specification = json.loads(block)
+    """Have the guest add-on's CDI specification, for the repository's hook, and return the name of its device."""
+    specification = json.loads(SPECIFICATION.read_text())
     for hook in specification["devices"][0]["containerEdits"]["hooks"]:
         hook["path"] = str(HOOKS / "prestart" / bundles.GUEST_HOOK)
     place = Path("/var/run/cdi/oci-vfio-hooks.json")

@@ -98,6 +98,10 @@ RUN = {
     "containerd/add-runtime kata containerd/kata.toml": (
         "tests/packaging/test_containerd.py::test_a_class_that_is_there_gets_what_it_lacks"
     ),
+    "packaging/guest-addon": "tests/packaging/test_addon.py::test_addon_is_reproducible",
+    'tar -C "$ROOTFS_DIR" -xf dist/oci-vfio-hooks-guest-addon_*_amd64.tar.xz': (
+        "tests/packaging/test_addon.py::test_addon_archive_is_tree"
+    ),
     "ctr oci spec | containerd/add-hooks config.json/guest.json --annotations > /run/config.json": (
         f"{ENGINES}::test_ctr_run_config"
     ),
@@ -122,6 +126,10 @@ RUN = {
     'echo \'on_failure = "kill"\' > "$ROOTFS_DIR/etc/oci-vfio-hooks/guest.toml"': TYPED,
     './add-to-rootfs "$ROOTFS_DIR" dist/python3-oci-vfio-hooks_*.deb dist/oci-vfio-hooks-guest_*.deb': (
         "tests/packaging/test_install.py::test_examples_kata_guest_image"
+    ),
+    "packaging/guest-addon": "tests/packaging/test_addon.py::test_addon_is_reproducible",
+    'tar -C "$ROOTFS_DIR" -xf dist/oci-vfio-hooks-guest-addon_*_amd64.tar.xz': (
+        "tests/packaging/test_addon.py::test_addon_archive_is_tree"
     ),
     "ctr oci spec | containerd/add-hooks config.json/host.json > /etc/containerd/vfio-spec.json": (
         "tests/packaging/test_examples.py::test_examples_containerd_base_spec"
@@ -177,7 +185,7 @@ NOT_TYPED = {
     ("docs/reference/codes-host.md", 'mode = "enforce"        # or "warn"'): "host.toml",
     ("docs/reference/privileges.md", "CAP_SYS_ADMIN CAP_NET_ADMIN CAP_MKNOD CAP_SYS_PTRACE"): "capabilities",
     ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SETUID CAP_SETGID"): "capabilities",
-    ("docs/howto/kata.md", "{"): "a CDI specification, which tests/kata/conftest.py takes from there",
+    ("docs/howto/kata.md", "cdi.k8s.io/vfio: oci-vfio-hooks/bind=all"): "annotations",
     ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
     ("docs/reference/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
     ("docs/howto/containerd.md", "enable_cdi = true"): "config.toml",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from oci_hooks.annotations import HYPERVISOR_PREFIX
+from oci_hooks.annotations import GUEST_CDI_DEVICE, HYPERVISOR_PREFIX, asks_for_guest_cdi
 from oci_hooks.findings import Finding
 from oci_hooks.host.hypervisor import find_kernel_refusal
 from oci_hooks.host.kata.hints import make_viommu_hint, write_fix
@@ -331,20 +331,17 @@ def check_mode(sandbox: Sandbox) -> tuple[Finding, ...]:
 
 def check_hooks(sandbox: Sandbox, spec: Spec) -> tuple[Finding, ...]:
     """hooks-dropped: runtime-rs drops the guest hooks if config.json has hooks (container.rs, amend_spec; agent rpc.rs,
-    append_guest_hooks)."""
+    append_guest_hooks), but not those of a CDI specification in the guest."""
     config = sandbox.config
     rs = sandbox.runtime.kind == "kata-rs" or (
         not sandbox.runtime.flavour and config is not None and config.flavour == "rs"
     )
-    if not rs:
-        return ()
-    findings = []
     path = config.hypervisor_setting("guest_hook_path", "") if config else None
-    if spec.raw.get("hooks") and config and path and path.value:
-        problem = f"config.json has hooks, so runtime-rs drops the guest hooks of {config.describe(path)}"
-        hint = (
-            "remove the hooks from config.json and run vfio-host-check --bundle before the container starts, "
-            "or use Kata's Go runtime"
-        )
-        findings.append(Finding("warning", "hooks-dropped", "guest hooks", problem, hint))
-    return tuple(findings)
+    if not (rs and spec.raw.get("hooks") and config and path and path.value) or asks_for_guest_cdi(spec.annotations):
+        return ()
+    problem = f"config.json has hooks, so runtime-rs drops the guest hooks of {config.describe(path)}"
+    hint = (
+        "remove the hooks from config.json and run vfio-host-check --bundle before the container starts, or have the "
+        f'guest add-on in the guest image and add the annotation cdi.k8s.io/vfio: "{GUEST_CDI_DEVICE}"'
+    )
+    return (Finding("warning", "hooks-dropped", "guest hooks", problem, hint),)

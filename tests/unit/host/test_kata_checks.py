@@ -426,6 +426,24 @@ def test_kata_checks_hooks_dropped(
     assert codes(check(HostTree(tmp_path), text, kind=kind, spec=make_spec(hooks=hooks))) == expected
 
 
+@pytest.mark.parametrize(
+    ("annotations", "expected"),
+    [
+        ({"cdi.k8s.io/vfio": "oci-vfio-hooks/bind=all"}, []),
+        ({"cdi.k8s.io/x": "nvidia.com/gpu=0,oci-vfio-hooks/bind=all"}, []),
+        ({"cdi.k8s.io/vfio": "oci-vfio-hooks/bind=other"}, ["warning hooks-dropped"]),
+        ({"x.k8s.io/vfio": "oci-vfio-hooks/bind=all"}, ["warning hooks-dropped"]),
+    ],
+)
+def test_kata_checks_hooks_by_guest_cdi(tmp_path: Path, annotations: dict[str, str], expected: list[str]) -> None:
+    """The finding names the annotation by which a CDI specification in the guest brings the hook; then it is silent."""
+    text = RS.format('pcie_root_port = 1\nguest_hook_path = "/usr/share/oci/hooks"')
+    spec = make_spec(hooks={"prestart": [{"path": "/x"}]}, annotations=annotations)
+    found = check(HostTree(tmp_path), text, kind="kata-rs", spec=spec)
+    assert codes(found) == expected
+    assert all('annotation cdi.k8s.io/vfio: "oci-vfio-hooks/bind=all"' in finding.hint for finding in found)
+
+
 KEYS = (
     "enable_iommu",
     "kernel_params",
