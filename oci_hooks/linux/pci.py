@@ -92,6 +92,21 @@ class Inventory(Frozen):
     groups: dict[str, IommuGroup]
 
 
+class DeviceReader:
+    """PCI functions, each read when it is first asked for: a host may have thousands, and a check needs one or two."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.devices: dict[str, PciDevice | None] = {}
+        self.drivers = dict(KNOWN_DRIVERS)
+
+    def get(self, address: str) -> PciDevice | None:
+        """Return the function at an address, None if there is none."""
+        if address not in self.devices:
+            self.devices[address] = read_device(self.root, address, self.drivers)
+        return self.devices[address]
+
+
 def scan(root: Root, noiommu: bool = False, instances: bool = False) -> Inventory:
     """Return the inventory of a machine, from one pass over its PCI devices. Raises OSError if sysfs cannot be read.
 
