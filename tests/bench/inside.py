@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench import before, hotplug, lift
+from tests.bench import before, hotplug, lift, scale
 from tests.bench.plain import BARE
 from tests.bench.timing import BenchError, Case, Samples, list_imports, take_turns, time_command, weigh
 from tests.support import guest_calls
@@ -153,7 +153,7 @@ def prepare_hooks() -> Path | None:
 
 
 def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
-    """Return samples of these parts ("guest", "hotplug", "runc"), memory and imports."""
+    """Return samples of these parts ("guest", "hotplug", "scale", "runc"), memory and imports."""
     samples: Samples = {}
     memory: Samples = {}
     imports: dict[str, object] = {}
@@ -178,6 +178,11 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
         native = functools.partial(hotplug.measure_native, nic)
         cases = [case, Case("hotplug native", measure=native, restore=hotplug.unplug), Case("hotplug bare", BARE)]
         samples |= take_turns(cases, runs, "hot plug")
+    if "scale" in parts:
+        nic = guest.find_devices(devices.NIC_E1000E)[0]
+        guest.bind(nic, "vfio-pci")
+        samples |= scale.measure_inside(HOST_HOOK, nic, runs)
+        give_back([nic])
     if "runc" in parts:
         cases = list_runc_cases()
         if other:

@@ -4,8 +4,9 @@
 Sets up what it needs like tests/run, and for itself dpdk-devbind and GNU time. Prints ratios; writes all samples to a
 JSON file. Never passes or fails by a time: only when something that is measured did not do its work.
 
-parts: plain (containers without VFIO, here), host (the host check on a made host with 500 devices, here), guest (the
-guest hook and its peers, in the VM), hotplug, runc. Without one: all.
+parts: plain (containers without VFIO, here), host (the host check on a made host with 500 devices, here), scale (the
+host check among thousands of processes, here and in the VM), guest (the guest hook and its peers, in the VM), hotplug,
+runc. Without one: all.
 """
 
 from __future__ import annotations
@@ -34,18 +35,21 @@ PACKAGES = {
     "time": "peak memory",
     "strace": "which files the peers open",
     "util-linux": "unshare, for the made host",
+    "lsof": "a peer of the survey",
+    "psmisc": "fuser, another one",
 }
-HERE = ("plain", "host")
-INSIDE = ("guest", "hotplug", "runc")
+HERE = ("plain", "host", "scale")
+INSIDE = ("guest", "hotplug", "scale", "runc")
 # A busy machine takes several times the usual.
 LIMIT = 1800.0
+PARTS = tuple(dict.fromkeys((*HERE, *INSIDE)))
 Report = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
     """Measure what the command line asks for and return the exit code: 0 done, 1 something did not work, 3 missing."""
     options = parse_arguments(arguments)
-    parts = options.parts or [*HERE, *INSIDE]
+    parts = options.parts or list(PARTS)
     started = time.monotonic()
     try:
         provision.ensure_packages(PACKAGES)
@@ -68,7 +72,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tests/bench/run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join([*HERE, *INSIDE])}; default: all")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
     parser.add_argument("--runs", type=int, default=10, metavar="N", help="turns in the VM (10); ten times that here")
     default = provision.find_cache() / "bench.json"
     parser.add_argument("--json", type=Path, default=default, metavar="FILE", help=f"where all samples go ({default})")
@@ -77,7 +81,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--compare", default="", metavar="REV", help="measure the hooks of a git revision, too, by turns"
     )
     options = parser.parse_args(arguments)
-    unknown = [part for part in options.parts if part not in (*HERE, *INSIDE)]
+    unknown = [part for part in options.parts if part not in PARTS]
     if options.document and options.compare:
         parser.error("--document needs a run without --compare")
     if unknown or options.runs < 1:
