@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Seconds before the deadline at which a search ends: time to report the result.
 SCAN_SPARE = 0.5
+VFIO_MODULE = "/sys/module/vfio"
 KVM_MACHINES = "/sys/kernel/debug/kvm"
 # Number of descriptors of one process after which the clock is checked again.
 DESCRIPTORS_PER_CHECK = 256
@@ -84,6 +85,9 @@ class HolderFinder:
 
     def find_all(self) -> dict[str, tuple[Process, ...]]:
         """Return the processes that have any VFIO node open, by its path. Raises OSError."""
+        if is_unused(self.root):
+            self.is_complete = True
+            return {}
         self.scan(frozenset(), ())
         paths = sorted({path for files in self.files.values() for path in files})
         return {path: self.make_holders(self.find_known(frozenset((path,)))).processes for path in paths}
@@ -116,6 +120,16 @@ class HolderFinder:
         """Return the result for these processes, with the numbers of the last scan."""
         numbers = (self.answer[name] for name in ("looked", "total", "hidden"))
         return Holders(tuple(read_process(self.root, pid) for pid in sorted(pids)), *numbers)
+
+
+def is_unused(root: Root) -> bool:
+    """Return whether nobody has any VFIO node open: then the module's only users are the modules that depend on it.
+
+    Each open group, device and container keeps the module in memory (kernel: file_operations.owner, try_module_get).
+    False if it is unknown: VFIO is built into the kernel, or is not there.
+    """
+    users = root.read_text_or(f"{VFIO_MODULE}/refcnt", "")
+    return users.isdigit() and int(users) == len(root.list_names(f"{VFIO_MODULE}/holders"))
 
 
 def list_virtual_machines(root: Root) -> tuple[int, ...]:

@@ -424,4 +424,11 @@ ROWS = [
         "        pass\n",
         "host/test_scale.py -k named_free",
     ),
+    (
+        "no search where nobody uses VFIO",
+        "linux/holders",
+        "        if is_unused(self.root):\n",
+        "        if False:\n",
+        "linux/test_holders.py -k vfio_is_used",
+    ),
 ]

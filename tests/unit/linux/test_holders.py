@@ -181,6 +181,22 @@ def test_find_finds_what_is_there(
     assert {pid.pid for pid in listed.get(f"/dev/vfio/{wanted}", ())} == real
 
 
+@pytest.mark.parametrize(
+    ("refcnt", "unused"),
+    [("3\n", True), ("5\n", False), ("4\n", False), ("-1\n", False), ("", False), (None, False)],
+)
+def test_find_all_searches_only_where_vfio_is_used(tree: HostTree, refcnt: str | None, unused: bool) -> None:
+    """The numbers are those of Linux 6.1: three modules depend on vfio, and an open group counts two more."""
+    tree.process(50, QEMU, opened=(NODE,))
+    for name in ("vfio_pci", "vfio_pci_core", "vfio_iommu_type1"):
+        tree.write(f"{holders.VFIO_MODULE}/holders/{name}/initstate")
+    if refcnt is not None:
+        tree.write(f"{holders.VFIO_MODULE}/refcnt", refcnt)
+    finder = make_finder(tree)
+    assert bool(finder.find_all()) != unused
+    assert (finder.counts.looked, finder.counts.total) == ((0, 0) if unused else (1, 1))
+
+
 # Its end --------------------------------------------------------------------------------------------------------------
 
 
