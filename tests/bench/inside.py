@@ -174,9 +174,16 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
     if "hotplug" in parts:
         nic = hotplug.find_address()
         waiting = Waiting("bench-hotplug", (nic,))
-        case = Case("hotplug", measure=functools.partial(measure_hotplug, waiting, nic), restore=hotplug.unplug)
-        native = functools.partial(hotplug.measure_native, nic)
-        cases = [case, Case("hotplug native", measure=native, restore=hotplug.unplug), Case("hotplug bare", BARE)]
+        measures = {
+            "hotplug": functools.partial(measure_hotplug, waiting, nic),
+            "hotplug native": functools.partial(hotplug.measure_native, nic),
+            "hotplug kernel": functools.partial(hotplug.measure_kernel, nic),
+        }
+        if other:
+            hook = GUEST_HOOK.replace(str(lift.HOOKS), str(other))
+            measures[f"hotplug{before.SUFFIX}"] = functools.partial(measure_hotplug, waiting, nic, hook)
+        cases = [Case(name, measure=run, restore=hotplug.unplug) for name, run in measures.items()]
+        cases.append(Case("hotplug bare", BARE))
         samples |= take_turns(cases, runs, "hot plug")
     if "scale" in parts:
         nic = guest.find_devices(devices.NIC_E1000E)[0]
@@ -194,10 +201,10 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
     return {"samples": samples, "memory": memory, "imports": imports}
 
 
-def measure_hotplug(waiting: Waiting, address: str) -> float:
+def measure_hotplug(waiting: Waiting, address: str, hook: str = GUEST_HOOK) -> float:
     """Return the seconds from the kernel's uevent to the group's node in the container, its hook waiting for that."""
     directory = Path(f"/proc/{waiting.container.read_pid()}/root/dev/vfio")
-    seconds = hotplug.measure((GUEST_HOOK,), waiting.state, address, directory)
+    seconds = hotplug.measure((hook,), waiting.state, address, directory)
     waiting.release()
     return seconds
 

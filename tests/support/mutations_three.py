@@ -431,4 +431,18 @@ ROWS = [
         "        if False:\n",
         "linux/test_holders.py -k vfio_is_used",
     ),
+    (
+        "a new device is read without its lock",
+        "guest/decision",
+        "claimed = claim_groups(session, settled)",
+        "claimed = claim_groups(session, None)",
+        "guest/test_hotplug.py -k knows_new",
+    ),
+    (
+        "a new device's uevent file",
+        "linux/pci",
+        "read_attributes(root, path) if is_new else parse",
+        "parse",
+        "guest/test_hotplug.py -k without_its_lock",
+    ),
 ]
