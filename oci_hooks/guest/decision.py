@@ -38,15 +38,17 @@ BIND_SECONDS = 1.0
 
 def wait_for_claim(session: Session) -> tuple[UndoLog, plan.Plan]:
     """Return the container's undo log and plan, waiting for devices that are not there yet. Raises Refusal."""
-    listener = None
+    listener = settled = None
     root, deadline = session.root, session.run.deadline
     while True:
         try:
-            claimed = claim_groups(session)
+            claimed = claim_groups(session, settled)
         except selection.NotAvailableYet as missing:
             if listener is None:
                 from oci_hooks.linux.uevents import Listener
 
+                # Devices that come later are being probed by their own drivers, and are read without waiting for these.
+                settled = frozenset(root.list_names(pci.PCI_DEVICES))
                 try:
                     # Listen before looking again, so that no event is missed.
                     listener = root.do(Listener)
@@ -71,8 +73,11 @@ def wait_for_event(listener: Listener, deadline: Deadline) -> str:
     return listener.wait(seconds) if seconds > 0 else ""
 
 
-def claim_groups(session: Session) -> tuple[UndoLog, plan.Plan] | None:
-    """Decide once, and write the claim; None if another hook of the same container had to be waited for."""
+def claim_groups(session: Session, settled: frozenset[str] | None = None) -> tuple[UndoLog, plan.Plan] | None:
+    """Decide once, and write the claim; None if another hook of the same container had to be waited for.
+
+    settled: addresses of devices that were there before the wait; None if there was no wait.
+    """
     deadline = session.run.deadline
     lock = session.directory.lock(deadline)
     try:
@@ -86,7 +91,7 @@ def claim_groups(session: Session) -> tuple[UndoLog, plan.Plan] | None:
 
                 permits.revoke_stale_numbers(session.directory, claims, excluding=session.claim_path)
             wanted = plan.make_plan(
-                session.root, select_groups(session, claims), session.spec, make_plan_options(session)
+                session.root, select_groups(session, claims, settled), session.spec, make_plan_options(session)
             )
             session.root.note("plan", wanted)
             undo_log = open_claim(session, own, wanted.groups)
@@ -103,10 +108,12 @@ def make_plan_options(session: Session) -> plan.PlanOptions:
     return plan.PlanOptions(session.settings.owner, session.request.wants_cdev, session.settings.map)
 
 
-def select_groups(session: Session, claims: list[Claim]) -> tuple[ChosenGroup, ...]:
+def select_groups(
+    session: Session, claims: list[Claim], settled: frozenset[str] | None = None
+) -> tuple[ChosenGroup, ...]:
     """Return the groups for the container, from the machine's present devices. Raises NotAvailableYet, Refusal."""
     root, finder = session.root, UsageFinder(session.root, session.run.deadline)
-    candidates = make_candidates(root, session.settings, claims, session.claim_path, finder.find)
+    candidates = make_candidates(root, session.settings, claims, session.claim_path, finder.find, settled)
     candidates = candidates.replace(
         cdevs=find_cdevs(root, session.request), is_pods=is_pods_request(session.state, session.spec)
     )
@@ -137,15 +144,21 @@ def choose_viommu_hint(root: Root) -> str:
 
 
 def make_candidates(
-    root: Root, settings: GuestSettings, claims: list[Claim], own: str, uses: Callable[[pci.PciDevice], list[str]]
+    root: Root,
+    settings: GuestSettings,
+    claims: list[Claim],
+    own: str,
+    uses: Callable[[pci.PciDevice], list[str]],
+    settled: frozenset[str] | None = None,
 ) -> Candidates:
     """Return what may be chosen from, as the machine is now. own: path of the claim that does not count, "" for none.
 
-    claims: those that hold; uses: gives the reasons why a device must not be touched. Raises OSError.
+    claims: those that hold; uses: gives the reasons why a device must not be touched; settled: as for pci.scan.
+    Raises OSError.
     """
     # Both must allow it: guest.toml for this hook, the kernel's switch for the whole guest.
     noiommu = settings.allow_noiommu and root.read_text_or(pci.NOIOMMU_SWITCH, "N") == "Y"
-    inventory, live = pci.scan(root, noiommu, instances=True), pci.list_live_groups(root)
+    inventory, live = pci.scan(root, noiommu, instances=True, settled=settled), pci.list_live_groups(root)
     inventory, live = pci.resolve_noiommu_groups(inventory, live, noiommu)
     return Candidates(
         inventory,

@@ -245,7 +245,7 @@ def make_line(
 def read_others(root: Root, candidates: Candidates, group: str, names: list[str]) -> list[Member]:
     """Return the devices of a group that are no PCI functions, or have gone meanwhile."""
     directory = f"{pci.IOMMU_GROUPS}/{group}/devices"
-    return [read_member(root, candidates.inventory, f"{directory}/{name}", name) for name in names]
+    return [read_member(root, candidates.inventory.devices, f"{directory}/{name}", name) for name in names]
 
 
 def describe_refusal(group: IommuGroup, candidates: Candidates) -> str:

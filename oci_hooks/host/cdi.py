@@ -11,11 +11,12 @@ from oci_hooks.host import checks
 from oci_hooks.host.cdi_document import KIND, Form, format_document, is_own, make_document
 from oci_hooks.host.cdi_groups import find_unmatched, list_offers, parse_choices, report_offers
 from oci_hooks.host.files import put_file
+from oci_hooks.host.hypervisor import may_use_vfio
 from oci_hooks.host.settings import load_settings
 from oci_hooks.host.suite import choose_exit_code, report_findings
-from oci_hooks.host.survey import describe_line
+from oci_hooks.host.survey import describe_line, report_unfinished
+from oci_hooks.linux.holders import HolderFinder
 from oci_hooks.linux.listing import format_columns
-from oci_hooks.linux.pci import scan
 from oci_hooks.log import write_stdout
 from oci_hooks.oci import CONTROL_NODE, IOMMUFD_NODE
 
@@ -65,9 +66,9 @@ def work_cdi(run: Run) -> int:
     choices = parse_choices(arguments.selects)
     form = choose_form(arguments.output, arguments.format)
     settings = load_settings(run)
-    inventory = scan(root)
-    offers = list_offers(root, inventory, arguments.cdev, run.deadline)
-    findings = [*checks.check_iommu(root, inventory), *find_unmatched(choices, offers)]
+    finder = HolderFinder(root, run.deadline, may_use_vfio)
+    offers = list_offers(root, arguments.cdev, finder)
+    findings = [*checks.check_iommu(root), *find_unmatched(choices, offers), *report_unfinished(finder)]
     chosen = tuple(offer for offer in offers if not choices or any(choice.fits(offer.group) for choice in choices))
     if arguments.cdi == "list":
         run.details["groups"] = [describe_offer(offer) for offer in chosen]

@@ -6,18 +6,18 @@ from __future__ import annotations
 from oci_hooks.findings import Finding, InputError
 from oci_hooks.frozen import Frozen
 from oci_hooks.host import checks
-from oci_hooks.host.survey import list_group_holders, make_entry, make_line, make_no_runtime
+from oci_hooks.host.survey import make_entry, make_line, make_no_runtime
 from oci_hooks.host.targets import Target
-from oci_hooks.linux.pci import is_class, is_id, read_numbers
+from oci_hooks.linux.pci import DeviceReader, is_class, is_id, normalize_address, read_numbers
 from oci_hooks.linux.vfio import CDEV_CLASS, list_groups
 from oci_hooks.oci import CDEV_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.host.survey import GroupLine
-    from oci_hooks.linux.pci import Inventory
+    from oci_hooks.linux.holders import HolderFinder
     from oci_hooks.linux.vfio import Member, VfioGroup
-    from oci_hooks.system import Deadline, Root
+    from oci_hooks.system import Root
 
 SYNTAX = "give a group's number, an address (0000:3b:00.0), id:8086:10d3 or class:0200; several with commas"
 
@@ -80,16 +80,16 @@ def parse_choices(texts: tuple[str, ...]) -> tuple[Choice, ...]:
 
 def parse_choice(text: str) -> Choice:
     """Return the item that one word of --select names. Raises InputError [bad-arguments]."""
-    kind, colon, value = text.lower().partition(":")
+    kind, _, value = text.lower().partition(":")
     if text.isascii() and text.isdigit():
         return Choice("group", text)
     if kind == "id" and is_id(value):
         return Choice("id", value)
     if kind == "class" and is_class(value):
         return Choice("class", value)
-    # An address as lspci prints it has no domain; a mediated device has a UUID.
+    # An address may be written as lspci, nvidia-smi or a person writes it; a mediated device has a UUID.
     if text and kind not in ("id", "class") and set(text) & set(":.-") and not set(text) & set("/= \t"):
-        return Choice("address", f"0000:{text.lower()}" if colon and text.count(":") == 1 else text.lower())
+        return Choice("address", normalize_address(text) or text.lower())
     raise InputError("bad-arguments", f"--select {text}", "is neither a group nor a device", SYNTAX)
 
 
@@ -106,13 +106,13 @@ def find_unmatched(choices: tuple[Choice, ...], offers: tuple[Offer, ...]) -> tu
 # Offers ---------------------------------------------------------------------------------------------------------------
 
 
-def list_offers(root: Root, inventory: Inventory, cdev: bool, deadline: Deadline) -> tuple[Offer, ...]:
+def list_offers(root: Root, cdev: bool, finder: HolderFinder) -> tuple[Offer, ...]:
     """Return every IOMMU group as an offer, in the order of their numbers. Opens no group.
 
     cdev: use the devices' own nodes instead of the group's node.
     """
-    holders = list_group_holders(root, deadline)
-    lines = (make_line(root, group, holders) for group in list_groups(root, inventory))
+    holders = finder.find_all()
+    lines = (make_line(root, group, holders) for group in list_groups(root, DeviceReader(root)))
     return tuple(make_offer(root, line, cdev) for line in lines)
 
 

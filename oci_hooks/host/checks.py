@@ -12,8 +12,8 @@ import os
 from oci_hooks.findings import Finding
 from oci_hooks.host.runtime import belongs_to_sandbox, list_sandbox_processes
 from oci_hooks.linux.firmware import find_unused_iommu
-from oci_hooks.linux.pci import IOMMU_GROUPS, VFIO_CLASS
-from oci_hooks.linux.processes import SCAN_SPARE, find_holders, list_open_paths, read_group_status
+from oci_hooks.linux.pci import IOMMU_GROUPS, PCI_DEVICES, VFIO_CLASS
+from oci_hooks.linux.processes import read_group_status
 from oci_hooks.linux.vfio import CDEV_CLASS
 from oci_hooks.oci import CDEV_PREFIX, CONTROL_NODE, GROUP_PREFIX, IOMMUFD_NODE
 
@@ -21,16 +21,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_hooks.host.runtime import Runtime
     from oci_hooks.host.targets import Target
-    from oci_hooks.linux.pci import Inventory
+    from oci_hooks.linux.holders import HolderFinder, Holders
     from oci_hooks.linux.vfio import Member, VfioGroup
     from oci_hooks.oci import State
-    from oci_hooks.system import Deadline, Root
+    from oci_hooks.system import Root
 
 
 # The host ------------------------------------------------------------------------------------------------------------
 
 
-def check_iommu(root: Root, inventory: Inventory) -> tuple[Finding, ...]:
+def check_iommu(root: Root) -> tuple[Finding, ...]:
     """iommu-off: the kernel created no IOMMU group, so no device can be passed through."""
     if root.list_names(IOMMU_GROUPS):
         return ()
@@ -47,7 +47,7 @@ def check_iommu(root: Root, inventory: Inventory) -> tuple[Finding, ...]:
             f"the firmware reports an IOMMU ({iommu.table}): boot a kernel built with {iommu.option}, and see what "
             "dmesg | grep -i iommu reports"
         )
-    elif inventory.devices and "acpi" in root.list_names("/sys/firmware"):
+    elif root.list_names(PCI_DEVICES) and "acpi" in root.list_names("/sys/firmware"):
         hint = (
             "enable VT-d, AMD-Vi or SMMU in the firmware setup; if this is a virtual machine, give it a virtual IOMMU"
         )
@@ -203,7 +203,7 @@ def check_viability(target: Target) -> tuple[Finding, ...]:
 
 
 def check_group_status(
-    root: Root, target: Target, runtime: Runtime, state: State, deadline: Deadline
+    root: Root, target: Target, runtime: Runtime, state: State, finder: HolderFinder
 ) -> tuple[Finding, ...]:
     """group-busy, group-denied, group-not-viable: the kernel's result when the group is opened.
 
@@ -214,7 +214,7 @@ def check_group_status(
         return ()
     word = read_group_status(root, group.node)
     if word == "busy":
-        return check_holders(root, group, runtime, state, deadline)
+        return check_holders(root, group, runtime, state, finder)
     if word == "not-viable":
         members = ", ".join(name_member(member) for member in group.members)
         problem = f"the kernel reports that the group is not viable ({members})"
@@ -239,11 +239,12 @@ def check_group_status(
 
 
 def check_holders(
-    root: Root, group: VfioGroup, runtime: Runtime, state: State, deadline: Deadline
+    root: Root, group: VfioGroup, runtime: Runtime, state: State, finder: HolderFinder
 ) -> tuple[Finding, ...]:
     """group-busy: a process outside the container's own sandbox has the group open."""
     nodes = list_group_nodes(root, group)
-    holders, looked, total = find_holders(root, nodes, deadline, list_sandbox_processes(root, runtime, state))
+    found = finder.find(nodes, list_sandbox_processes(root, runtime, state))
+    holders = found.processes
     if any(belongs_to_sandbox(root, runtime, state, holder) for holder in holders):
         return ()
     subject = f"group {group.name}"
@@ -251,17 +252,25 @@ def check_holders(
         # The holder may have closed it meanwhile, or be invisible to the hook: if in doubt, allow the container.
         if read_group_status(root, group.node) != "busy":
             return ()
-        problem = "is in use by a process that is not visible to the hook (another PID namespace?)"
-        if looked < total:
-            problem = f"is in use; the search for the process timed out after {looked} of {total} processes"
-        return (
-            Finding(
-                "error", "group-busy", subject, problem, f"list its users as root on the host: fuser -v {group.node}"
-            ),
-        )
+        return (report_unknown_holder(group, found),)
     problem = f"is in use by {', '.join(str(holder) for holder in holders)}"
     pids = " ".join(str(holder.pid) for holder in holders)
     return (Finding("error", "group-busy", subject, problem, f"stop the process (kill {pids}), or use another group"),)
+
+
+def report_unknown_holder(group: VfioGroup, found: Holders) -> Finding:
+    """group-busy: the group is in use, and the process that has it open was not found, for one of three reasons."""
+    problem = "is in use by a process that is not visible to the hook (another PID namespace?)"
+    hint = f"list its users as root on the host: fuser -v {group.node}"
+    if found.looked < found.total:
+        problem = f"is in use; the search for the process stopped after {found.looked} of {found.total} processes"
+        hint += "; to search longer, raise deadline in host.toml"
+    elif found.hidden:
+        problem = (
+            f"is in use; the hook lacks the privilege to check {found.hidden} of {found.total} processes"
+            " (CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH)"
+        )
+    return Finding("error", "group-busy", f"group {group.name}", problem, hint)
 
 
 def list_group_nodes(root: Root, group: VfioGroup) -> tuple[str, ...]:
@@ -278,15 +287,12 @@ def list_device_nodes(root: Root, group: VfioGroup, member: Member) -> list[str]
     return [CDEV_PREFIX + name for name in root.list_names(directory)]
 
 
-def is_attached(root: Root, target: Target, runtime: Runtime, deadline: Deadline) -> bool:
+def is_attached(root: Root, target: Target, runtime: Runtime, finder: HolderFinder) -> bool:
     """Return whether the container's own sandbox already has the group open: cold plug, or a hook after hot plug."""
     group = target.group
     if group is None or runtime.hypervisor is None:
         return False
-    nodes = set(list_group_nodes(root, group))
-    if deadline.remaining() < SCAN_SPARE:
-        return False
-    return bool(nodes & set(list_open_paths(root, runtime.hypervisor.process.pid)))
+    return not finder.list_files(runtime.hypervisor.process.pid).isdisjoint(list_group_nodes(root, group))
 
 
 # Words ---------------------------------------------------------------------------------------------------------------

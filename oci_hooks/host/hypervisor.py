@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 QEMU_NAMES = ("qemu-system-", "qemu-kvm", "qemu-lite", "qemu-vanilla", "qemu")
 CLH_NAMES = ("cloud-hypervisor", "clh")
 OTHER_NAMES = ("firecracker", "stratovirt", "openvmm")
+# Programs that drive devices themselves: DPDK and SPDK, and what is built on these.
+DRIVER_NAMES = ("dpdk-", "spdk", "nvmf_tgt", "vhost", "ovs-vswitchd", "vpp")
 # QEMU's virtual IOMMUs by device; on arm a machine option creates one.
 QEMU_IOMMUS = ("intel-iommu", "virtio-iommu", "virtio-iommu-pci", "virtio-iommu-device", "amd-iommu", "arm-smmuv3")
 
@@ -57,6 +59,11 @@ def name_hypervisor_kind(name: str) -> str:
     if name.startswith(CLH_NAMES):
         return "clh"
     return next((other for other in OTHER_NAMES if name.startswith(other)), "")
+
+
+def may_use_vfio(name: str) -> bool:
+    """Return whether a program of this name probably has a VFIO group open: those are examined first."""
+    return bool(name_hypervisor_kind(name)) or name.startswith(DRIVER_NAMES)
 
 
 def read_qemu(process: Process) -> Hypervisor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from oci_hooks.findings import EXIT_DONE, EXIT_REFUSED, Finding
 from oci_hooks.host import checks, container_checks
+from oci_hooks.host.hypervisor import may_use_vfio
 from oci_hooks.host.targets import find_targets
-from oci_hooks.linux.pci import scan
+from oci_hooks.linux.holders import HolderFinder
 from oci_hooks.oci import HOST_ONLY_NODES, merge_annotations
 
 TYPE_CHECKING = False
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from oci_hooks.host.runtime import Runtime
     from oci_hooks.host.settings import HostSettings
     from oci_hooks.host.targets import Target
-    from oci_hooks.linux.pci import Inventory
     from oci_hooks.oci import Spec, State
     from oci_hooks.program import Run
     from oci_hooks.system import Deadline, Root
@@ -95,25 +95,25 @@ def check_container(
     root: Root, state: State, spec: Spec, runtime: Runtime, settings: HostSettings, deadline: Deadline
 ) -> list[Finding]:
     """Return the findings of all checks for a container with VFIO devices, before the modes of host.toml."""
-    inventory = scan(root)
-    targets = find_targets(root, inventory, spec.vfio_devices)
-    findings = check_host(root, inventory, targets)
+    targets = find_targets(root, spec.vfio_devices)
+    finder = HolderFinder(root, deadline, may_use_vfio)
+    findings = check_host(root, targets)
     for target in targets:
-        findings += check_target(root, target, runtime, state, deadline)
+        findings += check_target(root, target, runtime, state, finder)
     if runtime.is_kata:
-        return findings + check_kata_sandbox(root, state, spec, runtime, targets, settings, deadline)
+        return findings + check_kata_sandbox(root, state, spec, runtime, targets, settings, finder)
     return downgrade_privileged(findings + check_plain_runtime(root, spec, runtime, targets), spec)
 
 
-def check_host(root: Root, inventory: Inventory, targets: tuple[Target, ...]) -> list[Finding]:
+def check_host(root: Root, targets: tuple[Target, ...]) -> list[Finding]:
     """Return the findings on the host itself."""
     findings = [*run_check("control node", checks.check_host_control_node, root, targets)]
     if any(target.group is None and not target.found_by for target in targets):
-        findings += run_check("host IOMMU", checks.check_iommu, root, inventory)
+        findings += run_check("host IOMMU", checks.check_iommu, root)
     return findings
 
 
-def check_target(root: Root, target: Target, runtime: Runtime, state: State, deadline: Deadline) -> list[Finding]:
+def check_target(root: Root, target: Target, runtime: Runtime, state: State, finder: HolderFinder) -> list[Finding]:
     """Return the findings on one entry of linux.devices and its group."""
     return [
         *run_check("group existence", checks.check_group_exists, root, target),
@@ -122,7 +122,7 @@ def check_target(root: Root, target: Target, runtime: Runtime, state: State, dea
         *run_check("mediated devices", checks.check_mediated, target),
         *run_check("group members", checks.check_empty, target),
         *run_check("group viability", checks.check_viability, target),
-        *run_check("group status", checks.check_group_status, root, target, runtime, state, deadline),
+        *run_check("group status", checks.check_group_status, root, target, runtime, state, finder),
     ]
 
 
@@ -142,7 +142,7 @@ def check_kata_sandbox(
     runtime: Runtime,
     targets: tuple[Target, ...],
     settings: HostSettings,
-    deadline: Deadline,
+    finder: HolderFinder,
 ) -> list[Finding]:
     """Return the findings on Kata's configuration, or on the running hypervisor."""
     from oci_hooks.host.kata.checks import check_kata
@@ -151,7 +151,7 @@ def check_kata_sandbox(
 
     annotations = merge_annotations(state, spec)
     found = find_config(root, runtime, annotations, settings.kata_config)
-    attached = all(checks.is_attached(root, target, runtime, deadline) for target in targets)
+    attached = all(checks.is_attached(root, target, runtime, finder) for target in targets)
     sandbox = inspect_sandbox(root, runtime, found, annotations, attached)
     findings = [*run_check("Kata configuration", check_kata, sandbox, spec, targets)]
     if sandbox.wanted:

@@ -11,10 +11,11 @@ import os
 from oci_hooks.findings import Finding, InputError
 from oci_hooks.frozen import Frozen
 from oci_hooks.host import checks
+from oci_hooks.host.hypervisor import may_use_vfio
 from oci_hooks.host.targets import Target
+from oci_hooks.linux.holders import HolderFinder
 from oci_hooks.linux.listing import describe_group, format_columns, format_member
-from oci_hooks.linux.pci import NOIOMMU_PREFIX, scan
-from oci_hooks.linux.processes import SCAN_SPARE, list_open_paths, list_pids, read_process
+from oci_hooks.linux.pci import NOIOMMU_PREFIX, DeviceReader
 from oci_hooks.linux.vfio import list_groups, read_group
 from oci_hooks.log import write_stdout
 from oci_hooks.oci import GROUP_PREFIX, Device, State
@@ -25,14 +26,15 @@ if TYPE_CHECKING:
 
     from oci_hooks.host.kata.sandbox import Sandbox
     from oci_hooks.host.settings import HostSettings
-    from oci_hooks.linux.pci import Inventory
     from oci_hooks.linux.processes import Process
     from oci_hooks.linux.vfio import VfioGroup
     from oci_hooks.program import Run
-    from oci_hooks.system import Deadline, Root
+    from oci_hooks.system import Root
 
 # Node Problem Detector cuts a message after this many characters by default.
 NPD_LENGTH = 80
+# Codes of the status of a group that could not be opened.
+UNOPENED = ("group-busy", "group-denied", "group-missing")
 
 
 class GroupLine(Frozen):
@@ -49,15 +51,18 @@ def survey(run: Run) -> int:
     from oci_hooks.host.suite import choose_exit_code, report_findings
 
     settings, root = load_settings(run), run.root
-    inventory = scan(root)
-    holders = list_group_holders(root, run.deadline)
+    devices, finder = DeviceReader(root), HolderFinder(root, run.deadline, may_use_vfio)
     if run.arguments.groups:
-        groups = tuple(read_group(root, inventory, parse_group(text)) for text in run.arguments.groups)
-        findings = [finding for group in groups for finding in check_named(root, inventory, group, run.deadline)]
+        groups = tuple(read_group(root, devices, parse_group(text)) for text in run.arguments.groups)
+        checked = [check_named(root, group, finder) for group in groups]
+        findings = [finding for found in checked for finding in found]
+        lines = tuple(make_named_line(root, group, finder, found) for group, found in zip(groups, checked))
     else:
-        groups = list_groups(root, inventory)
-        findings = [*checks.check_iommu(root, inventory), *find_half_bound(groups)]
-    lines = tuple(make_line(root, group, holders) for group in groups)
+        groups = list_groups(root, devices)
+        findings = [*checks.check_iommu(root), *find_half_bound(groups)]
+        holders = finder.find_all()
+        findings += report_unfinished(finder)
+        lines = tuple(make_line(root, group, holders) for group in groups)
     sandboxes = () if settings.kata_mode == "never" else inspect_configs(root, settings)
     findings += [finding for sandbox in sandboxes for finding in check_config_conflicts(sandbox)]
     reported = report_findings(run, findings, settings)
@@ -94,7 +99,7 @@ def parse_group(text: str) -> str:
     return name
 
 
-def check_named(root: Root, inventory: Inventory, group: VfioGroup, deadline: Deadline) -> list[Finding]:
+def check_named(root: Root, group: VfioGroup, finder: HolderFinder) -> list[Finding]:
     """Return the findings that a container requesting this group would get."""
     from oci_hooks.host.suite import check_host, check_target
 
@@ -102,8 +107,8 @@ def check_named(root: Root, inventory: Inventory, group: VfioGroup, deadline: De
     is_there = bool(group.iommu_group or group.number)
     found_by = "numbers" if group.number else "name" if is_there else ""
     target = Target(entry, group if is_there else None, "", found_by)
-    findings = check_host(root, inventory, (target,))
-    return findings + check_target(root, target, make_no_runtime(), State("", "/", 0, "", {}), deadline)
+    findings = check_host(root, (target,))
+    return findings + check_target(root, target, make_no_runtime(), State("", "/", 0, "", {}), finder)
 
 
 def make_no_runtime() -> Any:
@@ -129,16 +134,28 @@ def make_entry(group: VfioGroup) -> Device:
     return Device(group.node, "c", major, minor, -1, -1, -1)
 
 
-def list_group_holders(root: Root, deadline: Deadline) -> dict[str, tuple[Process, ...]]:
-    """Return the processes that have each VFIO node open, by its path."""
-    holders: dict[str, tuple[Process, ...]] = {}
-    for pid in list_pids(root):
-        if deadline.remaining() < SCAN_SPARE:
-            break
-        paths = {path for path in list_open_paths(root, pid) if path.startswith(GROUP_PREFIX)}
-        for path in paths:
-            holders[path] = holders.get(path, ()) + (read_process(root, pid),)
-    return holders
+def report_unfinished(finder: HolderFinder) -> tuple[Finding, ...]:
+    """holders-unknown: the time was over before all processes were examined."""
+    counts = finder.counts
+    if counts.looked >= counts.total:
+        return ()
+    problem = (
+        f"the search for the users of groups stopped after {counts.looked} of {counts.total} processes: a group may be"
+        " in use although none is listed"
+    )
+    return (Finding("warning", "holders-unknown", "host", problem, "raise deadline in host.toml"),)
+
+
+def make_named_line(root: Root, group: VfioGroup, finder: HolderFinder, found: list[Finding]) -> GroupLine:
+    """Return the line of a group that was checked. found: the findings on it.
+
+    A group that was opened for its status is in use by nobody: then no process has to be examined.
+    """
+    was_opened = bool(group.number) and not group.noiommu and not group.blocking
+    if was_opened and not any(finding.code in UNOPENED for finding in found):
+        return make_line(root, group, {})
+    nodes = checks.list_group_nodes(root, group)
+    return make_line(root, group, {group.node: finder.find(nodes).processes})
 
 
 def make_line(root: Root, group: VfioGroup, holders: dict[str, tuple[Process, ...]]) -> GroupLine:

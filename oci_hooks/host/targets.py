@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 from oci_hooks.frozen import Frozen
-from oci_hooks.linux.pci import (
-    Inventory,
-    list_live_groups,
-)
-from oci_hooks.linux.vfio import list_cdevs, read_cdev_group, read_group
+from oci_hooks.linux.pci import DeviceReader, read_numbers
+from oci_hooks.linux.vfio import CDEV_CLASS, find_node_owner, read_cdev_group, read_group
 from oci_hooks.oci import CDEV_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.linux.vfio import VfioGroup
+    from oci_hooks.linux.vfio import Devices, VfioGroup
     from oci_hooks.oci import Device
     from oci_hooks.system import Root
 
@@ -43,33 +40,25 @@ class Target(Frozen):
         return f"group {self.group.name}" if self.group else self.entry.path
 
 
-def find_targets(root: Root, inventory: Inventory, entries: tuple[Device, ...]) -> tuple[Target, ...]:
+def find_targets(root: Root, entries: tuple[Device, ...]) -> tuple[Target, ...]:
     """Return each entry of linux.devices with its group or device on this host."""
-    groups = list_live_groups(root)
-    cdevs = list_cdevs(root)
-    return tuple(find_target(root, inventory, entry, groups, cdevs) for entry in entries)
+    devices = DeviceReader(root)
+    return tuple(find_target(root, devices, entry) for entry in entries)
 
 
-def find_target(
-    root: Root,
-    inventory: Inventory,
-    entry: Device,
-    groups: dict[tuple[int, int], str],
-    cdevs: dict[tuple[int, int], str],
-) -> Target:
-    """Return one entry's target. groups, cdevs: the current VFIO nodes, by major and minor."""
-    number = (entry.major, entry.minor)
+def find_target(root: Root, devices: Devices, entry: Device) -> Target:
+    """Return one entry's target."""
     name = entry.path.rpartition("/")[2]
-    if number in groups:
-        return Target(entry, read_group(root, inventory, groups[number]), "", "numbers")
-    if number in cdevs:
-        return Target(entry, read_cdev_group(root, inventory, cdevs[number]), cdevs[number], "numbers")
-    taken_by = root.read_link_name(f"/sys/dev/char/{entry.major}:{entry.minor}")
+    kind, owner = find_node_owner(root, (entry.major, entry.minor))
+    if kind == "vfio":
+        return Target(entry, read_group(root, devices, owner), "", "numbers")
+    if kind == "vfio-dev":
+        return Target(entry, read_cdev_group(root, devices, owner), owner, "numbers")
     if entry.path.startswith(CDEV_PREFIX):
-        found = name in cdevs.values()
-        group = read_cdev_group(root, inventory, name) if found else None
-        return Target(entry, group, name, "name" if found else "", taken_by)
-    group = read_group(root, inventory, name)
+        found = read_numbers(root, f"{CDEV_CLASS}/{name}") is not None
+        group = read_cdev_group(root, devices, name) if found else None
+        return Target(entry, group, name, "name" if found else "", owner)
+    group = read_group(root, devices, name)
     if group.number is None and not group.iommu_group:
-        return Target(entry, None, "", "", taken_by)
-    return Target(entry, group, "", "name", taken_by)
+        return Target(entry, None, "", "", owner)
+    return Target(entry, group, "", "name", owner)

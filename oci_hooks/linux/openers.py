@@ -12,7 +12,7 @@ import stat
 import time
 
 from oci_hooks.linux.pci import PCI_DEVICES
-from oci_hooks.linux.processes import Process, read_program, read_status
+from oci_hooks.linux.processes import Process, find_descriptors, read_program, read_status
 from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
@@ -226,15 +226,8 @@ def list_open_nodes(
 
     location: its directory; seen: mapped files known so far; end: the time, of time.monotonic(), at which to give up.
     """
-    names = os.listdir(f"{location}/fd")
-    if not names:
-        # A process whose first thread has ended shows its files only in the directories of its other threads.
-        threads = os.listdir(f"{location}/task")
-        for thread in threads if len(threads) > 1 else ():
-            names = os.listdir(f"{location}/task/{thread}/fd")
-            if names:
-                location = f"{location}/task/{thread}"
-                break
+    directory, names = find_descriptors(location)
+    location = directory.rpartition("/")[0]
     for number, name in enumerate(names, 1):
         # One process may have a million of them.
         if not number % DESCRIPTORS_PER_SCAN and time.monotonic() >= end:

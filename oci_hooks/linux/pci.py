@@ -92,16 +92,33 @@ class Inventory(Frozen):
     groups: dict[str, IommuGroup]
 
 
-def scan(root: Root, noiommu: bool = False, instances: bool = False) -> Inventory:
+class DeviceReader:
+    """PCI functions, each read when it is first asked for: a host may have thousands, and a check needs one or two."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.devices: dict[str, PciDevice | None] = {}
+        self.drivers = dict(KNOWN_DRIVERS)
+
+    def get(self, address: str) -> PciDevice | None:
+        """Return the function at an address, None if there is none."""
+        if address not in self.devices:
+            self.devices[address] = read_device(self.root, address, self.drivers)
+        return self.devices[address]
+
+
+def scan(
+    root: Root, noiommu: bool = False, instances: bool = False, settled: frozenset[str] | None = None
+) -> Inventory:
     """Return the inventory of a machine, from one pass over its PCI devices. Raises OSError if sysfs cannot be read.
 
     noiommu: give each endpoint without a group a group of its own, `noiommu:BDF`, as VFIO's no-IOMMU mode does;
-    instances: read the inode numbers too.
+    instances: read the inode numbers too; settled: addresses of devices that have been there for a while, None for all.
     """
     devices = {}
     drivers = dict(KNOWN_DRIVERS)
     for address in root.list_names(PCI_DEVICES):
-        device = read_device(root, address, drivers, instances)
+        device = read_device(root, address, drivers, instances, settled is not None and address not in settled)
         # A device may be unplugged between the listing and the reading.
         if device is not None:
             if noiommu and not device.group and not device.is_bridge:
@@ -120,20 +137,20 @@ def make_inventory(devices: dict[str, PciDevice]) -> Inventory:
 
 
 def read_device(
-    root: Root, address: str, drivers: dict[str, bool] | None = None, instance: bool = False
+    root: Root, address: str, drivers: dict[str, bool] | None = None, instance: bool = False, is_new: bool = False
 ) -> PciDevice | None:
     """Return one PCI function, or None if there is none at this address (any more).
 
     drivers: whether each is VFIO's; extended here, so that each driver is looked up only once; instance: read the inode
-    number too.
+    number too; is_new: it was just plugged in.
     """
     drivers = dict(KNOWN_DRIVERS) if drivers is None else drivers
     path = f"{PCI_DEVICES}/{address}"
     # Read first: if the inode is the same at the end, all values read in between are this device's.
     inode = read_inode(root, path) if instance else 0
     try:
-        # One read gives driver, class and ids; single attributes would take four.
-        uevent = parse_uevent(root.read_text(f"{path}/uevent"))
+        # One read gives driver, class and ids; single attributes take four.
+        uevent = read_attributes(root, path) if is_new else parse_uevent(root.read_text(f"{path}/uevent"))
         target = root.read_link(path)
     except OSError:
         return None
@@ -149,6 +166,19 @@ def read_device(
         drivers[driver],
         inode,
     )
+
+
+def read_attributes(root: Root, path: str) -> dict[str, str]:
+    """Return the pairs of a function's uevent file that are read here, from single attributes. Raises OSError.
+
+    While a driver probes a new device, for a tenth of a second or more, some kernels let no one read its uevent file
+    (Linux 6.1: uevent_show takes the device's lock). These attributes are always readable.
+    """
+    vendor, device, class_code = (
+        root.read_text(f"{path}/{name}").replace("0x", "", 1) for name in ("vendor", "device", "class")
+    )
+    driver = root.read_link_name(f"{path}/driver")
+    return {"PCI_ID": f"{vendor}:{device}", "PCI_CLASS": class_code, **({"DRIVER": driver} if driver else {})}
 
 
 def read_inode(root: Root, path: str) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read processes: which ones hold a VFIO node, their parents and children; and the status of a group from the kernel.
+"""Read processes: their names, parents, children and open files; and the status of a group from the kernel.
 
 The only part of the host hook that opens a device: for the duration of one ioctl, because a group that one process has
 open is busy for every other.
@@ -12,20 +12,15 @@ import fcntl
 import os
 
 from oci_hooks.frozen import Frozen
-from oci_hooks.system import Root, tagged
+from oci_hooks.system import tagged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from oci_hooks.system import Deadline
+    from oci_hooks.system import Root
 
 # _IO(VFIO_TYPE, VFIO_BASE + 3) of linux/vfio.h
 VFIO_GROUP_GET_STATUS = 0x3B67
 VFIO_GROUP_FLAGS_VIABLE = 1
-
-# Seconds before the deadline at which the scan of processes stops.
-SCAN_SPARE = 0.5
 
 
 class Process(Frozen):
@@ -77,32 +72,6 @@ def open_group_node(path: str) -> str:
     return "viable" if struct.unpack("=II", answer)[1] & VFIO_GROUP_FLAGS_VIABLE else "not-viable"
 
 
-def find_holders(
-    root: Root, nodes: tuple[str, ...], deadline: Deadline, first: tuple[int, ...] = ()
-) -> tuple[tuple[Process, ...], int, int]:
-    """Return the processes that have one of these nodes open, how many were examined, and how many there are.
-
-    nodes: paths on the host; first: processes to examine before all others; if one of these has a node open, no others
-    are examined. Reads /proc/*/fd until the deadline is near, except this hook's own; processes that it may not read
-    are missing.
-    """
-    wanted = frozenset(nodes)
-    # Through the root, because a replay is another process, whose pid may be that of the recorded holder.
-    own = root.do(os.getpid)
-    # These few are examined regardless of the time: on a busy machine the scan of all others may not reach them.
-    holders = [read_process(root, pid) for pid in first if wanted & frozenset(list_open_paths(root, pid))]
-    if holders:
-        return tuple(holders), len(first), len(first)
-    pids = [pid for pid in list_pids(root) if pid != own and pid not in first]
-    for looked, pid in enumerate(pids):
-        # Leave time to report the result.
-        if deadline.remaining() < SCAN_SPARE:
-            return tuple(holders), len(first) + looked, len(first) + len(pids)
-        if wanted & frozenset(list_open_paths(root, pid)):
-            holders.append(read_process(root, pid))
-    return tuple(holders), len(first) + len(pids), len(first) + len(pids)
-
-
 def list_family(root: Root, pid: int) -> tuple[int, ...]:
     """Return a process and its children; a thread's id stands for its process. Empty for 0.
 
@@ -119,20 +88,22 @@ def list_family(root: Root, pid: int) -> tuple[int, ...]:
     return (top, *(int(word) for word in words if word.isdigit()))
 
 
-def list_pids(root: Root) -> list[int]:
-    """Return the ids of all processes."""
-    return sorted(int(name) for name in root.list_names("/proc") if name.isdigit())
+def find_descriptors(location: str) -> tuple[str, list[str]]:
+    """Return the directory that has a process's descriptors, and their names. Raises OSError.
 
-
-def list_open_paths(root: Root, pid: int) -> Iterator[str]:
-    """Yield the targets of a process's descriptors; none if it is gone or not readable."""
-    directory = f"/proc/{pid}/fd"
-    try:
-        names = root.list_names(directory)
-    except OSError:
-        return
-    for name in names:
-        yield root.read_link(f"{directory}/{name}")
+    location: its directory in /proc. A process whose first thread has ended shows its files only in the directories of
+    its other threads.
+    """
+    directory = f"{location}/fd"
+    names = os.listdir(directory)
+    if names:
+        return directory, names
+    threads = os.listdir(f"{location}/task")
+    for thread in threads if len(threads) > 1 else ():
+        names = os.listdir(f"{location}/task/{thread}/fd")
+        if names:
+            return f"{location}/task/{thread}/fd", names
+    return directory, []
 
 
 def read_process(root: Root, pid: int) -> Process:

@@ -14,7 +14,6 @@ from oci_hooks.linux.pci import (
     NOIOMMU_PREFIX,
     PCI_DRIVERS,
     VFIO_CLASS,
-    Inventory,
     is_noiommu_group,
     is_viable_member,
     read_group_number,
@@ -24,9 +23,15 @@ from oci_hooks.oci import GROUP_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_hooks.linux.pci import PciDevice
+    from typing import Union
+
+    from oci_hooks.linux.pci import DeviceReader, PciDevice
     from oci_hooks.system import Root
 
+    # PCI functions by their addresses.
+    Devices = Union[DeviceReader, dict[str, PciDevice]]
+
+SYS_CHAR = "/sys/dev/char"
 CDEV_CLASS = "/sys/class/vfio-dev"
 # Modules that use vfio_pci_core are VFIO drivers, even if the kernel has no vfio-dev directory (before 6.1).
 CORE_HOLDERS = "/sys/module/vfio_pci_core/holders"
@@ -92,6 +97,17 @@ class VfioGroup(Frozen):
         return bool(self.members) and self.buses <= {"ap", "ccw"}
 
 
+def find_node_owner(root: Root, number: tuple[int, int]) -> tuple[str, str]:
+    """Return what has a character device's number: ("vfio", "12") a group, ("vfio-dev", "vfio0") a device of VFIO's.
+
+    ("", name) of anything else; ("", "") if nothing has the number. The kernel's own list, /sys/dev/char, answers with
+    one link, however many groups there are.
+    """
+    above, _, name = root.read_link(f"{SYS_CHAR}/{number[0]}:{number[1]}").rpartition("/")
+    kind = above.rpartition("/")[2]
+    return kind if kind in ("vfio", "vfio-dev") else "", name
+
+
 def list_cdevs(root: Root) -> dict[tuple[int, int], str]:
     """Return the VFIO devices that have a node of their own, by major and minor: {(511, 0): "vfio0"}."""
     names = root.list_names(CDEV_CLASS)
@@ -99,13 +115,13 @@ def list_cdevs(root: Root) -> dict[tuple[int, int], str]:
     return {number: name for number, name in zip(numbers, names) if number is not None}
 
 
-def read_cdev_group(root: Root, inventory: Inventory, cdev: str) -> VfioGroup | None:
+def read_cdev_group(root: Root, devices: Devices, cdev: str) -> VfioGroup | None:
     """Return the group that a VFIO device is in, None without one."""
     name = root.read_link_name(f"{CDEV_CLASS}/{cdev}/device/iommu_group")
-    return read_group(root, inventory, name) if name else None
+    return read_group(root, devices, name) if name else None
 
 
-def read_group(root: Root, inventory: Inventory, name: str) -> VfioGroup:
+def read_group(root: Root, devices: Devices, name: str) -> VfioGroup:
     """Return a group by its name in /dev/vfio; one that does not exist has neither an IOMMU group nor a number."""
     number = read_group_number(root, name)
     # A group without an IOMMU is named noiommu-0 in /dev/vfio, after the number of an IOMMU group that VFIO created for
@@ -114,18 +130,18 @@ def read_group(root: Root, inventory: Inventory, name: str) -> VfioGroup:
     if not iommu_group.isdigit() or not root.exists(f"{IOMMU_GROUPS}/{iommu_group}"):
         return VfioGroup(name, "", number, (), name.startswith(NOIOMMU_PREFIX))
     noiommu = name != iommu_group or is_noiommu_group(root, iommu_group)
-    return VfioGroup(name, iommu_group, number, read_members(root, inventory, iommu_group), noiommu)
+    return VfioGroup(name, iommu_group, number, read_members(root, devices, iommu_group), noiommu)
 
 
-def read_members(root: Root, inventory: Inventory, iommu_group: str) -> tuple[Member, ...]:
+def read_members(root: Root, devices: Devices, iommu_group: str) -> tuple[Member, ...]:
     """Return the devices in an IOMMU group, on any bus."""
     directory = f"{IOMMU_GROUPS}/{iommu_group}/devices"
-    return tuple(read_member(root, inventory, f"{directory}/{name}", name) for name in root.list_names(directory))
+    return tuple(read_member(root, devices, f"{directory}/{name}", name) for name in root.list_names(directory))
 
 
-def read_member(root: Root, inventory: Inventory, path: str, name: str) -> Member:
+def read_member(root: Root, devices: Devices, path: str, name: str) -> Member:
     """Return one device of a group. path: in sysfs; name: its name there."""
-    pci = inventory.devices.get(name)
+    pci = devices.get(name)
     if pci is not None:
         return Member(name, "pci", pci.driver, classify_pci(root, pci), pci)
     driver = root.read_link_name(f"{path}/driver")
@@ -157,8 +173,8 @@ def is_variant_driver(root: Root, driver: str) -> bool:
     return bool(module) and root.exists(f"{CORE_HOLDERS}/{module}")
 
 
-def list_groups(root: Root, inventory: Inventory) -> tuple[VfioGroup, ...]:
+def list_groups(root: Root, devices: Devices) -> tuple[VfioGroup, ...]:
     """Return every IOMMU group of the host, in the order of their numbers, no-IOMMU groups with their own names."""
     names = {name[len(NOIOMMU_PREFIX) :]: name for name in root.list_names(VFIO_CLASS) if name[:1] == "n"}
     numbers = sorted((name for name in root.list_names(IOMMU_GROUPS) if name.isdigit()), key=int)
-    return tuple(read_group(root, inventory, names.get(number, number)) for number in numbers)
+    return tuple(read_group(root, devices, names.get(number, number)) for number in numbers)

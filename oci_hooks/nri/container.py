@@ -11,7 +11,6 @@ from oci_hooks.host.runtime import detect_runtime, find_shim
 from oci_hooks.host.settings import load_settings
 from oci_hooks.host.targets import find_targets
 from oci_hooks.json_input import Mismatch
-from oci_hooks.linux.pci import scan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def make_annotations(root: Root, state: State, spec: Spec) -> dict[str, str]:
     """
     if oci.is_annotated(oci.merge_annotations(state, spec)):
         return {}
-    groups = [target.group for target in find_targets(root, scan(root), spec.vfio_devices) if target.group]
+    groups = [target.group for target in find_targets(root, spec.vfio_devices) if target.group]
     devices = [member.pci for group in groups for member in group.passable if member.pci]
     words = dict.fromkeys(f"id:{device.id}" for device in devices)
     return {oci.DEVICES_ANNOTATION: ",".join(words)} if words else {}

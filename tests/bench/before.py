@@ -16,6 +16,8 @@ from tests.provision import PYTHON, REPOSITORY
 # Where the parts find the other revision's tree; unset without one.
 VARIABLE = "OCI_VFIO_BENCH_BEFORE"
 SUFFIX = " before"
+# What a container without VFIO costs, on this machine: the cheapest cases, and those with the most turns.
+CHEAPEST = ("plain guest none", "plain host none")
 # What is measured in the machine with another revision: peers do not change.
 COMPARED = ("bare", "guest none", "host none", "guest 1", "guest 8")
 
@@ -63,6 +65,20 @@ def compute_changes(samples: Samples, memory: Samples, revision: str) -> list[Re
             result = compute(figure, measured)
             results += [result] if result else []
     return results
+
+
+def find_slower(results: Iterable[Result], band: float) -> list[str]:
+    """Return a line for each of the cheapest cases that takes longer than the other revision, by more than the band.
+
+    band: a part of the whole, e.g. 0.15. The whole middle half of the single turns has to be above 1, too: a machine
+    that was busy for a moment is no change of the hooks.
+    """
+    return [
+        f"{result.figure.about}: {result.ratio:.2f}, above {1 + band:.2f}"
+        for result in results
+        if result.figure.over in CHEAPEST and result.figure.kind != MEMORY
+        if result.ratio > 1 + band and result.low > 1
+    ]
 
 
 def choose(cases: Sequence[Case]) -> list[Case]:

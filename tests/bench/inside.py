@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench import before, hotplug, lift
+from tests.bench import before, hotplug, lift, scale
 from tests.bench.plain import BARE
 from tests.bench.timing import BenchError, Case, Samples, list_imports, take_turns, time_command, weigh
 from tests.support import guest_calls
@@ -153,7 +153,7 @@ def prepare_hooks() -> Path | None:
 
 
 def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
-    """Return samples of these parts ("guest", "hotplug", "runc"), memory and imports."""
+    """Return samples of these parts ("guest", "hotplug", "scale", "runc"), memory and imports."""
     samples: Samples = {}
     memory: Samples = {}
     imports: dict[str, object] = {}
@@ -174,10 +174,22 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
     if "hotplug" in parts:
         nic = hotplug.find_address()
         waiting = Waiting("bench-hotplug", (nic,))
-        case = Case("hotplug", measure=functools.partial(measure_hotplug, waiting, nic), restore=hotplug.unplug)
-        native = functools.partial(hotplug.measure_native, nic)
-        cases = [case, Case("hotplug native", measure=native, restore=hotplug.unplug), Case("hotplug bare", BARE)]
+        measures = {
+            "hotplug": functools.partial(measure_hotplug, waiting, nic),
+            "hotplug native": functools.partial(hotplug.measure_native, nic),
+            "hotplug kernel": functools.partial(hotplug.measure_kernel, nic),
+        }
+        if other:
+            hook = GUEST_HOOK.replace(str(lift.HOOKS), str(other))
+            measures[f"hotplug{before.SUFFIX}"] = functools.partial(measure_hotplug, waiting, nic, hook)
+        cases = [Case(name, measure=run, restore=hotplug.unplug) for name, run in measures.items()]
+        cases.append(Case("hotplug bare", BARE))
         samples |= take_turns(cases, runs, "hot plug")
+    if "scale" in parts:
+        nic = guest.find_devices(devices.NIC_E1000E)[0]
+        guest.bind(nic, "vfio-pci")
+        samples |= scale.measure_inside(HOST_HOOK, nic, runs)
+        give_back([nic])
     if "runc" in parts:
         cases = list_runc_cases()
         if other:
@@ -189,10 +201,10 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
     return {"samples": samples, "memory": memory, "imports": imports}
 
 
-def measure_hotplug(waiting: Waiting, address: str) -> float:
+def measure_hotplug(waiting: Waiting, address: str, hook: str = GUEST_HOOK) -> float:
     """Return the seconds from the kernel's uevent to the group's node in the container, its hook waiting for that."""
     directory = Path(f"/proc/{waiting.container.read_pid()}/root/dev/vfio")
-    seconds = hotplug.measure((GUEST_HOOK,), waiting.state, address, directory)
+    seconds = hotplug.measure((hook,), waiting.state, address, directory)
     waiting.release()
     return seconds
 

@@ -2,10 +2,12 @@
 """Compare the hooks with the usual tools, on this machine and in a virtual machine on it.
 
 Sets up what it needs like tests/run, and for itself dpdk-devbind and GNU time. Prints ratios; writes all samples to a
-JSON file. Never passes or fails by a time: only when something that is measured did not do its work.
+JSON file. Never passes or fails by a time: only when something that is measured did not do its work, or by a ratio to
+another revision (--compare REV --band 15).
 
-parts: plain (containers without VFIO, here), host (the host check on a made host with 500 devices, here), guest (the
-guest hook and its peers, in the VM), hotplug, runc. Without one: all.
+parts: plain (containers without VFIO, here), host (the host check on a made host with 500 devices, here), scale (the
+host check among thousands of processes, here and in the VM), guest (the guest hook and its peers, in the VM), hotplug,
+runc. Without one: all.
 """
 
 from __future__ import annotations
@@ -34,18 +36,24 @@ PACKAGES = {
     "time": "peak memory",
     "strace": "which files the peers open",
     "util-linux": "unshare, for the made host",
+    "lsof": "a peer of the survey",
+    "psmisc": "fuser, another one",
 }
-HERE = ("plain", "host")
-INSIDE = ("guest", "hotplug", "runc")
+HERE = ("plain", "host", "scale")
+INSIDE = ("guest", "hotplug", "scale", "runc")
 # A busy machine takes several times the usual.
 LIMIT = 1800.0
+PARTS = tuple(dict.fromkeys((*HERE, *INSIDE)))
 Report = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
-    """Measure what the command line asks for and return the exit code: 0 done, 1 something did not work, 3 missing."""
+    """Measure what the command line asks for and return the exit code.
+
+    0 done, 1 something did not work or became slower (--band), 3 something is missing.
+    """
     options = parse_arguments(arguments)
-    parts = options.parts or [*HERE, *INSIDE]
+    parts = options.parts or list(PARTS)
     started = time.monotonic()
     try:
         provision.ensure_packages(PACKAGES)
@@ -59,8 +67,11 @@ def main(arguments: list[str]) -> int:
         say(f"bench: {error}")
         return 1
     report["seconds"] = round(time.monotonic() - started)
-    tell(report, options)
-    return 0
+    results = tell(report, options)
+    slower = before.find_slower(results, options.band / 100) if options.band else []
+    for line in slower:
+        say(f"bench: slower: {line}")
+    return 1 if slower else 0
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -68,7 +79,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tests/bench/run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join([*HERE, *INSIDE])}; default: all")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
     parser.add_argument("--runs", type=int, default=10, metavar="N", help="turns in the VM (10); ten times that here")
     default = provision.find_cache() / "bench.json"
     parser.add_argument("--json", type=Path, default=default, metavar="FILE", help=f"where all samples go ({default})")
@@ -76,10 +87,19 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compare", default="", metavar="REV", help="measure the hooks of a git revision, too, by turns"
     )
+    parser.add_argument(
+        "--band",
+        type=float,
+        default=0.0,
+        metavar="PERCENT",
+        help="with --compare: exit 1 if a container without VFIO takes longer than the revision by more than this",
+    )
     options = parser.parse_args(arguments)
-    unknown = [part for part in options.parts if part not in (*HERE, *INSIDE)]
+    unknown = [part for part in options.parts if part not in PARTS]
     if options.document and options.compare:
         parser.error("--document needs a run without --compare")
+    if options.band and (not options.compare or (options.parts and "plain" not in options.parts)):
+        parser.error("--band needs --compare, and the part plain")
     if unknown or options.runs < 1:
         parser.error(f"no part {', '.join(unknown)}" if unknown else "--runs: one at least")
     return options
@@ -157,8 +177,8 @@ def describe_machine(runs: int) -> Report:
     }
 
 
-def tell(report: Report, options: argparse.Namespace) -> None:
-    """Print the figures and keep them."""
+def tell(report: Report, options: argparse.Namespace) -> list[figures.Result]:
+    """Print the figures, keep them, and return them."""
     results = figures.compute_all(report["samples"], report["memory"])
     if options.compare:
         results = before.compute_changes(report["samples"], report["memory"], options.compare)
@@ -185,6 +205,7 @@ def tell(report: Report, options: argparse.Namespace) -> None:
     say(f"\n{figures.format_table(results)}\n\n{about}\n\nall samples: {options.json}")
     if options.document:
         documents.write_documents(results, about)
+    return results
 
 
 def describe(report: Report) -> str:

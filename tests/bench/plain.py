@@ -19,7 +19,7 @@ from typing import Callable
 from tests.bench import before
 from tests.bench.timing import Case, Samples, list_imports, take_turns, weigh
 from tests.provision import REPOSITORY
-from tests.support.fake_host import HostTree
+from tests.support.fake_host import HostTree, fill_host
 
 BARE = ("/usr/bin/python3", "-I", "-S", "-c", "pass")
 HOST_HOOK = str(REPOSITORY / "hooks/vfio-host-check")
@@ -80,13 +80,7 @@ def write_bundle(directory: Path, groups: Sequence[tuple[str, int, int]] = ()) -
 def make_host(top: Path) -> list[tuple[str, int, int]]:
     """Make a host with 500 PCI devices, each in a group of its own, and return the nodes of 64 that vfio-pci has."""
     host = HostTree(top)
-    nodes = []
-    for number in range(DEVICES):
-        address = f"0000:{number >> 5:02x}:{number & 31:02x}.0"
-        ours = number < GROUPS
-        host.pci(address, driver="vfio-pci" if ours else "e1000e", group=str(number))
-        if ours:
-            nodes.append((f"/dev/vfio/{number}", *host.vfio(str(number), number)))
+    nodes = fill_host(host, DEVICES, 1, GROUPS)
     host.write("/dev/null")
     host.write("/dev/vfio/vfio")
     return nodes
@@ -96,6 +90,12 @@ def put_in_place(top: Path) -> None:
     """Mount a made host over this machine, for this mount namespace alone."""
     for directory in ("sys", "dev"):
         subprocess.run(["mount", "--bind", str(top / directory), f"/{directory}"], check=True)
+
+
+def take_away() -> None:
+    """Undo put_in_place."""
+    for directory in ("dev", "sys"):
+        subprocess.run(["umount", f"/{directory}"], check=True)
 
 
 def list_cases_without_vfio(scratch: Path) -> list[Case]:
@@ -157,7 +157,7 @@ def empty_settings() -> Iterator[None]:
 
 
 def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
-    """Return samples of these parts ("plain", "host"), memory and imports."""
+    """Return samples of these parts ("plain", "host", "scale"), memory and imports."""
     samples: Samples = {}
     memory: Samples = {}
     imports: dict[str, object] = {}
@@ -180,8 +180,11 @@ def measure(parts: Sequence[str], runs: int) -> dict[str, object]:
                 settings = before.double(list_cases_of_settings(scratch, nodes), REPOSITORY, other)
                 samples |= take_turns(settings, runs * MORE, "settings")
             imports[f"vfio-host-check, {GROUPS} groups"] = list_imports(HOST_HOOK, (), cases[-1].stdin)
-            for directory_name in ("dev", "sys"):
-                subprocess.run(["umount", f"/{directory_name}"], check=True)
+            take_away()
+        if "scale" in parts:
+            from tests.bench import scale
+
+            samples |= scale.measure_here(scratch, runs)
     return {"samples": samples, "memory": memory, "imports": imports}
 
 

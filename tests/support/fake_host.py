@@ -54,6 +54,7 @@ class HostTree:
             self.write(f"{real}/vfio-dev/{vfio_dev}/dev", f"511:{vfio_dev[4:]}\n")
             self.link(f"{real}/vfio-dev/{vfio_dev}/device", real)
             self.link(f"/sys/class/vfio-dev/{vfio_dev}", f"{real}/vfio-dev/{vfio_dev}")
+            self.link(f"/sys/dev/char/511:{vfio_dev[4:]}", f"../..{real[len('/sys') :]}/vfio-dev/{vfio_dev}")
 
     def mdev(
         self, uuid: str, group: str, parent: str = "/sys/devices/pci0000:00/0000:00:02.0", driver: str = ""
@@ -69,6 +70,7 @@ class HostTree:
     def vfio(self, group: str, minor: int) -> tuple[int, int]:
         """Give a group its VFIO node and return the node's numbers. It is a plain file: no kernel answers there."""
         self.write(f"/sys/class/vfio/{group}/dev", f"{VFIO_MAJOR}:{minor}\n")
+        self.link(f"/sys/dev/char/{VFIO_MAJOR}:{minor}", f"../../devices/virtual/vfio/{group}")
         self.write(f"/dev/vfio/{group}")
         self.write("/sys/class/misc/vfio/dev", "10:196\n")
         return VFIO_MAJOR, minor
@@ -93,6 +95,18 @@ class HostTree:
     def thread(self, tid: int, pid: int) -> None:
         """Add the id of a thread, as /proc shows it when asked by name."""
         self.write(f"/proc/{tid}/status", f"Name:\tx\nTgid:\t{pid}\nPPid:\t1\n")
+
+
+def fill_host(tree: HostTree, devices: int, members: int, ours: int) -> list[tuple[str, int, int]]:
+    """Give a host PCI functions in groups of so many members, and return the nodes of the groups that vfio-pci has.
+
+    ours: number of these groups, the first ones; the others have a driver of the host's.
+    """
+    for number in range(devices):
+        address = f"0000:{number >> 5:02x}:{number & 31:02x}.0"
+        group = number // members
+        tree.pci(address, driver="vfio-pci" if group < ours else "e1000e", group=str(group))
+    return [(f"/dev/vfio/{group}", *tree.vfio(str(group), group)) for group in range(ours)]
 
 
 def make_state(pid: int = 0, status: str = "creating", annotations: dict[str, str] | None = None) -> Any:

@@ -503,9 +503,9 @@ ROWS = [
     ),
     (
         "the first thread has ended",
-        "linux/openers",
-        "    if not names:\n",
-        "    if False:\n",
+        "linux/processes",
+        "    if names:\n        return directory, names\n    threads",
+        "    return directory, names\n    threads",
         "linux/test_openers.py -k thread",
     ),
     ("loop devices", "linux/usage", "read_loops(root, usage.blocks) if names else {}", "{}", "linux/test_usage.py"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import before, documents, figures, lift
+from tests.bench import before, documents, figures, lift, main
 from tests.bench.figures import Figure, compute
 from tests.bench.timing import BenchError, Case, list_imports, take_turns, time_command
 from tests.provision import REPOSITORY
@@ -129,6 +129,31 @@ def test_changes_are_ratios_to_the_other_revision() -> None:
     )
     (change,) = before.compute_changes({}, samples, "v1")
     assert change.figure.about == "memory, none: this tree / v1"
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "is_slower"),
+    [
+        ("plain guest none", [1.2, 1.2, 1.2, 1.2], True),
+        ("plain host none", [1.2, 1.2, 1.2, 1.2], True),
+        # Within the band; faster; a busy moment; a case that is not one of the cheapest.
+        ("plain guest none", [1.1, 1.1, 1.1, 1.1], False),
+        ("plain guest none", [0.5, 0.5, 0.5, 0.5], False),
+        ("plain guest none", [0.9, 0.9, 1.5, 1.5], False),
+        ("host 1", [1.2, 1.2, 1.2, 1.2], False),
+    ],
+)
+def test_band_reports_what_became_slower(name: str, samples: list[float], is_slower: bool) -> None:
+    measured = {name: samples, f"{name} before": [1.0] * 4}
+    lines = before.find_slower(before.compute_changes(measured, {}, "v1"), 0.15)
+    assert lines == ([f"time, {name}: this tree / v1: 1.20, above 1.15"] if is_slower else [])
+    assert before.find_slower(before.compute_changes({}, measured, "v1"), 0.15) == []
+
+
+@pytest.mark.parametrize("arguments", [["--band", "15"], ["guest", "--compare", "v1", "--band", "15"]])
+def test_band_needs_another_revision(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.parse_arguments(arguments)
 
 
 def test_unpack_unknown_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

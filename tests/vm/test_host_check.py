@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from oci_hooks.linux.holders import is_unused
+from oci_hooks.system import Root
 from tests.vm import bundles, devices, guest
 from tests.vm.bundles import Containers, Done
 from tests.vm.hypervisors import VIOMMU, run_qemu
@@ -275,6 +277,19 @@ def test_host_check_survey_names_holder(nic: str) -> None:
     (line,) = [line for line in done.stdout.splitlines() if nic in line]
     assert line.split()[1:3] == ["in", "use"]
     assert line.endswith(f"qemu-system-x86_64 (pid {pid})")
+
+
+def test_host_check_survey_knows_unused_vfio(nic: str) -> None:
+    """The kernel counts the users of its module: only with one are processes searched."""
+    is_module = Path("/sys/module/vfio/refcnt").exists()
+    assert is_unused(Root()) == is_module
+    for node in (f"/dev/vfio/{guest.group_of(nic)}", "/dev/vfio/vfio"):
+        fd = os.open(node, os.O_RDWR)
+        try:
+            assert not is_unused(Root())
+        finally:
+            os.close(fd)
+        assert is_unused(Root()) == is_module
 
 
 # Under the runtimes --------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ import pytest
 
 from oci_hooks.findings import Finding
 from oci_hooks.host import checks, container_checks
-from oci_hooks.host.hypervisor import Hypervisor
+from oci_hooks.host.hypervisor import Hypervisor, may_use_vfio
 from oci_hooks.host.runtime import Runtime
 from oci_hooks.host.targets import Target, find_targets
-from oci_hooks.linux.pci import scan
+from oci_hooks.linux.holders import HolderFinder
 from oci_hooks.linux.processes import Process
 from oci_hooks.linux.vfio import list_cdevs
 from oci_hooks.oci import Spec
@@ -36,7 +36,7 @@ def ask(kind: str = "plain", **changes: Any) -> Runtime:
 
 def find(tree: HostTree, *entries: tuple[str, int, int]) -> tuple[Target, ...]:
     """Return what entries mean on this host."""
-    return find_targets(tree.root, scan(tree.root), make_spec(*entries).vfio_devices)
+    return find_targets(tree.root, make_spec(*entries).vfio_devices)
 
 
 def check_all(
@@ -46,10 +46,8 @@ def check_all(
     from oci_hooks.host.suite import check_host, check_target
 
     who = runtime or ask()
-    inventory = scan(tree.root)
-    return check_host(tree.root, inventory, (target,)) + check_target(
-        tree.root, target, who, make_state(pid), Deadline(seconds)
-    )
+    finder = HolderFinder(tree.root, Deadline(seconds), may_use_vfio)
+    return check_host(tree.root, (target,)) + check_target(tree.root, target, who, make_state(pid), finder)
 
 
 @pytest.fixture
@@ -417,8 +415,8 @@ def test_group_busy_own_hypervisor_searched_first(
     findings = check_all(tree, find(tree, ("/dev/vfio/12", 237, 0))[0], runtime, pid, seconds=0.4)
     assert [finding.as_line() for finding in findings] == (
         [
-            "error: [group-busy] group 12: is in use; the search for the process timed out"
-            " after 1 of 12 processes; list its users as root on the host: fuser -v /dev/vfio/12"
+            "error: [group-busy] group 12: is in use; the search for the process stopped after 1 of 12 processes; list"
+            " its users as root on the host: fuser -v /dev/vfio/12; to search longer, raise deadline in host.toml"
         ]
         if told
         else []
@@ -443,8 +441,9 @@ def test_is_attached_by_open_group(tree: HostTree) -> None:
     tree.process(50, "/usr/bin/qemu-system-x86_64", opened=("/dev/vfio/12",))
     (target,) = find(tree, ("/dev/vfio/12", 237, 0))
     vmm = Hypervisor(Process(50, "qemu-system-x86_64", ()), "qemu", "off", "")
-    assert checks.is_attached(tree.root, target, ask("kata-go", hypervisor=vmm), Deadline(5))
-    assert not checks.is_attached(tree.root, target, ask("kata-go"), Deadline(5))
+    finder = HolderFinder(tree.root, Deadline(5), may_use_vfio)
+    assert checks.is_attached(tree.root, target, ask("kata-go", hypervisor=vmm), finder)
+    assert not checks.is_attached(tree.root, target, ask("kata-go"), finder)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a device that can be opened")
