@@ -29,7 +29,7 @@ VIRTIO_IOMMU = Iommu(("-device", "virtio-iommu-pci"), ("vfio_iommu_type1.allow_u
 
 @dataclass(frozen=True)
 class Machine:
-    """A virtual machine. plug: puts the devices in."""
+    """A virtual machine. plug: puts the devices in; system: whether it has a Debian of its own, booted by systemd."""
 
     name: str
     about: str
@@ -38,6 +38,7 @@ class Machine:
     cpus: int = 2
     memory: str = "2G"
     kernel_arguments: tuple[str, ...] = ()
+    system: bool = False
 
 
 def plug_standard(board: Board) -> None:
@@ -99,6 +100,14 @@ MACHINES = {
         Machine("many", "sixteen NICs in sixteen groups", plug_many),
         Machine("bench", "what the benchmarks bind: sixteen groups, and eight NICs in one", plug_bench),
         Machine("chain", "NICs for a virtual machine inside: tests/chain", plug_chain, memory="4G"),
+        Machine("systemd", "as single, a whole Debian booted by systemd, with AppArmor", plug_single, system=True),
+        Machine(
+            "selinux",
+            "as systemd, with SELinux in place of AppArmor",
+            plug_single,
+            kernel_arguments=("security=selinux", "selinux=1"),
+            system=True,
+        ),
         Machine(
             "cgroup-v1",
             "as single, with the device controller of cgroup v1",
