@@ -29,13 +29,24 @@ INSTALLED = (
 MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "9p", "9pnet_virtio", "virtio_console")
 CONTEXTS = "/etc/selinux/default/contexts/files/file_contexts"
 IMAGE_SIZE = "4G"
+# Podman's services start podman several times at each boot, for nothing.
+SCRIPT = f"""
+    systemctl disable podman.service podman.socket podman-restart.service podman-auto-update.timer
+    echo guest >/etc/hostname
+    : >/etc/fstab
+    : >/etc/machine-id
+    mkdir /run/whole
+    mount --bind / /run/whole
+    setfiles -F -r /run/whole {CONTEXTS} /run/whole
+    mke2fs -q -t ext4 -E lazy_itable_init=1 -d /run/whole /mnt/image/disk {IMAGE_SIZE}
+"""
 
 
 def ensure_system() -> Path:
     """Return the image of a disk with Debian and our DEBs of the tree as it is, made if it is not there."""
     base, dist = packages.ensure_root("bare"), packages.ensure_dist()
     engines = provision.find_cache() / f"system-debian-{make_stamp(str(base), *INSTALLED)}"
-    place = provision.find_cache() / f"system-{make_stamp(str(engines), str(dist), CONTEXTS, IMAGE_SIZE)}.img"
+    place = provision.find_cache() / f"system-{make_stamp(str(engines), str(dist), SCRIPT)}.img"
     if not place.exists():
         with locked(place):
             if not engines.exists():
@@ -53,17 +64,7 @@ def make_system(place: Path, layers: tuple[Path, ...], dist: Path) -> None:
     partial = make_partial(place)
     root = Root(layers, partial, ((dist, "/mnt/dist"), (partial, "/mnt/image")))
     packages.install_debs(root, *packages.RECOMMENDED)
-    # root may log in without a password, on a console that nobody has.
-    script = f"""
-        echo guest >/etc/hostname
-        : >/etc/fstab
-        : >/etc/machine-id
-        mkdir /run/whole
-        mount --bind / /run/whole
-        setfiles -F -r /run/whole {CONTEXTS} /run/whole
-        mke2fs -q -t ext4 -E lazy_itable_init=1 -d /run/whole /mnt/image/disk {IMAGE_SIZE}
-    """
-    root.run("sh", "-ec", script)
+    root.run("sh", "-ec", SCRIPT)
     (partial / "disk").rename(place)
     shutil.rmtree(partial)
     say(f"  done in {time.monotonic() - started:.0f} s")
