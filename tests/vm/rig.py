@@ -159,13 +159,14 @@ def is_verbose() -> bool:
 
 def make_command(machine: Machine, kernel: provision.Kernel, job: Job, board: Board) -> list[str]:
     """Return the command line that boots a machine: virtme-ng's, or QEMU's own for one with a Debian of its own."""
-    qemu = list_qemu_options(machine, board)
     appended = [*KERNEL_ARGUMENTS, f"loglevel={7 if is_verbose() else 4}"]
     appended += [*machine.iommu.kernel_arguments, *machine.kernel_arguments]
-    size = ["-smp", str(machine.cpus), "-m", machine.memory]
     if machine.system:
-        accelerator = "kvm" if is_kvm() else "tcg"
-        return systems.make_command(kernel, job.share, board.scratch, [*size, "-accel", accelerator, *qemu], appended)
+        system = systems.SYSTEMS[machine.system]
+        size = ["-smp", str(machine.cpus), "-m", machine.memory, "-accel", "kvm" if is_kvm() else "tcg"]
+        qemu = [*size, *list_qemu_options(machine, board, system.board)]
+        return systems.make_command(system, kernel, job.share, board.scratch, qemu, appended)
+    qemu = list_qemu_options(machine, board)
     command = ["vng", "--run", str(kernel.image), "--disable-microvm", "--force-9p", "--verbose"]
     command += [] if is_kvm() else ["--disable-kvm"]
     command += ["--cpus", str(machine.cpus), "--memory", machine.memory, "--user", "root"]
@@ -181,9 +182,12 @@ def is_kvm() -> bool:
     return os.environ.get("RIG_ACCEL") == "kvm"
 
 
-def list_qemu_options(machine: Machine, board: Board) -> list[str]:
-    """Return QEMU's options that all machines have: the devices, the wires, and this machine's files."""
-    qemu = ["-machine", "q35,kernel-irqchip=split"]
+def list_qemu_options(machine: Machine, board: Board, kind: str = "q35,kernel-irqchip=split") -> list[str]:
+    """Return QEMU's options that all machines have: the devices, the wires, and this machine's files.
+
+    kind: of QEMU's machines, with its options.
+    """
+    qemu = ["-machine", f"{kind}{machine.iommu.machine}"]
     qemu += [*machine.iommu.qemu, *board.arguments]
     qemu += ["-chardev", f"socket,id=rigcontrol,path={board.scratch / 'control'}"]
     qemu += ["-device", "virtio-serial", "-device", f"virtserialport,chardev=rigcontrol,name={PORT_NAME}"]
