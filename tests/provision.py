@@ -94,8 +94,10 @@ DOCUMENT_REQUIREMENTS = ("codespell>=2.3,<3", "mkdocs>=1.6,<2", "mkdocs-material
 ROOTFS_PACKAGES = {"probe": ("python3-minimal",)}
 
 # Kernels the virtual machine can boot, and the Debian release each comes from.
-KERNEL_SUITES = {"6.1": "bookworm", "6.12": "trixie"}
+KERNEL_SUITES = {"6.1": "bookworm", "6.12": "trixie", "arm64": "bookworm"}
 DEFAULT_KERNEL = "6.1"
+# Those that are for another processor than this machine's.
+KERNEL_ARCHITECTURES = {"arm64": "arm64"}
 
 # As in .gitignore, and git's own: a directory, in a second work tree a file.
 MADE_HERE = re.compile(r"/(\.git$|(\.[a-z]+_cache|\.git|\.hypothesis|__pycache__|[^/]*\.egg-info)/)|^/(build|dist)/")
@@ -368,14 +370,14 @@ def unpack_kernel(place: Path, version: str) -> None:
     suite = KERNEL_SUITES[version]
     with PROGRESS.step(f"kernel {version}", f"getting Debian's kernel {version} from {suite}"):
         partial = make_partial(place)
-        unpack_package(partial, suite)
+        unpack_package(partial, suite, KERNEL_ARCHITECTURES.get(version, "amd64"))
         partial.rename(place)
 
 
-def unpack_package(partial: Path, suite: str) -> None:
+def unpack_package(partial: Path, suite: str, architecture: str) -> None:
     """Get the kernel's package of a Debian release and unpack it in a directory, its modules' index made."""
-    options = read_apt_options(suite)
-    package = find_kernel_package(options)
+    options = read_apt_options(suite, architecture)
+    package = find_kernel_package(options, architecture)
     run(["apt-get", *options, "-q", "download", package], cwd=partial)
     (archive,) = partial.glob("*.deb")
     run(["dpkg-deb", "-x", str(archive), str(partial)])
@@ -387,29 +389,32 @@ def unpack_package(partial: Path, suite: str) -> None:
     run([DEPMOD, "-b", str(partial), release])
 
 
-def find_kernel_package(apt_options: Sequence[str]) -> str:
-    """Return the name of the package that linux-image-amd64 depends on today."""
-    for line in run(["apt-cache", *apt_options, "depends", "linux-image-amd64"]).splitlines():
+def find_kernel_package(apt_options: Sequence[str], architecture: str) -> str:
+    """Return the name of the package that linux-image-amd64, or another architecture's, depends on today."""
+    name = f"linux-image-{architecture}"
+    for line in run(["apt-cache", *apt_options, "depends", name]).splitlines():
         name = line.rpartition(" ")[2]
         if "Depends:" in line and name.startswith("linux-image-"):
             return name
-    raise MissingError("apt-cache does not know what linux-image-amd64 depends on; try `apt-get update`")
+    raise MissingError(f"apt-cache does not know what linux-image-{architecture} depends on; try `apt-get update`")
 
 
-def read_apt_options(suite: str) -> list[str]:
+def read_apt_options(suite: str, architecture: str = "amd64") -> list[str]:
     """Return the options by which apt sees this Debian release and nothing else, its lists fresh.
 
     The machine's own apt is left as it is: sources, lists and state of their own, in the cache.
     """
-    apt = find_cache() / "apt" / suite
+    apt = find_cache() / "apt" / (suite if architecture == "amd64" else f"{suite}-{architecture}")
     (apt / "lists/partial").mkdir(parents=True, exist_ok=True)
     (apt / "archives/partial").mkdir(parents=True, exist_ok=True)
     sources = apt / "sources.list"
-    signed = f"[signed-by={DEBIAN_KEYRING} arch=amd64]"
+    signed = f"[signed-by={DEBIAN_KEYRING} arch={architecture}]"
     sources.write_text(
         f"deb {signed} {find_mirror()} {suite} main\ndeb {signed} {DEBIAN_SECURITY_MIRROR} {suite}-security main\n"
     )
     settings = {
+        "APT::Architecture": architecture,
+        "APT::Architectures": architecture,
         "Dir::Etc::sourcelist": str(sources),
         "Dir::Etc::sourceparts": "/dev/null",
         "Dir::State::lists": str(apt / "lists"),

@@ -5,6 +5,7 @@
     tests/run lint unit                                these kinds
     tests/run engines                                  podman, Docker, containerd; not in the above
     tests/run iommus                                   IOMMUs other than Intel's; not in the above
+    tests/run guests                                   a Debian that systemd booted: AppArmor, SELinux; not in the above
     tests/run kata                                     Kata's genuine agent (KATA_AGENT=PATH); not in the above
     tests/run --list [KIND...]                         installs what they need, and names their tests
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
@@ -39,13 +40,13 @@ from tests.kata import genuine as kata_agent
 from tests.newcomer import bare
 from tests.provision import REPOSITORY, MissingError, say
 from tests.skips import Skip, find_unknown
-from tests.vm import machines, rig
+from tests.vm import machines, rig, systems
 
 KINDS = ("lint", "unit", "runtime", "packaging", "newcomer", "chain", "vm")
 # Kinds that are run only on request.
-ON_REQUEST = ("engines", "iommus", "kata")
+ON_REQUEST = ("engines", "guests", "iommus", "kata")
 # Where a kind's files are, if not in a directory of its name.
-DIRECTORIES = {"iommus": "vm/iommus"}
+DIRECTORIES = {"guests": "vm/guests", "iommus": "vm/iommus"}
 # Run in the rig's machines, where nothing may be skipped.
 IN_MACHINES = ("chain", "vm", *ON_REQUEST)
 # The long ones: side by side, as many jobs at a time as there are processors.
@@ -460,6 +461,7 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
         **engine_roots.make_environment(files),
         **kata_agent.make_environment(files),
         **image.make_environment(files),
+        **systems.make_environment(files),
     }
 
 

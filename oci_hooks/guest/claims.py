@@ -84,6 +84,22 @@ class Claim(Frozen):
         return self.start > 0 and read_start_time(root, self.pid) == self.start
 
 
+def refuse_without_root(root: Root, path: str) -> None:
+    """Raise Refusal [not-root] if this process is not the machine's root, as a rootless engine's hook isn't.
+
+    Root of a user namespace has no rights over the machine's devices (user_namespaces(7)).
+    """
+    from oci_hooks.settings import ALL_USERS
+
+    user = os.geteuid()
+    words = root.read_text_or("/proc/self/uid_map", "").split()
+    if user == 0 and words in ([], ALL_USERS):
+        return
+    who = f"user {user}" if user else f"user {words[1]}, who is root in a user namespace only"
+    problem = f"the hook runs as {who}, and only the machine's root can bind devices"
+    raise Refusal("not-root", path, problem, "run the container engine as root: a rootless one cannot pass devices")
+
+
 class ClaimDirectory:
     """The claims of a machine. path: their directory on this machine; root: access to the system."""
 
@@ -93,7 +109,10 @@ class ClaimDirectory:
 
     @step("prepare-claims")
     def prepare(self) -> None:
-        """Create the directory, for root only. Raises Refusal [state-directory] if others can change it."""
+        """Create the directory, for root only.
+
+        Raises Refusal [state-directory] if others can change it, [not-root] for a hook without root's rights; OSError.
+        """
         for path in (self.path, f"{self.path}/claims"):
             try:
                 os.mkdir(path, 0o700)
@@ -105,8 +124,16 @@ class ClaimDirectory:
                     or found.st_uid != os.geteuid()
                     or found.st_mode & 0o22
                 ):
+                    refuse_without_root(self.root, path)
                     problem = "must be a directory that root owns and only root can write to"
                     raise Refusal("state-directory", path, problem, "remove it; the hook creates it again") from None
+            except OSError as error:
+                refuse_without_root(self.root, path)
+                if error.errno != errno.EROFS:
+                    raise
+                problem = "the hook cannot create its directory of claims: Read-only file system"
+                hint = "mount a tmpfs on /run; in a restricted service of systemd: RuntimeDirectory=oci-vfio-hooks"
+                raise Refusal("state-directory", path, problem, hint) from None
 
     @step("lock-claims")
     def lock(self, deadline: Deadline) -> Descriptor:

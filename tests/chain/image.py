@@ -190,10 +190,10 @@ def copy_installed(
         root.run("sh", "-ec", f"rm -r {' '.join(LEFT_OUT)}\n{script}", "sh", *paths, *libraries)
 
 
-def add_modules(tree: Path, kernel: provision.Kernel) -> None:
-    """Add the modules that are needed, with an index of just these."""
+def add_modules(tree: Path, kernel: provision.Kernel, modules: Iterable[str] = MODULES) -> None:
+    """Add these modules and those that they need, with an index of just these."""
     source = kernel.image.parent.parent
-    wanted = run(["modprobe", "-d", str(source), "-S", kernel.release, "--show-depends", "-a", *MODULES])
+    wanted = run(["modprobe", "-d", str(source), "-S", kernel.release, "--show-depends", "-a", *modules])
     for line in wanted.splitlines():
         kind, _, path = line.partition(" ")
         if kind == "insmod":

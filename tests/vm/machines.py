@@ -12,10 +12,14 @@ from tests.vm.devices import Board
 
 @dataclass(frozen=True)
 class Iommu:
-    """A virtual IOMMU. qemu: QEMU's arguments for it; kernel_arguments: what makes the kernel use it."""
+    """A virtual IOMMU. qemu: QEMU's arguments for it; kernel_arguments: what makes the kernel use it.
+
+    machine: the option of QEMU's machine that brings it, where it is no device.
+    """
 
     qemu: tuple[str, ...] = ()
     kernel_arguments: tuple[str, ...] = ()
+    machine: str = ""
 
 
 NO_IOMMU = Iommu()
@@ -26,10 +30,13 @@ AMD_IOMMU = Iommu(("-device", "amd-iommu,intremap=on"))
 # What Cloud Hypervisor has too. It remaps no interrupts, and vfio refuses such an IOMMU unless it is told.
 VIRTIO_IOMMU = Iommu(("-device", "virtio-iommu-pci"), ("vfio_iommu_type1.allow_unsafe_interrupts=1",))
 
+# arm64's.
+SMMU_IOMMU = Iommu(machine=",iommu=smmuv3")
+
 
 @dataclass(frozen=True)
 class Machine:
-    """A virtual machine. plug: puts the devices in."""
+    """A virtual machine. plug: puts the devices in; system: the Debian of its own that it has (tests/vm/systems.py)."""
 
     name: str
     about: str
@@ -38,6 +45,7 @@ class Machine:
     cpus: int = 2
     memory: str = "2G"
     kernel_arguments: tuple[str, ...] = ()
+    system: str = ""
 
 
 def plug_standard(board: Board) -> None:
@@ -99,6 +107,16 @@ MACHINES = {
         Machine("many", "sixteen NICs in sixteen groups", plug_many),
         Machine("bench", "what the benchmarks bind: sixteen groups, and eight NICs in one", plug_bench),
         Machine("chain", "NICs for a virtual machine inside: tests/chain", plug_chain, memory="4G"),
+        Machine("systemd", "as single, a whole Debian booted by systemd, with AppArmor", plug_single, system="debian"),
+        Machine(
+            "selinux",
+            "as systemd, with SELinux in place of AppArmor",
+            plug_single,
+            kernel_arguments=("security=selinux", "selinux=1"),
+            system="debian",
+        ),
+        Machine("arm64", "as single, an arm64 machine with SMMUv3", plug_single, iommu=SMMU_IOMMU, system="arm64"),
+        Machine("arm64-no-iommu", "as arm64, without it", plug_single, iommu=NO_IOMMU, system="arm64"),
         Machine(
             "cgroup-v1",
             "as single, with the device controller of cgroup v1",

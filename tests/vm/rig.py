@@ -25,6 +25,7 @@ from tests.progress import PROGRESS
 from tests.provision import MissingError
 from tests.support.rig_control import PORT_NAME, Relay, Wire
 from tests.support.rig_starvation import measure_starvation
+from tests.vm import systems
 from tests.vm.devices import Board
 from tests.vm.machines import Machine
 
@@ -120,7 +121,7 @@ def boot(machine: Machine, kernel: provision.Kernel, job: Job, write: Callable[[
         board = Board(scratch)
         machine.plug(board)
         write_script(job, board, machine, kernel)
-        command = make_vng_command(machine, kernel, job, board)
+        command = make_command(machine, kernel, job, board)
         return Run(command, make_environment(scratch), Relay(control, qmp), write).watch(job)
     finally:
         control.close()
@@ -156,9 +157,37 @@ def is_verbose() -> bool:
     return bool(os.environ.get("RIG_VERBOSE"))
 
 
-def make_vng_command(machine: Machine, kernel: provision.Kernel, job: Job, board: Board) -> list[str]:
-    """Return virtme-ng's command line."""
-    qemu = ["-machine", "q35,kernel-irqchip=split"]
+def make_command(machine: Machine, kernel: provision.Kernel, job: Job, board: Board) -> list[str]:
+    """Return the command line that boots a machine: virtme-ng's, or QEMU's own for one with a Debian of its own."""
+    appended = [*KERNEL_ARGUMENTS, f"loglevel={7 if is_verbose() else 4}"]
+    appended += [*machine.iommu.kernel_arguments, *machine.kernel_arguments]
+    if machine.system:
+        system = systems.SYSTEMS[machine.system]
+        size = ["-smp", str(machine.cpus), "-m", machine.memory, "-accel", "kvm" if is_kvm() else "tcg"]
+        qemu = [*size, *list_qemu_options(machine, board, system.board)]
+        return systems.make_command(system, kernel, job.share, board.scratch, qemu, appended)
+    qemu = list_qemu_options(machine, board)
+    command = ["vng", "--run", str(kernel.image), "--disable-microvm", "--force-9p", "--verbose"]
+    command += [] if is_kvm() else ["--disable-kvm"]
+    command += ["--cpus", str(machine.cpus), "--memory", machine.memory, "--user", "root"]
+    command += [f"--append={argument}" for argument in appended]
+    command += [f"--rwdir={SHARE}={job.share}"]
+    inside = ["sh", str(INSIDE), str(SHARE / "job.sh"), str(provision.REPOSITORY), str(provision.find_cache())]
+    command += [f"--qemu-opts={shlex.join(qemu)}", "--exec", shlex.join(inside)]
+    return command
+
+
+def is_kvm() -> bool:
+    """Return whether the user wants /dev/kvm to be used."""
+    return os.environ.get("RIG_ACCEL") == "kvm"
+
+
+def list_qemu_options(machine: Machine, board: Board, kind: str = "q35,kernel-irqchip=split") -> list[str]:
+    """Return QEMU's options that all machines have: the devices, the wires, and this machine's files.
+
+    kind: of QEMU's machines, with its options.
+    """
+    qemu = ["-machine", f"{kind}{machine.iommu.machine}"]
     qemu += [*machine.iommu.qemu, *board.arguments]
     qemu += ["-chardev", f"socket,id=rigcontrol,path={board.scratch / 'control'}"]
     qemu += ["-device", "virtio-serial", "-device", f"virtserialport,chardev=rigcontrol,name={PORT_NAME}"]
@@ -166,16 +195,7 @@ def make_vng_command(machine: Machine, kernel: provision.Kernel, job: Job, board
     qemu += ["-fsdev", "local,id=rigroot,path=/,security_model=none,readonly=on,multidevs=remap"]
     qemu += ["-device", "virtio-9p-pci,fsdev=rigroot,mount_tag=rig.root"]
     qemu += ["-qmp", f"unix:{board.scratch / 'qmp'}"]
-    appended = [*KERNEL_ARGUMENTS, f"loglevel={7 if is_verbose() else 4}"]
-    appended += [*machine.iommu.kernel_arguments, *machine.kernel_arguments]
-    command = ["vng", "--run", str(kernel.image), "--disable-microvm", "--force-9p", "--verbose"]
-    command += [] if os.environ.get("RIG_ACCEL") == "kvm" else ["--disable-kvm"]
-    command += ["--cpus", str(machine.cpus), "--memory", machine.memory, "--user", "root"]
-    command += [f"--append={argument}" for argument in appended]
-    command += [f"--rwdir={SHARE}={job.share}"]
-    inside = ["sh", str(INSIDE), str(SHARE / "job.sh"), str(provision.REPOSITORY), str(provision.find_cache())]
-    command += [f"--qemu-opts={shlex.join(qemu)}", "--exec", shlex.join(inside)]
-    return command
+    return qemu
 
 
 def wait_for_end(stream: IO[bytes]) -> None:

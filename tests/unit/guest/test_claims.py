@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,51 @@ def test_prepare_claims_foreign_directory_refused(tmp_path: Path, put: object) -
     (finding,) = caught.value.findings
     assert (finding.code, finding.subject) == ("state-directory", str(tmp_path / "run"))
     assert finding.hint
+
+
+ALL_USERS = "         0          0 4294967295\n"
+ROOTLESS = "         0       1000          1\n         1     100000      65536\n"
+
+
+@pytest.mark.parametrize("found", [False, True], ids=["missing", "root's"])
+@pytest.mark.parametrize(("user", "users", "who"), [(1000, ALL_USERS, "1000,"), (0, ROOTLESS, "1000, who is root in")])
+def test_prepare_claims_without_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: bool, user: int, users: str, who: str
+) -> None:
+    """A rootless engine: the directory cannot be created, or is the machine's root's, whom its namespace lacks."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/uid_map").write_text(users)
+    if found:
+        put_anothers(tmp_path / "run")
+    else:
+        monkeypatch.setattr(os, "mkdir", raise_error(errno.EACCES))
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with pytest.raises(Refusal) as caught:
+        ClaimDirectory(str(tmp_path / "run"), Root(str(tmp_path))).prepare()
+    (finding,) = caught.value.findings
+    assert finding.code == "not-root"
+    assert f"user {who}" in finding.problem
+
+
+def test_prepare_claims_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "mkdir", raise_error(errno.EROFS))
+    with pytest.raises(Refusal, match="Read-only") as caught:
+        ClaimDirectory(str(tmp_path / "run")).prepare()
+    (finding,) = caught.value.findings
+    assert (finding.code, finding.subject) == ("state-directory", str(tmp_path / "run"))
+    assert "/run" in finding.hint
+    monkeypatch.setattr(os, "mkdir", raise_error(errno.ENOSPC))
+    with pytest.raises(OSError, match="space"):
+        ClaimDirectory(str(tmp_path / "run")).prepare()
+
+
+def raise_error(code: int) -> Callable[..., None]:
+    """Return a system call that fails."""
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
 
 
 @pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/etc/passwd")])
