@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import lzma
 import os
 import re
@@ -34,7 +33,6 @@ NAMES_LIMIT = 20_000
 # Names that need no quoting in any of the programs that read them.
 NAME = re.compile(r"[A-Za-z0-9_+@=,.-]+(/[A-Za-z0-9_+@=,.-]+)*")
 DIGEST_LINE = re.compile(r"([0-9a-f]{64}) [ *](?:\./)?(.+)")
-VERSION_FILES = (f"{HOME}/VERSION", f"{HOME}/version")
 VERSION_NAME = re.compile(r"guest-addon_([0-9][A-Za-z0-9.+~-]*?)_[a-z0-9]+(\.tar.*)?$")
 
 
@@ -56,7 +54,7 @@ def read_addon(path: str) -> Addon:
         refuse(path, "has one name twice")
     check_manifest(path, by_path)
     manifest = hashlib.sha256(by_path[MANIFEST].data).hexdigest()
-    return Addon(tuple(sorted(files, key=lambda file: file.path)), find_version(path, by_path), manifest)
+    return Addon(tuple(sorted(files, key=lambda file: file.path)), find_version(path), manifest)
 
 
 def find_usual(checkout: str) -> str:
@@ -178,18 +176,7 @@ def check_manifest(path: str, files: dict[str, AddonFile]) -> None:
         refuse(path, f"{others[0]}: is not in the manifest")
 
 
-def find_version(path: str, files: dict[str, AddonFile]) -> str:
-    """Return the add-on's version: in a file of its own, else from the archive's name; "" if neither has one."""
-    for name in VERSION_FILES:
-        if name in files:
-            text = files[name].data.decode("utf-8", "replace").strip()
-            return text[:40] if text.isprintable() else ""
-    about = files.get(f"{HOME}/addon.json")
-    if about is not None:
-        try:
-            version = json.loads(about.data).get("version", "")
-        except (ValueError, AttributeError):
-            version = ""
-        return version[:40] if isinstance(version, str) and version.isprintable() else ""
+def find_version(path: str) -> str:
+    """Return the version in an archive's name, "" if it has none: the add-on itself names none."""
     found = VERSION_NAME.search(os.path.basename(path.rstrip("/")))
     return found[1] if found else ""

@@ -20,13 +20,10 @@ def check_guest(path: str, tree: Tree, files: tuple[AddonFile, ...]) -> list[str
     if tree.look_up(RECORD) is not None:
         hint = "remove it first: vfio-kata-image remove IMAGE --output NEW"
         raise Refusal("already-added", path, "has the add-on", hint)
-    for each in (HOME, *(file.path for file in files)):
-        if tree.look_up(each) is not None:
-            hint = "the add-on is not for images that have the hook from a package; take that out, or use it as it is"
-            raise Refusal("foreign-file", path, f"has /{each}, which this tool has not put there", hint)
-    missing = []
+    missing: list[str] = []
     for parent in list_parents(tuple(file.path for file in files)):
-        if tree.look_up(parent) is None:
+        # What is below a directory that is not there is not there either.
+        if parent.rpartition("/")[0] in missing or tree.look_up(parent) is None:
             missing.append(parent)
             continue
         # With a name behind it, a link is followed.
@@ -34,6 +31,10 @@ def check_guest(path: str, tree: Tree, files: tuple[AddonFile, ...]) -> list[str
         if node is None or node.kind != "directory":
             hint = "a directory of that name is needed"
             raise Refusal("foreign-file", path, f"has /{parent}, which is no directory and leads to none", hint)
+    for each in (HOME, *(file.path for file in files)):
+        if each.rpartition("/")[0] not in missing and tree.look_up(each) is not None:
+            hint = "the add-on is not for images that have the hook from a package; take that out, or use it as it is"
+            raise Refusal("foreign-file", path, f"has /{each}, which this tool has not put there", hint)
     return missing
 
 

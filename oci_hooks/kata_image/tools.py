@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the programs that know file systems and compressions: e2fsprogs, erofs-utils, sfdisk, zstd.
+"""Run the programs that know file systems and compressions: e2fsprogs, erofs-utils, zstd.
 
 Their output is not translated, they read nothing from the terminal, and nothing of the user's environment decides where
 they are found.
@@ -23,7 +23,6 @@ PACKAGES = {
     "zstd": "zstd",
     **dict.fromkeys(("debugfs", "e2fsck", "resize2fs"), "e2fsprogs"),
     **dict.fromkeys(("mkfs.erofs", "fsck.erofs", "dump.erofs"), "erofs-utils"),
-    "cp": "coreutils",
 }
 CHUNK = 1 << 20
 # Lines of a program's own report that are passed on.

@@ -109,8 +109,9 @@ def store_undo(source: BinaryIO, draft: str, image: Image, start: int, record: R
         blocks = find_changes(source, file)
         base, size = image.tables[-1].base, file.seek(0, 2)
         gap, behind = pack_undo(record, blocks, base, min(start, image.start), size)
-        if read_at(source, base + PLACE, len(gap)).strip(b"\0"):
-            problem = "has other data between partition table and partition, where the undo data would be"
+        # A GPT has its copy at the end of the disk.
+        if read_at(source, base + PLACE, len(gap)).strip(b"\0") or (behind and image.tables[-1].kind == "GPT"):
+            problem = "has no room for the undo data between partition table and partition"
             raise Refusal("image-gap", image.path, problem, "--no-undo adds without a way back")
         file.seek(base + PLACE)
         file.write(gap)
@@ -128,7 +129,7 @@ def verify_image(draft: str, image: Image, files: tuple[AddonFile, ...], work: s
         if (found.filesystem, found.dax, len(found.tables)) != (image.filesystem, image.dax, len(image.tables)):
             raise StepError("not-written", image.path, "the copy's layout was read back as another one", "report this")
         if found.filesystem == "ext4":
-            ext4.verify_files(file, found.start, files)
+            ext4.verify_files(file, found.start, work, files)
             return
         copy_range(file, found.start, found.room, f"{work}/verified")
     erofs.verify(f"{work}/verified", work, files)
