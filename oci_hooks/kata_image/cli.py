@@ -22,7 +22,7 @@ from oci_hooks.kata_image.apply.output import check_output, open_input, open_wor
 from oci_hooks.kata_image.compression import MAGIC_BYTES, find_format
 from oci_hooks.kata_image.decision import check_guest, make_settings_file
 from oci_hooks.kata_image.disk import check_writable, read_at, read_image
-from oci_hooks.kata_image.initrd import read_initrd
+from oci_hooks.kata_image.initrd import Initrd, read_initrd
 from oci_hooks.kata_image.kernel import read_kernel
 from oci_hooks.kata_image.model import PROGRAM, Record
 from oci_hooks.log import write_stderr, write_stdout
@@ -95,7 +95,7 @@ def read_named_kernel(path: str) -> KernelFile | None:
 def print_report(asked: Namespace, found: report.Found, guest: report.Guest | None, kernel: KernelFile | None) -> None:
     """Print what was found as text or JSON."""
     modules = guest.modules if guest is not None else ()
-    lines = report.list_lines(os.path.abspath(asked.image), not hasattr(found, "tables"), modules)
+    lines = report.list_lines(os.path.abspath(asked.image), isinstance(found, Initrd), modules)
     if asked.json:
         write_stdout(json.dumps(report.make_document(found, guest, kernel, lines), indent=2) + "\n")
         return

@@ -4,7 +4,8 @@
 osbuilder (kata-containers, tools/osbuilder/image-builder/image_builder.sh) makes one partition at 1 MiB, measured from
 an MBR. Before these, unless told not to, it puts 2 MiB with another MBR that counts from the beginning of the file and
 the kernel's block for a pmem device with DAX (struct nd_pfn_sb in drivers/nvdimm/pfn.h, nsdax.gpl.c). A guest with an
-NVDIMM sees the second MBR, one with a virtio disk the first. An image with dm-verity has the hashes in a second partition.
+NVDIMM sees the second MBR, one with a virtio disk the first. An image with dm-verity has its hashes in a second
+partition.
 """
 
 from __future__ import annotations
@@ -189,8 +190,8 @@ def check_writable(image: Image) -> None:
     if image.verity:
         problem = "has a second partition, as an image with dm-verity has: a changed file would not be read"
         hint = (
-            "put the add-on into the root file system before osbuilder makes the image (MEASURED_ROOTFS=yes), and its new "
-            "root hash into kernel_verity_params"
+            "unpack the add-on into the root file system before osbuilder makes the image (MEASURED_ROOTFS=yes), and "
+            "put the new root hash into kernel_verity_params"
         )
         raise Refusal("image-verity", image.path, problem, hint)
     if image.filesystem not in ("ext4", "erofs"):

@@ -66,9 +66,7 @@ def read_initrd(file: BinaryIO) -> Initrd:
     return Initrd(file.name, size, tuple(archives), ListedTree(nodes, contents), record)
 
 
-def read_archive(
-    file: BinaryIO, start: int, size: int, nodes: dict[str, Node], contents: dict[str, bytes]
-) -> Archive:
+def read_archive(file: BinaryIO, start: int, size: int, nodes: dict[str, Node], contents: dict[str, bytes]) -> Archive:
     """Read the archive at an offset into nodes and contents and return where it is."""
     file.seek(start)
     format_name = find_format(file.read(MAGIC_BYTES))
@@ -165,10 +163,10 @@ def parse_record(text: bytes) -> Record | None:
         return None
     if not isinstance(document, dict) or document.get("version") != RECORD_VERSION:
         return None
-    values = {name: document.get(name) for name in Record.field_names()}
+    values: Any = {name: document.get(name) for name in Record.field_names()}
     words, numbers = ("tool", "addon", "manifest", "sha256", "archive_sha256"), ("size", "archive_size")
     right = all(isinstance(values[name], str) for name in words) and isinstance(values["settings"], bool)
-    right = right and all(type(values[name]) is int and values[name] >= 0 for name in numbers)  # type: ignore[operator]
+    right = right and all(type(values[name]) is int and values[name] >= 0 for name in numbers)
     return Record(**values) if right else None
 
 

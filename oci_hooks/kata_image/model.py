@@ -68,7 +68,7 @@ class Record(Frozen):
     """What was done to an image. It is in the guest at RECORD, for `show` and `remove`.
 
     tool: version of this tool; addon: version; manifest: SHA-256 of the add-on's manifest; settings: whether guest.toml
-    was put in; size, sha256: of the image as it was before; archive: of the initrd's appended archive, size and SHA-256.
+    was put in; size, sha256: of the image as it was before; archive_size, archive_sha256: of an initrd's last archive.
     """
 
     tool: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from oci_hooks.findings import make_one_line
 from oci_hooks.frozen import Frozen
-from oci_hooks.kata_image.initrd import parse_record
+from oci_hooks.kata_image.initrd import Initrd, parse_record
 from oci_hooks.kata_image.model import HOME, HOOK_FILES, HOOKS, RECORD, SETTINGS
 from oci_hooks.linux.kernel import NEEDED
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from typing import Any, Union
 
     from oci_hooks.kata_image.disk import Image
-    from oci_hooks.kata_image.initrd import Initrd
     from oci_hooks.kata_image.kernel import KernelFile
     from oci_hooks.kata_image.trees import Tree
 
@@ -112,7 +111,7 @@ def list_lines(path: str, is_initrd: bool, modules: tuple[Module, ...]) -> list[
 def describe_layout(found: Found) -> list[tuple[str, str]]:
     """Return rows of words about the container of the guest's files."""
     size = ("size", f"{found.size} bytes")
-    if not hasattr(found, "tables"):
+    if isinstance(found, Initrd):
         parts = ", ".join(f"{each.format} at {each.start} ({each.names} names)" for each in found.archives)
         return [("format", "initrd"), size, ("archives", parts)]
     table = found.tables[-1]
@@ -154,12 +153,12 @@ def format_rows(rows: list[tuple[str, str]]) -> str:
 def make_document(found: Found, guest: Guest | None, kernel: KernelFile | None, lines: list[str]) -> Any:
     """Return the same as JSON's types. guest: None if the file system could not be read."""
     document: dict[str, Any] = {"path": found.path, "size": found.size, "configuration": lines}
-    if hasattr(found, "tables"):
-        document |= {"format": "image", "table": found.tables[-1].kind, "offset": found.start, "room": found.room}
-        document |= {"dax": found.dax, "filesystem": found.filesystem or None, "verity": found.verity}
-    else:
+    if isinstance(found, Initrd):
         archives = [{"offset": each.start, "end": each.end, "format": each.format} for each in found.archives]
         document |= {"format": "initrd", "archives": archives}
+    else:
+        document |= {"format": "image", "table": found.tables[-1].kind, "offset": found.start, "room": found.room}
+        document |= {"dax": found.dax, "filesystem": found.filesystem or None, "verity": found.verity}
     if guest is not None:
         modules = [each.as_dict() for each in guest.modules]
         document |= {"addon": guest.addon, "hook": guest.hook, "settings": guest.settings, "modules": modules}

@@ -78,7 +78,7 @@ def run_tool(
     if done.returncode not in codes:
         lines = (errors or done.stdout.decode("utf-8", "replace")).strip().splitlines()[-LINES_TOLD:]
         problem = f"ended with {done.returncode}: {' / '.join(lines) or 'without a message'}"
-        raise Refusal("tool-failed", name, problem, "the image is unchanged; check free space, and the image by e2fsck -fn")
+        raise Refusal("tool-failed", name, problem, "nothing was written; check free space, and the image itself")
     return Done(done.returncode, done.stdout, errors)
 
 

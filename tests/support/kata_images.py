@@ -137,7 +137,10 @@ def make_disk(size: int, start: int, label: str = "dos", second: int = 0) -> byt
     place = Path(os.environ.get("TMPDIR", "/tmp")) / f"disk-{os.getpid()}"  # noqa: S108 - gone at once
     place.touch()
     os.truncate(place, size)
-    first = f"start={start // 512}, size={(size - start - second) // 512 - 34}, type={'83' if label == 'dos' else 'L'}\n"
+    kind = "83" if label == "dos" else "L"
+    first = (
+        f"start={start // 512}, size={(size - start - second) // 512 - 34}, type={kind}\n"
+    )
     more = f"start={(size - second) // 512}, size={second // 512 - 34}\n" if second else ""
     try:
         run("sfdisk", "-q", place, text=f"label: {label}\nlabel-id: 0x1234abcd\n{first}{more}".encode())
@@ -170,7 +173,7 @@ def make_image(place: Path, filesystem: Path, dax: bool = True, label: str = "do
     size = MIB + filesystem.stat().st_size + second + MIB
     with place.open("wb") as file:
         if dax:
-            file.write(make_disk(header + size, MIB + header, label, second)[: 4096])
+            file.write(make_disk(header + size, MIB + header, label, second)[:4096])
             file.write(make_dax_block())
         file.seek(header)
         file.write(make_disk(size, MIB, label, second))

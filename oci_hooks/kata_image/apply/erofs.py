@@ -52,7 +52,7 @@ def change(partition: str, work: str, path: str, files: tuple[AddonFile, ...]) -
     before = list_nodes(f"{work}/tree")
     write_files(tree, files, directories)
     uuid, features = UUID.search(about), FEATURES.search(about)
-    packed = ("-zlz4hc",) if features and "lz4" in features[1] else ()
+    packed = ("-zlz4hc",) if features and "0padding" in features[1] else ()
     kept = (f"-U{uuid[1]}",) if uuid else ()
     os.unlink(partition)
     run_tool("mkfs.erofs", "--quiet", *OPTIONS, *packed, *kept, partition, f"{work}/tree")
@@ -97,7 +97,7 @@ def list_nodes(top: str) -> dict[str, tuple[int, int, int, int]]:
 
 
 def check_kept(partition: str, work: str, before: dict[str, tuple[int, int, int, int]]) -> None:
-    """Unpack the new file system. Raises StepError [not-written] unless all that was there before is there as it was."""
+    """Unpack the new file system. Raises StepError [not-written] unless all of the old one is in it."""
     extract(partition, f"{work}/again", preserve=True)
     after = list_nodes(f"{work}/again")
     lost = [path for path, node in before.items() if after.get(path) != node]

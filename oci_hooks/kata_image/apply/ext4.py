@@ -77,7 +77,9 @@ def check_filesystem(place: str, path: str) -> None:
         clean = read_superblock(file, 0).clean
     if done.code or not clean:
         lines = done.output.decode("utf-8", "replace").strip().splitlines()
-        problem = f"its ext4 has errors: {lines[-1] if lines else done.errors}" if done.code else "its ext4 was not unmounted"
+        problem = (
+            f"its ext4 has errors: {lines[-1] if lines else done.errors}" if done.code else "its ext4 was not unmounted"
+        )
         raise InputError("image-damaged", path, problem, "repair a copy of its partition by e2fsck -f")
 
 
@@ -136,13 +138,15 @@ def make_directory(path: str, time: int) -> list[str]:
 
 def set_owner(path: str, mode: int, time: int) -> list[str]:
     """Return debugfs's lines that give a node to root. mode: with type bits."""
-    values = {"mode": f"0{mode:o}", "uid": "0", "gid": "0", **{name: f"@{time}" for name in TIMES}}
+    values = {"mode": f"0{mode:o}", "uid": "0", "gid": "0", **dict.fromkeys(TIMES, f"@{time}")}
     return [f"set_inode_field /{path} {name} {value}" for name, value in values.items()]
 
 
 def verify_files(source: BinaryIO, start: int, work: str, files: tuple[AddonFile, ...]) -> None:
-    """Read the files back from an image, by one debugfs. Raises StepError [not-written] if one is not as it should be."""
-    script = [line for number, file in enumerate(files) for line in (f"stat /{file.path}", f"dump /{file.path} {number}")]
+    """Read the files back from an image, by one debugfs. Raises StepError [not-written] if one is different."""
+    script = [
+        line for number, file in enumerate(files) for line in (f"stat /{file.path}", f"dump /{file.path} {number}")
+    ]
     device = f"/proc/self/fd/{source.fileno()}?offset={start}"
     text = "\n".join([*script, ""])
     done = run_tool("debugfs", "-f", "-", device, cwd=work, text=text, descriptors=(source.fileno(),))

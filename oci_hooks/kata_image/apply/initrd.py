@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from oci_hooks.kata_image.model import Addon, AddonFile, Record
 
 
-def add_to_initrd(source: BinaryIO, initrd: Initrd, addon: Addon, settings: tuple[AddonFile, ...], draft: str, record: Record) -> Record:
+def add_to_initrd(
+    source: BinaryIO, initrd: Initrd, addon: Addon, settings: tuple[AddonFile, ...], draft: str, record: Record
+) -> Record:
     """Write a copy with the add-on behind it, and return its record. record: without digests. Raises OSError."""
     # As the last archive is, for the kernel has a decompressor for that: Kata's own kernel knows gzip only.
-    packed = compress(make_archive(initrd.tree, (*addon.files, *settings)), initrd.archives[-1].format if initrd.archives else CPIO)
+    packed = compress(
+        make_archive(initrd.tree, (*addon.files, *settings)), initrd.archives[-1].format if initrd.archives else CPIO
+    )
     digest = copy_range(source, 0, initrd.size, draft)
     whole = record.replace(
         size=initrd.size, sha256=digest, archive_size=len(packed), archive_sha256=hashlib.sha256(packed).hexdigest()
@@ -36,7 +40,13 @@ def verify_initrd(draft: str, addon: Addon, settings: tuple[AddonFile, ...]) -> 
         tree = read_initrd(file).tree
     for each in (*addon.files, *settings):
         node = tree.look_up(each.path)
-        if node is None or (node.kind, node.mode, node.uid, node.gid, node.size) != ("file", each.mode, 0, 0, len(each.data)):
+        if node is None or (node.kind, node.mode, node.uid, node.gid, node.size) != (
+            "file",
+            each.mode,
+            0,
+            0,
+            len(each.data),
+        ):
             raise StepError("not-written", each.path, "is not in the new initrd as it should be", "report this")
 
 

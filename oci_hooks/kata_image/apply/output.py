@@ -87,7 +87,7 @@ def open_workspace(path: str) -> Iterator[str]:
 
 
 def publish(draft: str, path: str, mode: int, force: bool) -> None:
-    """Give a finished file its name; readers see all of it or nothing. mode: permission bits. Raises OSError, Refusal."""
+    """Give a finished file its name: all of it or nothing. mode: permission bits. Raises OSError, Refusal."""
     with open(draft, "rb") as file:
         os.fchmod(file.fileno(), mode)
         os.fsync(file.fileno())
