@@ -97,6 +97,11 @@ def read_archive(path: str, archive: tarfile.TarFile) -> Iterator[AddonFile]:
         if len(data) != member.size:
             refuse(path, f"{name}: is cut short")
         yield AddonFile(name, member.mode, int(member.mtime), data)
+    # What follows the last member is padding; a compressed archive that was cut there is noticed at its end only.
+    while archive.fileobj is not None and (rest := archive.fileobj.read(1 << 20)):
+        total += len(rest)
+        if total > SIZE_LIMIT:
+            refuse(path, f"has more than {SIZE_LIMIT} bytes")
 
 
 def read_directory(path: str) -> Iterator[AddonFile]:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool and return its exit code. argv: arguments without the program's name; None for this process's."""
     # So that what is half written is taken away.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_REFUSED))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_REFUSED))
     try:
         asked = arguments.make_parser().parse_args(argv)
         code: int = {"show": show, "add": add, "remove": remove}[asked.command](asked)
@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         hint = "nothing was written; check that path and free space"
         return report_error("system", error.filename or "a system call", error.strerror or str(error), hint)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def report_error(code: str, subject: str, problem: str, hint: str) -> int:

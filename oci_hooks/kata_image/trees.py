@@ -47,7 +47,7 @@ class ListedTree:
             self.children.setdefault(parent, []).append(name)
 
     def follow(self, path: str, last: bool) -> str:
-        """Return a path with its links replaced; the last name's too, if asked. "" for a circle of links."""
+        """Return a path with its links replaced; the last name's too, if asked. "\0" for a circle of links."""
         done: list[str] = []
         names, links = path.split("/")[::-1], 0
         while names:
@@ -61,7 +61,7 @@ class ListedTree:
             if node is not None and node.kind == "link" and (names or last):
                 links += 1
                 if links > LINKS_FOLLOWED:
-                    return ""
+                    return "\0"
                 done = [] if node.target.startswith("/") else done
                 names += node.target.split("/")[::-1]
                 continue

@@ -12,7 +12,7 @@ import hashlib
 import struct
 import zlib
 
-from oci_hooks.findings import InputError
+from oci_hooks.findings import Refusal
 from oci_hooks.frozen import Frozen
 from oci_hooks.kata_image.disk import MIB, read_at
 from oci_hooks.kata_image.initrd import encode_record, make_change, parse_record
@@ -33,6 +33,7 @@ RUN = struct.Struct("<QI?")
 # Of one run, and of all blocks together when they are unpacked.
 RUN_BLOCKS = 1 << 16
 DATA_LIMIT = 1 << 30
+DAMAGED = "its undo data is damaged"
 
 
 class Undo(Frozen):
@@ -90,15 +91,17 @@ def unpack_blocks(path: str, blocks: bytes) -> Iterator[tuple[int, bytes]]:
     stream = zlib.decompressobj()
     try:
         data = stream.decompress(blocks, DATA_LIMIT)
-    except zlib.error as error:
-        raise make_change(path, f"its undo data is damaged: {error}") from None
+    except zlib.error:
+        data = b""
+    if not stream.eof:
+        raise make_change(path, DAMAGED)
     place = 0
     while place + RUN.size <= len(data):
         number, count, has_data = RUN.unpack_from(data, place)
         place += RUN.size
         length = count * BLOCK if has_data else 0
         if count > RUN_BLOCKS:
-            raise make_change(path, "its undo data is damaged")
+            raise make_change(path, DAMAGED)
         yield number * BLOCK, data[place : place + length] if has_data else bytes(count * BLOCK)
         place += length
 
@@ -110,13 +113,13 @@ def pack_undo(record: Record, blocks: bytes, base: int, start: int, end: int) ->
     """Return what to write at PLACE from the table, and what to write at an offset behind the image ("" mostly).
 
     base: offset of the table; start: of the partition; end: of the file, where there is room for what does not fit.
-    Raises InputError [image-gap] where there is no room for a header.
+    Raises Refusal [image-gap] where there is no room for a header.
     """
     note = encode_record(record)
     room = start - base - PLACE - HEADER.size
     if room < len(note):
         hint = "osbuilder begins the partition at 1 MiB; --no-undo adds without a way back"
-        raise InputError("image-gap", "partition", f"begins {start - base} bytes behind its table", hint)
+        raise Refusal("image-gap", "partition", f"begins {start - base} bytes behind its table", hint)
     inside = len(note) + len(blocks) <= room
     digest = hashlib.sha256(note + blocks).digest()
     head = HEADER.pack(SIGNATURE, len(note), len(blocks), 0 if inside else end, digest)
@@ -132,10 +135,10 @@ def read_undo(file: BinaryIO, base: int) -> Undo | None:
     _, note_length, length, outside, digest = HEADER.unpack(head)
     size = file.seek(0, 2)
     if note_length > MIB or length > size:
-        raise make_change(file.name, "its undo data is damaged")
+        raise make_change(file.name, DAMAGED)
     note = read_at(file, place + HEADER.size, note_length)
     blocks = read_at(file, outside or place + HEADER.size + note_length, length)
     record = parse_record(note)
     if record is None or hashlib.sha256(note + blocks).digest() != digest:
-        raise make_change(file.name, "its undo data is damaged")
+        raise make_change(file.name, DAMAGED)
     return Undo(record, blocks, place, HEADER.size + note_length + (0 if outside else length), outside)

@@ -25,7 +25,7 @@ HOOK = b'#!/bin/sh\nexec /opt/oci-vfio-hooks/bin/python3 "$@"\n'
 PYTHON = b"#!/bin/sh\necho stand-in 1.2.3 $*\n"
 FILES = {
     f"{HOME}/bin/python3": (0o755, PYTHON),
-    f"{HOME}/lib/library.zip": (0o644, random.Random(1).randbytes(300_000)),  # noqa: S311 - what doesn't compress
+    f"{HOME}/lib/library.zip": (0o644, random.Random(1).randbytes(30_000)),  # noqa: S311 - what doesn't compress
     f"{HOME}/cdi/oci-vfio-hooks.json": (0o644, b'{"cdiVersion": "0.6.0"}\n'),
     "usr/share/oci/hooks/prestart/vfio-guest-bind": (0o755, HOOK),
     "usr/share/oci/hooks/poststop/vfio-guest-bind": (0o755, HOOK),
@@ -138,9 +138,7 @@ def make_disk(size: int, start: int, label: str = "dos", second: int = 0) -> byt
     place.touch()
     os.truncate(place, size)
     kind = "83" if label == "dos" else "L"
-    first = (
-        f"start={start // 512}, size={(size - start - second) // 512 - 34}, type={kind}\n"
-    )
+    first = f"start={start // 512}, size={(size - start - second) // 512 - 34}, type={kind}\n"
     more = f"start={(size - second) // 512}, size={second // 512 - 34}\n" if second else ""
     try:
         run("sfdisk", "-q", place, text=f"label: {label}\nlabel-id: 0x1234abcd\n{first}{more}".encode())

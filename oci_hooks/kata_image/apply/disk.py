@@ -16,7 +16,7 @@ from oci_hooks.kata_image.ext4 import check_growth, is_enough, measure_need, rea
 from oci_hooks.kata_image.initrd import encode_record, make_change
 from oci_hooks.kata_image.model import RECORD, AddonFile
 from oci_hooks.kata_image.report import read_guest
-from oci_hooks.kata_image.undo import PLACE, find_changes, pack_undo, read_undo, unpack_blocks
+from oci_hooks.kata_image.undo import DAMAGED, PLACE, find_changes, pack_undo, read_undo, unpack_blocks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def remove_from_image(source: BinaryIO, image: Image, draft: str) -> Record:
         file.write(bytes(undo.length))
         for place, data in unpack_blocks(image.path, undo.blocks):
             if place + len(data) > image.size:
-                raise make_change(image.path, "its undo data is damaged")
+                raise make_change(image.path, DAMAGED)
             file.seek(place)
             file.write(data)
         file.truncate(undo.record.size)

@@ -31,13 +31,14 @@ def open_input(path: str) -> Iterator[BinaryIO]:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         raise InputError("image-unreadable", path, error.strerror or str(error), hint) from None
-    with open(fd, "rb", closefd=True) as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a device, a FIFO or a socket"
-            raise InputError("image-unreadable", path, f"is {kind}", hint)
-        if not found.st_size:
-            raise InputError("image-unreadable", path, "is empty", hint)
+    found = os.fstat(fd)
+    problem = "is empty" if stat.S_ISREG(found.st_mode) and not found.st_size else ""
+    if not stat.S_ISREG(found.st_mode):
+        problem = f"is {'a directory' if stat.S_ISDIR(found.st_mode) else 'a device, a FIFO or a socket'}"
+    if problem:
+        os.close(fd)
+        raise InputError("image-unreadable", path, problem, hint)
+    with open(fd, "rb") as file:
         yield NamedFile(file, path)  # type: ignore[misc]
 
 
