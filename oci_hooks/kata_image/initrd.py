@@ -54,20 +54,19 @@ class Initrd(Frozen):
 def read_initrd(file: BinaryIO) -> Initrd:
     """Return an initrd's archives and names. Raises InputError [image-damaged] or [image-unknown]."""
     size = file.seek(0, 2)
-    nodes: dict[str, Node] = {}
-    contents: dict[str, bytes] = {}
+    tree = ListedTree()
     archives: list[Archive] = []
     start = skip_zeros(file, 0, size)
     while start < size:
-        archive = read_archive(file, start, size, nodes, contents)
+        archive = read_archive(file, start, size, tree)
         archives.append(archive)
         start = skip_zeros(file, archive.end, size)
-    record = parse_record(contents.get(RECORD, b""))
-    return Initrd(file.name, size, tuple(archives), ListedTree(nodes, contents), record)
+    record = parse_record(tree.read(RECORD))
+    return Initrd(file.name, size, tuple(archives), tree, record)
 
 
-def read_archive(file: BinaryIO, start: int, size: int, nodes: dict[str, Node], contents: dict[str, bytes]) -> Archive:
-    """Read the archive at an offset into nodes and contents and return where it is."""
+def read_archive(file: BinaryIO, start: int, size: int, tree: ListedTree) -> Archive:
+    """Read the archive at an offset into the tree and return where it is."""
     file.seek(start)
     format_name = find_format(file.read(MAGIC_BYTES))
     if not format_name:
@@ -76,34 +75,29 @@ def read_archive(file: BinaryIO, start: int, size: int, nodes: dict[str, Node], 
         raise make_damage(file.name, f"the cpio archive at byte {start} is not at a multiple of 4, as the kernel asks")
     part = Part(file, start, format_name)
     source = Source(read_range(file, start, size) if format_name == CPIO else part.read_chunks())
-    before = len(nodes)
+    before = len(tree.nodes)
     try:
         while True:
             for member in read_members(source, is_kept):
-                take_member(member, nodes, contents)
-                if len(nodes) > NAMES_LIMIT:
+                take_member(member, tree)
+                if len(tree.nodes) > NAMES_LIMIT:
                     raise make_damage(file.name, f"has more than {NAMES_LIMIT} names")
             if format_name == CPIO:
-                return Archive(start, start + source.position, CPIO, len(nodes) - before)
+                return Archive(start, start + source.position, CPIO, len(tree.nodes) - before)
             # One compressed part may hold several archives.
             source.skip_zeros()
             if not source.peek():
-                return Archive(start, part.end, format_name, len(nodes) - before)
+                return Archive(start, part.end, format_name, len(tree.nodes) - before)
     except CpioError as error:
         raise make_damage(file.name, f"the archive at byte {start}, unpacked: {error}") from None
 
 
-def take_member(member: Member, nodes: dict[str, Node], contents: dict[str, bytes]) -> None:
-    """Note one entry; as in the kernel, a later one of the same name replaces the earlier."""
-    path = "/".join(name for name in member.name.split("/") if name not in ("", "."))
-    if not path:
-        return
+def take_member(member: Member, tree: ListedTree) -> None:
+    """Note one entry."""
     kind = name_kind(member.mode)
     target = member.data.decode("utf-8", "surrogateescape") if kind == "link" else ""
-    nodes[path] = Node(kind, stat.S_IMODE(member.mode), member.uid, member.gid, member.size, target)
-    contents.pop(path, None)
-    if kind == "file" and member.data:
-        contents[path] = member.data
+    node = Node(kind, stat.S_IMODE(member.mode), member.uid, member.gid, member.size, target)
+    tree.put(member.name, node, member.data if kind == "file" else b"")
 
 
 def is_kept(name: str) -> bool:

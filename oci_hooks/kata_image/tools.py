@@ -58,10 +58,12 @@ def run_tool(
     text: str = "",
     codes: Sequence[int] = (0,),
     descriptors: Sequence[int] = (),
+    environment: dict[str, str] | None = None,
 ) -> Done:
     """Run a program to its end.
 
-    text: its standard input; codes: exit codes that are no failure; descriptors: open files that it keeps.
+    text: its standard input; codes: exit codes that are no failure; descriptors: open files that it keeps;
+    environment: variables for it.
 
     Raises Refusal [tool-missing] or [tool-failed] with the end of what it reported.
     """
@@ -71,7 +73,7 @@ def run_tool(
         input=text.encode(),
         capture_output=True,
         check=False,
-        env=make_environment(),
+        env=make_environment(**(environment or {})),
         pass_fds=descriptors,
     )
     errors = done.stderr.decode("utf-8", "replace")

@@ -36,15 +36,26 @@ def name_kind(mode: int) -> str:
 
 
 class ListedTree:
-    """The nodes of an initrd, by path. contents: of the files that were kept."""
+    """The nodes of an initrd, by path, with the contents of some files."""
 
-    def __init__(self, nodes: dict[str, Node], contents: dict[str, bytes]) -> None:
-        self.nodes = nodes
-        self.contents = contents
-        self.children: dict[str, list[str]] = {}
-        for path in nodes:
-            parent, _, name = path.rpartition("/")
-            self.children.setdefault(parent, []).append(name)
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.contents: dict[str, bytes] = {}
+        self.children: dict[str, set[str]] = {}
+
+    def put(self, name: str, node: Node, data: bytes) -> None:
+        """Take a node as the kernel does: links above it are followed, and a later one of a name replaces the earlier.
+
+        data: content of a file, b"" if it is not to be kept.
+        """
+        path = self.follow(name, last=False)
+        parent, _, last = path.rpartition("/")
+        if path:
+            self.nodes[path] = node
+            self.children.setdefault(parent, set()).add(last)
+            self.contents.pop(path, None)
+        if path and data:
+            self.contents[path] = data
 
     def follow(self, path: str, last: bool) -> str:
         """Return a path with its links replaced; the last name's too, if asked. "\0" for a circle of links."""

@@ -55,7 +55,10 @@ def change(partition: str, work: str, path: str, files: tuple[AddonFile, ...]) -
     packed = ("-zlz4hc",) if features and "0padding" in features[1] else ()
     kept = (f"-U{uuid[1]}",) if uuid else ()
     os.unlink(partition)
-    run_tool("mkfs.erofs", "--quiet", *OPTIONS, *packed, *kept, partition, f"{work}/tree")
+    # The time of the newest file in place of now: the same input gives the same bytes.
+    newest = find_newest(f"{work}/tree")
+    arguments = ("--quiet", *OPTIONS, *packed, *kept, partition, f"{work}/tree")
+    run_tool("mkfs.erofs", *arguments, environment={"SOURCE_DATE_EPOCH": str(newest)})
     check_kept(partition, work, before)
     return modules
 
@@ -94,6 +97,12 @@ def list_nodes(top: str) -> dict[str, tuple[int, int, int, int]]:
             size = 0 if stat.S_ISDIR(found.st_mode) else found.st_size
             nodes[f"{directory}/{name}"[len(top) :]] = (found.st_mode, found.st_uid, found.st_gid, size)
     return nodes
+
+
+def find_newest(top: str) -> int:
+    """Return the time of the newest node below a directory, in seconds since 1970. Raises OSError."""
+    walk = ((directory, name) for directory, *lists in os.walk(top) for names in lists for name in names)
+    return int(max([os.lstat(f"{directory}/{name}").st_mtime for directory, name in walk], default=0))
 
 
 def check_kept(partition: str, work: str, before: dict[str, tuple[int, int, int, int]]) -> None:

@@ -120,7 +120,7 @@ def write_files(place: str, work: str, files: tuple[AddonFile, ...], directories
         with open(f"{work}/{number}", "xb") as content:
             content.write(file.data)
         directory, _, name = file.path.rpartition("/")
-        script += [f"cd /{directory}", f"write {number} {name}", "cd /"]
+        script += [f"cd /{directory}/.", f"write {number} {name}", "cd /"]
         script += set_owner(file.path, 0o100000 | file.mode, file.mtime)
     done = run_tool("debugfs", "-w", "-f", "-", place, cwd=work, text="\n".join([*script, ""]))
     # The first line of its errors is its version. It goes on after an error and ends with 0.
@@ -133,7 +133,9 @@ def write_files(place: str, work: str, files: tuple[AddonFile, ...], directories
 
 def make_directory(path: str, time: int) -> list[str]:
     """Return debugfs's lines that make a directory."""
-    return [f"mkdir /{path}", *set_owner(path, 0o40755, time)]
+    above, _, name = path.rpartition("/")
+    # debugfs does not follow a link that is the last name of a directory's path.
+    return [f"mkdir /{above}/./{name}", *set_owner(path, 0o40755, time)]
 
 
 def set_owner(path: str, mode: int, time: int) -> list[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from oci_hooks.kata_image.cpio import BLOCK, CONTENT_LIMIT, CpioError, Member, Source, read_members, write_archive
 
-NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=40)
+NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=40)
 NUMBERS = st.integers(0, 0xFFFFFFFF)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.findings import InputError, Refusal
+from oci_hooks.kata_image import tools
 from oci_hooks.kata_image.apply.output import NamedFile
 from oci_hooks.kata_image.cli import main
 from oci_hooks.kata_image.cpio import Member, write_archive
@@ -194,7 +195,7 @@ def test_hook_of_a_package_is_foreign(tmp_path: Path, addon: Path, capfd: pytest
     assert (shown["addon"], shown["hook"]) == (None, True)
 
 
-# What was changed since ------------------------------------------------------------------------------------------------
+# What was changed since ----------------------------------------------------------------------------------------------
 
 
 def test_remove_refuses_what_was_changed_since(tmp_path: Path, addon: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -220,3 +221,23 @@ def test_remove_refuses_what_was_changed_since(tmp_path: Path, addon: Path, capf
         assert not back.exists()
     assert main(["remove", str(old), "--output", str(back)]) == 2
     assert "[not-added]" in capfd.readouterr().err
+
+
+# zstd -----------------------------------------------------------------------------------------------------------------
+
+# A frame of one empty block: magic, a descriptor with a size of one byte, the size, the block's header.
+EMPTY_FRAME = b"\x28\xb5\x2f\xfd" + b"\x20" + b"\0" + b"\1\0\0"
+
+
+def test_zstd_without_its_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "PATH", ("/nowhere",))
+    (tmp_path / "initrd").write_bytes(EMPTY_FRAME)
+    with pytest.raises(Refusal, match=r"\[tool-missing\] zstd: is not installed; install zstd"):
+        read(tmp_path / "initrd")
+
+
+@pytest.mark.parametrize("end", range(4, len(EMPTY_FRAME)))
+def test_zstd_frame_that_is_cut(tmp_path: Path, end: int) -> None:
+    (tmp_path / "initrd").write_bytes(EMPTY_FRAME[:end])
+    with pytest.raises(InputError, match=r"\[image-damaged\]"):
+        read(tmp_path / "initrd")
