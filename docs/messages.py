@@ -37,6 +37,7 @@ def make_page() -> str:
             "host": "vfio-host-check",
             "replay": "vfio-hook-replay",
             "nri": "vfio-nri",
+            "kata_image": "vfio-kata-image",
         }.get(parts[0], "")
         for message in list_messages(ast.parse(path.read_text())):
             found.setdefault(part or "Shared", set()).add(message)

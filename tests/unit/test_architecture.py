@@ -37,6 +37,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "host": ("root", "linux", "program"),
     "nri": ("root", "linux", "program", "host"),
+    "kata_image": ("root", "linux"),
+    "kata_image.apply": ("root", "kata_image"),
+    "kata_image.cli": ("root", "kata_image", "kata_image.apply", "guest.settings"),
     "replay": ("root", "linux", "program", "record", "guest", "guest.apply", "guest.undo_log", "host"),
 }
 
@@ -109,6 +112,8 @@ CHANGING = {
 }
 WRITERS = (
     *("guest/apply/", "guest/claims.py", "guest/locks.py", "guest/undo_log.py", "record/writer.py", "log.py"),
+    # Copies of images, and the programs that read and write file systems.
+    *("kata_image/apply/", "kata_image/tools.py"),
     # The file that a person names with --output or --metrics.
     "host/files.py",
     # What the kernel knows of a group and a loop device is asked by ioctl.
