@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
 
 def preload_later_steps() -> None:
-    """Import what creating and allowing nodes needs; ctypes, for bpf(2), is the slowest import of the run."""
-    import ctypes  # noqa: F401
-
+    """Import what creating and allowing nodes needs."""
     from oci_hooks.guest import permits  # noqa: F401
     from oci_hooks.guest.apply import bpf, cgroup, container_dev, container_user, device_filter, nodes, proof  # noqa: F401
+    from oci_hooks.guest.apply import system_calls  # noqa: F401
 
 
 class GrantOptions(Frozen):
