@@ -340,4 +340,32 @@ ROWS = [
         '.decode("utf-8", "ignore").encode()',
         "test_log.py -k kmsg",
     ),
+    (
+        "the prover ends with its hook",
+        "guest/apply/proof",
+        "(self.requests,))",
+        "())",
+        "guest/test_cgroup.py -k prover_ends_with",
+    ),
+    (
+        "the prover ends at the deadline",
+        "guest/apply/proof",
+        "request = read_message(requests, deadline)",
+        "request = read_message(requests, Deadline(600))",
+        "guest/test_cgroup.py -k prover_ends_at",
+    ),
+    (
+        "the container's user only once nothing is denied",
+        "guest/apply/proof",
+        " and errno.EPERM not in codes",
+        "",
+        "guest/test_container_user.py -k denied_once",
+    ),
+    (
+        "the second opening, where capabilities do not replace it",
+        "credentials",
+        "return OVERRIDE in self.capabilities and not self.user_namespace",
+        "return True",
+        "guest/test_container_user.py -k as_container_user",
+    ),
 ]
