@@ -138,7 +138,7 @@ def test_only_these_modules_change_the_machine() -> None:
 # What a container without VFIO pays for: a module more is about two per cent of an interpreter's start.
 IDLE = ("idle",)
 # What one pays for where the word is in its config.json all the same.
-FAST_PATH = ("findings", "frozen", "idle", "json_input", "oci", "program", "system")
+FAST_PATH = ("findings", "frozen", "idle", "json_input", "loader", "oci", "program", "system")
 
 
 def list_loaded(hook: str, bundle: Path, config: str) -> set[str]:
