@@ -350,8 +350,8 @@ ROWS = [
     (
         "the prover ends at the deadline",
         "guest/apply/proof",
-        "request = read_message(requests, deadline)",
-        "request = read_message(requests, Deadline(600))",
+        "while poller.poll(deadline.remaining() * 1000):",
+        "while poller.poll(600_000):",
         "guest/test_cgroup.py -k prover_ends_at",
     ),
     (
@@ -367,5 +367,20 @@ ROWS = [
         "return OVERRIDE in self.capabilities and not self.user_namespace",
         "return True",
         "guest/test_container_user.py -k as_container_user",
+    ),
+    (
+        "bytecode of a source that was changed",
+        "loader",
+        "            if (int(found.st_mtime) & 0xFFFFFFFF, found.st_size & 0xFFFFFFFF) != (time, size):\n"
+        "                return None\n",
+        "",
+        "test_loader.py -k older",
+    ),
+    (
+        "bytecode of another Python",
+        "loader",
+        "data[:4] != MAGIC_NUMBER or ",
+        "",
+        "test_loader.py -k not_plain",
     ),
 ]
