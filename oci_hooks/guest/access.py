@@ -48,6 +48,8 @@ def start_early(prover: Prover, deadline: Deadline) -> None:
     # What the child needs, too.
     from oci_hooks.guest.apply import container_dev  # noqa: F401
 
+    if prover.credentials and not prover.credentials.opens_all:
+        from oci_hooks.guest.apply import container_user, system_calls  # noqa: F401
     try:  # noqa: SIM105 - contextlib costs an import
         prover.start(deadline)
     except OSError:
