@@ -2,7 +2,8 @@
 """Draw the documents' pictures: `python3 -m docs.pictures`, from the repository's top. Standard library only.
 
 Below docs/images: overview.svg shows what each hook does, architecture.svg the way of the data through the guest hook,
-performance.svg the figures of the table in docs/performance.md that have a target. A browser that prefers dark colours
+performance.svg the figures of the table in docs/performance.md that have a target, costs.svg what the kernel alone and
+the hook take for each number of groups. A browser that prefers dark colours
 gets them: one file serves both. tests/unit/test_pictures.py fails where a committed picture is not what is drawn.
 """
 
@@ -20,20 +21,20 @@ COLOURS = """
 text { fill: #1f2328 } .faint { fill: #59636e } .hook { fill: #0a58ca } rect { fill: #f4f6f8; stroke: #b7bfc8 }
 .paper { fill: #ffffff } .guest { fill: #e8f1fb } .inner { fill: #e6f5ea } .frame, .arrow { stroke: #0a58ca }
 .line { stroke: #b7bfc8 } .head { fill: #0a58ca } .met { fill: #2da44e } .missed { fill: #d9822b }
-.whisker, .target { stroke: #1f2328 }
+.whisker, .target { stroke: #1f2328 } .kernel { fill: #8c959f } .whole { fill: #0a58ca }
 """
 DARK = """
 text { fill: #e6edf3 } .faint { fill: #9aa4af } .hook { fill: #79b8ff } rect { fill: #161b22; stroke: #444c56 }
 .paper { fill: #0d1117 } .guest { fill: #14243a } .inner { fill: #12291a } .frame, .arrow { stroke: #79b8ff }
 .line { stroke: #444c56 } .head { fill: #79b8ff } .met { fill: #3fb950 } .missed { fill: #d9822b }
-.whisker, .target { stroke: #e6edf3 }
+.whisker, .target { stroke: #e6edf3 } .kernel { fill: #6e7781 } .whole { fill: #79b8ff }
 """
 STYLE = f"""{COLOURS}@media (prefers-color-scheme: dark) {{{DARK}}}
 text {{ font: 14px system-ui, "Segoe UI", "DejaVu Sans", sans-serif }}
 .title {{ font-weight: 600; font-size: 16px }} .small {{ font-size: 12.5px }} .hook {{ font-weight: 600 }}
 .code {{ font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 13px }}
 .end {{ text-anchor: end }} .middle {{ text-anchor: middle }} .line, .arrow, .frame {{ fill: none }}
-.paper, .met, .missed {{ stroke: none }} .frame, .whisker {{ stroke-width: 1.5 }} .arrow {{ stroke-width: 2 }}
+.paper, .met, .missed, .kernel, .whole {{ stroke: none }} .frame, .whisker {{ stroke-width: 1.5 }} .arrow {{ stroke-width: 2 }}
 .target {{ stroke-dasharray: 4 3 }}
 """
 
@@ -218,12 +219,56 @@ def draw_performance(rows: list[Measured]) -> str:
     return inventory.finish()
 
 
+@dataclass(frozen=True)
+class Cost:
+    """A row of the second table: what so many groups take, in starts of a bare interpreter."""
+
+    groups: int
+    kernel: float
+    hook: float
+
+
+def read_costs(text: str) -> list[Cost]:
+    """Return the rows of the table of costs in docs/performance.md."""
+    rows = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and len(cells) == 3 and cells[0].isdigit():
+            rows.append(Cost(int(cells[0]), float(cells[1]), float(cells[2])))
+    return rows
+
+
+def draw_costs(rows: list[Cost]) -> str:
+    """Return the plot of the costs: a bar for the kernel's share, written by a shell, and one for the hook."""
+    top, height, left = 84, 58, 130
+    bottom = top + height * len(rows)
+    highest = max(max(row.kernel, row.hook) for row in rows)
+    unit = 720 / highest
+    inventory = Picture(960, bottom + 44, "What each number of groups costs: the kernel alone, and the guest hook")
+    inventory.text(20, 30, "Time to bind, in starts of a bare interpreter (shorter is faster)", "title")
+    inventory.bar(20, 44, 14, 12, "kernel")
+    inventory.text(42, 55, "the kernel alone: a shell writes the same files, one device after another", "small")
+    inventory.bar(520, 44, 14, 12, "whole")
+    inventory.text(542, 55, "guest hook: with its interpreter, nodes, permission and proof", "small")
+    for mark in range(int(highest) + 1):
+        inventory.line(left + unit * mark, top - 8, left + unit * mark, bottom)
+        inventory.text(left + unit * mark, bottom + 20, f"{mark}", "small middle faint")
+    for number, row in enumerate(rows):
+        y = top + height * number
+        inventory.text(left - 10, y + 26, f"{row.groups} group{'s' * (row.groups != 1)}", "small end")
+        for offset, value, kind in ((4, row.kernel, "kernel"), (25, row.hook, "whole")):
+            inventory.bar(left, y + offset, unit * value, 17, kind)
+            inventory.text(round(left + unit * value + 8), y + offset + 13, f"{value:.2f}", "small")
+    return inventory.finish()
+
+
 def draw_all() -> dict[Path, str]:
     """Return the text of each picture, by its path."""
     return {
         IMAGES / "overview.svg": draw_overview(),
         IMAGES / "architecture.svg": draw_architecture(),
         IMAGES / "performance.svg": draw_performance(read_table(PERFORMANCE.read_text())),
+        IMAGES / "costs.svg": draw_costs(read_costs(PERFORMANCE.read_text())),
     }
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from oci_hooks.oci import Spec
 
 RAW_IO = "CAP_SYS_RAWIO"
+OVERRIDE = "CAP_DAC_OVERRIDE"
 
 
 class Credentials(Frozen):
@@ -37,6 +38,11 @@ class Credentials(Frozen):
     gains: bool
     gainable: tuple[str, ...]
     user_namespace: bool
+
+    @property
+    def opens_all(self) -> bool:
+        """Return whether neither owner nor mode of a file keeps it from being opened (capabilities(7))."""
+        return OVERRIDE in self.capabilities and not self.user_namespace
 
 
 def read_credentials(spec: Spec) -> Credentials | None:

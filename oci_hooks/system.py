@@ -278,7 +278,7 @@ class Note:
     """One question, step or decision of a run.
 
     kind: "ask", "do" or "note"; name: of the function or decision; arguments: path first for "ask";
-    begun: seconds since the run began; seconds: its duration; answer: the result, an exception included;
+    begun: seconds since the run began; seconds: a step's duration; answer: the result, an exception included;
     inside: whether it is a part of the step before it.
     """
 
@@ -308,6 +308,7 @@ class RecordingRoot(Root):
 
     def ask(self, question: Callable[..., T], path: str, *more: object) -> T:
         """Return a reading function's result for a path, and note it. Raises OSError."""
+        # Not its duration: a run asks hundreds of times, and a virtual machine's clock may take a system call.
         return self.call_noted(self.add("ask", name_tag(question), (path,)), question, path, *more)
 
     def do(self, function: Callable[..., T], *arguments: object) -> T:
@@ -318,6 +319,7 @@ class RecordingRoot(Root):
             return self.call_noted(entry, function, *arguments)
         finally:
             self.depth -= 1
+            entry.seconds = time.monotonic() - self.started - entry.begun
 
     def note(self, what: str, value: object) -> None:
         """Note a decision."""
@@ -336,7 +338,5 @@ class RecordingRoot(Root):
         except Exception as error:
             entry.answer = error
             raise
-        finally:
-            entry.seconds = time.monotonic() - self.started - entry.begun
         entry.answer = answer
         return answer

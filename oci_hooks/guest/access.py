@@ -15,36 +15,63 @@ if TYPE_CHECKING:
     from oci_hooks.credentials import Credentials
     from oci_hooks.findings import Finding
     from oci_hooks.guest.apply import cgroup
-    from oci_hooks.guest.apply.nodes import Container
+    from oci_hooks.guest.apply.proof import Prover
     from oci_hooks.guest.claims import ClaimDirectory
     from oci_hooks.guest.undo_log import UndoLog
     from oci_hooks.system import Deadline, Root
 
 
 def preload_later_steps() -> None:
-    """Import what creating and allowing nodes needs; ctypes, for bpf(2), is the slowest import of the run."""
-    import ctypes  # noqa: F401
-
+    """Import what creating and allowing nodes needs."""
     from oci_hooks.guest import permits  # noqa: F401
-    from oci_hooks.guest.apply import bpf, cgroup, container_dev, container_user, device_filter, nodes, proof  # noqa: F401
+    from oci_hooks.guest.apply import bpf, device_filter, nodes, system_calls  # noqa: F401
+
+
+def make_prover(root: Root, pid: int, rootfs: str, credentials: Credentials | None) -> Prover:
+    """Return what proves that nodes open in a container. Raises StepError if its cgroup cannot be found.
+
+    pid: its init; rootfs: real path of its root file system; credentials: with which they have to open, None if
+    config.json gives none.
+    """
+    from oci_hooks.guest.apply import cgroup, proof
+
+    def open_dev() -> int:
+        from oci_hooks.guest.apply import container_dev
+
+        return container_dev.open_dev(pid, rootfs)
+
+    return proof.Prover(root, cgroup.find_cgroup(root, pid), open_dev, credentials)
+
+
+def start_early(prover: Prover, deadline: Deadline) -> None:
+    """Start the prover while the kernel binds, then import what the steps after that need."""
+    # What the child needs, too.
+    from oci_hooks.guest.apply import container_dev  # noqa: F401
+
+    if prover.credentials and not prover.credentials.opens_all:
+        from oci_hooks.guest.apply import container_user, system_calls  # noqa: F401
+    try:  # noqa: SIM105 - contextlib costs an import
+        prover.start(deadline)
+    except OSError:
+        # There may be a process for it when it is needed.
+        pass
+    preload_later_steps()
 
 
 class GrantOptions(Frozen):
     """How to allow nodes.
 
-    widens_parents: see `plan_grant`; expects_user: the container may have its groups open; credentials: with which its
-    nodes have to open, None if config.json gives none.
+    widens_parents: see `plan_grant`; expects_user: the container may have its groups open.
     """
 
     widens_parents: bool
     expects_user: bool
-    credentials: Credentials | None = None
 
 
 def grant_nodes(
     root: Root,
     made: tuple[cgroup.MadeNode, ...],
-    target: Container,
+    prover: Prover,
     options: GrantOptions,
     claims: ClaimDirectory,
     undo_log: UndoLog,
@@ -55,23 +82,18 @@ def grant_nodes(
     Returns warnings on nodes that the container's first process cannot open, but another of its processes may.
     """
     from oci_hooks.guest import permits
-    from oci_hooks.guest.apply import cgroup, container_dev, permission, proof
+    from oci_hooks.guest.apply import permission, proof
 
     reused = permits.claim_numbers(claims, made, undo_log, deadline)
-    target_cgroup = cgroup.find_cgroup(root, target.pid)
-    directory = root.do(container_dev.open_dev, target.pid, target.rootfs)
-    user = options.credentials
-    try:
-        checks = proof.verify_nodes(root, target_cgroup, directory, made, deadline, os.O_RDWR, user)
-        denied = [check.node for check in checks if check.is_denied]
-        if denied:
-            opened = None
-            if permission.is_open_list(root, target_cgroup):
-                opened = proof.find_access(root, target_cgroup.replace(unified=""), directory, denied, deadline)
-            permits.allow_nodes(claims, target_cgroup, denied, options.widens_parents, opened, undo_log, deadline)
-            checks = proof.verify_nodes(root, target_cgroup, directory, made, deadline, os.O_RDWR, user)
-    finally:
-        os.close(directory)
+    target_cgroup, user = prover.cgroup, prover.credentials
+    checks = proof.verify_nodes(root, target_cgroup, prover, made, deadline)
+    denied = [check.node for check in checks if check.is_denied]
+    if denied:
+        opened = None
+        if permission.is_open_list(root, target_cgroup):
+            opened = proof.find_access(root, prover, denied, deadline)
+        permits.allow_nodes(claims, target_cgroup, denied, options.widens_parents, opened, undo_log, deadline)
+        checks = proof.verify_nodes(root, target_cgroup, prover, made, deadline)
     # A group opens only once at a time, and the device cgroup is checked before that.
     expects_user = options.expects_user and not reused
     checked = [check for check in checks if check.error != errno.EBUSY or not expects_user]

@@ -89,15 +89,17 @@ def apply_plan(session: Session, wanted: plan.Plan, undo_log: UndoLog) -> None:
     root, deadline = session.root, session.run.deadline
     rootfs = root.do(find_rootfs, session.state, session.spec)
     load_drivers(root, deadline)
-    drivers.bind_devices(root, wanted.rebinds, undo_log, deadline, access.preload_later_steps)
-    from oci_hooks.guest.apply import nodes
+    prover = access.make_prover(root, session.state.pid, rootfs, read_credentials(session.spec))
+    try:
+        drivers.bind_devices(root, wanted.rebinds, undo_log, deadline, lambda: access.start_early(prover, deadline))
+        from oci_hooks.guest.apply import nodes
 
-    target = nodes.Container(session.state.pid, rootfs)
-    made = nodes.expose_nodes(root, wanted, target, undo_log)
-    permission = access.GrantOptions(
-        session.settings.widen_parent_cgroups, undo_log.kept > 0, read_credentials(session.spec)
-    )
-    warnings = access.grant_nodes(root, made, target, permission, session.directory, undo_log, deadline)
+        target = nodes.Container(session.state.pid, rootfs)
+        made = nodes.expose_nodes(root, wanted, target, undo_log)
+        permission = access.GrantOptions(session.settings.widen_parent_cgroups, undo_log.kept > 0)
+        warnings = access.grant_nodes(root, made, prover, permission, session.directory, undo_log, deadline)
+    finally:
+        prover.close()
     session.run.findings.extend(warnings)
     undo_log.add("done")
 

@@ -158,10 +158,11 @@ class ClaimDirectory:
         return f"{self.path}/claims/{name}"
 
     @step("read-claims")
-    def read_claims(self) -> list[Claim]:
-        """Return every claim. Without the lock they may change while they are read."""
+    def read_claims(self, excluding: str = "") -> list[Claim]:
+        """Return every claim, but for the one of a path. Without the lock they may change while they are read."""
         paths = (f"{self.path}/claims/{name}" for name in self.list_files() if not name.startswith("."))
-        return [claim for claim in map(self.read_claim, paths) if claim is not None]
+        claims = (self.read_claim(path) for path in paths if path != excluding)
+        return [claim for claim in claims if claim is not None]
 
     @step("remove-drafts")
     def remove_drafts(self) -> None:

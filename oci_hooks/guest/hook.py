@@ -102,8 +102,6 @@ def has_ended(root: Root, state: State) -> bool:
 
 def bind_groups(run: Run, state: State, spec: Spec, request: Request) -> None:
     """Give the container the groups that it requests. Raises HookError after everything was undone."""
-    from oci_hooks.guest.binding import bind
-    from oci_hooks.guest.dry_run import print_plan
     from oci_hooks.guest.settings import check_deadline, read_guest_settings
 
     settings = read_guest_settings(run.root, run.arguments.settings)
@@ -111,8 +109,12 @@ def bind_groups(run: Run, state: State, spec: Spec, request: Request) -> None:
     run.record = settings.record
     run.findings.extend(check_deadline(settings, run.arguments.settings, state.bundle))
     if run.arguments.dry_run:
+        from oci_hooks.guest.dry_run import print_plan
+
         print_plan(run, state, spec, request, settings)
         return
+    from oci_hooks.guest.binding import bind
+
     guard = start_guard(run, state) if settings.on_failure == "kill" else None
     bind(run, state, spec, request, settings)
     if guard:
@@ -161,12 +163,13 @@ def release_groups(run: Run, state: State) -> int:
     # Most containers have none, and need no import of the modules that undo it.
     if not run.root.do(os.path.exists, ClaimDirectory(root=run.root).undo_log_path(state.id)):
         return EXIT_DONE
-    from oci_hooks.guest.binding import release
-    from oci_hooks.guest.dry_run import print_release
-
     if run.arguments.dry_run:
+        from oci_hooks.guest.dry_run import print_release
+
         print_release(run, state)
         return EXIT_DONE
+    from oci_hooks.guest.binding import release
+
     findings = release(run.root, state, run.deadline, run.arguments.settings)
     run.findings.extend(findings)
     return EXIT_REFUSED if any(finding.level == "error" for finding in findings) else EXIT_DONE

@@ -43,7 +43,7 @@ CDEV_DIRECTORY = CDEV_PREFIX[len("/dev/") :]
 
 
 def list_others(claims: Iterable[Claim], excluding: str) -> list[Claim]:
-    """Return all claims but one. excluding: its path."""
+    """Return all claims but one. excluding: its path; a recording of an earlier version has it among those read."""
     return [claim for claim in claims if claim.path != excluding]
 
 
@@ -67,7 +67,7 @@ def allow_nodes(
     lock = claims.lock(deadline)
     try:
         check_not_revoked(claims, undo_log, denied)
-        others = list_others(claims.read_claims(), undo_log.path)
+        others = list_others(claims.read_claims(undo_log.path), undo_log.path)
         check_alone(claims.root, target_cgroup, others)
         grants = read_grants(others)
         grant = permission.plan_grant(claims.root, target_cgroup, denied, widen_parents, grants, opened)
@@ -135,7 +135,7 @@ def claim_numbers(claims: ClaimDirectory, made: tuple[MadeNode, ...], undo_log: 
     taken = {(node.major, node.minor): node for node in made if node.major != permission.MISC_MAJOR}
     lock = claims.lock(deadline)
     try:
-        others = list_others(claims.read_claims(), undo_log.path)
+        others = list_others(claims.read_claims(undo_log.path), undo_log.path)
         # Record first, check afterwards: if its device goes after that, the number's next owner finds the record.
         missing = taken.keys() - permission.list_numbers(claims.read_all_entries(undo_log))
         if missing:
@@ -268,7 +268,7 @@ def undo_grants(
         return [Finding("error", "permission-left", undo_log.path, problem, hint)]
     try:
         own = claims.read_claim(undo_log.path)
-        others = read_grants(list_others(claims.read_claims(), undo_log.path))
+        others = read_grants(list_others(claims.read_claims(undo_log.path), undo_log.path))
         earlier = permission.list_grants(parse_undo_log(os.pread(undo_log.fd, undo_log.kept, 0)))
         return revoke(claims.root, entries, own.home if own else None, (*others, *earlier))
     finally:

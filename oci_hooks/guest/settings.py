@@ -59,6 +59,15 @@ def read_guest_settings(root: Root, path: str) -> GuestSettings:
 
     Raises InputError [bad-settings] or [settings-unreadable].
     """
+    if not path:
+        try:
+            root.stat(GUEST_SETTINGS)
+        except FileNotFoundError:
+            # The settings of an empty file, without its reader.
+            return GuestSettings()
+        except OSError:
+            # The reader reports it.
+            pass
     from oci_hooks.settings import read_settings
 
     return read_settings(root, path or GUEST_SETTINGS, make_guest_settings, required=bool(path))

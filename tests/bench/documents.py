@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.figures import Result, format_table
+from tests.bench.figures import Cost, Result, format_costs, format_table
 from tests.provision import REPOSITORY
 
 
@@ -26,7 +26,12 @@ SHORT = Place(
     "<!-- bench: the short table, written by tests/bench/run --document -->",
     "<!-- bench: end of the short table -->",
 )
-# Figures of the short table: what a user compares, and each target that may be missed.
+COSTS = Place(
+    "docs/performance.md",
+    "<!-- bench: the cost of each number of groups, written by tests/bench/run --document -->",
+    "<!-- bench: end of the costs -->",
+)
+# Figures of the short table that a user compares; it has each target that is missed, too.
 SHOWN = (
     "container without VFIO: guest hook / bare interpreter",
     "container without VFIO: host check / bare interpreter",
@@ -41,12 +46,16 @@ SHOWN = (
 )
 
 
-def write_documents(results: Sequence[Result], about: str, top: Path = REPOSITORY) -> None:
-    """Put the figures into the documents and draw their plot. about: the line under the whole table."""
+def write_documents(
+    results: Sequence[Result], costs: Sequence[Cost], about: str, top: Path = REPOSITORY
+) -> None:
+    """Put the figures into the documents and draw their plots. about: the line under the whole table."""
     from docs import pictures
 
     replace_table(top / WHOLE.path, WHOLE, f"{format_table(results)}\n\n{about}")
-    shown = [result for result in results if result.figure.about in SHOWN]
+    if costs:
+        replace_table(top / COSTS.path, COSTS, format_costs(costs))
+    shown = [result for result in results if result.figure.about in SHOWN or "missed" in result.verdict]
     replace_table(top / SHORT.path, SHORT, format_table(shown))
     pictures.write_all()
 

@@ -19,9 +19,9 @@ MEMORY = "memory"
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio to report: over / under, or (over - less) / under.
+    """A ratio to report: over / under, (over - less) / under, or over / (under + plus).
 
-    about: what it is, in words; over, under, less: names of cases; target: what it should be at most, 0 for a figure
+    about: what it is, in words; over, under, less, plus: names of cases; target: what it should be at most, 0 for a figure
     that is only reported; kind: TIMES or MEMORY.
     """
 
@@ -31,6 +31,7 @@ class Figure:
     target: float = 0.0
     less: str = ""
     kind: str = TIMES
+    plus: str = ""
 
 
 FIGURES = (
@@ -44,13 +45,18 @@ FIGURES = (
     Figure("the same with TOML that is not plain: host check", "settings host any", "settings host none"),
     Figure("the same in the VM: guest hook / bare interpreter", "guest none", "bare", 1.15),
     Figure("the same in the VM: host check / bare interpreter", "host none", "bare", 1.15),
-    Figure("guest hook, 1 device / driverctl, 1 device", "guest 1", "driverctl 1", 1.0),
+    Figure("guest hook, 1 device / driverctl, 1 device", "guest 1", "driverctl 1", 0.85),
     Figure("guest hook, 8 groups / 8 times driverctl in a row", "guest 8", "driverctl 8", 0.3),
-    Figure("guest hook, 8 groups / dpdk-devbind with 8 addresses", "guest 8", "devbind 8", 0.3),
+    Figure("guest hook, 8 groups / dpdk-devbind with 8 addresses", "guest 8", "devbind 8", 0.28),
     Figure("guest hook, 1 device / dpdk-devbind, 1 device", "guest 1", "devbind 1"),
-    Figure("guest hook, 16 groups / 1 group", "guest 16", "guest 1", 4.0),
-    Figure("over the bare interpreter, 8 groups / shell, one after another", "guest 8", "shell 8", 1.5, less="bare"),
-    Figure("over the bare interpreter, 1 device / shell", "guest 1", "shell 1", less="bare"),
+    Figure("guest hook, 16 groups / 1 group", "guest 16", "guest 1", 3.5),
+    Figure("over the bare interpreter, 8 groups / shell, one after another", "guest 8", "shell 8", 1.3, less="bare"),
+    Figure("over the bare interpreter, 1 device / shell", "guest 1", "shell 1", 2.5, less="bare"),
+    Figure("guest hook, 8 groups / bare interpreter and shell", "guest 8", "shell 8", 1.35, plus="bare"),
+    Figure("guest hook, 1 device / bare interpreter and shell", "guest 1", "shell 1", 1.35, plus="bare"),
+    Figure("guest hook, 8 groups / predecessor's Go hook, which only binds", "guest 8", "go 8", 1.4),
+    Figure("guest hook, 1 device / predecessor's Go hook, which only binds", "guest 1", "go 1"),
+    Figure("predecessor's Go hook, 1 device / shell", "go 1", "shell 1"),
     Figure("guest hook, 2 groups / 1 group", "guest 2", "guest 1"),
     Figure("guest hook, 4 groups / 1 group", "guest 4", "guest 1"),
     Figure("guest hook, 8 groups / 1 group", "guest 8", "guest 1"),
@@ -79,7 +85,7 @@ FIGURES = (
     Figure("`runc run`, 1 device and back / without hooks", "runc device", "runc"),
     Figure("peak memory, no VFIO: guest hook / bare interpreter", "plain guest none", "plain bare", 1.1, kind=MEMORY),
     Figure("peak memory, no VFIO: host check / bare interpreter", "plain host none", "plain bare", 1.1, kind=MEMORY),
-    Figure("peak memory, 8 groups: guest hook / bare interpreter", "guest 8", "bare", 2.0, kind=MEMORY),
+    Figure("peak memory, 8 groups: guest hook / bare interpreter", "guest 8", "bare", 1.35, kind=MEMORY),
     Figure("peak memory, 64 groups: host check / bare interpreter", "host 64", "plain bare", kind=MEMORY),
 )
 
@@ -105,13 +111,14 @@ class Result:
 
 def compute(figure: Figure, samples: Samples) -> Result | None:
     """Return what a figure came to; None where one of its cases was not measured."""
-    names = [figure.over, figure.under, *([figure.less] if figure.less else [])]
+    names = [name for name in (figure.over, figure.under, figure.less, figure.plus) if name]
     if not all(samples.get(name) for name in names):
         return None
     over, under = samples[figure.over], samples[figure.under]
-    less = samples[figure.less] if figure.less else [0.0] * len(over)
-    singles = [(top - base) / bottom for top, base, bottom in zip(over, less, under)]
-    ratio = (median(over) - median(less)) / median(under)
+    nothing = [0.0] * len(over)
+    less, plus = samples.get(figure.less, nothing), samples.get(figure.plus, nothing)
+    singles = [(top - base) / (bottom + more) for top, base, bottom, more in zip(over, less, under, plus)]
+    ratio = (median(over) - median(less)) / (median(under) + median(plus))
     low, high = find_middle_half(singles)
     return Result(figure, ratio, low, high, len(singles))
 
@@ -153,3 +160,34 @@ def format_medians(samples: Samples, unit: str, factor: float) -> str:
     """Return the medians themselves, one line each: of this machine only."""
     width = max(map(len, samples), default=0)
     return "\n".join(f"  {name:{width}} {median(values) * factor:9.1f} {unit}" for name, values in samples.items())
+
+
+# The cost of each number of groups --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What so many groups take, in starts of a bare interpreter.
+
+    kernel: the writes to sysfs alone, by a shell, one after another; hook: the guest hook, its interpreter included.
+    """
+
+    groups: int
+    kernel: float
+    hook: float
+
+
+def list_costs(samples: Samples) -> list[Cost]:
+    """Return the cost of each number of groups that was measured."""
+    counts = [int(name.split()[1]) for name in samples if name.startswith("shell ")]
+    return [
+        Cost(count, *(median(samples[f"{who} {count}"]) / median(samples["bare"]) for who in ("shell", "guest")))
+        for count in sorted(counts)
+        if samples.get(f"guest {count}") and samples.get("bare")
+    ]
+
+
+def format_costs(costs: Sequence[Cost]) -> str:
+    """Return the costs as a Markdown table."""
+    rows = [f"| {cost.groups:6} | {cost.kernel:24.2f} | {cost.hook:10.2f} |" for cost in costs]
+    return "\n".join(["| groups | kernel alone (the shell's) | guest hook |", "|---|---|---|", *rows])

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench import before, hotplug, lift, scale
+from tests.bench import before, go_hook, hotplug, lift, scale
 from tests.bench.plain import BARE
 from tests.bench.timing import BenchError, Case, Samples, list_imports, take_turns, time_command, weigh
 from tests.support import guest_calls
@@ -38,7 +38,7 @@ COUNTS = (1, 2, 4, 8, 16)
 MANY = 8
 TRUE = ("/bin/true",)
 # Cases that open all files that the others open too.
-LIFTED = ("bare", "guest none", "host none", "guest 1", "shell 1", "driverctl 1", "devbind 1")
+LIFTED = ("bare", "guest none", "host none", "guest 1", "shell 1", "go 1", "driverctl 1", "devbind 1")
 
 
 class Waiting:
@@ -83,6 +83,21 @@ def make_peer(name: str, addresses: Sequence[str], *command: str) -> Case:
     return Case(name, (*command, *addresses), restore=functools.partial(give_back, addresses))
 
 
+def list_go_cases(nics: Sequence[str]) -> list[Case]:
+    """Return the predecessor's hook with one device and with eight; nothing where nobody built it."""
+    executable = go_hook.prepare()
+    counts = (1, MANY) if executable else ()
+    return [
+        Case(
+            f"go {count}",
+            (executable,),
+            go_hook.make_state(f"bench-go-{count}", nics[:count]),
+            restore=functools.partial(give_back, nics[:count]),
+        )
+        for count in counts
+    ]
+
+
 def list_guest_cases() -> list[Case]:
     """Return the hook with one device and more, and the same work done by others."""
     nics = guest.find_devices(devices.NIC_E1000E)
@@ -96,8 +111,8 @@ def list_guest_cases() -> list[Case]:
         *(Waiting(f"bench-{number}", nics[:number]).make_case(f"guest {number}") for number in COUNTS),
         Waiting("bench-together", together).make_case("guest 8 in one group"),
         make_bound_case(Waiting("bench-bound", first), first),
-        make_peer("shell 1", first, "/bin/sh", "-c", SHELL, "sh"),
-        make_peer(f"shell {MANY}", many, "/bin/sh", "-c", SHELL, "sh"),
+        *(make_peer(f"shell {number}", nics[:number], "/bin/sh", "-c", SHELL, "sh") for number in COUNTS),
+        *list_go_cases(nics),
         make_peer("driverctl 1", first, "/bin/sh", "-c", DRIVERCTL, "sh"),
         make_peer(f"driverctl {MANY}", many, "/bin/sh", "-c", DRIVERCTL, "sh"),
         make_peer("devbind 1", first, "dpdk-devbind.py", "-b", "vfio-pci"),

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import provision
-from tests.bench import before, documents, figures
+from tests.bench import before, documents, figures, go_hook
 from tests.bench.timing import BenchError, say
 from tests.provision import PYTHON, REPOSITORY, MissingError
 from tests.vm import machines, rig
@@ -60,7 +61,7 @@ def main(arguments: list[str]) -> int:
         provision.ensure_rig()
         provision.compile_hooks()
         report = describe_machine(options.runs)
-        report |= measure(parts, options.runs, options.compare)
+        report |= measure(parts, options)
     except MissingError as error:
         return provision.die(error)
     except (BenchError, rig.BootError) as error:
@@ -94,8 +95,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         metavar="PERCENT",
         help="with --compare: exit 1 if a container without VFIO takes longer than the revision by more than this",
     )
+    parser.add_argument(
+        "--go-hook",
+        default=os.environ.get(go_hook.VARIABLE, ""),
+        metavar="FILE",
+        help="the predecessor's hook as a peer, built by you (tests/bench/go_hook.py)",
+    )
     options = parser.parse_args(arguments)
     unknown = [part for part in options.parts if part not in PARTS]
+    if options.go_hook and not Path(options.go_hook).is_file():
+        parser.error(f"--go-hook: {options.go_hook} is not a file")
     if options.document and options.compare:
         parser.error("--document needs a run without --compare")
     if options.band and (not options.compare or (options.parts and "plain" not in options.parts)):
@@ -105,19 +114,21 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def measure(parts: Sequence[str], runs: int, revision: str) -> Report:
-    """Return samples of these parts, measured here and in the VM. revision: measured too; "" for none."""
+def measure(parts: Sequence[str], options: argparse.Namespace) -> Report:
+    """Return samples of these parts, measured here and in the VM, with the other revision and hook of the options."""
     measured: list[Report] = []
     here = [part for part in parts if part in HERE]
     inside = [part for part in parts if part in INSIDE]
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         share = Path(directory)
-        if revision:
-            before.unpack(revision, share / "before")
+        if options.compare:
+            before.unpack(options.compare, share / "before")
+        if options.go_hook:
+            shutil.copy(options.go_hook, share / "go-hook")
         if here:
-            measured.append(measure_here(here, runs, share / "here.json"))
+            measured.append(measure_here(here, options.runs, share / "here.json"))
         if inside:
-            measured.append(measure_inside(inside, runs, share))
+            measured.append(measure_inside(inside, options.runs, share))
     keys = ("samples", "memory", "imports")
     return {key: {name: value for part in measured for name, value in part[key].items()} for key in keys}
 
@@ -140,6 +151,8 @@ def measure_inside(parts: Sequence[str], runs: int, share: Path) -> Report:
     command = [str(python), "-m", "tests.bench.inside", str(rig.SHARE / result.name), str(runs), *parts]
     environment = {"OCI_VFIO_ROOTFS": str(provision.ensure_rootfs()), "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= name_other(share, rig.SHARE)
+    if (share / "go-hook").exists():
+        environment[go_hook.VARIABLE] = str(rig.SHARE / "go-hook")
     job = rig.Job(tuple(command), share, LIMIT, environment)
     outcome = rig.run_in_vm(machines.MACHINES["bench"], provision.ensure_kernel(), job, rig.write_output)
     if outcome.exit_code or not result.exists():
@@ -204,7 +217,7 @@ def tell(report: Report, options: argparse.Namespace) -> list[figures.Result]:
     about = describe(report)
     say(f"\n{figures.format_table(results)}\n\n{about}\n\nall samples: {options.json}")
     if options.document:
-        documents.write_documents(results, about)
+        documents.write_documents(results, figures.list_costs(report["samples"]), about)
     return results
 
 

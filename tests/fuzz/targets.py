@@ -29,7 +29,7 @@ from oci_hooks.guest.undo_log import parse_instance
 from oci_hooks.host.hypervisor import read_clh, read_qemu
 from oci_hooks.host.kata import config as kata_config
 from oci_hooks.json_input import parse_json
-from oci_hooks.linux import mounts, netlink, openers, pci, processes, usage
+from oci_hooks.linux import mounts, netlink, open_files, openers, pci, processes, usage
 from oci_hooks.linux.processes import Process
 from oci_hooks.program import Arguments, Run
 from oci_hooks.record import encoding, hidehost, privacy
@@ -309,8 +309,8 @@ def fuzz_proc(data: bytes) -> None:
     mounts.read_mounts(root)
     usage.scan_usage(root)
     openers.find_consoles(root, {"char 4:68": "/sys/devices/x/tty/ttyS4"})
-    for name in openers.list_mapped("/nonexistent", maps, {}):
-        assert openers.RESOURCE in name
+    for name in open_files.list_mapped("/nonexistent", maps, {}):
+        assert open_files.RESOURCE in name
     processes.read_start_time(root, 7)
     try:
         cgroup.find_cgroup(root, 7)

@@ -183,8 +183,8 @@ ROWS = [
     (
         "nodes open for the container's user",
         "guest/apply/proof",
-        "    if credentials and not all(code for code, _ in found):\n",
-        "    if False:\n",
+        "if self.credentials and flags == os.O_RDWR and errno.EPERM not in codes and not all(codes):",
+        "if False:",
         "guest/test_container_user.py",
     ),
     (
@@ -478,12 +478,12 @@ ROWS = [
     ),
     (
         "a node goes by its number",
-        "linux/openers",
+        "linux/open_files",
         "        status = os.stat(path)",
         '        return ""',
         "linux/test_openers.py",
     ),
-    ("mappings", "linux/openers", "    if depth >= RESOURCES:\n", "    if False:\n", "linux/test_openers.py"),
+    ("mappings", "linux/open_files", "    if depth >= RESOURCES:\n", "    if False:\n", "linux/test_openers.py"),
     (
         "resources of sysfs",
         "linux/openers",
@@ -496,7 +496,7 @@ ROWS = [
     ("processes that can't be seen", "linux/openers", "    if hidden:\n", "    if False:\n", "linux/test_openers.py"),
     (
         "files that can't be seen",
-        "linux/openers",
+        "linux/open_files",
         "        os.readlink(path)\n        return",
         "        return",
         "linux/test_openers.py -k may_not",
@@ -506,6 +506,13 @@ ROWS = [
         "linux/processes",
         "    if names:\n        return directory, names\n    threads",
         "    return directory, names\n    threads",
+        "linux/test_openers.py -k thread",
+    ),
+    (
+        "the first thread has ended, and its program with it",
+        "linux/open_files",
+        'return os.stat(f"{location}/task").st_nlink == ONE_THREAD',
+        "return True",
         "linux/test_openers.py -k thread",
     ),
     ("loop devices", "linux/usage", "read_loops(root, usage.blocks) if names else {}", "{}", "linux/test_usage.py"),

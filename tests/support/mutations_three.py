@@ -445,4 +445,47 @@ ROWS = [
         "parse",
         "guest/test_hotplug.py -k without_its_lock",
     ),
+    (
+        "the prover ends with its hook",
+        "guest/apply/proof",
+        "(self.requests,))",
+        "())",
+        "guest/test_cgroup.py -k prover_ends_with",
+    ),
+    (
+        "the prover ends at the deadline",
+        "guest/apply/proof",
+        "while poller.poll(deadline.remaining() * 1000):",
+        "while poller.poll(600_000):",
+        "guest/test_cgroup.py -k prover_ends_at",
+    ),
+    (
+        "the container's user only once nothing is denied",
+        "guest/apply/proof",
+        " and errno.EPERM not in codes",
+        "",
+        "guest/test_container_user.py -k denied_once",
+    ),
+    (
+        "the second opening, where capabilities do not replace it",
+        "credentials",
+        "return OVERRIDE in self.capabilities and not self.user_namespace",
+        "return True",
+        "guest/test_container_user.py -k as_container_user",
+    ),
+    (
+        "bytecode of a source that was changed",
+        "loader",
+        "            if (int(found.st_mtime) & 0xFFFFFFFF, found.st_size & 0xFFFFFFFF) != (time, size):\n"
+        "                return None\n",
+        "",
+        "test_loader.py -k older",
+    ),
+    (
+        "bytecode of another Python",
+        "loader",
+        "data[:4] != MAGIC_NUMBER or ",
+        "",
+        "test_loader.py -k not_plain",
+    ),
 ]

@@ -19,10 +19,11 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.findings import StepError
-from oci_hooks.guest.apply import bpf, cgroup, permission, proof
+from oci_hooks.guest.apply import bpf, cgroup, permission
 from oci_hooks.guest.apply.cgroup import MadeNode
 from oci_hooks.guest.apply.permission import Grant, Widening
-from oci_hooks.system import Deadline, Root
+from oci_hooks.system import Root
+from tests.support.proving import prove_nodes
 from tests.vm import devices, guest
 
 MACHINE = "standard"
@@ -155,7 +156,7 @@ class Container:
 
     def prove(self, *nodes: MadeNode) -> list[int]:
         """Return the result of the module under test."""
-        return [check.error for check in proof.verify_nodes(ROOT, self.place, self.directory, nodes, Deadline(20))]
+        return [check.error for check in prove_nodes(ROOT, self.place, self.directory, nodes)]
 
     def plan(self, *nodes: MadeNode, widen_parents: bool = False) -> Grant:
         """Return what the module under test would do."""
@@ -300,7 +301,7 @@ def test_permission_ancestor_unchanged_named(container: Container) -> None:
     above = list_programs(container.pod)
     permission.allow(ROOT, container.plan(VFIO))
     assert list_programs(container.pod) == above
-    checks = proof.verify_nodes(ROOT, container.place, container.directory, [VFIO], Deadline(20))
+    checks = prove_nodes(ROOT, container.place, container.directory, [VFIO])
     assert [check.is_denied for check in checks] == [True]
     error = permission.explain_denial(ROOT, container.place, checks)
     assert f"the parent cgroup {container.pod} has a device filter of its own" in str(error)
@@ -416,10 +417,10 @@ def test_permission_group_not_viable(container: Container) -> None:
     name = guest.group_of(cards[0])
     group = MadeNode(name, *guest.numbers_of_group(name), is_group=True)
     container.make(group)
-    checks = proof.verify_nodes(ROOT, container.place, container.directory, [group], Deadline(20))
+    checks = prove_nodes(ROOT, container.place, container.directory, [group])
     assert [(check.error, check.is_viable) for check in checks] == [(0, False)]
     guest.bind(cards[1], "vfio-pci")
-    checks = proof.verify_nodes(ROOT, container.place, container.directory, [group], Deadline(20))
+    checks = prove_nodes(ROOT, container.place, container.directory, [group])
     assert [(check.error, check.is_viable) for check in checks] == [(0, True)]
 
 

@@ -6,7 +6,7 @@ anything: the one that denies must be replaced, by itself with a prefix (bpf_pro
 
 Sources: include/uapi/linux/bpf.h (commands, attributes), kernel/bpf/cgroup.c (attaching), kernel/bpf/syscall.c (dump).
 
-`ctypes` costs as much as half an interpreter's start: it is imported only when a system call is really made.
+system_calls.py is imported only when a system call is really made: a cgroup that allows all already needs none.
 """
 
 from __future__ import annotations
@@ -49,15 +49,13 @@ def query_programs(cgroup: int) -> tuple[int, list[int]]:
     cgroup: descriptor of a directory of the version 2 hierarchy. The flags are BPF_F_ALLOW_*, 0 without any program.
     Raises OSError: EBADF or EINVAL if it is no such directory, EPERM without CAP_NET_ADMIN.
     """
-    import ctypes
+    from oci_hooks.guest.apply.system_calls import find_address
 
     count = 64
     while True:
-        ids = (ctypes.c_uint32 * count)()
+        ids = bytearray(4 * count)
         # target_fd, attach_type, query_flags, attach_flags, prog_ids, prog_cnt
-        attributes = bytearray(
-            struct.pack("=IIIIQI4x", cgroup, BPF_CGROUP_DEVICE, 0, 0, ctypes.addressof(ids), len(ids))
-        )
+        attributes = bytearray(struct.pack("=IIIIQI4x", cgroup, BPF_CGROUP_DEVICE, 0, 0, find_address(ids), count))
         try:
             call_bpf(BPF_PROG_QUERY, attributes)
         except OSError as error:
@@ -66,7 +64,7 @@ def query_programs(cgroup: int) -> tuple[int, list[int]]:
             count *= 2
             continue
         flags, _, found = struct.unpack_from("=IQI", attributes, 12)
-        return flags, list(ids)[:found]
+        return flags, list(struct.unpack_from(f"={found}I", ids))
 
 
 def open_program(program_id: int) -> int:
@@ -91,20 +89,17 @@ def dump_program(program: int) -> bytes:
 
 def read_info(program: int, size: int) -> tuple[int, int, bytes]:
     """Return the size of a program in bytes, the number of maps it uses, and its first `size` bytes. Raises OSError."""
-    import ctypes
+    from oci_hooks.guest.apply.system_calls import find_address
 
-    buffer = ctypes.create_string_buffer(max(size, 1))
+    buffer = bytearray(max(size, 1))
     # struct bpf_prog_info: type, id, tag, jited_prog_len, xlated_prog_len, jited_prog_insns, xlated_prog_insns,
     # load_time, created_by_uid, nr_map_ids, map_ids, name. The kernel fills in no more than this length.
     layout = "=II8sIIQQQIIQ16s"
-    info = bytearray(
-        struct.pack(layout, 0, 0, b"", 0, size, 0, ctypes.addressof(buffer) if size else 0, 0, 0, 0, 0, b"")
-    )
-    block = (ctypes.c_char * len(info)).from_buffer(info)
+    info = bytearray(struct.pack(layout, 0, 0, b"", 0, size, 0, find_address(buffer) if size else 0, 0, 0, 0, 0, b""))
     # bpf_fd, info_len, info
-    call_bpf(BPF_OBJ_GET_INFO_BY_FD, bytearray(struct.pack("=IIQ", program, len(info), ctypes.addressof(block))))
+    call_bpf(BPF_OBJ_GET_INFO_BY_FD, bytearray(struct.pack("=IIQ", program, len(info), find_address(info))))
     found = struct.unpack(layout, info)
-    return found[4], found[9], buffer.raw[:size]
+    return found[4], found[9], bytes(buffer[:size])
 
 
 def load_program(instructions: bytes, name: str = "vfio_hooks") -> int:
@@ -144,23 +139,22 @@ def load_without_limit(instructions: bytes, name: str) -> int:
 
 def try_load(instructions: bytes, name: str, log: bytearray | None) -> int:
     """Load a device program and return its descriptor. log: filled by the verifier if given. Raises OSError."""
-    import ctypes
+    from oci_hooks.guest.apply.system_calls import find_address
 
-    code = ctypes.create_string_buffer(instructions, len(instructions))
+    code = bytearray(instructions)
     # As in runc. The license matters only for helpers that require "GPL", and a copy cannot call any.
-    license_name = ctypes.create_string_buffer(b"Apache")
-    where = ctypes.addressof((ctypes.c_char * len(log)).from_buffer(log)) if log is not None else 0
+    license_name = bytearray(b"Apache\0")
     attributes = bytearray(
         # prog_type, insn_cnt, insns, license, log_level, log_size, log_buf, kern_version, prog_flags, prog_name
         struct.pack(
             "=IIQQIIQII16s",
             BPF_PROG_TYPE_CGROUP_DEVICE,
             len(instructions) // SIZE,
-            ctypes.addressof(code),
-            ctypes.addressof(license_name),
+            find_address(code),
+            find_address(license_name),
             1 if log is not None else 0,
             len(log) if log is not None else 0,
-            where,
+            find_address(log) if log is not None else 0,
             0,
             0,
             name.encode()[:15],
@@ -216,18 +210,12 @@ def call_bpf(command: int, attributes: bytearray) -> int:
     command: BPF_*; attributes: its part of union bpf_attr, into which the kernel writes answers. Memory that it points
     to must outlive the call.
     """
-    import ctypes
+    from oci_hooks.guest.apply.system_calls import call_libc, find_address
 
     number = SYSCALL_NUMBERS.get(os.uname().machine)
     if number is None:
         raise OSError(errno.ENOSYS, f"the hook does not know the number of bpf(2) on {os.uname().machine}")
-    call = ctypes.CDLL(None, use_errno=True).syscall
-    call.restype = ctypes.c_long
-    block = (ctypes.c_char * len(attributes)).from_buffer(attributes)
-    result: int = call(
-        ctypes.c_long(number), ctypes.c_long(command), ctypes.byref(block), ctypes.c_ulong(len(attributes))
-    )
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), f"bpf command {command}")
-    return result
+    try:
+        return call_libc("syscall", number, command, find_address(attributes), len(attributes))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"bpf command {command}") from None

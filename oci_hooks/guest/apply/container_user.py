@@ -27,16 +27,16 @@ def become_user(credentials: Credentials, pid: int) -> bool:
     user namespace that the hook may not enter, nor in a Python without ctypes.
     """
     try:
-        import ctypes
         import struct
 
-        library = ctypes.CDLL(None, use_errno=True)
+        from oci_hooks.guest.apply.system_calls import call_libc, find_address
+
         if credentials.user_namespace and not shares_user_namespace(pid):
             namespace = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-            entered = library.setns(namespace, CLONE_NEWUSER) == 0
-            os.close(namespace)
-            if not entered:
-                return False
+            try:
+                call_libc("setns", namespace, CLONE_NEWUSER)
+            finally:
+                os.close(namespace)
         if set(os.getgroups()) != set(credentials.groups):
             os.setgroups(credentials.groups)
         os.setresgid(credentials.gid, credentials.gid, credentials.gid)
@@ -44,13 +44,14 @@ def become_user(credentials: Credentials, pid: int) -> bool:
         # process of the container's user could send this one signals. Opening asks for the effective id.
         os.setresuid(-1, credentials.uid, -1)
         mask = sum(1 << number for name, number in OPENING.items() if name in credentials.capabilities)
-        header = ctypes.create_string_buffer(struct.pack("=Ii", CAPABILITY_VERSION, 0))
+        header = bytearray(struct.pack("=Ii", CAPABILITY_VERSION, 0))
         # effective, permitted, inheritable, for the first 32 capabilities and for the rest
-        sets = ctypes.create_string_buffer(struct.pack("=6I", mask, mask, 0, 0, 0, 0))
+        sets = bytearray(struct.pack("=6I", mask, mask, 0, 0, 0, 0))
+        call_libc("capset", find_address(header), find_address(sets))
     except (OSError, OverflowError, ValueError, ImportError):
         # More groups than the kernel has room for; a Python without ctypes.
         return False
-    return bool(library.capset(header, sets) == 0)
+    return True
 
 
 def shares_user_namespace(pid: int) -> bool:

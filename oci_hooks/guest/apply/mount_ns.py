@@ -2,18 +2,18 @@
 """Mount file systems in another mount namespace. Loaded only for containers with a user namespace.
 
 A file system is created detached (fsopen(2), fsmount(2), Linux 5.2) and attached by a child that enters the namespace
-(setns(2)). It uses ctypes because Python has setns only from 3.12, and the other calls not at all. The numbers of the
-new mount calls are the same on every architecture but alpha.
+(setns(2)). Python has setns only from 3.12, and the other calls not at all. The numbers of the new mount calls are the
+same on every architecture but alpha.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 
 from oci_hooks.findings import StepError
 from oci_hooks.guest.apply.child import end_child, start_child
+from oci_hooks.guest.apply.system_calls import call_libc
 from oci_hooks.system import Deadline, read_pipe
 
 TYPE_CHECKING = False
@@ -40,16 +40,6 @@ UMOUNT_NOFOLLOW = 8
 # Seconds that a mount may take, and a killed child to end.
 MOUNT_SECONDS = 2.0
 END_SECONDS = 0.5
-
-
-def call_libc(name: str, *arguments: object) -> int:
-    """Call a function of the C library and return its result. Raises OSError, named after the function."""
-    library = ctypes.CDLL(None, use_errno=True)
-    result: int = getattr(library, name)(*arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), name)
-    return result
 
 
 def make_tmpfs() -> int:

@@ -87,11 +87,13 @@ def ensure_nodes(
 ) -> None:
     """Create every node that is missing or wrong. dev: descriptor of /dev. Raises StepError, OSError."""
     prepare_directory(dev, node_paths, plan, container, undo_log)
-    for node, node_path in node_paths:
-        directory = open_or_create(dev, node_path.directory, container, undo_log)
+    for path in dict.fromkeys(node_path.directory for _, node_path in node_paths):
+        directory = open_or_create(dev, path, container, undo_log)
         try:
-            refuse_foreign_mount(dev, directory, node_path.directory)
-            ensure_node(directory, node, node_path, container, undo_log)
+            refuse_foreign_mount(dev, directory, path)
+            for node, node_path in node_paths:
+                if node_path.directory == path:
+                    ensure_node(directory, node, node_path, container, undo_log)
         finally:
             os.close(directory)
 

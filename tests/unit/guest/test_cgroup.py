@@ -6,18 +6,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
 from oci_hooks.findings import StepError
 from oci_hooks.guest.apply import cgroup, proof
 from oci_hooks.guest.apply.cgroup import Cgroup, MadeNode
+from oci_hooks.guest.apply.child import has_ended
 from oci_hooks.system import Deadline, Root
 from tests.support.fault_injection import list_children
+from tests.support.proving import prove_nodes
 
 pytestmark = pytest.mark.unit
 
@@ -132,7 +136,7 @@ def test_verify_nodes_opens_each(dev: int, tmp_path: Path) -> None:
         MadeNode("fd", 1, 3),
         MadeNode("null", 1, 3, is_group=True),
     )
-    checks = proof.verify_nodes(Root(str(tmp_path)), NOWHERE, dev, nodes, Deadline(5))
+    checks = prove_nodes(Root(str(tmp_path)), NOWHERE, dev, nodes)
     assert [check.node for check in checks] == list(nodes)
     # Another device than it should be, none, a directory, and one that is no VFIO group.
     assert [check.error for check in checks] == [0, errno.ENODEV, errno.ENOENT, errno.ENODEV, errno.ENOTTY]
@@ -142,7 +146,7 @@ def test_verify_nodes_opens_each(dev: int, tmp_path: Path) -> None:
 def test_verify_nodes_refuses_symlink(tmp_path: Path) -> None:
     (tmp_path / "12").symlink_to("/dev/null")
     directory = os.open(tmp_path, os.O_PATH)
-    (found,) = proof.verify_nodes(Root(), NOWHERE, directory, [MadeNode("12", 1, 3)], Deadline(5))
+    (found,) = prove_nodes(Root(), NOWHERE, directory, [MadeNode("12", 1, 3)])
     assert found.error == errno.ENODEV
 
 
@@ -193,64 +197,137 @@ def test_verify_child_enters_every_hierarchy(dev: int, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "cgroup.procs").write_text("")
     location = Cgroup(42, "/v2", "/v1")
-    proof.verify_nodes(Root(str(tmp_path)), location, dev, [MadeNode("null", 1, 3)], Deadline(5))
+    prove_nodes(Root(str(tmp_path)), location, dev, [MadeNode("null", 1, 3)])
     assert [(tmp_path / name / "cgroup.procs").read_text() for name in ("v1", "v2")] == ["0", "0"]
 
 
 def test_verify_child_cannot_enter_cgroup_fails(dev: int, tmp_path: Path) -> None:
     with pytest.raises(StepError, match=r"\[permit-failed\] /v2: cannot move the helper process.*No such file"):
-        proof.verify_nodes(Root(str(tmp_path)), Cgroup(42, "/v2", ""), dev, [MadeNode("null", 1, 3)], Deadline(5))
+        prove_nodes(Root(str(tmp_path)), Cgroup(42, "/v2", ""), dev, [MadeNode("null", 1, 3)])
 
 
-def test_verify_child_hanging_killed_at_deadline() -> None:
-    def hang() -> str:
-        signal.pause()
-        return ""
+def play(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Have the child do something else in place of opening nodes."""
+    monkeypatch.setattr(proof, "verify_node", lambda *_: act())
 
+
+def test_verify_child_hanging_killed_at_deadline(dev: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, signal.pause)
     before = list_children()
+    prover = proof.Prover(Root(), NOWHERE, lambda: os.dup(dev))
     with pytest.raises(StepError, match="did not finish in time"):
-        proof.read_child_answer(hang, Deadline(0.2))
+        proof.verify_nodes(Root(), NOWHERE, prover, [MadeNode("null", 1, 3)], Deadline(0.2))
+    prover.close()
     assert list_children() == before
 
 
 @pytest.mark.parametrize("what", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(0), OSError(5, "x")])
-def test_verify_child_skips_parent_cleanup(tmp_path: Path, what: BaseException) -> None:
+def test_verify_child_skips_parent_cleanup(
+    dev: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: BaseException
+) -> None:
     """Whatever happens in the child, what the caller does on the way out happens once, in the caller."""
-    trace, before = tmp_path / "trace", list_children()
 
-    def explode() -> str:
+    def explode() -> None:
         raise what
 
+    play(monkeypatch, explode)
+    trace, before = tmp_path / "trace", list_children()
     try:
-        answer = proof.read_child_answer(explode, Deadline(5))
+        with pytest.raises(StepError, match="its cgroup died"):
+            prove_nodes(Root(), NOWHERE, dev, [MadeNode("null", 1, 3)])
     finally:
         with trace.open("a") as file:
             file.write(f"{os.getpid()}\n")
-    assert (answer, list_children()) == ("", before)
+    assert list_children() == before
     assert trace.read_text() == f"{os.getpid()}\n"
 
 
 def test_verify_child_dies_fails(dev: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(*_arguments: object) -> str:
-        os.kill(os.getpid(), 9)
-        return ""
-
-    monkeypatch.setattr(proof, "verify_in_child", die)
+    play(monkeypatch, lambda: os.kill(os.getpid(), 9))
     before = list_children()
     with pytest.raises(StepError, match="its cgroup died"):
-        proof.verify_nodes(Root(), NOWHERE, dev, [MadeNode("null", 1, 3)], Deadline(5))
+        prove_nodes(Root(), NOWHERE, dev, [MadeNode("null", 1, 3)])
     assert list_children() == before
 
 
-def test_verify_child_closes_runtime_descriptors() -> None:
+def test_verify_child_dead_before_the_request_fails(dev: int) -> None:
+    prover = proof.Prover(Root(), NOWHERE, lambda: os.dup(dev))
+    prover.start(Deadline(5))
+    assert prover.child
+    os.kill(prover.child.pid, 9)
+    os.waitid(os.P_PID, prover.child.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(StepError, match="its cgroup died"):
+        proof.verify_nodes(Root(), NOWHERE, prover, [MadeNode("null", 1, 3)], Deadline(5))
+    prover.close()
+
+
+def test_verify_child_closes_runtime_descriptors(dev: int) -> None:
     """Descriptors 0 to 2 may be pipes that the runtime reads to their end."""
-    answer = proof.read_child_answer(
-        lambda: " ".join(os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)), Deadline(5)
-    )
-    assert answer == "/dev/null /dev/null /dev/null"
+    prover = proof.Prover(Root(), NOWHERE, lambda: os.dup(dev))
+    proof.verify_nodes(Root(), NOWHERE, prover, [MadeNode("null", 1, 3)], Deadline(5))
+    assert prover.child
+    opened = [os.readlink(f"/proc/{prover.child.pid}/fd/{fd}") for fd in (0, 1, 2)]
+    prover.close()
+    assert opened == ["/dev/null"] * 3
+
+
+def test_prover_answers_again_in_one_child(tmp_path: Path) -> None:
+    """What is allowed between two requests opens in the same child, which entered the cgroup once."""
+    (tmp_path / "v2").mkdir()
+    (tmp_path / "v2/cgroup.procs").write_text("")
+    dev = tmp_path / "dev"
+    dev.mkdir()
+    place = Cgroup(42, "/v2", "")
+    prover = proof.Prover(Root(str(tmp_path)), place, lambda: os.open(dev, os.O_PATH))
+    prover.start(Deadline(5))
+    child, node = prover.child, MadeNode("null", 1, 3)
+    (missing,) = proof.verify_nodes(prover.root, place, prover, [node], Deadline(5))
+    os.mknod(dev / "null", 0o20600, os.makedev(1, 3))
+    (found,) = proof.verify_nodes(prover.root, place, prover, [node], Deadline(5))
+    assert (missing.error, found.error, prover.child) == (errno.ENOENT, 0, child)
+    assert (tmp_path / "v2/cgroup.procs").read_text() == "0"
+    prover.close()
+
+
+def test_prover_without_dev_no_node_opens(tmp_path: Path) -> None:
+    prover = proof.Prover(Root(), NOWHERE, lambda: os.open(tmp_path / "dev", os.O_PATH))
+    (check,) = proof.verify_nodes(Root(), NOWHERE, prover, [MadeNode("null", 1, 3)], Deadline(5))
+    prover.close()
+    assert (check.error, check.is_viable) == (errno.ENOENT, False)
+
+
+def test_prover_ends_with_the_hook(dev: int) -> None:
+    """kill -9 of the hook: nobody is left in the container's cgroup, which could not be removed."""
+    reader, writer = os.pipe()
+    hook = os.fork()
+    if hook == 0:
+        try:
+            prover = proof.Prover(Root(), NOWHERE, lambda: os.dup(dev))
+            prover.start(Deadline(60))
+            os.write(writer, str(prover.child and prover.child.pid).encode())
+            signal.pause()
+        finally:
+            os._exit(1)
+    child = os.pidfd_open(int(os.read(reader, 20)))
+    os.kill(hook, 9)
+    os.waitpid(hook, 0)
+    poller = select.poll()
+    poller.register(child, select.POLLIN)
+    assert poller.poll(5000)
+    for fd in (reader, writer, child):
+        os.close(fd)
+
+
+def test_prover_ends_at_the_deadline(dev: int) -> None:
+    """In case that a process that hangs has the other end of its pipe."""
+    prover = proof.Prover(Root(), NOWHERE, lambda: os.dup(dev))
+    prover.start(Deadline(0.1))
+    assert prover.child
+    assert has_ended(prover.child, 5)
+    prover.close()
 
 
 def test_verify_nodes_leaves_no_descriptor(dev: int) -> None:
     before = os.listdir("/proc/self/fd")
-    proof.verify_nodes(Root(), NOWHERE, dev, [MadeNode("null", 1, 3)], Deadline(5))
+    prove_nodes(Root(), NOWHERE, dev, [MadeNode("null", 1, 3)])
     assert os.listdir("/proc/self/fd") == before

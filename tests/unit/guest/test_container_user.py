@@ -20,6 +20,7 @@ from oci_hooks.guest import access
 from oci_hooks.guest.apply import proof
 from oci_hooks.guest.apply.cgroup import Cgroup, MadeNode, NodeCheck
 from oci_hooks.system import Deadline, Root
+from tests.support.proving import prove_nodes
 from tests.unit.guest.test_mount_ns import FIRST_ID, enter_user_namespace
 
 pytestmark = pytest.mark.unit
@@ -40,7 +41,7 @@ def prove(top: Path, user: Credentials | None, owner: tuple[int, int], mode: int
     (top / "null").chmod(mode)
     directory = os.open(top, os.O_PATH)
     try:
-        (check,) = proof.verify_nodes(Root(), Cgroup(pid, "", ""), directory, [NULL], Deadline(5), os.O_RDWR, user)
+        (check,) = prove_nodes(Root(), Cgroup(pid, "", ""), directory, [NULL], user)
     finally:
         os.close(directory)
     return check
@@ -80,15 +81,38 @@ def test_verify_nodes_closed_directory_found(tmp_path: Path) -> None:
     os.chown(tmp_path / "vfio/null", 1000, 2000)
     directory = os.open(tmp_path, os.O_PATH)
     node = MadeNode("vfio/null", 1, 3)
-    (check,) = proof.verify_nodes(Root(), Cgroup(42, "", ""), directory, [node], Deadline(5), os.O_RDWR, USER)
+    (check,) = prove_nodes(Root(), Cgroup(42, "", ""), directory, [node], USER)
     os.close(directory)
     assert check == NodeCheck(node, 0, True, errno.EACCES)
+
+
+def test_verify_nodes_denied_once_stays_the_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the cgroup's denial there is another request, for which the child has to be root still."""
+    tmp_path.chmod(0o755)
+    os.mknod(tmp_path / "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    allowed = tmp_path / "allowed"
+
+    def open_node(_: int, node: MadeNode, *_more: int) -> tuple[int, bool]:
+        if node == GROUP:
+            return (0 if allowed.exists() else errno.EPERM), True
+        return errno.EACCES if os.geteuid() else 0, True
+
+    monkeypatch.setattr(proof, "verify_node", open_node)
+    place = Cgroup(42, "", "")
+    prover = proof.Prover(Root(), place, lambda: os.open(tmp_path, os.O_PATH), USER)
+    found = []
+    for _ in range(2):
+        checks = proof.verify_nodes(Root(), place, prover, [NULL, GROUP], Deadline(5))
+        found.append([(check.error, check.user_error) for check in checks])
+        allowed.touch()
+    prover.close()
+    assert found == [[(0, 0), (errno.EPERM, 0)], [(0, errno.EACCES), (0, 0)]]
 
 
 def test_verify_nodes_hook_denied_first(tmp_path: Path) -> None:
     """What the hook can't open is not opened once more."""
     directory = os.open(tmp_path, os.O_PATH)
-    (check,) = proof.verify_nodes(Root(), Cgroup(42, "", ""), directory, [NULL], Deadline(5), os.O_RDWR, USER)
+    (check,) = prove_nodes(Root(), Cgroup(42, "", ""), directory, [NULL], USER)
     os.close(directory)
     assert check == NodeCheck(NULL, errno.ENOENT, False, 0)
 
@@ -106,7 +130,8 @@ def test_verify_nodes_without_setuid_as_hook_only(tmp_path: Path, monkeypatch: p
 def test_verify_nodes_with_impossible_user_as_hook_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More groups than the kernel has room for; a Python without ctypes."""
     assert prove(tmp_path, USER.replace(groups=tuple(range(70000))), (0, 0)) == NodeCheck(NULL, 0, True, 0)
-    monkeypatch.setitem(sys.modules, "ctypes", None)
+    monkeypatch.delitem(sys.modules, "oci_hooks.guest.apply.system_calls", raising=False)
+    monkeypatch.setitem(sys.modules, "_ctypes", None)
     assert prove(tmp_path, USER, (0, 0)) == NodeCheck(NULL, 0, True, 0)
 
 

@@ -37,6 +37,7 @@ HEAVY = [
     "dataclasses",
     "logging",
     "ctypes",
+    "_ctypes",
     "subprocess",
     "tomllib",
     "site",

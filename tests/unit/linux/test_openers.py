@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from oci_hooks.linux import openers
-from oci_hooks.linux.openers import DESCRIPTORS, MAPPINGS, RESOURCES, list_openers
+from oci_hooks.linux import open_files, openers
+from oci_hooks.linux.open_files import DESCRIPTORS, MAPPINGS, RESOURCES, list_openers
 from tests.unit.linux.test_usage import NIC, NVME, Tree
 
 pytestmark = pytest.mark.unit
@@ -97,6 +97,27 @@ def test_list_openers_ended_main_thread() -> None:
 
 
 @is_root
+def test_list_openers_kernel_threads_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a guest's processes: a listing is the dearest question, and theirs is empty."""
+    # A container in which the tests run may see none.
+    kernel = [entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit() and is_kernel_thread(entry)]
+    listed, real = [], os.listdir
+    with monkeypatch.context() as context:
+        context.setattr(os, "listdir", lambda path: (listed.append(str(path)), real(path))[1])
+        list_openers("/proc", frozenset(), DESCRIPTORS, 60)
+    assert f"/proc/{os.getppid()}/fd" in listed
+    assert [path for path in listed if f"{path}/".split("/")[2] in kernel] == []
+
+
+def is_kernel_thread(process: Path) -> bool:
+    """Return whether a process is the kernel's: PF_KTHREAD of include/linux/sched.h."""
+    try:
+        return bool(int((process / "stat").read_text().rpartition(")")[2].split()[6]) & 0x200000)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@is_root
 def test_list_openers_excludes_hook() -> None:
     fd = os.open("/dev/full", os.O_RDWR)
     try:
@@ -134,7 +155,7 @@ def test_list_openers_out_of_time_reported() -> None:
 
 def test_list_openers_deadline_within_process(monkeypatch: pytest.MonkeyPatch, tree: Tree) -> None:
     """One process may have a million descriptors."""
-    add_process(tree, 51, "/usr/bin/sh", *["/dev/null"] * 3 * openers.DESCRIPTORS_PER_SCAN)
+    add_process(tree, 51, "/usr/bin/sh", *["/dev/null"] * 3 * open_files.DESCRIPTORS_PER_SCAN)
     moments = iter([0.0, 1.0, 1.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(moments, 10.0))
     answer = list_openers(f"{tree.top}/proc", frozenset({NULL}), DESCRIPTORS, 5)
