@@ -6,6 +6,7 @@
     tests/run engines                                  podman, Docker, containerd; not in the above
     tests/run iommus                                   IOMMUs other than Intel's; not in the above
     tests/run kata                                     Kata's genuine agent (KATA_AGENT=PATH); not in the above
+    tests/run kata-chain                               containerd, Kata's genuine shim, QEMU, agent; not in the above
     tests/run --list [KIND...]                         installs what they need, and names their tests
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
     tests/run --in MACHINE [--kernel NAME] COMMAND...  any command in a machine, on a kernel of tests/kernels.py
@@ -36,6 +37,7 @@ from tests import kernels, packages, provision
 from tests.chain import image
 from tests.engines import roots as engine_roots
 from tests.kata import genuine as kata_agent
+from tests.kata.chain import image as kata_image
 from tests.newcomer import bare
 from tests.provision import REPOSITORY, MissingError, say
 from tests.skips import Skip, find_unknown
@@ -43,15 +45,20 @@ from tests.vm import machines, rig
 
 KINDS = ("lint", "unit", "runtime", "packaging", "newcomer", "chain", "vm")
 # Kinds that are run only on request.
-ON_REQUEST = ("engines", "iommus", "kata")
+ON_REQUEST = ("engines", "iommus", "kata", "kata-chain")
 # Where a kind's files are, if not in a directory of its name.
-DIRECTORIES = {"iommus": "vm/iommus"}
+DIRECTORIES = {"iommus": "vm/iommus", "kata-chain": "kata/chain"}
 # Run in the rig's machines, where nothing may be skipped.
 IN_MACHINES = ("chain", "vm", *ON_REQUEST)
 # The long ones: side by side, as many jobs at a time as there are processors.
 TOGETHER = ("unit", "packaging", "newcomer", *IN_MACHINES)
 # Packages that apt must have installed for a kind, in addition to provision.TEST_PACKAGES.
-PACKAGES = {"packaging": packages.PACKAGES, "newcomer": bare.PACKAGES, "chain": image.PACKAGES}
+PACKAGES = {
+    "packaging": packages.PACKAGES,
+    "newcomer": bare.PACKAGES,
+    "chain": image.PACKAGES,
+    "kata-chain": kata_image.PACKAGES,
+}
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 2400.0
 # A directory for the records that tests of the machine make (tests/support/kept_recordings.py).
@@ -460,6 +467,7 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
         **engine_roots.make_environment(files),
         **kata_agent.make_environment(files),
         **image.make_environment(files),
+        **kata_image.make_environment(files),
     }
 
 

@@ -99,6 +99,7 @@ MACHINES = {
         Machine("many", "sixteen NICs in sixteen groups", plug_many),
         Machine("bench", "what the benchmarks bind: sixteen groups, and eight NICs in one", plug_bench),
         Machine("chain", "NICs for a virtual machine inside: tests/chain", plug_chain, memory="4G"),
+        Machine("kata-chain", "as chain, with room for Kata's guests: tests/kata/chain", plug_chain, memory="7G"),
         Machine(
             "cgroup-v1",
             "as single, with the device controller of cgroup v1",
