@@ -153,6 +153,7 @@ def main(arguments: list[str]) -> int:
 def run_kinds(kinds: list[str]) -> int:
     """Run these kinds of tests and print how many there were of each."""
     started = time.monotonic()
+    kinds = leave_out_missing(kinds)
     install_packages(kinds)
     provision.compile_hooks()
     counts: dict[str, Count] = {}
@@ -173,6 +174,24 @@ def run_kinds(kinds: list[str]) -> int:
     code = judge(total, *(counts[kind] for kind in kinds if kind in IN_MACHINES))
     print(total)
     return code
+
+
+def leave_out_missing(kinds: list[str]) -> list[str]:
+    """Return the kinds without those whose genuine parts of Kata are missing, and print the reasons.
+
+    Raises MissingError if none would be left.
+    """
+    left = []
+    for kind in kinds:
+        try:
+            for find in kata_agent.NEEDED.get(kind, ()):
+                find()
+            left.append(kind)
+        except MissingError as error:
+            if kinds == [kind]:
+                raise
+            say(f"-- {kind}: skipped: {error}")
+    return left
 
 
 def install_packages(kinds: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Callable
 
 from tests.provision import REPOSITORY, MissingError
 
@@ -38,3 +39,7 @@ def find_program(variable: str, name: str, whose: str) -> Path:
     if not os.access(path, os.X_OK):
         raise MissingError(f"{path}: no such program; set {variable} to {whose}")
     return path
+
+
+# By kind of tests: what there must be.
+NEEDED: dict[str, tuple[Callable[[], Path], ...]] = {"kata": (find_agent,), "kata-chain": (find_agent, find_shim)}

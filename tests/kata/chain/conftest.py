@@ -15,7 +15,8 @@ from tests.vm import guest
 
 HERE = Path(__file__).resolve().parent
 RETRIED: list[str] = []
-SECONDS: dict[str, float] = {}
+# By case: how long it took, and what it saw.
+SEEN: dict[str, tuple[float, str]] = {}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -25,6 +26,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     names = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    kata = arguments["kata"]
+    assert isinstance(kata, Stack)
     started = time.monotonic()
     try:
         pyfuncitem.obj(**arguments)
@@ -32,23 +35,21 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         words = str(error) or repr(error)
         print(f"RETRIED {pyfuncitem.name}: {words}")
         RETRIED.append(f"{pyfuncitem.name}: {words.splitlines()[0]}")
-        kata = arguments["kata"]
-        assert isinstance(kata, Stack)
         kata.clear()
         started = time.monotonic()
         pyfuncitem.obj(**arguments)
-    SECONDS[pyfuncitem.name] = time.monotonic() - started
+    SEEN[pyfuncitem.name] = (time.monotonic() - started, kata.seen)
     return True
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print how long each case took, and which were tried twice."""
-    if not SECONDS:
+    """Print what each case has seen, and which were tried twice."""
+    if not SEEN:
         return
     terminalreporter.section("kata-chain")
-    for name, seconds in SECONDS.items():
-        terminalreporter.line(f"{seconds:5.0f} s  {name}")
-    terminalreporter.line(f"cases that passed at the second try: {len(RETRIED)}")
+    for name, (seconds, words) in SEEN.items():
+        terminalreporter.line(f"{name} ({seconds:.0f} s): {words}")
+    terminalreporter.line(f"cases that were tried twice: {len(RETRIED)}")
     for words in RETRIED:
         terminalreporter.line(f"  {words}")
 

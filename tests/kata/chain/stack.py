@@ -30,6 +30,10 @@ from tests.vm.bundles import Done
 LIMIT = 400.0
 # Seconds that ctr has to end after QEMU, and where Kata's log shows that.
 PATIENCE = 30.0
+# Seconds that Kata's shim may take to clear away what it has made, when ctr has ended.
+LEFT_LIMIT = 60.0
+PROGRAMS = ("qemu-system", "virtiofsd", "shim-kata")
+PLACES = "/run/vc/sbs /run/vc/vm /run/netns /run/kata-containers/shared/sandboxes"
 QEMU_ENDED = "Stop logging QEMU"
 CONSOLE_LINES = 60
 # What came up so far answers at once.
@@ -138,6 +142,8 @@ class Stack:
         self.configure()
         self.engine.do("systemctl restart containerd")
         self.mark = 0
+        # What the case that runs has seen, in words.
+        self.seen = ""
 
     def configure(self, **changed: str) -> str:
         """Write Kata's configuration and return it. changed: values of CONFIGURATION_TEXT other than the usual ones."""
@@ -183,15 +189,26 @@ class Stack:
         print(f"$ {line}\n{stdout}{stderr}{took}")
         return Done(process.returncode, stdout, stderr)
 
+    def wait_until_gone(self) -> list[str]:
+        """Return what is left of a sandbox when the shim has had the time to end: [] where all is gone."""
+        end = time.monotonic() + LEFT_LIMIT
+        while (left := self.list_left()) and time.monotonic() < end:
+            time.sleep(1)
+        return left
+
     def list_left(self) -> list[str]:
-        """Return what is there of a sandbox: QEMUs, Kata's directories and mounts, network namespaces."""
+        """Return what is there of a sandbox: QEMUs, Kata's directories and mounts, network namespaces, tasks."""
         found = []
         for path in Path("/proc").glob("[0-9]*/exe"):
             name = guest.link_name(path)
-            if "qemu" in name or "virtiofsd" in name or "shim-kata" in name:
+            if any(word in name for word in PROGRAMS):
                 found.append(f"process {path.parent.name}: {name}")
-        script = "ls /run/vc/sbs /run/vc/vm /run/netns; grep kata-containers /proc/mounts; ctr tasks ls -q; ctr c ls -q"
-        return found + self.engine.run("sh", "-c", f"{{ {script}; }} 2>/dev/null | grep -v :").stdout.split("\n")[:-1]
+        script = f"""
+            find {PLACES} -mindepth 1 -maxdepth 1
+            grep kata-containers /proc/mounts
+            ctr tasks ls -q; ctr containers ls -q
+        """
+        return found + self.engine.run("sh", "-c", script).stdout.splitlines()
 
     def clear(self) -> None:
         """Take away what a container that failed has left."""
@@ -202,7 +219,7 @@ class Stack:
         self.engine.run("sh", "-c", script)
         for path in Path("/proc").glob("[0-9]*/exe"):
             name = guest.link_name(path)
-            if "qemu" in name or "shim-kata" in name:
+            if any(word in name for word in PROGRAMS):
                 with suppress(ProcessLookupError):
                     os.kill(int(path.parent.name), signal.SIGKILL)
 

@@ -55,22 +55,24 @@ def read_groups(done: bundles.Done) -> list[dict[str, Any]]:
     return groups
 
 
-def check_opened(groups: list[dict[str, Any]], *addresses: str) -> None:
+def check_opened(kata: Stack, groups: list[dict[str, Any]], *addresses: str) -> None:
     """Raise AssertionError unless the groups are the guest's with these NICs of the host, read through VFIO."""
     assert len(groups) == len(addresses)
     numbers = sorted(str(group["group"]) for group in groups)
-    assert numbers != sorted(guest.group_of(address) for address in addresses), "the same numbers would prove nothing"
+    theirs = sorted(guest.group_of(address) for address in addresses)
+    assert numbers != theirs, "the same numbers would prove nothing"
     for group in groups:
         assert group["viable"] is True
         (device,) = group["devices"]
         assert device["read_id"] == "ok"
+    kata.seen = f"host's group {', '.join(theirs)}, guest's {', '.join(numbers)}: opened, read through VFIO"
 
 
 def test_one_nic(kata: Stack, nics: Nics) -> None:
     """(a) Mode guest-kernel: the annotation has the hook in the guest bind, and the container opens its group."""
     done = kata.run("one", make_config(PROBE, nics.wired[:1], AUTO))
-    check_opened(read_groups(done), nics.wired[0])
-    assert kata.list_left() == []
+    check_opened(kata, read_groups(done), nics.wired[0])
+    assert kata.wait_until_gone() == []
     assert guest.driver_of(nics.wired[0]) == "vfio-pci"
 
 
@@ -79,7 +81,8 @@ def test_without_guest_hook(kata: Stack, nics: Nics) -> None:
     kata.configure(guest_hook_path="")
     done = kata.run("without", make_config(PROBE, nics.wired[:1], AUTO))
     assert read_groups(done) == []
-    assert kata.list_left() == []
+    kata.seen = "no node"
+    assert kata.wait_until_gone() == []
 
 
 def test_viommu_off_refused(kata: Stack, nics: Nics) -> None:
@@ -126,22 +129,23 @@ def check_refused(kata: Stack, config: dict[str, Any], code: str, words: str) ->
     assert f"vfio-host-check: error: [{code}]" in done.stderr
     assert words in done.stderr
     assert done.stdout == ""
-    assert kata.list_left() == []
+    kata.seen = done.stderr.strip()
+    assert kata.wait_until_gone() == []
 
 
 def test_two_nics(kata: Stack, nics: Nics) -> None:
     """(c) Two groups of the host are two of the guest, and `auto` takes both."""
     done = kata.run("two", make_config(PROBE, nics.wired, AUTO))
-    check_opened(read_groups(done), *nics.wired)
-    assert kata.list_left() == []
+    check_opened(kata, read_groups(done), *nics.wired)
+    assert kata.wait_until_gone() == []
 
 
 def test_mode_vfio(kata: Stack, nics: Nics) -> None:
     """(d) Kata's own mode beside our check; vfio-pci must be named in kernel_modules, or nobody loads it."""
     kata.configure(vfio_mode="vfio", kernel_modules='"vfio-pci"')
     done = kata.run("native", make_config(PROBE, nics.wired[:1]))
-    check_opened(read_groups(done), nics.wired[0])
-    assert kata.list_left() == []
+    check_opened(kata, read_groups(done), nics.wired[0])
+    assert kata.wait_until_gone() == []
 
 
 def test_no_port_refused(kata: Stack, nics: Nics) -> None:
@@ -163,5 +167,6 @@ def test_pod_of_two_containers(kata: Stack, nics: Nics) -> None:
     seen = pod.read_log("other", "gone")
     assert re.findall(r"driver (\S*)", seen) == ["e1000e", "vfio-pci", "e1000e", "gone"]
     assert "no nodes" in seen
+    kata.seen = "the pod's other container saw the NIC's driver: e1000e, vfio-pci, e1000e"
     pod.remove()
-    assert kata.list_left() == []
+    assert kata.wait_until_gone() == []
