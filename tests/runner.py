@@ -7,6 +7,7 @@
     tests/run iommus                                   IOMMUs other than Intel's; not in the above
     tests/run guests                                   a Debian that systemd booted: AppArmor, SELinux; not in the above
     tests/run kata                                     Kata's genuine agent (KATA_AGENT=PATH); not in the above
+    tests/run kata-chain                               containerd, Kata's genuine shim, QEMU, agent; not in the above
     tests/run --list [KIND...]                         installs what they need, and names their tests
     tests/run --vm tests/vm/test_x.py -k word          these files (else all) in the machines they ask for
     tests/run --in MACHINE [--kernel NAME] COMMAND...  any command in a machine, on a kernel of tests/kernels.py
@@ -37,6 +38,7 @@ from tests import kernels, packages, provision
 from tests.chain import image
 from tests.engines import roots as engine_roots
 from tests.kata import genuine as kata_agent
+from tests.kata.chain import image as kata_image
 from tests.newcomer import bare
 from tests.provision import REPOSITORY, MissingError, say
 from tests.skips import Skip, find_unknown
@@ -44,15 +46,20 @@ from tests.vm import machines, rig, systems
 
 KINDS = ("lint", "unit", "runtime", "packaging", "newcomer", "chain", "vm")
 # Kinds that are run only on request.
-ON_REQUEST = ("engines", "guests", "iommus", "kata")
+ON_REQUEST = ("engines", "guests", "iommus", "kata", "kata-chain")
 # Where a kind's files are, if not in a directory of its name.
-DIRECTORIES = {"guests": "vm/guests", "iommus": "vm/iommus"}
+DIRECTORIES = {"guests": "vm/guests", "iommus": "vm/iommus", "kata-chain": "kata/chain"}
 # Run in the rig's machines, where nothing may be skipped.
 IN_MACHINES = ("chain", "vm", *ON_REQUEST)
 # The long ones: side by side, as many jobs at a time as there are processors.
 TOGETHER = ("unit", "packaging", "newcomer", *IN_MACHINES)
 # Packages that apt must have installed for a kind, in addition to provision.TEST_PACKAGES.
-PACKAGES = {"packaging": packages.PACKAGES, "newcomer": bare.PACKAGES, "chain": image.PACKAGES}
+PACKAGES = {
+    "packaging": packages.PACKAGES,
+    "newcomer": bare.PACKAGES,
+    "chain": image.PACKAGES,
+    "kata-chain": kata_image.PACKAGES,
+}
 # One boot serves many files; all of them together must end in this time.
 VM_LIMIT = 2400.0
 # A directory for the records that tests of the machine make (tests/support/kept_recordings.py).
@@ -147,6 +154,7 @@ def main(arguments: list[str]) -> int:
 def run_kinds(kinds: list[str]) -> int:
     """Run these kinds of tests and print how many there were of each."""
     started = time.monotonic()
+    kinds = leave_out_missing(kinds)
     install_packages(kinds)
     provision.compile_hooks()
     counts: dict[str, Count] = {}
@@ -167,6 +175,24 @@ def run_kinds(kinds: list[str]) -> int:
     code = judge(total, *(counts[kind] for kind in kinds if kind in IN_MACHINES))
     print(total)
     return code
+
+
+def leave_out_missing(kinds: list[str]) -> list[str]:
+    """Return the kinds without those whose genuine parts of Kata are missing, and print the reasons.
+
+    Raises MissingError if none would be left.
+    """
+    left = []
+    for kind in kinds:
+        try:
+            for find in kata_agent.NEEDED.get(kind, ()):
+                find()
+            left.append(kind)
+        except MissingError as error:
+            if kinds == [kind]:
+                raise
+            say(f"-- {kind}: skipped: {error}")
+    return left
 
 
 def install_packages(kinds: Sequence[str]) -> None:
@@ -462,6 +488,7 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
         **kata_agent.make_environment(files),
         **image.make_environment(files),
         **systems.make_environment(files),
+        **kata_image.make_environment(files),
     }
 
 

@@ -61,6 +61,7 @@ CONTAINER_ROOT = "containers/dpdk"
 TESTPMD = Path("/usr/bin/dpdk-testpmd")
 DPDK_DRIVERS = ("librte_bus_pci.so", "librte_mempool_ring.so", "librte_net_e1000.so")
 XZ_MAGIC = b"\xfd7zXZ\x00"
+DIRECTORIES = ("dev", "proc", "sys", "run", "tmp", "etc", "root", "mnt")
 MEGABYTE = 1 << 20
 
 
@@ -141,7 +142,7 @@ def unpack_kernel(image: bytes) -> bytes:
 
 def fill_tree(tree: Path, layers: tuple[Path, ...], kernel: provision.Kernel) -> dict[str, int]:
     """Make the initramfs as a directory and return the size of each part in bytes."""
-    for directory in ("usr/bin", "usr/sbin", "usr/lib64", "dev", "proc", "sys", "run", "tmp", "etc", "root", "mnt"):
+    for directory in ("usr/bin", "usr/sbin", "usr/lib64", *DIRECTORIES):
         (tree / directory).mkdir(parents=True)
     for name in ("bin", "sbin", "lib", "lib64"):
         (tree / name).symlink_to(f"usr/{name}")
@@ -158,7 +159,7 @@ def fill_tree(tree: Path, layers: tuple[Path, ...], kernel: provision.Kernel) ->
     note("the guest hook itself")
     copy_installed(tree, layers, (*HELPERS, PACKAGES_OF_PYTHON), LOADED_LATER)
     note("what the hook needs beside: kmod, jsonschema, pyudev, tenacity")
-    add_modules(tree, kernel)
+    add_modules(tree, kernel, MODULES)
     note("kernel modules")
     add_busybox(tree)
     for name in ("init", "agent"):

@@ -95,10 +95,8 @@ class Engine:
 
     def run(self, *command: str, text: str | None = None) -> Done:
         """Run a command in it."""
-        pid = self.holder.pid
-        enter = ["nsenter", f"--mount=/proc/{pid}/ns/mnt", f"--root=/proc/{pid}/root", f"--wd=/proc/{pid}/root"]
         done = subprocess.run(
-            [*enter, "--", *command],
+            [*self.enter(), "--", *command],
             input=text,
             stdin=subprocess.DEVNULL if text is None else None,
             capture_output=True,
@@ -109,6 +107,23 @@ class Engine:
             check=False,
         )
         return Done(done.returncode, done.stdout, done.stderr)
+
+    def enter(self) -> list[str]:
+        """Return what a command is prefixed with to run in it."""
+        pid = self.holder.pid
+        return ["nsenter", f"--mount=/proc/{pid}/ns/mnt", f"--root=/proc/{pid}/root", f"--wd=/proc/{pid}/root"]
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command in it, which the caller waits for."""
+        return subprocess.Popen(
+            [*self.enter(), "--", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=ENVIRONMENT,
+        )
 
     def type(self, line: str, where: str = EXAMPLES) -> Done:
         """Type a line of the how-to."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Callable
 
 from tests.provision import REPOSITORY, MissingError
 
@@ -22,8 +23,23 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
 
 def find_agent() -> Path:
     """Return the path of Kata's agent: KATA_AGENT's, or that beside the repository. Raises MissingError."""
-    path = Path(os.environ.get("KATA_AGENT") or BESIDE / "kata-agent").resolve()
+    return find_program(
+        "KATA_AGENT", "kata-agent", "the agent of the Kata you run (usr/bin/kata-agent in its guest image)"
+    )
+
+
+def find_shim() -> Path:
+    """Return the path of Kata's Go shim: KATA_SHIM's, or that beside the repository. Raises MissingError."""
+    return find_program("KATA_SHIM", "containerd-shim-kata-v2", "the shim of the Kata you run (/opt/kata/bin has it)")
+
+
+def find_program(variable: str, name: str, whose: str) -> Path:
+    """Return the path of a program: that in the environment, or that beside the repository. Raises MissingError."""
+    path = Path(os.environ.get(variable) or BESIDE / name).resolve()
     if not os.access(path, os.X_OK):
-        advice = "set KATA_AGENT to the agent of the Kata you run (usr/bin/kata-agent in its guest image)"
-        raise MissingError(f"{path}: no such program; {advice}")
+        raise MissingError(f"{path}: no such program; set {variable} to {whose}")
     return path
+
+
+# By kind of tests: what there must be.
+NEEDED: dict[str, tuple[Callable[[], Path], ...]] = {"kata": (find_agent,), "kata-chain": (find_agent, find_shim)}

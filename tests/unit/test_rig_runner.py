@@ -304,3 +304,15 @@ def test_provision_without_root_lists_packages(monkeypatch: pytest.MonkeyPatch) 
         provision.ensure_packages({"qemu-system-x86": "the virtual machine"})
     assert "qemu-system-x86: the virtual machine" in str(caught.value)
     assert "apt-get install -y --no-install-recommends qemu-system-x86" in str(caught.value)
+
+
+def test_runner_leaves_out_kind_without_genuine_parts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With others it is skipped, and the reason printed; alone it is what is missing."""
+    monkeypatch.setenv("KATA_AGENT", sys.executable)
+    monkeypatch.setenv("KATA_SHIM", "/nowhere/shim")
+    assert runner.leave_out_missing(["lint", "kata", "kata-chain"]) == ["lint", "kata"]
+    assert "-- kata-chain: skipped: /nowhere/shim: no such program; set KATA_SHIM" in capsys.readouterr().out
+    with pytest.raises(provision.MissingError, match="KATA_SHIM"):
+        runner.leave_out_missing(["kata-chain"])

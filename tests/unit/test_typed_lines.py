@@ -150,6 +150,8 @@ NOT_RUN = {
     "tests/run lint unit": SELF,
     "apt install pre-commit && pre-commit install": "changes the clone's git; its linters are those of tests/run lint",
     "tests/run packaging": SELF,
+    "KATA_AGENT=/mnt/usr/bin/kata-agent tests/run kata": SELF,
+    "KATA_AGENT=/mnt/usr/bin/kata-agent KATA_SHIM=/opt/kata/bin/containerd-shim-kata-v2 tests/run kata-chain": SELF,
     "tests/run newcomer": SELF,
     "install -m 0644 node-problem-detector.json /etc/node-problem-detector/vfio.json": f"{DIRECTORY}: the detector",
     "docker build -t registry.example/oci-vfio-hooks:0.1.0 -f install-hooks/Dockerfile .": (

@@ -117,6 +117,7 @@ MACHINES = {
         ),
         Machine("arm64", "as single, an arm64 machine with SMMUv3", plug_single, iommu=SMMU_IOMMU, system="arm64"),
         Machine("arm64-no-iommu", "as arm64, without it", plug_single, iommu=NO_IOMMU, system="arm64"),
+        Machine("kata-chain", "as chain, with room for Kata's guests: tests/kata/chain", plug_chain, memory="7G"),
         Machine(
             "cgroup-v1",
             "as single, with the device controller of cgroup v1",
