@@ -55,8 +55,6 @@ PROGRAMS = Path("/run/addon-programs")
 # $1: the root; the others: what is mounted in it.
 BECOME_ROOT = """
     mount --bind "$1" "$1"
-    mount --make-private "$1"
-    mount --make-private /
     root=$1
     shift
     for each; do mount --rbind "$each" "$root$each"; done
@@ -95,7 +93,7 @@ def bare_root() -> Iterator[None]:
     bundles.write_settings()
     # A container's mounts below /run come after this.
     subprocess.run(["mount", "--make-rshared", "/run"], check=True)
-    command = ["unshare", "--mount", "--propagation", "unchanged", "sh", "-ec", BECOME_ROOT, "sh", str(ROOT), *SHARED]
+    command = ["unshare", "--mount", "--propagation", "slave", "sh", "-ec", BECOME_ROOT, "sh", str(ROOT), *SHARED]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "ready\n"
     PROGRAMS.mkdir()
