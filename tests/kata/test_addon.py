@@ -48,6 +48,8 @@ def unpacked() -> Iterator[None]:
         return
     tree = Path(os.environ["OCI_VFIO_ADDON"]) / "tree"
     for place in (TOP, HOOKS):
+        # What this machine has there, outside, is not touched: these directories are overlays.
+        shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(f"{tree}{place}", place)
     yield
     for place in (TOP, HOOKS):
