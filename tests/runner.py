@@ -69,7 +69,7 @@ HANDED_ON = ("OCI_VFIO_HOOKS_DIR", "OCI_VFIO_FULL")
 # More files than this that ask for the same machine are shared by several.
 FILES_PER_BOOT = 6
 # Files that take as long as so many others: what is longest begins first.
-LONG_FILES = {"test_odd_configs.py": 8, "test_guest_kill.py": 4}
+LONG_FILES = {"test_odd_configs.py": 8, "test_guest_kill.py": 4, "test_addon.py": 3}
 # Lines printed for each failure at the end; the whole output is where it happened.
 LINES_TOLD = 20
 # Tests that failed are tried once more alone, unless they are more than this.

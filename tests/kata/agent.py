@@ -44,6 +44,8 @@ class Agent:
     hooks: the image's guest_hook_path, if it is not to be made of the repository's hook.
     """
 
+    roots = ROOTS
+
     def __init__(self, hooks: Path | None = None) -> None:
         if hooks is None:
             hooks = HOOKS
@@ -52,15 +54,26 @@ class Agent:
             (HOOKS / "oci_hooks").symlink_to(bundles.REPOSITORY / "oci_hooks")
         environment = {"KATA_AGENT_SERVER_ADDR": f"unix://{SOCKET}", "KATA_AGENT_LOG_LEVEL": "info", "PATH": os.defpath}
         self.log = LOG.open("wb")
-        command = [os.environ["OCI_VFIO_KATA_AGENT"]]
-        self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
+        self.process = self.launch(environment)
         self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.connection.settimeout(LIMIT)
         self.stream = -1
         self.names: list[str] = []
-        self.wait_until(SOCKET.exists)
         self.wait_until(self.connect)
         self.call("CreateSandbox", messages.CREATE_SANDBOX, hostname="h", sandbox_id="s", guest_hook_path=str(hooks))
+
+    def launch(self, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Start the agent."""
+        command = [os.environ["OCI_VFIO_KATA_AGENT"]]
+        return subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
+
+    def find_socket(self) -> Path:
+        """Return where the agent listens."""
+        return SOCKET
+
+    def place_root(self, name: str) -> str:
+        """Make the root file system of a container, and return the path by which the agent finds it."""
+        return str(bundles.mount_rootfs(self.roots / name))
 
     def wait_until(self, is_so: Callable[[], bool]) -> None:
         """Wait until something is so; an agent that ends before is a failure."""
@@ -75,7 +88,7 @@ class Agent:
 
     def connect(self) -> bool:
         """Connect, if the agent listens by now."""
-        return self.connection.connect_ex(str(SOCKET)) == 0
+        return self.connection.connect_ex(str(self.find_socket())) == 0
 
     def call(self, method: str, schema: wire.Schema, answer: wire.Schema | None = None, **fields: Any) -> Any:
         """Make one call and return its answer. Raises AgentError."""
@@ -104,9 +117,9 @@ class Agent:
 
         options: fields of bundles.Options.
         """
-        root = bundles.mount_rootfs(ROOTS / name)
+        root = self.place_root(name)
         self.names.append(name)
-        config = bundles.make_config(command, str(root), bundles.Options(**{"hooks": {}, **options}), f"/kata/{name}")
+        config = bundles.make_config(command, root, bundles.Options(**{"hooks": {}, **options}), f"/kata/{name}")
         # The network is the sandbox's, and so is the virtual machine.
         namespaces = [{"type": kind} for kind in bundles.NAMESPACES if kind != "network"]
         config["linux"]["namespaces"] = namespaces
@@ -147,7 +160,7 @@ class Agent:
         """Remove a container: the poststop hooks run."""
         self.call("RemoveContainer", messages.REMOVE, container_id=name, timeout=30)
         self.names.remove(name)
-        subprocess.run(["umount", "--lazy", str(ROOTS / name / "rootfs")], check=True)
+        subprocess.run(["umount", "--lazy", str(self.roots / name / "rootfs")], check=True)
 
     def read_log(self) -> str:
         """Return what the agent has logged."""

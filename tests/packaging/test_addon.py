@@ -41,13 +41,13 @@ DEVICES = "io.katacontainers.x.vfio.devices"
 
 
 class BareRoot:
-    """A root file system with the add-on, the kernel's own file systems, /run, and perhaps busybox."""
+    """A root file system with the add-on, the kernel's own file systems, and perhaps busybox."""
 
     def __init__(self, path: Path, addon: Path, has_busybox: bool) -> None:
         self.path = path
         self.bundle = path / "bundle"
         shutil.copytree(addon, path)
-        for name in ("dev", "proc", "sys", "run", "bundle"):
+        for name in ("dev", "proc", "sys", "bundle"):
             (path / name).mkdir()
         if has_busybox:
             (path / "bin").mkdir()
@@ -244,6 +244,8 @@ def test_hook_in_a_bare_root(bare_root: BareRoot) -> None:
     assert "[bad-annotation]" in output
     # A terminal's control character is spelled out, by a codec that is a module.
     assert "\\x7f" in output
+    # Kata's agent, or systemd, mounts it.
+    (bare_root.path / "run").mkdir()
     bare_root.write_settings("deadline = 1\n")
     state = bare_root.make_state({DEVICES: "0000:ff:1f.7"})
     output = bare_root.run(HOOK, text=state, code=1)
@@ -259,6 +261,7 @@ def test_hook_in_a_bare_root(bare_root: BareRoot) -> None:
 
 
 def test_hook_reads_settings_in_a_bare_root(bare_root: BareRoot) -> None:
+    (bare_root.path / "run").mkdir()
     state = bare_root.make_state({DEVICES: "0000:ff:1f.7"})
     # Plain settings are read without tomllib, others with it.
     for text in ('deadline = 1\nrecord = "never"\n', 'deadline = 1\nrecord = """never"""\n'):
@@ -290,7 +293,8 @@ def test_addon_waits_without_udev(bare_root: BareRoot) -> None:
 def test_addon_declares_cdi(addon: Path, bare_root: BareRoot) -> None:
     """At each boot, when /run is empty; and CDI's own package takes the file, which declares hooks that are there."""
     declare = "/opt/oci-vfio-hooks/bin/declare-cdi"
-    (bare_root.path / "var").mkdir()
+    for name in ("run", "var"):
+        (bare_root.path / name).mkdir()
     (bare_root.path / "var/run").symlink_to("../run")
     for _ in range(2):
         assert bare_root.run(declare) == ""

@@ -98,10 +98,6 @@ RUN = {
     "containerd/add-runtime kata containerd/kata.toml": (
         "tests/packaging/test_containerd.py::test_a_class_that_is_there_gets_what_it_lacks"
     ),
-    "packaging/guest-addon": "tests/packaging/test_addon.py::test_addon_is_reproducible",
-    'tar -C "$ROOTFS_DIR" -xf dist/oci-vfio-hooks-guest-addon_*_amd64.tar.xz': (
-        "tests/packaging/test_addon.py::test_addon_archive_is_tree"
-    ),
     "ctr oci spec | containerd/add-hooks config.json/guest.json --annotations > /run/config.json": (
         f"{ENGINES}::test_ctr_run_config"
     ),

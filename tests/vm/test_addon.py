@@ -48,17 +48,17 @@ __all__ = [
 ]
 # Not in /run, which is shared with it.
 ROOT = Path("/srv/addon")
-SHARED = ("/dev", "/proc", "/sys", "/run", "/etc/oci-vfio-hooks", "/var/lib/oci-vfio-hooks", "/lib/modules")
+SHARED = ("/dev", "/proc", "/sys", "/run", "/etc/oci-vfio-hooks", "/var/lib/oci-vfio-hooks")
 HOOKS = Path("/usr/share/oci/hooks/prestart")
 # What this machine has by the names of what is in that root.
 PROGRAMS = Path("/run/addon-programs")
-# $1: the root; the others: what is mounted in it.
+MODULES = Path("/lib/modules", os.uname().release)
+# $1: the root; $2: where the kernel's modules really are; the others: what is mounted in it.
 BECOME_ROOT = """
     mount --bind "$1" "$1"
-    mount --make-private "$1"
-    mount --make-private /
     root=$1
-    shift
+    mount --bind "$2" "$root/lib/modules/$(uname -r)"
+    shift 2
     for each; do mount --rbind "$each" "$root$each"; done
     cd "$root"
     pivot_root . old
@@ -69,8 +69,8 @@ BECOME_ROOT = """
 def make_root() -> None:
     """Make the root: the add-on, busybox, and the runtimes with their own loader and libraries."""
     shutil.copytree(Path(os.environ["OCI_VFIO_ADDON"]) / "tree", ROOT)
-    for name in ("bin", "old", "runtimes", *(shared[1:] for shared in SHARED)):
-        (ROOT / name).mkdir(parents=True)
+    for name in ("/bin", "/old", "/runtimes", str(MODULES), *SHARED):
+        Path(f"{ROOT}{name}").mkdir(parents=True)
     shutil.copy("/bin/busybox", ROOT / "bin/busybox")
     (ROOT / "bin/modprobe").symlink_to("busybox")
     for name in ("runc", "crun"):
@@ -95,7 +95,8 @@ def bare_root() -> Iterator[None]:
     bundles.write_settings()
     # A container's mounts below /run come after this.
     subprocess.run(["mount", "--make-rshared", "/run"], check=True)
-    command = ["unshare", "--mount", "--propagation", "unchanged", "sh", "-ec", BECOME_ROOT, "sh", str(ROOT), *SHARED]
+    command = ["unshare", "--mount", "--propagation", "slave", "sh", "-ec", BECOME_ROOT, "sh", str(ROOT)]
+    command += [str(MODULES.resolve()), *SHARED]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "ready\n"
     PROGRAMS.mkdir()
