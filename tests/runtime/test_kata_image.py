@@ -300,3 +300,18 @@ def test_without_root(open_place: Path, root: Path, addon: Path) -> None:
     image = make("initrd gzip", open_place / "image.img", root)
     done = run_as_nobody("add", str(image), "--output", "closed", "--addon", str(open_place / addon.name))
     assert (done.returncode, "[output] closed: cannot be written: Permission denied" in done.stderr) == (1, True)
+
+
+def test_documented_lines(tmp_path: Path, root: Path, addon: Path) -> None:
+    """The lines of docs/howto/kata.md, with an image and an add-on of this test's."""
+    image = make("ext4", tmp_path / "kata-containers.img", root)
+    (tmp_path / "guest.toml").write_text(SETTINGS)
+    page = (REPOSITORY / "docs/howto/kata.md").read_text()
+    lines = re.findall(r"^    vfio-kata-image (.*)$", page, re.MULTILINE)
+    assert [line.partition(" ")[0] for line in lines] == ["show", "add", "remove"]
+    for line in lines:
+        words = line.replace("/opt/kata/share/kata-containers/", "").split()
+        more = ["--addon", str(addon)] if words[0] == "add" else []
+        done = subprocess.run([TOOL, *words, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert digest(tmp_path / "kata-original.img") == digest(image)
