@@ -61,7 +61,7 @@ def make_node(place: Path, kind: str) -> None:
     elif kind == "link":
         place.symlink_to("initrd")
     elif kind == "hard link":
-        place.hardlink_to(place.parent / "initrd")
+        os.link(place.parent / "initrd", place)
     elif kind == "FIFO":
         os.mkfifo(place)
     elif kind == "device":
