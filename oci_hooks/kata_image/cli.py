@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         code: int = {"show": show, "add": add, "remove": remove}[asked.command](asked)
         return code
     except HookError as error:
-        for finding in error.findings:
-            write_stderr(f"{PROGRAM}: {finding.as_line()}")
+        report_findings(list(error.findings))
         return error.exit_code
     except KeyboardInterrupt:
         return report_error("interrupted", PROGRAM, "interrupted by SIGINT", "nothing was written; run it again")
@@ -62,6 +61,12 @@ def report_error(code: str, subject: str, problem: str, hint: str) -> int:
     """Print an error and return the exit code for it."""
     write_stderr(f"{PROGRAM}: {Finding('error', code, subject, problem, hint).as_line()}")
     return EXIT_REFUSED
+
+
+def report_findings(findings: list[Finding]) -> None:
+    """Print findings, a line each."""
+    for finding in findings:
+        write_stderr(f"{PROGRAM}: {finding.as_line()}")
 
 
 def is_initrd(source: BinaryIO) -> bool:
@@ -132,6 +137,7 @@ def add(asked: Namespace) -> int:
             else:
                 image = read_image(source)
                 check_writable(image)
+                report_findings(disk_apply.list_warnings(image))
                 files = (*addon.files, *settings)
                 modules = disk_apply.add_to_image(source, image, files, work, record, not asked.no_undo)
             size, added = os.stat(draft).st_size, sum(len(file.data) for file in addon.files)

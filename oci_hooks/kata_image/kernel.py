@@ -47,7 +47,7 @@ def read_kernel(file: BinaryIO) -> KernelFile:
             text = decompress(content[place + len(START) : content.find(END, place)])
     options = parse_config((text or (decompress(data) if data[:2] == b"\x1f\x8b" else data)).decode("utf-8", "replace"))
     if not any(name in options for name in ("CONFIG_PCI", "CONFIG_VFIO", "CONFIG_64BIT")):
-        hint = "name the config-* file beside it: Kata's release has one for each kernel"
+        hint = "name its config-* file: Kata's release has one for each kernel"
         raise InputError("kernel-unreadable", file.name, "has no configuration (it was built without IKCONFIG)", hint)
     return KernelFile(file.name, options)
 

@@ -22,7 +22,11 @@ HOOK_NAME = "vfio-guest-bind"
 HOOK_FILES = (f"{HOOKS}/prestart/{HOOK_NAME}", f"{HOOKS}/poststop/{HOOK_NAME}")
 SETTINGS = "etc/oci-vfio-hooks/guest.toml"
 # Below these the add-on may have files, and nowhere else.
-PLACES = (f"{HOME}/", f"{HOOKS}/prestart/", f"{HOOKS}/poststop/", "etc/oci-vfio-hooks/", "usr/lib/tmpfiles.d/oci-vfio-")
+PLACES = (
+    *(f"{HOME}/", f"{HOOKS}/prestart/", f"{HOOKS}/poststop/", "etc/oci-vfio-hooks/"),
+    # What lets systemd declare the CDI specification before the agent starts.
+    "usr/lib/systemd/system/kata-agent.service.d/oci-vfio-",
+)
 RECORD_VERSION = 1
 
 

@@ -36,11 +36,12 @@ class Module(Frozen):
 
 class Guest(Frozen):
     """What is in a guest. addon: version, "" if unknown, None without it; hook: whether the agent would find one;
-    other: whether that hook is there without the add-on, from a package; settings: whether it has a guest.toml."""
+    settings: whether it has a guest.toml; systemd: whether that is its init, and not Kata's agent."""
 
     addon: str | None
     hook: bool
     settings: bool
+    systemd: bool
     modules: tuple[Module, ...]
 
     @property
@@ -54,7 +55,14 @@ def read_guest(tree: Tree) -> Guest:
     record = parse_record(tree.read(RECORD))
     addon = record.addon if record else ("" if tree.look_up(HOME) is not None else None)
     hook = any(is_hook(tree, path) for path in HOOK_FILES)
-    return Guest(addon, hook, tree.look_up(SETTINGS) is not None, tuple(list_modules(tree)))
+    settings = tree.look_up(SETTINGS) is not None
+    return Guest(addon, hook, settings, is_systemd(tree), tuple(list_modules(tree)))
+
+
+def is_systemd(tree: Tree) -> bool:
+    """Return whether systemd is the init: a link, as its package and osbuilder make it."""
+    nodes = [tree.look_up(path) for path in ("init", "sbin/init", "usr/sbin/init")]
+    return any(node is not None and node.target.endswith("/systemd") for node in nodes)
 
 
 def is_hook(tree: Tree, path: str) -> bool:
@@ -133,6 +141,9 @@ def describe_guest(guest: Guest, kernel: KernelFile | None) -> list[tuple[str, s
     modules = ", ".join(f"{each.name} ({each.how}, {each.release})" for each in guest.modules)
     rows = [("add-on", addon), ("hook", hook), ("guest.toml", "yes" if guest.settings else "no")]
     rows.append(("modules", modules or "none for VFIO in the image: the kernel must have them built in"))
+    if guest.addon is not None:
+        hint = "no systemd: /var/run/cdi has to be made in another way (docs/howto/kata.md)"
+        rows.append(("CDI at boot", "yes, by systemd" if guest.systemd else hint))
     if kernel is not None:
         missing = ", ".join(list_missing(kernel))
         rows.append(("kernel", f"{kernel.path}: {f'lacks {missing}' if missing else 'has what the hook needs'}"))
@@ -161,7 +172,13 @@ def make_document(found: Found, guest: Guest | None, kernel: KernelFile | None, 
         document |= {"dax": found.dax, "filesystem": found.filesystem or None, "verity": found.verity}
     if guest is not None:
         modules = [each.as_dict() for each in guest.modules]
-        document |= {"addon": guest.addon, "hook": guest.hook, "settings": guest.settings, "modules": modules}
+        document |= {
+            "addon": guest.addon,
+            "hook": guest.hook,
+            "settings": guest.settings,
+            "systemd": guest.systemd,
+            "modules": modules,
+        }
     if kernel is not None:
         document["kernel"] = {"path": kernel.path, "missing": list_missing(kernel)}
     return document

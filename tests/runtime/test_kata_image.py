@@ -188,6 +188,25 @@ def test_no_undo(tmp_path: Path, root: Path, addon: Path) -> None:
         assert "[not-added]" in run("remove", tmp_path / f"new {kind}.img", "--output", tmp_path / "back", code=2)
 
 
+def test_erofs_with_a_device_node(tmp_path: Path, addon: Path) -> None:
+    """A guest's tree may have them. Where they cannot be made, the copy would lack them: refused."""
+    root = make_root(tmp_path / "root")
+    os.mknod(root / "dev/null", 0o20666, os.makedev(1, 3))
+    image = make("erofs", tmp_path / "erofs.img", root)
+    about = subprocess.run(["fsck.erofs", "--help"], capture_output=True, text=True, check=False)
+    text = run("add", image, "--output", tmp_path / "new", "--addon", addon)
+    assert ("warning: [attributes-lost]" in text) == ("xattrs" not in about.stdout + about.stderr)
+    (tmp_path / "work").mkdir()
+    partition = read_partition(tmp_path / "new", tmp_path / "work")
+    kata_images.run("fsck.erofs", f"--extract={tmp_path}/out", "--preserve", partition)
+    assert (tmp_path / "out/dev/null").stat().st_rdev == os.makedev(1, 3)
+    command = ["setpriv", "--bounding-set=-mknod", str(TOOL), "add", str(image), "--addon", str(addon)]
+    command += ["--output", str(tmp_path / "other")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "[tool-failed] fsck.erofs" in done.stderr, "dev/null" in done.stderr) == (1, True, True)
+    assert not (tmp_path / "other").exists()
+
+
 def change(place: Path, offset: int, data: bytes) -> None:
     """Write into a file."""
     with place.open("r+b") as file:
@@ -300,3 +319,18 @@ def test_without_root(open_place: Path, root: Path, addon: Path) -> None:
     image = make("initrd gzip", open_place / "image.img", root)
     done = run_as_nobody("add", str(image), "--output", "closed", "--addon", str(open_place / addon.name))
     assert (done.returncode, "[output] closed: cannot be written: Permission denied" in done.stderr) == (1, True)
+
+
+def test_documented_lines(tmp_path: Path, root: Path, addon: Path) -> None:
+    """The lines of docs/howto/kata.md, with an image and an add-on of this test's."""
+    image = make("ext4", tmp_path / "kata-containers.img", root)
+    (tmp_path / "guest.toml").write_text(SETTINGS)
+    page = (REPOSITORY / "docs/howto/kata.md").read_text()
+    lines = re.findall(r"^    vfio-kata-image (.*)$", page, re.MULTILINE)
+    assert [line.partition(" ")[0] for line in lines] == ["show", "add", "remove"]
+    for line in lines:
+        words = line.replace("/opt/kata/share/kata-containers/", "").split()
+        more = ["--addon", str(addon)] if words[0] == "add" else []
+        done = subprocess.run([TOOL, *words, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert digest(tmp_path / "kata-original.img") == digest(image)

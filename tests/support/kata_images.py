@@ -27,6 +27,7 @@ FILES = {
     f"{HOME}/bin/python3": (0o755, PYTHON),
     f"{HOME}/lib/library.zip": (0o644, random.Random(1).randbytes(30_000)),  # noqa: S311 - what doesn't compress
     f"{HOME}/cdi/oci-vfio-hooks.json": (0o644, b'{"cdiVersion": "0.6.0"}\n'),
+    "usr/lib/systemd/system/kata-agent.service.d/oci-vfio-hooks.conf": (0o644, b"[Service]\n"),
     "usr/share/oci/hooks/prestart/vfio-guest-bind": (0o755, HOOK),
     "usr/share/oci/hooks/poststop/vfio-guest-bind": (0o755, HOOK),
 }

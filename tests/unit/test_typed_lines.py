@@ -29,6 +29,7 @@ ALWAYS = "tests/vm/test_installed.py::test_installed_check_always"
 
 ENGINES = "tests/engines/test_engines.py"
 DOCKER = f"{ENGINES}::test_docker"
+IMAGE = "tests/runtime/test_kata_image.py::test_documented_lines"
 CLASS = "tests/packaging/test_containerd.py::test_only_the_class_is_new"
 
 # tests/run runs up to its first test, where it is run inside itself.
@@ -118,6 +119,10 @@ RUN = {
     ),
     "ctr run --rm --device oci-vfio-hooks/group=13 IMAGE NAME": "tests/engines/test_cdi.py::test_ctr",
     "crictl run container.json pod.json": "tests/engines/test_cdi.py::test_pod",
+    "vfio-kata-image show /opt/kata/share/kata-containers/kata-containers.img": IMAGE,
+    "vfio-kata-image add /opt/kata/share/kata-containers/kata-containers.img --output kata-vfio.img"
+    " --settings guest.toml": IMAGE,
+    "vfio-kata-image remove kata-vfio.img --output kata-original.img": IMAGE,
     'mkdir -p "$ROOTFS_DIR/etc/oci-vfio-hooks"': TYPED,
     'echo \'on_failure = "kill"\' > "$ROOTFS_DIR/etc/oci-vfio-hooks/guest.toml"': TYPED,
     './add-to-rootfs "$ROOTFS_DIR" dist/python3-oci-vfio-hooks_*.deb dist/oci-vfio-hooks-guest_*.deb': (

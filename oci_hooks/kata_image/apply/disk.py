@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import BinaryIO
 
+    from oci_hooks.findings import Finding
     from oci_hooks.kata_image.disk import Image
     from oci_hooks.kata_image.model import Record
     from oci_hooks.kata_image.report import Module
@@ -68,6 +69,11 @@ def add_to_image(
         store_undo(source, draft, image, start, whole)
     verify_image(draft, image, files, work)
     return modules
+
+
+def list_warnings(image: Image) -> list[Finding]:
+    """Return what a user has to know of an image before it is changed."""
+    return erofs.list_warnings(image.path) if image.filesystem == "erofs" else []
 
 
 def change_ext4(

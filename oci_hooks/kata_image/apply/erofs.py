@@ -10,7 +10,7 @@ import os
 import re
 import stat
 
-from oci_hooks.findings import Refusal, StepError
+from oci_hooks.findings import Finding, Refusal, StepError
 from oci_hooks.kata_image.decision import check_guest
 from oci_hooks.kata_image.report import read_guest
 from oci_hooks.kata_image.tools import run_tool
@@ -25,6 +25,7 @@ UUID = re.compile(r"UUID: +([0-9a-f-]{36})")
 FEATURES = re.compile(r"Filesystem features: +(.*)")
 # As osbuilder calls it: without data in inodes, which DAX cannot map.
 OPTIONS = ("-Enoinline_data",)
+SKIPPED = "skipped"
 
 
 def extract(partition: str, place: str, preserve: bool) -> DirectoryTree:
@@ -32,9 +33,29 @@ def extract(partition: str, place: str, preserve: bool) -> DirectoryTree:
 
     Raises Refusal [tool-failed] for a damaged one.
     """
-    kept = "--preserve" if preserve else "--no-preserve"
-    run_tool("fsck.erofs", f"--extract={place}", kept, partition)
+    kept = ("--preserve", *list_attribute_options()) if preserve else ("--no-preserve",)
+    done = run_tool("fsck.erofs", f"--extract={place}", *kept, partition)
+    # A device node that it may not make is a warning to it, also for root in a container.
+    lines = [line for line in f"{done.output.decode('utf-8', 'replace')}{done.errors}".splitlines() if SKIPPED in line]
+    if preserve and lines:
+        hint = "run it where device nodes may be made (CAP_MKNOD), or in fakeroot"
+        raise Refusal("tool-failed", "fsck.erofs", lines[0].strip(), hint)
     return DirectoryTree(place)
+
+
+def list_attribute_options() -> tuple[str, ...]:
+    """Return the options that keep extended attributes; none where fsck.erofs cannot, before 1.8."""
+    done = run_tool("fsck.erofs", "--help", codes=range(256))
+    return ("--xattrs",) if "xattrs" in f"{done.output.decode('utf-8', 'replace')}{done.errors}" else ()
+
+
+def list_warnings(path: str) -> list[Finding]:
+    """Return what a user has to know of the new image. path: of the image."""
+    if list_attribute_options():
+        return []
+    problem = "extended attributes (file capabilities, SELinux labels) of its files are lost"
+    hint = "if it has any, use erofs-utils 1.8 or later, or unpack the add-on before osbuilder makes the image"
+    return [Finding("warning", "attributes-lost", path, problem, hint)]
 
 
 def change(partition: str, work: str, path: str, files: tuple[AddonFile, ...]) -> tuple[Module, ...]:

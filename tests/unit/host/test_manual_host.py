@@ -44,7 +44,11 @@ def test_manual_host_toml_keys() -> None:
 
 @pytest.mark.parametrize(
     ("name", "commands"),
-    [("vfio-host-check", [""]), ("vfio-hook-replay", ["", "list", "explain", "show", "run", "diff", "export"])],
+    [
+        ("vfio-host-check", [""]),
+        ("vfio-hook-replay", ["", "list", "explain", "show", "run", "diff", "export"]),
+        ("vfio-kata-image", ["", "show", "add", "remove"]),
+    ],
 )
 def test_manual_host_options(name: str, commands: list[str]) -> None:
     page = (MANUAL / f"{name}.1.rst").read_text()
@@ -64,7 +68,7 @@ def test_every_option_of_cdi_has_an_entry() -> None:
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize("name", ["vfio-host-check", "vfio-guest-bind", "vfio-hook-replay"])
+@pytest.mark.parametrize("name", ["vfio-host-check", "vfio-guest-bind", "vfio-hook-replay", "vfio-kata-image"])
 def test_host_help_fits_screen(name: str) -> None:
     lines = read_help(name).splitlines()
     assert len(lines) <= 24

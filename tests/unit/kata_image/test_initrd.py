@@ -241,3 +241,17 @@ def test_zstd_frame_that_is_cut(tmp_path: Path, end: int) -> None:
     (tmp_path / "initrd").write_bytes(EMPTY_FRAME[:end])
     with pytest.raises(InputError, match=r"\[image-damaged\]"):
         read(tmp_path / "initrd")
+
+
+@pytest.mark.parametrize(
+    ("init", "words"), [(b"/lib/systemd/systemd", "yes, by systemd"), (b"sbin/init", "no systemd")]
+)
+def test_who_declares_the_cdi_specification(
+    tmp_path: Path, addon: Path, capfd: pytest.CaptureFixture[str], init: bytes, words: str
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(write_archive([Member("init", LINK, 0, init)]))
+    assert main(["add", str(old), "--output", str(new), "--addon", str(addon)]) == 0
+    capfd.readouterr()
+    assert main(["show", str(new)]) == 0
+    assert f"CDI at boot  {words}" in capfd.readouterr().out

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from oci_hooks.findings import Refusal
+from oci_hooks.kata_image.apply.output import publish
 from oci_hooks.kata_image.cli import main
 from oci_hooks.kata_image.cpio import Member, write_archive
 from tests.support.kata_images import make_addon
@@ -59,7 +61,7 @@ def make_node(place: Path, kind: str) -> None:
     elif kind == "link":
         place.symlink_to("initrd")
     elif kind == "hard link":
-        place.hardlink_to(place.parent / "initrd")
+        os.link(place.parent / "initrd", place)
     elif kind == "FIFO":
         os.mkfifo(place)
     elif kind == "device":
@@ -83,6 +85,14 @@ def test_output_that_exists_needs_force(place: Path) -> None:
     assert (code, "[output] new: exists" in errors, (place / "new").read_text()) == (1, True, "mine")
     assert add(place, "--force")[0] == 0
     assert (place / "new").read_bytes().startswith(INITRD)
+
+
+def test_output_that_appears_while_at_work(place: Path) -> None:
+    (place / "draft").write_text("ours")
+    make_node(place / "new", "file")
+    with pytest.raises(Refusal, match=r"\[output\] .*new: exists by now"):
+        publish(str(place / "draft"), str(place / "new"), 0o644, force=False)
+    assert (place / "new").read_text() == "mine"
 
 
 @pytest.mark.parametrize("output", ["initrd", "./initrd", "../{}/initrd"])
