@@ -511,7 +511,7 @@ ROWS = [
     (
         "the first thread has ended, and its program with it",
         "linux/open_files",
-        "return os.stat(f\"{location}/task\").st_nlink == ONE_THREAD",
+        'return os.stat(f"{location}/task").st_nlink == ONE_THREAD',
         "return True",
         "linux/test_openers.py -k thread",
     ),
