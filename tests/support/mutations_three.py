@@ -383,4 +383,11 @@ ROWS = [
         "",
         "test_loader.py -k not_plain",
     ),
+    (
+        "a signal in the middle of a fork",
+        "guest/apply/child",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, ())",
+        "guest/test_guard.py -k terminate",
+    ),
 ]
