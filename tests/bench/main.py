@@ -77,13 +77,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compare", default="", metavar="REV", help="measure the hooks of a git revision, too, by turns"
     )
-    options = parser.parse_args(arguments)
     parser.add_argument(
         "--go-hook",
         default=os.environ.get(go_hook.VARIABLE, ""),
         metavar="FILE",
         help="the predecessor's hook as a peer, built by you (tests/bench/go_hook.py)",
     )
+    options = parser.parse_args(arguments)
     unknown = [part for part in options.parts if part not in (*HERE, *INSIDE)]
     if options.go_hook and not Path(options.go_hook).is_file():
         parser.error(f"--go-hook: {options.go_hook} is not a file")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from docs import pictures
-from tests.bench import before, documents, figures, go_hook, lift
+from tests.bench import before, documents, figures, go_hook, lift, main
 from tests.bench.figures import Figure, compute
 from tests.bench.timing import BenchError, Case, list_imports, take_turns, time_command
 from tests.provision import REPOSITORY
@@ -55,6 +55,18 @@ def test_go_hook_gets_its_own_kind_of_state(tmp_path: Path, monkeypatch: pytest.
     assert [device["guest-path"] for device in group["devices"]] == [{"Path": ["0a.0"]}, {"Path": ["0b.0"]}]
     monkeypatch.delenv(go_hook.VARIABLE, raising=False)
     assert go_hook.prepare() == ""
+
+
+def test_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(go_hook.VARIABLE, raising=False)
+    assert main.parse_arguments(["guest", "--runs", "3"]).go_hook == ""
+    (tmp_path / "hook").touch()
+    monkeypatch.setenv(go_hook.VARIABLE, str(tmp_path / "hook"))
+    assert main.parse_arguments([]).go_hook == str(tmp_path / "hook")
+    for wrong in (["--go-hook", str(tmp_path)], ["nothing"], ["--runs", "0"], ["--document", "--compare", "x"]):
+        with pytest.raises(SystemExit):
+            main.parse_arguments(wrong)
+    assert "is not a file" in capsys.readouterr().err
 
 
 def test_figure_missing_case_omitted() -> None:
