@@ -34,7 +34,8 @@ text {{ font: 14px system-ui, "Segoe UI", "DejaVu Sans", sans-serif }}
 .title {{ font-weight: 600; font-size: 16px }} .small {{ font-size: 12.5px }} .hook {{ font-weight: 600 }}
 .code {{ font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 13px }}
 .end {{ text-anchor: end }} .middle {{ text-anchor: middle }} .line, .arrow, .frame {{ fill: none }}
-.paper, .met, .missed, .kernel, .whole {{ stroke: none }} .frame, .whisker {{ stroke-width: 1.5 }} .arrow {{ stroke-width: 2 }}
+.paper, .met, .missed, .kernel, .whole {{ stroke: none }}
+.frame, .whisker {{ stroke-width: 1.5 }} .arrow {{ stroke-width: 2 }}
 .target {{ stroke-dasharray: 4 3 }}
 """
 

@@ -46,9 +46,7 @@ SHOWN = (
 )
 
 
-def write_documents(
-    results: Sequence[Result], costs: Sequence[Cost], about: str, top: Path = REPOSITORY
-) -> None:
+def write_documents(results: Sequence[Result], costs: Sequence[Cost], about: str, top: Path = REPOSITORY) -> None:
     """Put the figures into the documents and draw their plots. about: the line under the whole table."""
     from docs import pictures
 

@@ -21,8 +21,8 @@ MEMORY = "memory"
 class Figure:
     """A ratio to report: over / under, (over - less) / under, or over / (under + plus).
 
-    about: what it is, in words; over, under, less, plus: names of cases; target: what it should be at most, 0 for a figure
-    that is only reported; kind: TIMES or MEMORY.
+    about: what it is, in words; over, under, less, plus: names of cases; target: what it should be at most, 0 for a
+    figure that is only reported; kind: TIMES or MEMORY.
     """
 
     about: str
@@ -162,7 +162,7 @@ def format_medians(samples: Samples, unit: str, factor: float) -> str:
     return "\n".join(f"  {name:{width}} {median(values) * factor:9.1f} {unit}" for name, values in samples.items())
 
 
-# The cost of each number of groups --------------------------------------------------------------------------------------
+# The cost of each number of groups ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -614,4 +614,11 @@ ROWS = [
         "for path in parents]",
         "kata_image/test_initrd.py -k byte_by_byte",
     ),
+    (
+        "a signal in the middle of a fork",
+        "guest/apply/child",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, ())",
+        "guest/test_guard.py -k terminate",
+    ),
 ]

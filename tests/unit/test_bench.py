@@ -57,6 +57,18 @@ def test_go_hook_gets_its_own_kind_of_state(tmp_path: Path, monkeypatch: pytest.
     assert go_hook.prepare() == ""
 
 
+def test_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(go_hook.VARIABLE, raising=False)
+    assert main.parse_arguments(["guest", "--runs", "3"]).go_hook == ""
+    (tmp_path / "hook").touch()
+    monkeypatch.setenv(go_hook.VARIABLE, str(tmp_path / "hook"))
+    assert main.parse_arguments([]).go_hook == str(tmp_path / "hook")
+    for wrong in (["--go-hook", str(tmp_path)], ["nothing"], ["--runs", "0"], ["--document", "--compare", "x"]):
+        with pytest.raises(SystemExit):
+            main.parse_arguments(wrong)
+    assert "is not a file" in capsys.readouterr().err
+
+
 def test_figure_missing_case_omitted() -> None:
     assert compute(Figure("x", "hook", "peer"), {"hook": [1.0]}) is None
 

@@ -120,7 +120,12 @@ def test_modules_without_bytecode_come_from_python(tmp_path: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
     done = subprocess.run(
-        [sys.executable, "-IBS", "-c", PROGRAM.format(top=str(tmp_path)).partition("print(")[0] + "print(proof.__loader__)"],
+        [
+            sys.executable,
+            "-IBS",
+            "-c",
+            PROGRAM.format(top=str(tmp_path)).partition("print(")[0] + "print(proof.__loader__)",
+        ],
         check=True,
         capture_output=True,
         text=True,

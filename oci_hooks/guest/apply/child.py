@@ -13,7 +13,14 @@ from oci_hooks.frozen import Frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable
+else:
+    # The same functions; the module proper imports enum.
+    import _signal as signal
+
+# The signals by which the hook is told to end.
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Child(Frozen):
@@ -32,7 +39,7 @@ def start_child(work: Callable[[int], object], close_fds: tuple[int, ...] = ()) 
     reader, writer = os.pipe()
     parent = os.getpid()
     try:
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             # Leave the work as many free descriptors as possible.
             os.close(reader)
@@ -47,6 +54,19 @@ def start_child(work: Callable[[int], object], close_fds: tuple[int, ...] = ()) 
             os._exit(0)
         os.close(writer)
     return Child(pid, reader)
+
+
+def fork() -> int:
+    """Fork, and return as os.fork does.
+
+    Meanwhile signals wait: what a handler raises inside of os.fork may be lost (os.register_at_fork), and the hook
+    would never end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        return os.fork()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def detach_from_runtime(close_fds: tuple[int, ...]) -> None:

@@ -196,7 +196,9 @@ def verify_nodes(
         raise permit_failed(
             f"process {cgroup.pid}", "the helper process that tests the device nodes in its cgroup died"
         )
-    return tuple(NodeCheck(node, int(code), viable == "1", int(user)) for node, (code, viable, user) in zip(wanted, results))
+    return tuple(
+        NodeCheck(node, int(code), viable == "1", int(user)) for node, (code, viable, user) in zip(wanted, results)
+    )
 
 
 def verify_node(directory: int, node: MadeNode, flags: int = os.O_RDWR) -> tuple[int, bool]:

@@ -39,7 +39,7 @@ class Function(CFuncPtr):
 def call_libc(name: str, *arguments: int | bytes | None) -> int:
     """Call a function of the C library and return its result. Raises OSError, named after the function."""
     # A plain number would be passed as C's int, in which an address has no room.
-    function = Function(dlsym(dlopen(None, 0), name))
+    function = Function(dlsym(dlopen(None, 0), name))  # type: ignore[arg-type] # None: what is loaded already
     result: int = function(*(Long(each) if type(each) is int else each for each in arguments))
     if result < 0:
         code = get_errno()

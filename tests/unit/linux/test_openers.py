@@ -101,9 +101,15 @@ def test_list_openers_kernel_threads_not_listed(monkeypatch: pytest.MonkeyPatch)
     """Half of a guest's processes: a listing is the dearest question, and theirs is empty."""
     # A container in which the tests run may see none.
     kernel = [entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit() and is_kernel_thread(entry)]
-    listed, real = [], os.listdir
+    listed: list[str] = []
+    real = os.listdir
+
+    def list_names(path: str) -> list[str]:
+        listed.append(path)
+        return real(path)
+
     with monkeypatch.context() as context:
-        context.setattr(os, "listdir", lambda path: (listed.append(str(path)), real(path))[1])
+        context.setattr(os, "listdir", list_names)
         list_openers("/proc", frozenset(), DESCRIPTORS, 60)
     assert f"/proc/{os.getppid()}/fd" in listed
     assert [path for path in listed if f"{path}/".split("/")[2] in kernel] == []
