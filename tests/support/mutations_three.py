@@ -445,4 +445,11 @@ ROWS = [
         "parse",
         "guest/test_hotplug.py -k without_its_lock",
     ),
+    (
+        "addresses of --select in all forms",
+        "host/cdi_groups",
+        "normalize_address(text) or text.lower()",
+        "text.lower()",
+        "host/test_cdi.py -k word_of_select",
+    ),
 ]
