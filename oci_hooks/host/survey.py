@@ -135,15 +135,20 @@ def make_entry(group: VfioGroup) -> Device:
 
 
 def report_unfinished(finder: HolderFinder) -> tuple[Finding, ...]:
-    """holders-unknown: the time was over before all processes were examined."""
+    """holders-unknown: not all processes were examined, so that a group may be in use although no user is listed."""
     counts = finder.counts
-    if counts.looked >= counts.total:
+    if counts.looked < counts.total:
+        problem = f"the search for the users of groups stopped after {counts.looked} of {counts.total} processes"
+        hint = "raise deadline in host.toml"
+    elif counts.hidden:
+        problem = (
+            f"the hook lacks the privilege to check {counts.hidden} of {counts.total} processes (CAP_SYS_PTRACE,"
+            " CAP_DAC_READ_SEARCH) for open groups"
+        )
+        hint = "run it as root"
+    else:
         return ()
-    problem = (
-        f"the search for the users of groups stopped after {counts.looked} of {counts.total} processes: a group may be"
-        " in use although none is listed"
-    )
-    return (Finding("warning", "holders-unknown", "host", problem, "raise deadline in host.toml"),)
+    return (Finding("warning", "holders-unknown", "host", f"{problem}: the list of users is not complete", hint),)
 
 
 def make_named_line(root: Root, group: VfioGroup, finder: HolderFinder, found: list[Finding]) -> GroupLine:

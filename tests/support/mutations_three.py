@@ -621,4 +621,11 @@ ROWS = [
         "signal.pthread_sigmask(signal.SIG_BLOCK, ())",
         "guest/test_guard.py -k terminate",
     ),
+    (
+        "addresses of --select in all forms",
+        "host/cdi_groups",
+        "normalize_address(text) or text.lower()",
+        "text.lower()",
+        "host/test_cdi.py -k word_of_select",
+    ),
 ]

@@ -362,5 +362,8 @@ def test_names_that_cdi_allows(name: str, allowed: bool) -> None:
 
 def test_a_word_of_select_is_one_thing() -> None:
     assert [str(choice) for choice in cdi_groups.parse_choices(("3b:00.0, 7", "id:8086"))] == [NIC, "7", "id:8086"]
+    # As lspci and nvidia-smi write it; a mediated device has no address.
+    words = ("0000:3B:00.0", "00000000:3b:00.0", "6F7A0B1E-4a5b-4c6d-8e7f-0123456789ab")
+    assert [choice.value for choice in cdi_groups.parse_choices(words)] == [NIC, NIC, words[2].lower()]
     with pytest.raises(InputError, match="bad-arguments"):
         cdi_groups.parse_choices(("7,,8",))

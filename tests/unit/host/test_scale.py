@@ -139,8 +139,24 @@ def test_survey_cut_short_reported(
     assert large.run(monkeypatch, *argv) == 0
     assert capfd.readouterr().err == (
         "vfio-host-check: warning: [holders-unknown] host: the search for the users of groups stopped after 13 of 100 "
-        "processes: a group may be in use although none is listed; raise deadline in host.toml\n"
+        "processes: the list of users is not complete; raise deadline in host.toml\n"
     )
     left = [0] * 1000
     assert large.run(monkeypatch, *argv) == 0
     assert capfd.readouterr().err == ""
+
+
+def test_survey_without_privilege_reported(
+    large: Host, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A user who is not root may not know who has a group."""
+
+    def refuse(location: str, *_: Any) -> list[str]:
+        raise PermissionError(location)
+
+    monkeypatch.setattr(holders, "list_vfio_files", refuse)
+    assert large.run(monkeypatch, "--all") == 0
+    assert capfd.readouterr().err == (
+        "vfio-host-check: warning: [holders-unknown] host: the hook lacks the privilege to check 100 of 100 processes "
+        "(CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH) for open groups: the list of users is not complete; run it as root\n"
+    )
