@@ -340,4 +340,25 @@ ROWS = [
         '.decode("utf-8", "ignore").encode()',
         "test_log.py -k kmsg",
     ),
+    (
+        "a rootless engine is named",
+        "guest/rights",
+        "if user == 0 and words in ([], ALL_USERS):",
+        "if True:",
+        "guest/test_claims.py -k without_root",
+    ),
+    (
+        "root of a user namespace is not root",
+        "guest/rights",
+        "if user == 0 and words in ([], ALL_USERS):",
+        "if user == 0:",
+        "guest/test_claims.py -k without_root",
+    ),
+    (
+        "a read-only /run is named",
+        "guest/rights",
+        "if error.errno != errno.EROFS:",
+        "if True:",
+        "guest/test_claims.py -k read_only",
+    ),
 ]

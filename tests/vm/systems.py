@@ -85,6 +85,10 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
     The disk is made here as well: before the machine's time begins to count.
     """
     names = {path.parent.name for path in files}
+    if "arm64" in names:
+        # The containers' root is the same Debian: one with amd64's programs is of no use there.
+        ensure_arm64()
+        return {"OCI_VFIO_ROOTFS": str(find_arm64())}
     if "guests" not in names:
         return {}
     go = peer.find_go()
