@@ -30,7 +30,7 @@ def refuse_without_root(root: Root, path: str) -> None:
 
 
 def explain_error(error: OSError, path: str) -> Exception:
-    """Return what to raise instead of an error of the directory of claims, or of a file in it. path: the directory's."""
+    """Return what to raise instead of an error of the directory of claims, or of a file in it. path: its own."""
     if error.errno != errno.EROFS:
         return error
     problem = "the hook must write there: Read-only file system"

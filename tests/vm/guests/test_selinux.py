@@ -41,7 +41,7 @@ def set_mode(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def label_roots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the containers' root labelled as an engine's storage is: a shared, read-only one of this machine has none."""
+    """Have the containers' root labelled as an engine's storage is: the one they share has no labels."""
     plain = bundles.mount_rootfs
 
     def mount_rootfs(bundle: Path) -> Path:

@@ -27,6 +27,7 @@ PRIVILEGES = bundles.REPOSITORY / "docs/reference/privileges.md"
 SHIPPED = sorted(path.name for path in (bundles.REPOSITORY / "packaging/systemd").iterdir())
 SPECIFICATION = Path("/run/cdi/oci-vfio-hooks.yaml")
 CDI = "oci-vfio-cdi"
+MISSING = {"path": "/dev/vfio/4000", "type": "c", "major": 511, "minor": 4000}
 INSTALLED_HOOK = "/usr/libexec/oci/hooks.d/vfio-guest-bind"
 
 
@@ -144,8 +145,7 @@ def test_systemd_nri_service(nic: str) -> None:
         for _ in range(2):
             assert peer.wait_for("synchronized")["synchronized"] is True
             group = guest.group_of(nic)
-            missing = {"path": "/dev/vfio/4000", "type": "c", "major": 511, "minor": 4000}
-            wait_until(lambda: "[group-missing]" in ask_peer(peer, missing), "a veto")
+            wait_until(lambda: "[group-missing]" in ask_peer(peer, MISSING), "a veto")
             major, minor = guest.numbers_of_group(group)
             assert ask_peer(peer, {"path": f"/dev/vfio/{group}", "type": "c", "major": major, "minor": minor}) == ""
             systemctl("kill", "--signal=KILL", "vfio-nri.service")
