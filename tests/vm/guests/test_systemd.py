@@ -122,7 +122,7 @@ def test_systemd_service_takes_options(nic: str) -> None:
     """What /etc/default has is several words of the command line."""
     guest.bind(nic, "vfio-pci")
     defaults = Path("/etc/default/oci-vfio-cdi")
-    defaults.write_text("CDI_OPTIONS=--select=class:0200 --select=class:0108\n")
+    defaults.write_text("CDI_OPTIONS=--select=class:0200 --select=id:8086:10d3\n")
     try:
         systemctl("start", f"{CDI}.service")
         assert nic in SPECIFICATION.read_text()
