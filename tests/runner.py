@@ -5,6 +5,7 @@
     tests/run lint unit                                these kinds
     tests/run engines                                  podman, Docker, containerd; not in the above
     tests/run iommus                                   IOMMUs other than Intel's; not in the above
+    tests/run arm64                                    an emulated arm64 machine with SMMUv3; not in the above
     tests/run guests                                   a Debian that systemd booted: AppArmor, SELinux; not in the above
     tests/run kata                                     Kata's genuine agent (KATA_AGENT=PATH); not in the above
     tests/run kata-chain                               containerd, Kata's genuine shim, QEMU, agent; not in the above
@@ -46,9 +47,9 @@ from tests.vm import machines, rig, systems
 
 KINDS = ("lint", "unit", "runtime", "packaging", "newcomer", "chain", "vm")
 # Kinds that are run only on request.
-ON_REQUEST = ("engines", "guests", "iommus", "kata", "kata-chain")
+ON_REQUEST = ("arm64", "engines", "guests", "iommus", "kata", "kata-chain")
 # Where a kind's files are, if not in a directory of its name.
-DIRECTORIES = {"guests": "vm/guests", "iommus": "vm/iommus", "kata-chain": "kata/chain"}
+DIRECTORIES = {"arm64": "vm/arm64", "guests": "vm/guests", "iommus": "vm/iommus", "kata-chain": "kata/chain"}
 # Run in the rig's machines, where nothing may be skipped.
 IN_MACHINES = ("chain", "vm", *ON_REQUEST)
 # The long ones: side by side, as many jobs at a time as there are processors.

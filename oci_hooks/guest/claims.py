@@ -18,6 +18,7 @@ from oci_hooks.findings import Refusal
 from oci_hooks.frozen import Frozen
 from oci_hooks.guest.homes import Home, is_occupied
 from oci_hooks.guest.locks import take_lock, try_lock
+from oci_hooks.guest.rights import explain_error, refuse_without_root
 from oci_hooks.guest.undo_log import FORMAT, OWNER, UNDO_LOG_LIMIT, Entry, UndoLog, parse_undo_log, quote, unquote
 from oci_hooks.linux.processes import read_start_time
 from oci_hooks.system import Descriptor, Root, step, tagged
@@ -84,22 +85,6 @@ class Claim(Frozen):
         return self.start > 0 and read_start_time(root, self.pid) == self.start
 
 
-def refuse_without_root(root: Root, path: str) -> None:
-    """Raise Refusal [not-root] if this process is not the machine's root, as a rootless engine's hook isn't.
-
-    Root of a user namespace has no rights over the machine's devices (user_namespaces(7)).
-    """
-    from oci_hooks.settings import ALL_USERS
-
-    user = os.geteuid()
-    words = root.read_text_or("/proc/self/uid_map", "").split()
-    if user == 0 and words in ([], ALL_USERS):
-        return
-    who = f"user {user}" if user else f"user {words[1]}, who is root in a user namespace only"
-    problem = f"the hook runs as {who}, and only the machine's root can bind devices"
-    raise Refusal("not-root", path, problem, "run the container engine as root: a rootless one cannot pass devices")
-
-
 class ClaimDirectory:
     """The claims of a machine. path: their directory on this machine; root: access to the system."""
 
@@ -129,16 +114,16 @@ class ClaimDirectory:
                     raise Refusal("state-directory", path, problem, "remove it; the hook creates it again") from None
             except OSError as error:
                 refuse_without_root(self.root, path)
-                if error.errno != errno.EROFS:
-                    raise
-                problem = "the hook cannot create its directory of claims: Read-only file system"
-                hint = "mount a tmpfs on /run; in a restricted service of systemd: RuntimeDirectory=oci-vfio-hooks"
-                raise Refusal("state-directory", path, problem, hint) from None
+                raise explain_error(error, path) from None
 
     @step("lock-claims")
     def lock(self, deadline: Deadline) -> Descriptor:
         """Return a descriptor that holds the machine-wide lock. Raises Refusal [lock-timeout]."""
-        fd = Descriptor(os.open(f"{self.path}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            fd = Descriptor(os.open(f"{self.path}/lock", flags, 0o600))
+        except OSError as error:
+            raise explain_error(error, self.path) from None
         try:
             take_lock(fd, deadline, f"{self.path}/lock")
         except BaseException:

@@ -341,6 +341,7 @@ ROWS = [
         "test_log.py -k kmsg",
     ),
     (
+<<<<<<< HEAD
         "the own hypervisor is looked at first",
         "linux/holders",
         "holders = [pid for pid in first if wanted & self.list_files(pid)]",
@@ -627,5 +628,26 @@ ROWS = [
         "normalize_address(text) or text.lower()",
         "text.lower()",
         "host/test_cdi.py -k word_of_select",
+=======
+        "a rootless engine is named",
+        "guest/rights",
+        "if user == 0 and words in ([], ALL_USERS):",
+        "if True:",
+        "guest/test_claims.py -k without_root",
+    ),
+    (
+        "root of a user namespace is not root",
+        "guest/rights",
+        "if user == 0 and words in ([], ALL_USERS):",
+        "if user == 0:",
+        "guest/test_claims.py -k without_root",
+    ),
+    (
+        "a read-only /run is named",
+        "guest/rights",
+        "if error.errno != errno.EROFS:",
+        "if True:",
+        "guest/test_claims.py -k read_only",
+>>>>>>> wt-guests
     ),
 ]

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from tests import provision
 from tests.support import rig_control, rig_starvation
 from tests.support.rig_control import Relay, Wire
-from tests.vm import machines, rig
+from tests.vm import machines, rig, systems
 from tests.vm.devices import Board
 
 KERNEL = provision.Kernel("6.1", "6.1.0", Path("/nowhere/vmlinuz"))
@@ -245,13 +246,21 @@ def test_rig_duplicate_device_name_refused(machine: machines.Machine, tmp_path: 
 def test_rig_iommu_only_on_request(machine: machines.Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Device and kernel argument go together; emulation unless asked for otherwise."""
     monkeypatch.delenv("RIG_ACCEL", raising=False)
-    command = rig.make_vng_command(machine, KERNEL, make_job(tmp_path), Board(tmp_path))
+    # Neither a disk nor an initramfs is made for a unit test.
+    monkeypatch.setattr(systems, "make_initramfs", lambda *_: None)
+    for name, system in systems.SYSTEMS.items():
+        monkeypatch.setitem(systems.SYSTEMS, name, replace(system, ensure=lambda: tmp_path, busybox=lambda: tmp_path))
+    command = rig.make_command(machine, KERNEL, make_job(tmp_path), Board(tmp_path))
     text = shlex.join(command)
     is_intel = machine.iommu == machines.INTEL_IOMMU
     assert ("-iommu" in text, "intel_iommu=on" in text) == (bool(machine.iommu.qemu), is_intel)
+    assert ("iommu=smmuv3" in text) == (machine.iommu == machines.SMMU_IOMMU)
+    if machine.system:
+        assert command[command.index("-accel") + 1] == "tcg"
+        return
     assert "--disable-kvm" in command
     monkeypatch.setenv("RIG_ACCEL", "kvm")
-    assert "--disable-kvm" not in rig.make_vng_command(machine, KERNEL, make_job(tmp_path), Board(tmp_path))
+    assert "--disable-kvm" not in rig.make_command(machine, KERNEL, make_job(tmp_path), Board(tmp_path))
 
 
 def test_relay_passes_qmp_commands(wires: tuple[Wire, Wire], tmp_path: Path) -> None:

@@ -85,6 +85,10 @@ def make_environment(files: Sequence[Path]) -> dict[str, str]:
     The disk is made here as well: before the machine's time begins to count.
     """
     names = {path.parent.name for path in files}
+    if "arm64" in names:
+        # The containers' root is the same Debian: one with amd64's programs is of no use there.
+        ensure_arm64()
+        return {"OCI_VFIO_ROOTFS": str(find_arm64())}
     if "guests" not in names:
         return {}
     go = peer.find_go()
@@ -145,8 +149,8 @@ def make_arm64(place: Path) -> None:
     for archive in sorted(archives.glob("*.deb")):
         run(["dpkg-deb", "-x", str(archive), str(root)])
     shutil.rmtree(archives)
-    for path, text in {"passwd": "root:x:0:0:root:/root:/bin/sh\n", "group": "root:x:0:\n", "hostname": "arm\n"}.items():
-        (root / "etc" / path).write_text(text)
+    for name, text in (("passwd", "root:x:0:0:root:/root:/bin/sh\n"), ("group", "root:x:0:\n")):
+        (root / "etc" / name).write_text(text)
     disk = place.with_suffix(".disk")
     run(["mke2fs", "-q", "-t", "ext4", "-E", "lazy_itable_init=1", "-d", str(root), str(disk), "2G"])
     root.rename(find_arm64())

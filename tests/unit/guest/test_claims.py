@@ -194,6 +194,16 @@ def test_prepare_claims_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ClaimDirectory(str(tmp_path / "run")).prepare()
 
 
+def test_lock_claims_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory is there, from before /run was made read-only, or a service's was."""
+    directory = ClaimDirectory(str(tmp_path / "run"))
+    directory.prepare()
+    monkeypatch.setattr(os, "open", raise_error(errno.EROFS))
+    with pytest.raises(Refusal) as caught:
+        directory.lock(Deadline(1.0))
+    assert caught.value.findings[0].code == "state-directory"
+
+
 def raise_error(code: int) -> Callable[..., None]:
     """Return a system call that fails."""
 

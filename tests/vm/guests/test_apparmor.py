@@ -124,6 +124,6 @@ def test_apparmor_own_profile_confines(containers: Containers, nic: str, own_pro
 
 def make_attempt(words: str) -> str:
     """Return a line of Python for `cat FILE` or `echo TEXT >FILE` that prints the name of the error."""
-    path = words.split()[-1].lstrip(">")
+    path = words.rsplit(maxsplit=1)[-1].lstrip(">")
     mode = "r" if words.startswith("cat") else "a"
     return f"try:\n open({path!r}, {mode!r})\n print('opened')\nexcept OSError as e:\n print(type(e).__name__)"
