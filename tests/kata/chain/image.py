@@ -37,9 +37,11 @@ MODULES = (
 # Where the layer has things.
 KATA = "usr/share/kata-containers"
 CONTAINER_ROOT = "srv/probe"
-# What the agent is linked to beside the C library.
-AGENT_LIBRARIES = (f"{inner.LIBRARIES}/libgcc_s.so.1", f"{inner.LIBRARIES}/libm.so.6")
-MODPROBE = ("/usr/bin/kmod", "/usr/sbin/modprobe")
+# What the agent is linked to.
+AGENT_LIBRARIES = (
+    *(f"{inner.LIBRARIES}/{name}" for name in ("libc.so.6", "libgcc_s.so.1", "libm.so.6")),
+    "/usr/lib64/ld-linux-x86-64.so.2",
+)
 
 
 def make_environment(files: Sequence[Path]) -> dict[str, str]:
@@ -129,9 +131,11 @@ def make_layer(place: Path, installed: tuple[Path, ...], kernel: provision.Kerne
 def fill_guest(tree: Path, installed: tuple[Path, ...], kernel: provision.Kernel, guest: Guest) -> None:
     """Make the guest's root as a directory."""
     make_directories(tree)
-    inner.copy_installed(tree, installed, MODPROBE, AGENT_LIBRARIES)
+    inner.copy_installed(tree, installed, AGENT_LIBRARIES)
     if guest.addon:
         run(["tar", "-xf", str(guest.addon), "-C", str(tree)])
+        # kmod and its libraries are a tenth of such a guest, which takes that much longer to unpack it.
+        (tree / "usr/sbin/modprobe").symlink_to("../bin/busybox")
     else:
         inner.copy_installed(tree, installed, inner.PYTHON)
         paths = (*inner.HOOK, *inner.HELPERS, inner.PACKAGES_OF_PYTHON)
