@@ -508,13 +508,6 @@ ROWS = [
         "    return directory, names\n    threads",
         "linux/test_openers.py -k thread",
     ),
-    (
-        "the first thread has ended, and its program with it",
-        "linux/open_files",
-        'return os.stat(f"{location}/task").st_nlink == ONE_THREAD',
-        "return True",
-        "linux/test_openers.py -k thread",
-    ),
     ("loop devices", "linux/usage", "read_loops(root, usage.blocks) if names else {}", "{}", "linux/test_usage.py"),
     (
         "what is below a loop device",

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import mutations_one, mutations_three, mutations_two
+from tests.support import mutations_four, mutations_one, mutations_three, mutations_two
 
 pytestmark = pytest.mark.unit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MUTATIONS = [*mutations_one.ROWS, *mutations_two.ROWS, *mutations_three.ROWS]
+MUTATIONS = [*mutations_one.ROWS, *mutations_two.ROWS, *mutations_three.ROWS, *mutations_four.ROWS]
 
 
 @pytest.fixture(name="copy", scope="module")
