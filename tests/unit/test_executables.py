@@ -142,7 +142,8 @@ def test_executables_suppress_warnings(tmp_path: Path, hook: str) -> None:
     shutil.copy(REPOSITORY / "hooks" / hook, tmp_path / "hooks")
     (tmp_path / "oci_hooks").mkdir()
     (tmp_path / "oci_hooks/__init__.py").touch()
-    shutil.copy(REPOSITORY / "oci_hooks/idle.py", tmp_path / "oci_hooks")
+    for name in ("idle", "loader"):
+        shutil.copy(REPOSITORY / f"oci_hooks/{name}.py", tmp_path / "oci_hooks")
     module = """\
 import _warnings, re, warnings
 'a' is 'b'

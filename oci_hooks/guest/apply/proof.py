@@ -29,8 +29,8 @@ VFIO_GROUP_FLAGS_VIABLE = 1
 
 # Seconds that a killed child may take to end. Until then it is in the container's cgroup, which cannot be removed.
 KILL_SECONDS = 0.5
-# The last line of a request and of an answer.
-END = b".\n"
+# The last line of a request and of an answer, with the end of the one before.
+END = b"\n.\n"
 
 
 class Prover:
@@ -101,7 +101,7 @@ class Prover:
                 return
             first, *lines = request.decode().split("\n")[:-2]
             answer = refusal or self.open_nodes(int(first), tuple(map(parse_node, lines)))
-            os.write(writer, answer.encode() + b"\n" + END)
+            os.write(writer, answer.encode() + END)
 
     def enter_cgroup(self) -> str:
         """Enter the container's cgroup in each hierarchy. Return "", or why that failed."""
@@ -184,8 +184,8 @@ def verify_nodes(
     Raises StepError where the child can't enter, dies or is not done in time; OSError where there can be none.
     """
     wanted = tuple(nodes)
-    lines = [f"{node.major} {node.minor} {node.is_group:d} {node.name}\n" for node in wanted]
-    answer = prover.ask(f"{flags}\n{''.join(lines)}", deadline)
+    lines = [f"{node.major} {node.minor} {node.is_group:d} {node.name}" for node in wanted]
+    answer = prover.ask("\n".join([str(flags), *lines]), deadline)
     results = [line.split(" ", 2) for line in answer.split("\n")[:-2]]
     if results and results[0][0] == "enter":
         reason = os.strerror(int(results[0][1]))
