@@ -28,7 +28,7 @@ BECOME_INIT = """
     mount -t proc proc "$1/proc"
     mount --bind "$1/cmdline" "$1/proc/cmdline"
     cd "$1"
-    pivot_root . old
+    /usr/sbin/pivot_root . old
     exec /bin/busybox sh -c "/bin/busybox umount -l /old; exec /sbin/init"
 """
 

@@ -61,7 +61,7 @@ BECOME_ROOT = """
     shift 2
     for each; do mount --rbind "$each" "$root$each"; done
     cd "$root"
-    pivot_root . old
+    /usr/sbin/pivot_root . old
     exec /bin/busybox sh -c "/bin/busybox umount -l /old && echo ready && exec /bin/busybox sleep 100000"
 """
 
