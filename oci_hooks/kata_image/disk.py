@@ -198,6 +198,9 @@ def check_writable(image: Image) -> None:
         name = image.filesystem or "an unknown file system"
         hint = "unpack the add-on into the root file system before osbuilder makes the image: tar -C ROOTFS -xf ADDON"
         raise Refusal("image-filesystem", image.path, f"has {name}, which cannot be written without mounting it", hint)
+    if image.filesystem == "erofs" and image.tables[-1].kind == "GPT":
+        hint = "make it with an MBR, as osbuilder does, or unpack the add-on into its root file system before"
+        raise Refusal("image-filesystem", image.path, "has EROFS in a GPT, whose partition is not moved", hint)
 
 
 def choose_alignment(size: int) -> int:

@@ -94,6 +94,12 @@ def test_file_systems(place: int, magic: bytes, name: str) -> None:
             check_writable(image)
 
 
+def test_erofs_in_a_gpt_is_refused() -> None:
+    image = read(make_bytes(*make_gpt(2048, 4095), (MIB + 1024, b"\xe2\xe1\xf5\xe0")))
+    with pytest.raises(Refusal, match=r"\[image-filesystem\].*GPT"):
+        check_writable(image)
+
+
 def test_verity_is_refused() -> None:
     image = read(make_bytes((0, make_table((MIB, 4 * MIB), (5 * MIB, MIB))), (MIB + EXT4[0], EXT4[1])))
     assert image.verity
