@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 
 from oci_hooks.frozen import Frozen
+from oci_hooks.linux.pci import VFIO_CLASS
 from oci_hooks.linux.processes import Process, find_descriptors, list_family, read_process, read_status
+from oci_hooks.linux.vfio import CDEV_CLASS
 from oci_hooks.oci import GROUP_PREFIX
 from oci_hooks.system import tagged
 
@@ -123,11 +125,13 @@ class HolderFinder:
 
 
 def is_unused(root: Root) -> bool:
-    """Return whether nobody has any VFIO node open: then the module's only users are the modules that depend on it.
+    """Return whether nobody has a group open: there is none, or the module's only users are those that depend on it.
 
     Each open group, device and container keeps the module in memory (kernel: file_operations.owner, try_module_get).
-    False if it is unknown: VFIO is built into the kernel, or is not there.
+    False if it is unknown, because VFIO is built into the kernel.
     """
+    if not root.list_names(VFIO_CLASS) and not root.list_names(CDEV_CLASS):
+        return True
     users = root.read_text_or(f"{VFIO_MODULE}/refcnt", "")
     return users.isdigit() and int(users) == len(root.list_names(f"{VFIO_MODULE}/holders"))
 

@@ -300,6 +300,27 @@ ROWS = [
         "host/test_cdi.py -k word_of_select",
     ),
     (
+        "no search without a group",
+        "linux/holders",
+        "if not root.list_names(VFIO_CLASS) and not root.list_names(CDEV_CLASS):",
+        "if False:",
+        "linux/test_holders.py -k nothing_without",
+    ),
+    (
+        "devices with a node of their own can be in use",
+        "linux/holders",
+        "if not root.list_names(VFIO_CLASS) and not root.list_names(CDEV_CLASS):",
+        "if not root.list_names(VFIO_CLASS):",
+        "linux/test_holders.py -k nothing_without",
+    ),
+    (
+        "a survey without the privilege is reported",
+        "host/survey",
+        "    elif counts.hidden:\n",
+        "    elif False:\n",
+        "host/test_scale.py -k privilege",
+    ),
+    (
         "a rootless engine is named",
         "guest/rights",
         "if user == 0 and words in ([], ALL_USERS):",

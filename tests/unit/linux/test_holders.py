@@ -57,8 +57,10 @@ class CountingRoot(Root):
 
 @pytest.fixture(name="tree")
 def make_tree(tmp_path: Path) -> HostTree:
-    """Return a host without processes."""
-    return HostTree(tmp_path)
+    """Return a host with a group, without processes."""
+    tree = HostTree(tmp_path)
+    tree.vfio("12", 0)
+    return tree
 
 
 @pytest.fixture(name="order")
@@ -168,6 +170,7 @@ def test_find_finds_what_is_there(
 ) -> None:
     """In whichever order: somebody is found if anybody has it open, nobody else is, and a survey finds all."""
     tree = HostTree(tmp_path_factory.mktemp("host"))
+    tree.vfio("12", 0)
     for pid, (program, groups, has_machine) in made.items():
         tree.process(pid, program, opened=("/dev/null", *(f"/dev/vfio/{group}" for group in groups)))
         if has_machine:
@@ -195,6 +198,17 @@ def test_find_all_searches_only_where_vfio_is_used(tree: HostTree, refcnt: str |
     finder = make_finder(tree)
     assert bool(finder.find_all()) != unused
     assert (finder.counts.looked, finder.counts.total) == ((0, 0) if unused else (1, 1))
+
+
+def test_find_all_searches_nothing_without_a_group(tree: HostTree, order: list[int]) -> None:
+    tree.process(50, QEMU, opened=("/dev/vfio/vfio",))
+    (tree.top / "sys/class/vfio/12/dev").unlink()
+    (tree.top / "sys/class/vfio/12").rmdir()
+    assert make_finder(tree).find_all() == {}
+    assert order == []
+    tree.pci("0000:06:00.0", "vfio-pci", "16", vfio_dev="vfio3")
+    make_finder(tree).find_all()
+    assert order == [50]
 
 
 # Its end --------------------------------------------------------------------------------------------------------------
