@@ -55,6 +55,7 @@ TEST_PACKAGES = {
     "bpftool": "device cgroup programs, seen from outside",
     "e2fsprogs": "a file system on a disk that must not be taken, and of Kata's guest images",
     "erofs-utils": "the other file system of Kata's guest images",
+    "fakeroot": "Kata's guest images without root",
     "fdisk": "partition tables of Kata's guest images",
     "cpio": "initrds of Kata's guests",
     "zstd": "initrds of Kata's guests",

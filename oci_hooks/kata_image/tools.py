@@ -25,6 +25,8 @@ PACKAGES = {
     **dict.fromkeys(("mkfs.erofs", "fsck.erofs", "dump.erofs"), "erofs-utils"),
 }
 CHUNK = 1 << 20
+# What fakeroot(1) works by. This process has it already.
+FAKEROOT = ("FAKEROOTKEY", "LD_PRELOAD", "LD_LIBRARY_PATH", "FAKED_MODE")
 # Lines of a program's own report that are passed on.
 LINES_TOLD = 4
 
@@ -48,7 +50,8 @@ def find_tool(name: str) -> str:
 
 def make_environment(**more: str) -> dict[str, str]:
     """Return the environment that the programs get."""
-    return {"PATH": ":".join(PATH), "LC_ALL": "C", **more}
+    faked = {name: os.environ[name] for name in FAKEROOT if FAKEROOT[0] in os.environ and name in os.environ}
+    return {"PATH": ":".join(PATH), "LC_ALL": "C", **faked, **more}
 
 
 def run_tool(

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
+import io
 import json
 import lzma
 import os
@@ -12,6 +14,8 @@ import stat
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from oci_hooks.findings import InputError, Refusal
 from oci_hooks.kata_image import tools
@@ -132,6 +136,15 @@ def test_what_a_kernel_would_not_unpack(tmp_path: Path, data: bytes, problem: st
     (tmp_path / "initrd").write_bytes(data)
     with pytest.raises(InputError, match=problem):
         read(tmp_path / "initrd")
+
+
+@given(st.sampled_from(sorted(INITRDS)), st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1))
+def test_any_change_is_read_or_refused(name: str, changes: list[tuple[int, int]]) -> None:
+    data = bytearray(INITRDS[name])
+    for place, value in changes:
+        data[place % len(data)] = value
+    with contextlib.suppress(InputError):
+        read_initrd(NamedFile(io.BytesIO(bytes(data)), "initrd"))  # type: ignore[arg-type]
 
 
 def test_links_are_followed_as_in_the_guest(tmp_path: Path) -> None:
