@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -47,8 +48,12 @@ def is_alive(container: Container) -> bool:
 
 
 def list_open_paths(pid: int) -> set[str]:
-    """Return what a process's descriptors are of; nothing of one that is gone."""
-    return {os.readlink(path) for path in Path(f"/proc/{pid}/fd").glob("*")}
+    """Return what a process's descriptors are of, without those that are closed meanwhile."""
+    found = set()
+    for path in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(path))
+    return found
 
 
 def start_hook(state: dict[str, Any]) -> subprocess.Popen[str]:
