@@ -19,8 +19,8 @@ from tests.vm.guests import units
 MACHINE = "selinux"
 KERNELS = ("6.1",)
 # As an engine gives them: the pair of categories keeps containers apart from each other.
-PROCESS = "system_u:system_r:container_t:s0:c1,c2"
-FILES = "system_u:object_r:container_file_t:s0:c1,c2"
+PROCESS = "unconfined_u:unconfined_r:unconfined_t:s0:c1,c2"
+FILES = "system_u:object_r:tmp_t:s0:c1,c2"
 LABELS = {"process": {"selinuxLabel": PROCESS}, "linux": {"mountLabel": FILES}}
 ENFORCE = Path("/sys/fs/selinux/enforce")
 KINDS = {"root": {}, "user": {"user": 1000}, "user-namespace": {"user_namespace": 100000}}
