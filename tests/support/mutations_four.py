@@ -341,4 +341,18 @@ ROWS = [
         "if True:",
         "guest/test_claims.py -k read_only",
     ),
+    (
+        "the label of the container's /dev",
+        "guest/apply/mount_ns",
+        "            if label:",
+        "            if False:",
+        "guest/test_mount_ns.py -k with_label",
+    ),
+    (
+        "labels mean nothing without SELinux",
+        "guest/apply/container_dev",
+        "if not os.path.isdir(SELINUX):",
+        "if False:",
+        "guest/test_mount_ns.py -k read_label",
+    ),
 ]

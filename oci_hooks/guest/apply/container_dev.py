@@ -20,6 +20,8 @@ from oci_hooks.frozen import Frozen
 from oci_hooks.linux.mounts import read_mounts
 from oci_hooks.system import DEFAULT_LIMIT, Descriptor, Root, read_file, tagged
 
+# Where its file system belongs: the kernel creates the directory if SELinux is on (security/selinux/selinuxfs.c).
+SELINUX = "/sys/fs/selinux"
 FOLLOW_NOTHING = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -251,6 +253,16 @@ def read_head(directory: int, name: str, size: int) -> bytes:
             os.close(fd)
     finally:
         os.close(location)
+
+
+def read_label(directory: int) -> str:
+    """Return the SELinux label of a directory, "" where SELinux is off. Raises OSError.
+
+    Runtimes mount the container's /dev with the option context (linux.mountLabel), so that all in it has this label.
+    """
+    if not os.path.isdir(SELINUX):
+        return ""
+    return os.getxattr(directory, "security.selinux").rstrip(b"\0").decode()
 
 
 def remove_file(directory: int, name: str) -> None:

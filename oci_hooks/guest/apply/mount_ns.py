@@ -42,13 +42,18 @@ MOUNT_SECONDS = 2.0
 END_SECONDS = 0.5
 
 
-def make_tmpfs() -> int:
-    """Return a descriptor of a new, detached tmpfs that belongs to this user namespace. Raises StepError."""
+def make_tmpfs(label: str = "") -> int:
+    """Return a descriptor of a new, detached tmpfs that belongs to this user namespace. Raises StepError.
+
+    label: the SELinux label of all that is in it, as with the mount option context (mount(8)).
+    """
     try:
         context = call_libc("syscall", SYS_FSOPEN, b"tmpfs", FSOPEN_CLOEXEC)
         try:
             call_libc("syscall", SYS_FSCONFIG, context, FSCONFIG_SET_STRING, b"mode", b"0755", 0)
             call_libc("syscall", SYS_FSCONFIG, context, FSCONFIG_SET_STRING, b"size", b"64k", 0)
+            if label:
+                call_libc("syscall", SYS_FSCONFIG, context, FSCONFIG_SET_STRING, b"context", label.encode(), 0)
             call_libc("syscall", SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
             attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC
             return call_libc("syscall", SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)

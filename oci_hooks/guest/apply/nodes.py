@@ -223,7 +223,7 @@ def mount_nodes(
     try:
         if all(has_node(directory, node_path) for _, node_path in node_paths):
             return
-        tree = mount_ns.make_tmpfs()
+        tree = mount_ns.make_tmpfs(container_dev.read_label(dev))
         try:
             for node, node_path in node_paths:
                 container_dev.create_node(

@@ -141,6 +141,38 @@ def test_make_tmpfs_small_root_owned_noexec() -> None:
         os.close(tree)
 
 
+def test_make_tmpfs_with_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The label goes to the kernel as the option context, before the file system exists; without one, no option."""
+    options: list[object] = []
+    real = mount_ns.call_libc
+
+    def call(name: str, *arguments: object) -> int:
+        if arguments[0] == mount_ns.SYS_FSCONFIG:
+            options.append(arguments[3:5])
+            # Refused where SELinux is off, as here.
+            if arguments[3] == b"context":
+                return 0
+        return real(name, *arguments)
+
+    monkeypatch.setattr(mount_ns, "call_libc", call)
+    for label in ("", "system_u:object_r:tmp_t:s0:c1,c2"):
+        os.close(mount_ns.make_tmpfs(label))
+    plain = options[: len(options) // 2]
+    assert options == [*plain, *plain[:-1], (b"context", b"system_u:object_r:tmp_t:s0:c1,c2"), plain[-1]]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_read_label_only_with_selinux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+    """A label that an image's file system has kept means nothing where SELinux is off."""
+    os.setxattr(tmp_path, "security.selinux", b"system_u:object_r:tmp_t:s0\0")
+    monkeypatch.setattr(container_dev, "SELINUX", str(tmp_path if on else tmp_path / "none"))
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert container_dev.read_label(fd) == ("system_u:object_r:tmp_t:s0" if on else "")
+    finally:
+        os.close(fd)
+
+
 def test_make_tmpfs_without_privilege_fails() -> None:
     before = count_own()
     os.seteuid(65534)

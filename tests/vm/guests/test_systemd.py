@@ -196,7 +196,6 @@ FORBIDDEN: dict[str, dict[str, Any]] = {
     "ProtectKernelTunables=yes": {},
     "ProtectControlGroups=yes": {},
     "RestrictNamespaces=yes": {"user_namespace": 100000},
-    "ProcSubset=pid": {},
     "ProtectSystem=strict": {},
 }
 
