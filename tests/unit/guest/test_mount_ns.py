@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from oci_hooks.findings import StepError
-from oci_hooks.guest.apply import container_dev, mount_ns, nodes
+from oci_hooks.guest.apply import container_dev, mount_ns, nodes, system_calls
 from tests.unit.guest.test_faults import leave_mounts, mount
 from tests.unit.guest.test_nodes import Tree
 
@@ -144,9 +144,9 @@ def test_make_tmpfs_small_root_owned_noexec() -> None:
 def test_make_tmpfs_with_label(monkeypatch: pytest.MonkeyPatch) -> None:
     """The label goes to the kernel as the option context, before the file system exists; without one, no option."""
     options: list[object] = []
-    real = mount_ns.call_libc
+    real = system_calls.call_libc
 
-    def call(name: str, *arguments: object) -> int:
+    def call(name: str, *arguments: int | bytes | None) -> int:
         if arguments[0] == mount_ns.SYS_FSCONFIG:
             options.append(arguments[3:5])
             # Refused where SELinux is off, as here.
