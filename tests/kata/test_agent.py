@@ -106,7 +106,7 @@ def test_agent_kills_slow_hook(agent: Agent) -> None:
     # The deadline of the tests' settings is longer than the agent's, and the device never arrives.
     bundles.write_settings('on_failure = "kill"\n')
     # What the agent finds broken depends on whether it is writing to the init then, or reading.
-    with pytest.raises(AgentError, match="Broken pipe|failed to receive async message from peer"):
+    with pytest.raises(AgentError, match=r"Broken pipe|failed to receive async message from peer"):
         agent.create("slow", *bundles.PROBE, annotations=ask("0000:7f:00.0"))
     agent.wait_until(lambda: "[hook-killed]" in read_kernel_log())
 
