@@ -31,7 +31,7 @@ def test_group_opens_with_hook_only(containers: Containers) -> None:
 
 
 def list_endpoints(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what the probe reports of a group's devices but bridges: arm64 puts a device's root port into its group."""
+    """Return what the probe reports of a group's devices but bridges: arm64 has a device's root port in its group."""
     return [member for member in group["devices"] if guest.class_of(member["address"]) != "0604"]
 
 
