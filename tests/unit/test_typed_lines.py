@@ -191,6 +191,11 @@ NOT_TYPED = {
     ("docs/reference/privileges.md", "CAP_SYS_ADMIN CAP_NET_ADMIN CAP_MKNOD CAP_SYS_PTRACE"): "capabilities",
     ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SETUID CAP_SETGID"): "capabilities",
     ("docs/howto/kata.md", "cdi.k8s.io/vfio: oci-vfio-hooks/bind=all"): "annotations",
+    ("docs/reference/privileges.md", "NoNewPrivileges=yes"): "a unit, which tests/vm/guests takes from there",
+    (
+        "docs/reference/privileges.md",
+        "profile vfio-guest-bind flags=(attach_disconnected) {",
+    ): "an AppArmor profile, which tests/vm/guests takes from there",
     ("docs/reference/privileges.md", "CAP_CHOWN CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID"): "capabilities",
     ("docs/reference/privileges.md", "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"): "capabilities",
     ("docs/howto/containerd.md", "enable_cdi = true"): "config.toml",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from tests.support import guest_calls
 from tests.support.guest_calls import ask, one_runtime
@@ -23,10 +24,15 @@ def test_group_opens_with_hook_only(containers: Containers) -> None:
     assert done.code == 0, done.stderr
     (group,) = done.read_json()["groups"]
     assert [group.get(step) for step in STEPS] == ["ok"] * len(STEPS), group
-    (found,) = group["devices"]
+    (found,) = list_endpoints(group)
     assert (found["address"], found["id"]) == (nic, devices.NIC_E1000E)
     assert guest.driver_of(nic) == "e1000e"
     assert guest_calls.list_claims() == []
+
+
+def list_endpoints(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the probe reports of a group's devices but bridges: arm64 has a device's root port in its group."""
+    return [member for member in group["devices"] if guest.class_of(member["address"]) != "0604"]
 
 
 @one_runtime
@@ -35,7 +41,7 @@ def test_auto_leaves_iommu_alone(containers: Containers) -> None:
     done = containers.probe(annotations=ask("auto"))
     assert done.code == 0, done.stderr
     (group,) = done.read_json()["groups"]
-    assert [member["address"] for member in group["devices"]] == [guest.find_device(devices.NIC_E1000E)]
+    assert [member["address"] for member in list_endpoints(group)] == [guest.find_device(devices.NIC_E1000E)]
 
 
 def test_host_check_ready() -> None:
