@@ -192,6 +192,7 @@ def test_executable_without_interpreter_options_reexecs(tmp_path: Path) -> None:
     for name, text in (
         ("__init__", ""),
         ("idle", "def begin(argv, claims): return b''"),
+        ("loader", "def install(): pass"),
         (
             "host/hook",
             "import sys\nf = sys.flags\n"
