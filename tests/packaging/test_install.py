@@ -192,7 +192,7 @@ def test_executable_without_interpreter_options_reexecs(tmp_path: Path) -> None:
     for name, text in (
         ("__init__", ""),
         ("idle", "def begin(argv, claims): return b''"),
-        ("loader", "def install(): pass"),
+        ("loader", "def load_hook(name): return __import__(name, fromlist=['main'])"),
         (
             "host/hook",
             "import sys\nf = sys.flags\n"

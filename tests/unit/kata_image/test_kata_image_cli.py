@@ -166,14 +166,10 @@ def test_killed_at_any_time(place: Path, number: signal.Signals) -> None:
     assert add(place, output="whole")[0] == 0
     command = [sys.executable, "-IB", str(TOOL), "add", "initrd", "--output", "new", "--addon", "addon"]
     seen = set()
-
-    def begin() -> None:
-        # A hook that failed in this process ignores SIGTERM from then on, and a child inherits that.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
+    # A hook that failed in this process ignores SIGTERM from then on, and a child inherits that.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for step in range(12):
-        quiet = subprocess.DEVNULL
-        process = subprocess.Popen(command, cwd=place, stdout=quiet, stderr=quiet, preexec_fn=begin)
+        process = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(0.03 * step)
         process.send_signal(number)
         process.wait()
