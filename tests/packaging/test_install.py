@@ -219,6 +219,9 @@ def test_unit_tests_on_debian_11(dist: Path, tmp_path: Path) -> None:
         "--deselect=tests/unit/test_fuzz.py::test_fuzz_with_atheris",
         "tests/unit",
     ]
+    if "OCI_VFIO_FULL" not in os.environ:
+        # A fault at every step: five minutes, and what they show depends on the hook more than on the interpreter.
+        pytest_command.append("--ignore=tests/unit/guest/test_faults.py")
     done = root.run(*pytest_command, cwd="/mnt/repository", code=None)
     print(done.stdout.strip().splitlines()[-1])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
