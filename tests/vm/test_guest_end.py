@@ -43,8 +43,10 @@ def list_children(pid: int) -> list[int]:
 
 def is_alive(container: Container) -> bool:
     """Return whether a container's init is there and no zombie."""
-    status = Path(f"/proc/{container.read_pid()}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
+    try:
+        return "State:\tZ" not in Path(f"/proc/{container.read_pid()}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def list_open_paths(pid: int) -> set[str]:
