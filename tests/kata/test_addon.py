@@ -15,15 +15,13 @@ from pathlib import Path
 import pytest
 
 from tests.kata.agent import Agent
-from tests.kata.init_agent import InitAgent
 from tests.kata.test_agent import (
     test_agent_binds_opens_restores,
     test_agent_cdi_brings_hook,
     test_agent_drops_hooks_where_spec_has_hooks,
     test_agent_kills_slow_hook,
 )
-from tests.support.guest_calls import ask
-from tests.vm import bundles, devices, guest
+from tests.vm import bundles, guest
 
 MACHINE = "standard"
 KERNELS = ("6.1",)
@@ -72,25 +70,3 @@ def cdi() -> Iterator[str]:
     assert [path.name for path in CDI.parent.iterdir()] == [CDI.name]
     yield "oci-vfio-hooks/bind=all"
     CDI.unlink()
-
-
-@pytest.mark.usefixtures("native_drivers")
-def test_agent_as_init_finds_cdi() -> None:
-    """The image's init is the agent, which mounts an empty /run: a real directory /var/run keeps the specification."""
-    subprocess.run(["modprobe", "vfio-pci"], check=True)
-    bundles.write_settings()
-    nic = guest.find_device(devices.NIC_E1000E)
-    agent = InitAgent()
-    try:
-        for name, annotations in (("named", {"cdi.k8s.io/vfio": "oci-vfio-hooks/bind=all"}), ("image", {})):
-            named = bool(annotations)
-            done = agent.run(name, *bundles.PROBE, empty_hooks=named, annotations={**ask(nic), **annotations})
-            assert [group["group"] for group in done.read_json()["groups"]] == [guest.group_of(nic)], (
-                agent.list_errors()
-            )
-            assert agent.list_claims() == [name]
-            agent.remove(name)
-            assert guest.driver_of(nic) == "e1000e"
-            assert agent.list_claims() == []
-    finally:
-        agent.close()
