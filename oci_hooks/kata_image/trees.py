@@ -10,6 +10,7 @@ from oci_hooks.kata_image.model import Node
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Protocol
 
     class Tree(Protocol):
@@ -33,6 +34,32 @@ KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
 def name_kind(mode: int) -> str:
     """Return the kind of a node by its type bits."""
     return KINDS.get(stat.S_IFMT(mode), "other")
+
+
+def follow_links(path: str, last: bool, read_link: Callable[[list[str]], str | None]) -> list[str] | None:
+    """Return the names of a path with its links replaced, as in a root of its own; None for a circle of links.
+
+    last: replace the last name's, too; read_link: returns the target of the link with these names, None for no link.
+    """
+    done: list[str] = []
+    names, links = path.split("/")[::-1], 0
+    while names:
+        name = names.pop()
+        if name in ("", "."):
+            continue
+        if name == "..":
+            done = done[:-1]
+            continue
+        target = read_link([*done, name]) if names or last else None
+        if target is None:
+            done.append(name)
+            continue
+        links += 1
+        if links > LINKS_FOLLOWED:
+            return None
+        done = [] if target.startswith("/") else done
+        names += target.split("/")[::-1]
+    return done
 
 
 class ListedTree:
@@ -59,25 +86,13 @@ class ListedTree:
 
     def follow(self, path: str, last: bool) -> str:
         """Return a path with its links replaced; the last name's too, if asked. "\0" for a circle of links."""
-        done: list[str] = []
-        names, links = path.split("/")[::-1], 0
-        while names:
-            name = names.pop()
-            if name in ("", "."):
-                continue
-            if name == "..":
-                done = done[:-1]
-                continue
-            node = self.nodes.get("/".join([*done, name]))
-            if node is not None and node.kind == "link" and (names or last):
-                links += 1
-                if links > LINKS_FOLLOWED:
-                    return "\0"
-                done = [] if node.target.startswith("/") else done
-                names += node.target.split("/")[::-1]
-                continue
-            done.append(name)
-        return "/".join(done)
+
+        def read_link(names: list[str]) -> str | None:
+            node = self.nodes.get("/".join(names))
+            return node.target if node is not None and node.kind == "link" else None
+
+        found = follow_links(path, last, read_link)
+        return "\0" if found is None else "/".join(found)
 
     def look_up(self, path: str) -> Node | None:
         """Return a node; see Tree."""
@@ -100,26 +115,13 @@ class DirectoryTree:
 
     def resolve(self, path: str, last: bool) -> str:
         """Return the place on this machine of a guest's path, links replaced as in the guest; "" for a circle."""
-        done: list[str] = []
-        names, links = path.split("/")[::-1], 0
-        while names:
-            name = names.pop()
-            if name in ("", "."):
-                continue
-            if name == "..":
-                done = done[:-1]
-                continue
-            place = "/".join([self.top, *done, name])
-            if os.path.islink(place) and (names or last):
-                links += 1
-                if links > LINKS_FOLLOWED:
-                    return ""
-                target = os.readlink(place)
-                done = [] if target.startswith("/") else done
-                names += target.split("/")[::-1]
-                continue
-            done.append(name)
-        return "/".join([self.top, *done])
+
+        def read_link(names: list[str]) -> str | None:
+            place = "/".join([self.top, *names])
+            return os.readlink(place) if os.path.islink(place) else None
+
+        found = follow_links(path, last, read_link)
+        return "" if found is None else "/".join([self.top, *found])
 
     def look_up(self, path: str) -> Node | None:
         """Return a node; see Tree."""
