@@ -6,6 +6,7 @@ show reads; add and remove read, decide, write a copy under another name, verify
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from oci_hooks.kata_image import arguments, report
 from oci_hooks.kata_image.addon import find_usual, read_addon
 from oci_hooks.kata_image.apply import disk as disk_apply
 from oci_hooks.kata_image.apply import initrd as initrd_apply
-from oci_hooks.kata_image.apply.output import check_output, open_input, open_workspace, publish
+from oci_hooks.kata_image.apply.output import DRAFT, check_output, open_input, open_workspace, publish
 from oci_hooks.kata_image.compression import MAGIC_BYTES, find_format
 from oci_hooks.kata_image.decision import check_guest, make_settings_file
 from oci_hooks.kata_image.disk import check_writable, read_at, read_image
@@ -31,6 +32,7 @@ from oci_hooks.system import Root
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
+    from collections.abc import Iterator
     from typing import BinaryIO
 
     from oci_hooks.kata_image.kernel import KernelFile
@@ -72,6 +74,17 @@ def report_findings(findings: list[Finding]) -> None:
 def is_initrd(source: BinaryIO) -> bool:
     """Return whether a file begins as an initrd does."""
     return bool(find_format(read_at(source, 0, MAGIC_BYTES)))
+
+
+@contextlib.contextmanager
+def open_copy(asked: Namespace) -> Iterator[tuple[BinaryIO, str]]:
+    """Open the image, and a directory in which to make DRAFT, which then gets the output's name. Raises HookError."""
+    with open_input(asked.image) as source:
+        check_output(asked.output, source, asked.force)
+        mode = os.fstat(source.fileno()).st_mode & 0o777
+        with open_workspace(asked.output) as work:
+            yield source, work
+            publish(f"{work}/{DRAFT}", asked.output, mode, asked.force)
 
 
 # show -----------------------------------------------------------------------------------------------------------------
@@ -123,26 +136,22 @@ def add(asked: Namespace) -> int:
     addon = read_addon(asked.addon or find_usual(checkout))
     settings = read_settings(asked.settings, addon)
     record = Record(__version__, addon.version, addon.manifest, bool(settings), 0, "")
-    with open_input(asked.image) as source:
-        check_output(asked.output, source, asked.force)
-        mode = os.fstat(source.fileno()).st_mode & 0o777
-        with open_workspace(asked.output) as work:
-            draft = f"{work}/new"
-            if is_initrd(source):
-                initrd = read_initrd(source)
-                check_guest(asked.image, initrd.tree, (*addon.files, *settings))
-                initrd_apply.add_to_initrd(source, initrd, addon, settings, draft, record)
-                initrd_apply.verify_initrd(draft, addon, settings)
-                modules = report.read_guest(initrd.tree).modules
-            else:
-                image = read_image(source)
-                check_writable(image)
-                report_findings(disk_apply.list_warnings(image))
-                files = (*addon.files, *settings)
-                modules = disk_apply.add_to_image(source, image, files, work, record, not asked.no_undo)
-            size, added = os.stat(draft).st_size, sum(len(file.data) for file in addon.files)
-            publish(draft, asked.output, mode, asked.force)
-        lines = report.list_lines(os.path.abspath(asked.output), is_initrd(source), modules)
+    files = (*addon.files, *settings)
+    with open_copy(asked) as (source, work):
+        draft, of_initrd = f"{work}/{DRAFT}", is_initrd(source)
+        if of_initrd:
+            initrd = read_initrd(source)
+            check_guest(asked.image, initrd.tree, files)
+            initrd_apply.add_to_initrd(source, initrd, addon, settings, draft, record)
+            initrd_apply.verify_initrd(draft, addon, settings)
+            modules = report.read_guest(initrd.tree).modules
+        else:
+            image = read_image(source)
+            check_writable(image)
+            report_findings(disk_apply.list_warnings(image))
+            modules = disk_apply.add_to_image(source, image, files, work, record, not asked.no_undo)
+        size, added = os.stat(draft).st_size, sum(len(file.data) for file in addon.files)
+    lines = report.list_lines(os.path.abspath(asked.output), of_initrd, modules)
     version = f" {addon.version}" if addon.version else ""
     write_stdout(f"{asked.output}: add-on{version}, {len(addon.files)} files, {added} bytes; {size} bytes in all\n")
     write_stdout(report.format_lines(lines))
@@ -163,15 +172,11 @@ def read_settings(path: str, addon: Addon) -> tuple[AddonFile, ...]:
 
 def remove(asked: Namespace) -> int:
     """Write a copy of an image as it was before `add`."""
-    with open_input(asked.image) as source:
-        check_output(asked.output, source, asked.force)
-        mode = os.fstat(source.fileno()).st_mode & 0o777
-        with open_workspace(asked.output) as work:
-            draft = f"{work}/new"
-            if is_initrd(source):
-                record = initrd_apply.remove_from_initrd(source, draft)
-            else:
-                record = disk_apply.remove_from_image(source, read_image(source), draft)
-            publish(draft, asked.output, mode, asked.force)
+    with open_copy(asked) as (source, work):
+        draft = f"{work}/{DRAFT}"
+        if is_initrd(source):
+            record = initrd_apply.remove_from_initrd(source, draft)
+        else:
+            record = disk_apply.remove_from_image(source, read_image(source), draft)
     write_stdout(f"{asked.output}: the original's {record.size} bytes, SHA-256 {record.sha256}\n")
     return EXIT_DONE

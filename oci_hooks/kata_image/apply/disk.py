@@ -9,7 +9,7 @@ import tempfile
 
 from oci_hooks.findings import InputError, Refusal, StepError
 from oci_hooks.kata_image.apply import erofs, ext4
-from oci_hooks.kata_image.apply.output import copy_range, digest_file, write_back
+from oci_hooks.kata_image.apply.output import DRAFT, copy_range, digest_file, write_back
 from oci_hooks.kata_image.decision import check_guest
 from oci_hooks.kata_image.disk import MIB, SECTOR, choose_alignment, make_mbr, read_at, read_image
 from oci_hooks.kata_image.ext4 import check_growth, is_enough, measure_need, read_superblock
@@ -46,11 +46,11 @@ def open_tree(source: BinaryIO, image: Image) -> Iterator[Tree | None]:
 def add_to_image(
     source: BinaryIO, image: Image, files: tuple[AddonFile, ...], work: str, record: Record, undo: bool
 ) -> tuple[Module, ...]:
-    """Write WORK/new, a copy with files in it, verified, and return the kernel modules that the guest has.
+    """Write DRAFT, a copy with files in it, verified, and return the kernel modules that the guest has.
 
     Raises HookError for what cannot be done, OSError.
     """
-    draft, partition = f"{work}/new", f"{work}/partition"
+    draft, partition = f"{work}/{DRAFT}", f"{work}/partition"
     digest = copy_range(source, 0, image.size, draft)
     copy_range(source, image.start, image.room, partition)
     whole = record.replace(size=image.size, sha256=digest)

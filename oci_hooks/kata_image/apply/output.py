@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 ZEROS = bytes(MIB)
+# Name of the new file in the workspace.
+DRAFT = "new"
 
 
 @contextlib.contextmanager
